@@ -1,0 +1,2 @@
+//! App agent.
+fn main() {}

@@ -1,0 +1,10 @@
+//! The host agent: reads a service, runs one guest per role instance, and
+//! keeps each at its goal state.
+//!
+//! Dependencies point one way: `cli` → `supervisor` → `channels`,
+//! `endpoints`, `store`, `service`. `vmm` is everything inside a VMM process
+//! and imports nothing above it; the two sides meet in [`vmm::spec`] and
+//! [`vmm::control`] only.
+
+pub mod service;
+pub mod vmm;

@@ -1,0 +1,155 @@
+//! Frames: a little-endian `u32` length, then that many bytes of JSON.
+//!
+//! The peer is hostile: a length over the cap is refused before a byte of the
+//! body is buffered, so a decoder never holds more than one frame and the bytes
+//! it was last given.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The longest body of a frame, in bytes. Nothing that travels in frames is
+/// hot or large: programs and endpoint bytes travel raw.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// Bytes of the length that precedes a body.
+pub const HEADER: usize = 4;
+
+/// Why bytes are not a frame, or a frame is not the message expected.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The peer announced, or the caller built, a body over [`MAX_BODY`].
+    #[error("frame of {length} bytes is over the limit of {MAX_BODY}")]
+    TooLong {
+        /// The announced length.
+        length: usize,
+    },
+    /// The body is not JSON of the expected shape.
+    #[error("frame is not a valid message")]
+    Malformed(#[from] serde_json::Error),
+}
+
+/// Encodes one message as a frame.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
+    let mut frame = vec![0; HEADER];
+    serde_json::to_writer(&mut frame, message)?;
+    let length = frame.len() - HEADER;
+    if length > MAX_BODY {
+        return Err(FrameError::TooLong { length });
+    }
+    let header = u32::try_from(length).expect("MAX_BODY fits in 32 bits");
+    frame[..HEADER].copy_from_slice(&header.to_le_bytes());
+    Ok(frame)
+}
+
+/// The length of the body announced by `header`, if it is within the cap.
+pub fn body_length(header: [u8; HEADER]) -> Result<usize, FrameError> {
+    let length = u32::from_le_bytes(header) as usize;
+    if length > MAX_BODY {
+        return Err(FrameError::TooLong { length });
+    }
+    Ok(length)
+}
+
+/// Parses the body of one frame. Unknown fields are ignored: they are how the
+/// protocol grows.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
+    Ok(serde_json::from_slice(body)?)
+}
+
+/// Cuts a byte stream into frames.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+}
+
+impl Decoder {
+    /// An empty decoder.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes bytes as they arrive. Call [`Decoder::next`] until it is `None`
+    /// before pushing more, so that what is buffered stays bounded.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, parsed, or `None` when more bytes are needed.
+    /// After an error the stream has no frame boundary left: close it.
+    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+        let Some(header) = self.buffer.first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let end = HEADER + body_length(*header)?;
+        if self.buffer.len() < end {
+            return Ok(None);
+        }
+        let message = parse(&self.buffer[HEADER..end]);
+        self.buffer.drain(..end);
+        message.map(Some)
+    }
+
+    /// What was pushed and is not part of a frame taken by [`Decoder::next`]:
+    /// the first raw bytes, on a channel that changes from frames to bytes.
+    pub fn into_rest(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_length_over_the_cap_is_refused_before_the_body_arrives() {
+        let mut decoder = Decoder::new();
+        decoder.push(&u32::MAX.to_le_bytes());
+        assert!(matches!(
+            decoder.next::<String>(),
+            Err(FrameError::TooLong { .. })
+        ));
+        let exact = "x".repeat(MAX_BODY - 2);
+        assert!(encode(&exact).is_ok());
+        assert!(encode(&format!("{exact}y")).is_err());
+    }
+
+    #[test]
+    fn deep_nesting_is_an_error_and_not_a_stack_overflow() {
+        let body = "[".repeat(MAX_BODY);
+        assert!(parse::<serde_json::Value>(body.as_bytes()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_any_cut_of_the_stream(
+            messages in proptest::collection::vec(".{0,40}", 0..8),
+            cuts in proptest::collection::vec(1usize..9, 1..64),
+        ) {
+            let mut stream = Vec::new();
+            for message in &messages {
+                stream.extend(encode(message).unwrap());
+            }
+            let mut decoder = Decoder::new();
+            let mut seen: Vec<String> = Vec::new();
+            let mut rest = stream.as_slice();
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() { break; }
+                let (now, later) = rest.split_at((*cut).min(rest.len()));
+                decoder.push(now);
+                while let Some(message) = decoder.next().unwrap() {
+                    seen.push(message);
+                }
+                rest = later;
+            }
+            prop_assert_eq!(seen, messages);
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+            let mut decoder = Decoder::new();
+            decoder.push(&bytes);
+            while let Ok(Some(_)) = decoder.next::<crate::message::ToHost>() {}
+        }
+    }
+}

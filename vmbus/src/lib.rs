@@ -1,0 +1,12 @@
+//! The VMBus: what the host agent and the agents in a guest agree on.
+//!
+//! The bus is a set of named [`channel`]s over one virtio-vsock device. Control
+//! channels carry [`frame`]s (a length and a JSON document) of one typed
+//! [`message`] set each; tunnels carry raw bytes. A channel begins with
+//! [`version`] negotiation. This crate does no I/O: bytes in, values out.
+#![forbid(unsafe_code)]
+
+pub mod channel;
+pub mod frame;
+pub mod message;
+pub mod version;

@@ -1,0 +1,343 @@
+//! The typed messages of each channel.
+//!
+//! Each channel has one enum per direction. What comes from the guest is a
+//! claim, never a path, a key or a format: the host checks it against its own
+//! tables. Times in the guest are durations, since clocks are not shared.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Any frame that a guest may send after its hello: one set for the decoder's
+/// property tests and for the host's dispatcher.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ToHost {
+    /// Channel `heartbeat`.
+    Beat(Beat),
+    /// Channel `status`.
+    Status(Status),
+    /// Channel `agent`: ready to receive the program.
+    AgentRequest {},
+    /// Channel `agent`: the program was checked and started, or was not.
+    AgentResult {
+        /// Absent when the program runs; else why it does not.
+        error: Option<String>,
+    },
+    /// Channel `log`.
+    Log(LogRecord),
+    /// Channel `shutdown`: the request was understood and has begun.
+    ShutdownBegun {},
+    /// Channel `control`: the app agent is alive and what it is.
+    Booted {
+        /// Milliseconds from kernel start until PID 1 ran (`CLOCK_BOOTTIME`).
+        init_ms: u64,
+        /// Milliseconds from kernel start until this message.
+        now_ms: u64,
+    },
+}
+
+/// Any frame that the host may send after its welcome.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ToGuest {
+    /// Channel `heartbeat`: answer with a [`Beat`] that repeats `sequence`.
+    Ask {
+        /// Rises by one with each question of a connection.
+        sequence: u64,
+    },
+    /// Channel `goal`: what shall be; replaces every earlier goal.
+    Goal(Box<Goal>),
+    /// Channel `agent`: the program that follows as `size` raw bytes.
+    AgentProgram {
+        /// Version, for people and logs.
+        version: String,
+        /// Length in bytes.
+        size: u64,
+        /// SHA-256 in lower-case hexadecimal.
+        sha256: String,
+    },
+    /// Channel `shutdown`.
+    Shutdown {
+        /// What the guest shall do at the end.
+        then: PowerAction,
+        /// Milliseconds the role may take to stop before it is killed.
+        deadline_ms: u64,
+    },
+}
+
+/// How a shutdown ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PowerAction {
+    /// Power off (ACPI S5).
+    PowerOff,
+    /// Reset.
+    Reboot,
+}
+
+/// The app agent's answer to [`ToGuest::Ask`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Beat {
+    /// The sequence of the question.
+    pub sequence: u64,
+    /// The guest kernel's boot id.
+    pub boot_id: String,
+    /// How the app agent sees the guest.
+    pub health: Health,
+    /// Highest goal incarnation that the guest agent applied, 0 before one.
+    pub applied_incarnation: u64,
+    /// The guest agent's last state, absent before its first.
+    pub agent: Option<AgentState>,
+    /// Milliseconds since the guest agent gave that state.
+    pub agent_age_ms: u64,
+}
+
+/// Health of a guest in its own words (Hyper-V heartbeat's four states).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Nothing known yet.
+    Unknown,
+    /// App agent and guest agent run.
+    Healthy,
+    /// The guest agent is down or keeps dying.
+    Critical,
+    /// The guest is on its way down: not silence.
+    Stopped,
+}
+
+/// What the app agent knows of the guest agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentState {
+    /// Role state that the guest agent last reported.
+    pub role: RoleState,
+    /// How often the app agent has started the guest agent in this boot.
+    pub starts: u32,
+}
+
+/// State of the role inside the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoleState {
+    /// No goal applied yet.
+    Unknown,
+    /// Disks, user, local storage are being set up.
+    Creating,
+    /// Startup tasks and the role host are being started.
+    Starting,
+    /// Started and usable.
+    Ready,
+    /// Running but not available.
+    Busy,
+    /// The role ended and is started again after a delay.
+    Recycling,
+    /// Recycled too often; next try after the longest delay.
+    Cycling,
+    /// On its way down by request.
+    Stopping,
+    /// Down by request.
+    Stopped,
+    /// Cannot be started as described; no retry.
+    Failed,
+}
+
+/// Channel `status`: sent on every change, and repeated after a reconnect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Goal incarnation that this state belongs to.
+    pub incarnation: u64,
+    /// The state.
+    pub state: RoleState,
+    /// For people: which step, which cause. At most 2,000 characters.
+    pub detail: String,
+    /// How often the role has ended by itself in this boot.
+    pub recycles: u32,
+    /// How the role last ended, if it did.
+    pub last_exit: Option<ExitCause>,
+    /// Milliseconds until the next start, while recycling.
+    pub retry_in_ms: Option<u64>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExitCause {
+    /// Exit code.
+    Code(i32),
+    /// Ended by this signal.
+    Signal(i32),
+}
+
+/// Where a log record comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogSource {
+    /// Standard output and error of the role.
+    Role,
+    /// App agent, guest agent and bootstrapper.
+    Agent,
+}
+
+/// One line of log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogRecord {
+    /// Who wrote it.
+    pub source: LogSource,
+    /// `out` or `err` for a role, the program's name for an agent.
+    pub stream: String,
+    /// Milliseconds since the guest booted.
+    pub uptime_ms: u64,
+    /// Records of this connection lost before this one because the host read
+    /// too slowly.
+    pub dropped: u64,
+    /// The line, without its end; at most 8 KiB, longer lines are cut in pieces.
+    pub text: String,
+}
+
+/// Desired state of a role instance, whole: level, not edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goal {
+    /// Rises with every change.
+    pub incarnation: u64,
+    /// Whether the role shall run.
+    pub expected: ExpectedState,
+    /// 32 hexadecimal digits.
+    pub deployment_id: String,
+    /// `<Role>_IN_<n>`.
+    pub instance: String,
+    /// Role name.
+    pub role: String,
+    /// What runs in the role.
+    pub entry_point: EntryPoint,
+    /// `limited` (the role's user) or `elevated` (root in the guest).
+    pub elevated: bool,
+    /// Configuration settings, by name.
+    pub settings: BTreeMap<String, String>,
+    /// Runtime environment variables, in document order; values are resolved.
+    pub environment: Vec<(String, EnvironmentValue)>,
+    /// Local storage, in document order.
+    pub local_storage: Vec<LocalStorage>,
+    /// Endpoints whose tunnels the guest agent shall serve.
+    pub endpoints: Vec<Endpoint>,
+    /// Serial number (`/sys/block/*/serial`) of the application disk.
+    pub application_disk: String,
+    /// Serial number of the resource disk.
+    pub resource_disk: String,
+    /// Milliseconds that the role may take to stop.
+    pub stop_timeout_ms: u64,
+}
+
+/// Whether a role shall run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExpectedState {
+    /// Run.
+    Started,
+    /// Do not run.
+    Stopped,
+}
+
+/// What the bootstrapper starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EntryPoint {
+    /// `ProgramEntryPoint`.
+    Program {
+        /// Program and arguments, already split; the program is a path under
+        /// the role's `approot`.
+        command: Vec<String>,
+        /// Ready as soon as the process runs; else on `READY=1` by `sd_notify`.
+        ready_on_start: bool,
+    },
+}
+
+/// Value of an environment variable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EnvironmentValue {
+    /// As written.
+    Literal(String),
+    /// Path of the named local storage in the guest.
+    LocalStoragePath(String),
+}
+
+/// One `LocalStorage`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalStorage {
+    /// Name, which is also the directory's.
+    pub name: String,
+    /// Quota in MiB.
+    pub size_mib: u64,
+    /// Emptied at every recycle of the role.
+    pub clean_on_role_recycle: bool,
+}
+
+/// One endpoint of the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Name.
+    pub name: String,
+    /// `tcp`.
+    pub protocol: String,
+    /// TCP port on which the role listens in the guest.
+    pub local_port: u16,
+}
+
+/// First frame from the host on an `exec` connection (guest port
+/// [`crate::channel::EXEC_PORT`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Program and arguments; looked up on `PATH`.
+    pub command: Vec<String>,
+    /// Variables on top of the role's environment.
+    pub environment: Vec<(String, String)>,
+    /// Give the program a terminal of this many rows and columns.
+    pub terminal: Option<(u16, u16)>,
+}
+
+/// Host to guest, after the request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ExecInput {
+    /// Bytes for standard input, at most 16 KiB.
+    Stdin {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Standard input ends.
+    StdinEnd {},
+    /// Send this signal to the program's process group.
+    Signal {
+        /// Signal number.
+        number: i32,
+    },
+}
+
+/// Guest to host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ExecOutput {
+    /// Bytes of standard output, at most 16 KiB.
+    Stdout {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Bytes of standard error, at most 16 KiB.
+    Stderr {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// The program ended; the last frame.
+    Exited {
+        /// How.
+        cause: ExitCause,
+    },
+    /// The program could not be started; the last frame.
+    NotStarted {
+        /// Why.
+        reason: String,
+        /// 126 (not executable), 127 (not found) or 125 (anything else).
+        code: i32,
+    },
+}

@@ -1,0 +1,67 @@
+//! Version negotiation: the first frame of every channel, each way.
+//!
+//! The guest says which versions it speaks; the host picks the highest that
+//! both know, or refuses and says both lists.
+
+use serde::{Deserialize, Serialize};
+
+use crate::channel::Channel;
+
+/// The protocol versions that this build speaks, lowest first.
+pub const SUPPORTED: &[u32] = &[1];
+
+/// The guest's first frame on a channel that it dials.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Versions that the guest speaks.
+    pub versions: Vec<u32>,
+    /// Which channel the guest believes it opened.
+    pub channel: Channel,
+    /// The guest kernel's random boot id (`/proc/sys/kernel/random/boot_id`).
+    pub boot_id: String,
+    /// Which program speaks and its version, for people.
+    pub agent: String,
+}
+
+/// The host's answer to a [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Welcome {
+    /// The channel is open.
+    Accepted {
+        /// The version both sides speak from here on.
+        version: u32,
+        /// Number of this boot of the guest, from the supervisor.
+        generation: u64,
+        /// Channels that the host serves.
+        offers: Vec<Channel>,
+    },
+    /// The channel is not opened; the host closes after this frame.
+    Refused {
+        /// Why, for the guest's log.
+        reason: String,
+    },
+}
+
+/// Picks the highest version in both lists, or explains why there is none.
+pub fn negotiate(ours: &[u32], theirs: &[u32]) -> Result<u32, String> {
+    ours.iter()
+        .copied()
+        .filter(|version| theirs.contains(version))
+        .max()
+        .ok_or_else(|| format!("no common version: host speaks {ours:?}, guest speaks {theirs:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_common_version_wins_and_none_names_both_lists() {
+        assert_eq!(negotiate(&[1, 2, 3], &[2, 3, 9]), Ok(3));
+        assert_eq!(negotiate(&[1], &[1]), Ok(1));
+        let refusal = negotiate(&[1, 2], &[7]).unwrap_err();
+        assert!(refusal.contains("[1, 2]") && refusal.contains("[7]"));
+        assert!(negotiate(&[1], &[]).is_err());
+    }
+}
