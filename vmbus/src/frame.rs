@@ -89,6 +89,19 @@ impl Decoder {
         message.map(Some)
     }
 
+    /// Whether every byte pushed was part of a frame that was taken.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
+    /// Moves bytes that follow the last frame into `buffer`; says how many.
+    pub fn take(&mut self, buffer: &mut [u8]) -> usize {
+        let count = buffer.len().min(self.buffer.len());
+        buffer[..count].copy_from_slice(&self.buffer[..count]);
+        self.buffer.drain(..count);
+        count
+    }
+
     /// What was pushed and is not part of a frame taken by [`Decoder::next`]:
     /// the first raw bytes, on a channel that changes from frames to bytes.
     pub fn into_rest(self) -> Vec<u8> {

@@ -3,10 +3,13 @@
 //! The bus is a set of named [`channel`]s over one virtio-vsock device. Control
 //! channels carry [`frame`]s (a length and a JSON document) of one typed
 //! [`message`] set each; tunnels carry raw bytes. A channel begins with
-//! [`version`] negotiation. This crate does no I/O: bytes in, values out.
+//! [`version`] negotiation. Bytes in, values out: this crate opens nothing, and only
+`stream` (feature `tokio`) reads and writes what it is given.
 #![forbid(unsafe_code)]
 
 pub mod channel;
 pub mod frame;
 pub mod message;
+#[cfg(feature = "tokio")]
+pub mod stream;
 pub mod version;

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::spec::GuestSpec;
 
-/// File descriptor number of the control socket in a VMM process.
-pub const CONTROL_FD: i32 = 3;
+/// File descriptor number of the control socket in a VMM process: standard
+/// input, which a parent can set without code between `fork` and `exec`.
+pub const CONTROL_FD: i32 = 0;
 
 /// Longest packet in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
