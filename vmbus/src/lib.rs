@@ -4,7 +4,7 @@
 //! channels carry [`frame`]s (a length and a JSON document) of one typed
 //! [`message`] set each; tunnels carry raw bytes. A channel begins with
 //! [`version`] negotiation. Bytes in, values out: this crate opens nothing, and only
-`stream` (feature `tokio`) reads and writes what it is given.
+//! `stream` (feature `tokio`) reads and writes what it is given.
 #![forbid(unsafe_code)]
 
 pub mod channel;
