@@ -6,3 +6,4 @@
 pub mod control;
 pub mod spec;
 pub mod virtio;
+pub mod wire;

@@ -6,6 +6,7 @@
 //! [`Device::reset`] takes them away again, so no queue is ever behind a lock.
 
 pub mod interrupt;
+pub mod queue;
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;

@@ -1,0 +1,202 @@
+//! Packets on the control socket: one JSON message and its file descriptors.
+//!
+//! Both ends use these functions. Whether a call waits is the socket's own
+//! setting (`O_NONBLOCK`); `WouldBlock` comes back as such, so a caller can
+//! hand it to its event loop.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::control::{MAX_FILES, MAX_PACKET};
+
+/// A connected pair of control sockets, both close-on-exec and blocking.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?)
+}
+
+/// Sends one message with its files. Atomic: several threads may send on one
+/// socket.
+///
+/// # Errors
+/// `InvalidInput` if the message is longer than [`MAX_PACKET`] or carries more
+/// than [`MAX_FILES`] files; else what the socket said.
+pub fn send<T: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &T,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    send_bytes(socket, &encode(message)?, files)
+}
+
+/// The bytes of a message, for a caller that may have to send them later.
+pub fn encode<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX_PACKET {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "control message of {} bytes, the limit is {MAX_PACKET}",
+                bytes.len()
+            ),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// Sends a message made by [`encode`].
+pub fn send_bytes(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    if files.len() > MAX_FILES {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "control message with {} files, the limit is {MAX_FILES}",
+                files.len()
+            ),
+        ));
+    }
+    let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    loop {
+        match sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        ) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives one message and its files; `None` when the other end is closed.
+/// The files are close-on-exec.
+///
+/// # Errors
+/// `InvalidData` if the packet is longer or carries more files than the
+/// protocol allows, or is not a `T`; else what the socket said.
+pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut bytes = vec![0; MAX_PACKET];
+    let mut control = nix::cmsg_space!([RawFd; MAX_FILES]);
+    let (length, flags, files) = loop {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        match recvmsg::<()>(
+            socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
+            Ok(message) => {
+                let mut files = Vec::new();
+                for part in message.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(raw) = part {
+                        files.extend(raw.into_iter().map(owned));
+                    }
+                }
+                break (message.bytes, message.flags, files);
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "control packet is longer or carries more files than the protocol allows",
+        ));
+    }
+    if length == 0 {
+        return Ok(None);
+    }
+    let message = serde_json::from_slice(&bytes[..length])
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(Some((message, files)))
+}
+
+#[allow(unsafe_code)]
+fn owned(raw: RawFd) -> OwnedFd {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the kernel has just installed this descriptor for this message;
+    // nothing else in the process knows its number.
+    unsafe { OwnedFd::from_raw_fd(raw) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+
+    use super::*;
+    use crate::vmm::control::{Command, Event};
+
+    #[test]
+    fn a_message_arrives_with_its_files_which_are_close_on_exec() {
+        let (a, b) = pair().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"hello").unwrap();
+        let opened = Event::Opened {
+            port: 1,
+            source_port: 2,
+        };
+        send(a.as_fd(), &opened, &[file.as_fd()]).unwrap();
+        let (event, files) = recv::<Event>(b.as_fd()).unwrap().unwrap();
+        assert_eq!(event, opened);
+        assert_eq!(files.len(), 1);
+        let flags = fcntl(&files[0], FcntlArg::F_GETFD).unwrap();
+        assert!(FdFlag::from_bits_truncate(flags).contains(FdFlag::FD_CLOEXEC));
+        let mut back = std::fs::File::from(files.into_iter().next().unwrap());
+        std::io::Seek::rewind(&mut back).unwrap();
+        let mut text = String::new();
+        back.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+
+    #[test]
+    fn a_closed_end_a_busy_socket_and_rubbish_are_told_apart() {
+        let (a, b) = pair().unwrap();
+        send(a.as_fd(), &"not a command", &[]).unwrap();
+        let error = recv::<Command>(b.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        fcntl(&b, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let error = recv::<Command>(b.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(a);
+        assert!(recv::<Command>(b.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_exceeds_the_limits_is_refused_by_both_ends() {
+        let (a, b) = pair().unwrap();
+        let error = send(a.as_fd(), &"x".repeat(MAX_PACKET), &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let file = tempfile::tempfile().unwrap();
+        let files = vec![file.as_fd(); MAX_FILES + 1];
+        let error = send(a.as_fd(), &"x", &files).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+
+        let long = vec![b' '; MAX_PACKET + 1];
+        nix::sys::socket::send(a.as_raw_fd(), &long, MsgFlags::empty()).unwrap();
+        let error = recv::<Command>(b.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}
