@@ -7,4 +7,5 @@
 //! [`vmm::control`] only.
 
 pub mod service;
+pub mod supervisor;
 pub mod vmm;

@@ -1,0 +1,301 @@
+//! The timeline: every change of state of a deployment, as data and as text.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+use vmbus::message::{ExitCause, RoleState};
+
+use crate::vmm::control::ExitReason;
+
+/// One change of state.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TimelineEvent {
+    /// Time since the deployment was accepted, in milliseconds.
+    #[serde(rename = "at_ms", serialize_with = "as_ms")]
+    pub at: Duration,
+    /// Instance name; absent when the whole deployment is meant.
+    pub instance: Option<String>,
+    /// What changed.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// What changed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The guest image was found and its digests hold.
+    ImageVerified {
+        /// Image name.
+        image: String,
+        /// Whether an earlier full check of the same files was relied on.
+        cached: bool,
+    },
+    /// Diff, resource and application disk exist.
+    DisksReady {
+        /// Whether the disks were there from an earlier boot.
+        kept: bool,
+    },
+    /// A VMM process was started.
+    GuestStarting {
+        /// Number of this boot.
+        generation: u64,
+        /// Process id of the VMM.
+        pid: u32,
+    },
+    /// The vCPUs run.
+    GuestRunning {
+        /// Microseconds from start of the process.
+        setup_us: u64,
+    },
+    /// PID 1 in the guest spoke for the first time.
+    AgentConnected {
+        /// Milliseconds from the guest kernel's start until PID 1 ran.
+        init_ms: u64,
+        /// Name and version of the program.
+        agent: String,
+    },
+    /// The guest agent was delivered and runs, or does not.
+    GuestAgent {
+        /// Why it does not run.
+        error: Option<String>,
+    },
+    /// The role's state changed.
+    Role {
+        /// New state.
+        state: RoleState,
+        /// The guest agent's words.
+        detail: String,
+        /// Times the role ended by itself in this boot.
+        recycles: u32,
+        /// How it last ended.
+        last_exit: Option<ExitCause>,
+        /// Milliseconds until the next start.
+        retry_in_ms: Option<u64>,
+    },
+    /// An endpoint can be reached.
+    EndpointPublished {
+        /// Endpoint name.
+        endpoint: String,
+        /// Address on the host.
+        address: SocketAddr,
+        /// Port in the guest.
+        local_port: u16,
+    },
+    /// An instance left the rotation of its endpoints.
+    OutOfRotation,
+    /// A device of the guest met a protocol violation.
+    DeviceNeedsReset {
+        /// Device name.
+        device: String,
+        /// What was wrong.
+        reason: String,
+    },
+    /// The monitor itself was late or the host slept: no verdict for a while.
+    Resumed,
+    /// Every vCPU was stopped or runs again on an operator's word.
+    Paused {
+        /// Whether they are stopped.
+        paused: bool,
+    },
+    /// A verdict about the guest's liveness.
+    Verdict {
+        /// The verdict.
+        verdict: Verdict,
+        /// What it rests on.
+        evidence: String,
+    },
+    /// The guest ended.
+    GuestExited {
+        /// Why.
+        #[serde(flatten)]
+        reason: ExitReason,
+    },
+    /// The guest will be started again on the same disks.
+    Restarting {
+        /// Why.
+        because: String,
+        /// Number of the boot to come.
+        generation: u64,
+        /// Milliseconds until then.
+        delay_ms: u64,
+    },
+    /// Too many boots in a row without one heartbeat; tried rarely from here.
+    Faulted {
+        /// The last cause.
+        because: String,
+        /// Milliseconds until the next try.
+        retry_in_ms: u64,
+    },
+    /// The instance is asked to stop.
+    Stopping,
+    /// The instance is down and its resources are released.
+    Stopped {
+        /// Whether the role and the guest ended by themselves.
+        clean: bool,
+    },
+    /// The host cannot go on with the instance.
+    Failed {
+        /// The error chain.
+        error: String,
+    },
+    /// Something an operator should know that changes no state.
+    Warning {
+        /// What.
+        text: String,
+    },
+}
+
+/// What the monitor concluded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Verdict {
+    /// No heartbeat for the limit.
+    Silent {
+        /// Accumulated silence in milliseconds.
+        silence_ms: u64,
+    },
+    /// No first contact within the boot limit.
+    NoContact {
+        /// Time since the start in milliseconds.
+        waited_ms: u64,
+    },
+    /// The VMM process does not answer its control socket.
+    VmmHung,
+    /// The VMM process died.
+    VmmDied,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent { silence_ms } => write!(f, "no heartbeat for {}", ms(*silence_ms)),
+            Self::NoContact { waited_ms } => {
+                write!(f, "no contact {} after start", ms(*waited_ms))
+            }
+            Self::VmmHung => write!(f, "VMM process does not answer"),
+            Self::VmmDied => write!(f, "VMM process died"),
+        }
+    }
+}
+
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ImageVerified { image, cached } => {
+                write!(f, "image {image} verified")?;
+                if *cached {
+                    write!(f, " (digests checked earlier)")?;
+                }
+                Ok(())
+            }
+            Self::DisksReady { kept: false } => write!(f, "disks created"),
+            Self::DisksReady { kept: true } => write!(f, "disks kept"),
+            Self::GuestStarting { generation, pid } => {
+                write!(f, "guest starting, generation {generation} (process {pid})")
+            }
+            Self::GuestRunning { setup_us } => {
+                write!(f, "guest running, built in {}", ms(setup_us / 1000))
+            }
+            Self::AgentConnected { init_ms, agent } => {
+                write!(f, "{agent} connected, kernel took {} to init", ms(*init_ms))
+            }
+            Self::GuestAgent { error: None } => write!(f, "guest agent delivered and started"),
+            Self::GuestAgent { error: Some(error) } => write!(f, "guest agent: {error}"),
+            Self::Role {
+                state,
+                detail,
+                retry_in_ms,
+                ..
+            } => {
+                write!(f, "role {}", state_name(*state))?;
+                if !detail.is_empty() {
+                    write!(f, ": {detail}")?;
+                }
+                if let Some(retry) = retry_in_ms {
+                    write!(f, ", next start in {}", ms(*retry))?;
+                }
+                Ok(())
+            }
+            Self::EndpointPublished {
+                endpoint,
+                address,
+                local_port,
+            } => write!(
+                f,
+                "endpoint {endpoint}: {address} -> guest port {local_port}"
+            ),
+            Self::OutOfRotation => write!(f, "out of rotation"),
+            Self::DeviceNeedsReset { device, reason } => {
+                write!(f, "device {device} waits for a reset: {reason}")
+            }
+            Self::Resumed => write!(f, "host was stalled or asleep; silence limit extended"),
+            Self::Paused { paused: true } => write!(f, "vCPUs stopped"),
+            Self::Paused { paused: false } => write!(f, "vCPUs run again"),
+            Self::Verdict { verdict, evidence } => write!(f, "{verdict} ({evidence})"),
+            Self::GuestExited { reason } => write!(f, "guest ended: {}", exit_text(reason)),
+            Self::Restarting {
+                because,
+                generation,
+                delay_ms,
+            } => {
+                write!(f, "restarting as generation {generation}: {because}")?;
+                if *delay_ms > 0 {
+                    write!(f, ", in {}", ms(*delay_ms))?;
+                }
+                Ok(())
+            }
+            Self::Faulted {
+                because,
+                retry_in_ms,
+            } => write!(f, "faulted: {because}; next try in {}", ms(*retry_in_ms)),
+            Self::Stopping => write!(f, "stopping"),
+            Self::Stopped { clean: true } => write!(f, "stopped"),
+            Self::Stopped { clean: false } => write!(f, "stopped by force"),
+            Self::Failed { error } => write!(f, "failed: {error}"),
+            Self::Warning { text } => write!(f, "warning: {text}"),
+        }
+    }
+}
+
+/// The exit in words.
+pub fn exit_text(reason: &ExitReason) -> String {
+    match reason {
+        ExitReason::PowerOff => "power-off".into(),
+        ExitReason::Reboot => "reboot".into(),
+        ExitReason::TripleFault => "triple fault".into(),
+        ExitReason::Panic => "kernel panic".into(),
+        ExitReason::Stopped => "stopped by the host".into(),
+        ExitReason::Failed { detail } => format!("VMM failure: {detail}"),
+    }
+}
+
+/// The state in words.
+pub const fn state_name(state: RoleState) -> &'static str {
+    match state {
+        RoleState::Unknown => "Unknown",
+        RoleState::Creating => "Creating",
+        RoleState::Starting => "Starting",
+        RoleState::Ready => "Ready",
+        RoleState::Busy => "Busy",
+        RoleState::Recycling => "Recycling",
+        RoleState::Cycling => "Cycling",
+        RoleState::Stopping => "Stopping",
+        RoleState::Stopped => "Stopped",
+        RoleState::Failed => "Failed",
+    }
+}
+
+fn ms(value: u64) -> String {
+    if value < 1000 {
+        format!("{value} ms")
+    } else {
+        format!("{:.1} s", value as f64 / 1000.0)
+    }
+}
+
+fn as_ms<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
