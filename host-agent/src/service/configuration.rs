@@ -1,0 +1,214 @@
+//! Reads a service configuration (`.cscfg`) and checks that it agrees with
+//! the definition.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::definition::{Definition, RoleDefinition};
+use super::error::{ServiceError, nearest};
+use super::xml::{self, EMPTY, Element, Names, Schema};
+
+/// Namespace of configurations.
+pub const NAMESPACE: &str =
+    "http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceConfiguration";
+
+/// Image of a configuration without `osFamily`.
+pub const DEFAULT_IMAGE: &str = "minimal";
+
+/// Most instances of a role: far above what a host holds, low enough that a
+/// slip of the finger is an error at once.
+pub const MAX_INSTANCES: u32 = 1000;
+
+/// A configuration that agrees with its definition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// `osFamily`: name of the guest image.
+    pub image: String,
+    /// One for each role of the definition, in its order.
+    pub roles: Vec<RoleConfiguration>,
+}
+
+/// What the configuration says of one role.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoleConfiguration {
+    /// Number of instances, at least 1.
+    pub instances: u32,
+    /// A value for each setting of the definition.
+    pub settings: BTreeMap<String, String>,
+}
+
+const SERVICE: Schema = Schema {
+    attributes: &["serviceName", "osFamily", "osVersion", "schemaVersion"],
+    children: &["Role"],
+    later_children: &["NetworkConfiguration"],
+    ..EMPTY
+};
+
+const ROLE: Schema = Schema {
+    attributes: &["name"],
+    later_attributes: &["vmName"],
+    children: &["Instances", "ConfigurationSettings"],
+    later_children: &["Certificates", "OsImage"],
+};
+
+const INSTANCES: Schema = Schema {
+    attributes: &["count"],
+    ..EMPTY
+};
+
+const SETTINGS: Schema = Schema {
+    children: &["Setting"],
+    ..EMPTY
+};
+
+const SETTING: Schema = Schema {
+    attributes: &["name", "value"],
+    ..EMPTY
+};
+
+/// Reads the configuration of `definition` in `file`.
+pub fn read(file: &Path, definition: &Definition) -> Result<Configuration, ServiceError> {
+    parse(file, &xml::read_text(file)?, definition)
+}
+
+/// Reads the configuration `text` of `definition`, naming it `file` in errors.
+pub fn parse(
+    file: &Path,
+    text: &str,
+    definition: &Definition,
+) -> Result<Configuration, ServiceError> {
+    let document = xml::parse(file, text, xml::MAX_BYTES as u32)?;
+    let root = xml::root(file, text, &document, "ServiceConfiguration", NAMESPACE)?;
+    root.check(&SERVICE)?;
+    let service = root.required("serviceName")?;
+    if service.text != definition.name {
+        return Err(service
+            .refuse(format!(
+                "{} is not the service \"{}\" of {}",
+                service.quoted(),
+                definition.name,
+                definition.file().display()
+            ))
+            .with_hint(format!("write serviceName=\"{}\"", definition.name)));
+    }
+    if let Some(version) = root.attribute("osVersion")
+        && version.text != "*"
+    {
+        return Err(version
+            .refuse(format!("{} is not supported yet", version.quoted()))
+            .with_hint("write osVersion=\"*\" or remove it"));
+    }
+    let image = image(root)?;
+
+    let mut names = Names::of("role");
+    let mut found: BTreeMap<&str, RoleConfiguration> = BTreeMap::new();
+    for element in root.children("Role") {
+        let name = element.required("name")?;
+        names.take(name)?;
+        let roles = &definition.roles;
+        let Some(role) = roles.iter().find(|role| role.name == name.text) else {
+            let hint = match nearest(name.text, roles.iter().map(|role| role.name.as_str())) {
+                Some(near) => format!("did you mean \"{near}\"?"),
+                None => "remove it, or define the role".into(),
+            };
+            let what = format!("role \"{}\" is not in the definition", name.text);
+            return Err(name.refuse(what).with_hint(hint));
+        };
+        found.insert(&role.name, configured_role(element, role)?);
+    }
+    let roles = definition
+        .roles
+        .iter()
+        .map(|role| {
+            found.remove(role.name.as_str()).ok_or_else(|| {
+                root.refuse(format!("role \"{}\" is not configured", role.name))
+                    .with_hint(format!(
+                        "add <Role name=\"{}\"><Instances count=\"1\"/></Role>",
+                        role.name
+                    ))
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Configuration { image, roles })
+}
+
+/// The image's name, safe as the name of a directory.
+fn image(root: Element<'_>) -> Result<String, ServiceError> {
+    let Some(value) = root.attribute("osFamily") else {
+        return Ok(DEFAULT_IMAGE.into());
+    };
+    let name = value.text;
+    let usable = name.len() <= 64
+        && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && name.bytes().all(|byte| {
+            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte)
+        });
+    if usable {
+        return Ok(name.into());
+    }
+    Err(value
+        .refuse(format!("{} is not the name of an image", value.quoted()))
+        .with_hint(format!(
+            "use 1 to 64 lower-case letters, digits, \"_\", \"-\" and \".\", for example \
+             osFamily=\"{DEFAULT_IMAGE}\""
+        )))
+}
+
+fn configured_role(
+    element: Element<'_>,
+    role: &RoleDefinition,
+) -> Result<RoleConfiguration, ServiceError> {
+    element.check(&ROLE)?;
+    let instances = element.child("Instances")?.ok_or_else(|| {
+        element
+            .refuse(format!("role \"{}\" has no <Instances>", role.name))
+            .with_hint("add <Instances count=\"1\"/>")
+    })?;
+    instances.check(&INSTANCES)?;
+    let instances = instances
+        .required("count")?
+        .number(1..=u64::from(MAX_INSTANCES))? as u32;
+
+    let mut names = Names::of("setting");
+    let mut settings = BTreeMap::new();
+    let list = element.child("ConfigurationSettings")?;
+    if let Some(list) = list {
+        list.check(&SETTINGS)?;
+        for setting in list.children("Setting") {
+            setting.check(&SETTING)?;
+            let name = setting.required("name")?;
+            names.take(name)?;
+            if !role.settings.iter().any(|known| known == name.text) {
+                let hint = match nearest(name.text, role.settings.iter().map(String::as_str)) {
+                    Some(near) => format!("did you mean \"{near}\"?"),
+                    None => "remove it, or add it to the definition".into(),
+                };
+                return Err(name
+                    .refuse(format!(
+                        "setting \"{}\" is not defined for role \"{}\"",
+                        name.text, role.name
+                    ))
+                    .with_hint(hint));
+            }
+            let value = setting.required("value")?;
+            settings.insert(name.text.to_owned(), value.text.to_owned());
+        }
+    }
+    if let Some(missing) = role
+        .settings
+        .iter()
+        .find(|name| !settings.contains_key(*name))
+    {
+        return Err(list
+            .unwrap_or(element)
+            .refuse(format!(
+                "setting \"{missing}\" of role \"{}\" has no value",
+                role.name
+            ))
+            .with_hint(format!("add <Setting name=\"{missing}\" value=\"…\"/>")));
+    }
+    Ok(RoleConfiguration {
+        instances,
+        settings,
+    })
+}

@@ -1,0 +1,517 @@
+//! Reads a service definition (`.csdef`): what a service is, whatever its
+//! configuration and wherever its files are.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::error::{ServiceError, nearest};
+use super::model::{InputEndpoint, InstanceValue, LocalStorage, Value, VmSize};
+use super::xml::{self, EMPTY, Element, Names, Schema};
+use super::{command, size, xpath};
+
+/// Namespace of definitions.
+pub const NAMESPACE: &str = "http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceDefinition";
+
+/// Most roles of a service (classic limit).
+pub const MAX_ROLES: usize = 25;
+
+/// Most endpoints of a service (classic limit).
+pub const MAX_ENDPOINTS: usize = 25;
+
+/// `LocalStorage` without `sizeInMB`.
+const DEFAULT_STORAGE_MIB: u64 = 100;
+
+/// A definition that is right by itself.
+#[derive(Debug, Clone)]
+pub struct Definition {
+    /// `ServiceDefinition@name`.
+    pub name: String,
+    /// Roles, in document order.
+    pub roles: Vec<RoleDefinition>,
+    file: PathBuf,
+    text: String,
+}
+
+/// A worker role as defined.
+#[derive(Debug, Clone)]
+pub struct RoleDefinition {
+    /// Role name.
+    pub name: String,
+    /// Resources of a guest.
+    pub size: VmSize,
+    /// Program below approot, with `/` in its path, and arguments.
+    pub command: Vec<String>,
+    /// Ready when the process runs.
+    pub ready_on_start: bool,
+    /// Runs as root in the guest.
+    pub elevated: bool,
+    /// Input endpoints, in document order.
+    pub endpoints: Vec<InputEndpoint>,
+    /// Local storage, in document order.
+    pub local_storage: Vec<LocalStorage>,
+    /// Names of settings, in document order.
+    pub settings: Vec<String>,
+    /// Runtime environment, in document order.
+    pub environment: Vec<(String, Value)>,
+    role_at: usize,
+    command_at: usize,
+}
+
+const SERVICE: Schema = Schema {
+    attributes: &["name", "schemaVersion"],
+    later_attributes: &["topologyChangeDiscovery", "upgradeDomainCount"],
+    children: &["WorkerRole"],
+    later_children: &[
+        "WebRole",
+        "VirtualMachineRole",
+        "LoadBalancerProbes",
+        "NetworkTrafficRules",
+    ],
+};
+
+const WORKER_ROLE: Schema = Schema {
+    attributes: &["name", "vmsize", "enableNativeCodeExecution"],
+    later_attributes: &[],
+    children: &[
+        "ConfigurationSettings",
+        "LocalResources",
+        "LocalStorage",
+        "Endpoints",
+        "Runtime",
+    ],
+    later_children: &["Startup", "Certificates", "Imports", "Contents", "Sites"],
+};
+
+const ENDPOINTS: Schema = Schema {
+    children: &["InputEndpoint"],
+    later_children: &["InternalEndpoint", "InstanceInputEndpoint"],
+    ..EMPTY
+};
+
+const INPUT_ENDPOINT: Schema = Schema {
+    attributes: &["name", "protocol", "port", "localPort"],
+    later_attributes: &[
+        "certificate",
+        "ignoreRoleInstanceStatus",
+        "loadBalancerProbe",
+    ],
+    ..EMPTY
+};
+
+const RUNTIME: Schema = Schema {
+    attributes: &["executionContext"],
+    children: &["Environment", "EntryPoint"],
+    ..EMPTY
+};
+
+const ENTRY_POINT: Schema = Schema {
+    children: &["ProgramEntryPoint"],
+    later_children: &["NetFxEntryPoint"],
+    ..EMPTY
+};
+
+const PROGRAM_ENTRY_POINT: Schema = Schema {
+    attributes: &["commandLine", "setReadyOnProcessStart"],
+    ..EMPTY
+};
+
+const LOCAL_STORAGE: Schema = Schema {
+    attributes: &["name", "sizeInMB", "cleanOnRoleRecycle"],
+    ..EMPTY
+};
+
+/// An element that only holds children named `children`.
+const fn list(children: &'static [&'static str]) -> Schema {
+    Schema { children, ..EMPTY }
+}
+
+/// Reads the definition in `file`.
+pub fn read(file: &Path) -> Result<Definition, ServiceError> {
+    parse(file, xml::read_text(file)?)
+}
+
+/// Reads the definition `text`, naming it `file` in errors.
+pub fn parse(file: &Path, text: String) -> Result<Definition, ServiceError> {
+    let document = xml::parse(file, &text, xml::MAX_BYTES as u32)?;
+    let root = xml::root(file, &text, &document, "ServiceDefinition", NAMESPACE)?;
+    root.check(&SERVICE)?;
+    let name = root.required("name")?.identifier()?.to_owned();
+
+    let mut names = Names::of("role");
+    let mut ports = HashMap::new();
+    let mut roles = Vec::new();
+    for element in root.children("WorkerRole") {
+        if roles.len() == MAX_ROLES {
+            return Err(element.refuse(format!("more than {MAX_ROLES} roles")));
+        }
+        names.take(element.required("name")?)?;
+        roles.push(worker_role(element, &mut ports)?);
+    }
+    if roles.is_empty() {
+        return Err(root
+            .refuse("the service has no role")
+            .with_hint("add <WorkerRole name=\"…\">"));
+    }
+    Ok(Definition {
+        name,
+        roles,
+        file: file.to_owned(),
+        text,
+    })
+}
+
+impl Definition {
+    /// The file it was read from.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// The definition as written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// An error at the element of `role`.
+    pub(super) fn refuse_role(&self, role: &RoleDefinition, what: String) -> ServiceError {
+        ServiceError::at(&self.file, &self.text, role.role_at, what)
+    }
+
+    /// An error at the command line of `role`.
+    pub(super) fn refuse_command(&self, role: &RoleDefinition, what: String) -> ServiceError {
+        ServiceError::at(&self.file, &self.text, role.command_at, what)
+    }
+}
+
+/// `ports` holds every public port so far, with its endpoint.
+fn worker_role(
+    element: Element<'_>,
+    ports: &mut HashMap<u16, String>,
+) -> Result<RoleDefinition, ServiceError> {
+    element.check(&WORKER_ROLE)?;
+    let name = element.required("name")?.identifier()?.to_owned();
+    if let Some(native) = element.attribute("enableNativeCodeExecution")
+        && !native.boolean()?
+    {
+        return Err(native
+            .refuse("partial trust is not supported yet")
+            .with_hint("remove enableNativeCodeExecution"));
+    }
+    let size = vm_size(element)?;
+    let settings = settings(element)?;
+    let local_storage = local_storage(element, size)?;
+    let endpoints = endpoints(element, ports)?;
+
+    let missing = || {
+        element
+            .refuse(format!("role \"{name}\" has no entry point"))
+            .with_hint(
+                "add <Runtime><EntryPoint><ProgramEntryPoint commandLine=\"…\" \
+                 setReadyOnProcessStart=\"true\"/></EntryPoint></Runtime>",
+            )
+    };
+    let runtime = element.child("Runtime")?.ok_or_else(missing)?;
+    runtime.check(&RUNTIME)?;
+    let elevated = match runtime.attribute("executionContext") {
+        None => false,
+        Some(value) => match value.text {
+            "limited" => false,
+            "elevated" => true,
+            _ => {
+                return Err(value
+                    .refuse(format!("unknown {}", value.quoted()))
+                    .with_hint("write \"limited\" or \"elevated\""));
+            }
+        },
+    };
+    let entry_point = runtime.child("EntryPoint")?.ok_or_else(missing)?;
+    entry_point.check(&ENTRY_POINT)?;
+    let program = entry_point
+        .child("ProgramEntryPoint")?
+        .ok_or_else(missing)?;
+    program.check(&PROGRAM_ENTRY_POINT)?;
+    let ready_on_start = match program.attribute("setReadyOnProcessStart") {
+        Some(value) => value.boolean()?,
+        None => true,
+    };
+    let (command, command_at) = command_line(program)?;
+    let mut role = RoleDefinition {
+        name,
+        size,
+        command,
+        ready_on_start,
+        elevated,
+        endpoints,
+        local_storage,
+        settings,
+        environment: Vec::new(),
+        role_at: element.start(),
+        command_at,
+    };
+    role.environment = environment(runtime, &role)?;
+    Ok(role)
+}
+
+fn vm_size(role: Element<'_>) -> Result<VmSize, ServiceError> {
+    let Some(value) = role.attribute("vmsize") else {
+        return Ok(size::find(size::DEFAULT).expect("the default size is in the table"));
+    };
+    size::find(value.text).ok_or_else(|| {
+        if size::is_later(value.text) {
+            return value
+                .refuse(format!("{} is not supported yet", value.quoted()))
+                .with_hint("use ExtraSmall, Small, Medium, Large or ExtraLarge");
+        }
+        let hint = match nearest(value.text, size::names()) {
+            Some(near) => format!("did you mean \"{near}\"?"),
+            None => "use ExtraSmall, Small, Medium, Large or ExtraLarge".into(),
+        };
+        value
+            .refuse(format!("unknown size {}", value.quoted()))
+            .with_hint(hint)
+    })
+}
+
+fn settings(role: Element<'_>) -> Result<Vec<String>, ServiceError> {
+    let Some(list_element) = role.child("ConfigurationSettings")? else {
+        return Ok(Vec::new());
+    };
+    list_element.check(&list(&["Setting"]))?;
+    let mut names = Names::of("setting");
+    let mut settings = Vec::new();
+    for element in list_element.children("Setting") {
+        element.check(&Schema {
+            attributes: &["name"],
+            ..EMPTY
+        })?;
+        let name = element.required("name")?;
+        names.take(name)?;
+        settings.push(name.identifier_of(256)?.to_owned());
+    }
+    Ok(settings)
+}
+
+fn local_storage(role: Element<'_>, size: VmSize) -> Result<Vec<LocalStorage>, ServiceError> {
+    let available = size.resource_mib.saturating_sub(size::RESERVED_MIB);
+    let mut elements: Vec<Element<'_>> = role.children("LocalStorage").collect();
+    if let Some(resources) = role.child("LocalResources")? {
+        resources.check(&list(&["LocalStorage"]))?;
+        elements.extend(resources.children("LocalStorage"));
+    }
+    elements.sort_by_key(|element| element.start());
+    let mut names = Names::of("local storage");
+    let mut total = 0_u64;
+    let mut storage = Vec::new();
+    for element in elements {
+        element.check(&LOCAL_STORAGE)?;
+        let name = element.required("name")?;
+        names.take(name)?;
+        let size_mib = match element.attribute("sizeInMB") {
+            Some(value) => value.number(1..=u64::from(u32::MAX))?,
+            None => DEFAULT_STORAGE_MIB,
+        };
+        total = total.saturating_add(size_mib);
+        if total > available {
+            return Err(element
+                .refuse(format!(
+                    "local storage adds up to {total} MB, size {} has {available} MB",
+                    size.name
+                ))
+                .with_hint("make sizeInMB smaller or vmsize larger"));
+        }
+        storage.push(LocalStorage {
+            name: name.identifier()?.to_owned(),
+            size_mib,
+            clean_on_role_recycle: match element.attribute("cleanOnRoleRecycle") {
+                Some(value) => value.boolean()?,
+                None => true,
+            },
+        });
+    }
+    Ok(storage)
+}
+
+fn endpoints(
+    role: Element<'_>,
+    ports: &mut HashMap<u16, String>,
+) -> Result<Vec<InputEndpoint>, ServiceError> {
+    let Some(list_element) = role.child("Endpoints")? else {
+        return Ok(Vec::new());
+    };
+    list_element.check(&ENDPOINTS)?;
+    let mut names = Names::of("endpoint");
+    let mut local_ports = HashMap::new();
+    let mut endpoints = Vec::new();
+    for element in list_element.children("InputEndpoint") {
+        element.check(&INPUT_ENDPOINT)?;
+        if ports.len() == MAX_ENDPOINTS {
+            return Err(element.refuse(format!(
+                "more than {MAX_ENDPOINTS} endpoints in the service"
+            )));
+        }
+        let name_value = element.required("name")?;
+        names.take(name_value)?;
+        let name = name_value.identifier()?.to_owned();
+        let protocol = element.required("protocol")?;
+        match protocol.text {
+            "tcp" => {}
+            "http" | "https" | "udp" => {
+                return Err(protocol
+                    .refuse(format!("{} is not supported yet", protocol.quoted()))
+                    .with_hint("write protocol=\"tcp\""));
+            }
+            _ => {
+                return Err(protocol
+                    .refuse(format!("unknown {}", protocol.quoted()))
+                    .with_hint("write protocol=\"tcp\""));
+            }
+        }
+        let port_value = element.required("port")?;
+        let port = port_value.number(1..=65535)? as u16;
+        if let Some(other) = ports.insert(port, name.clone()) {
+            return Err(port_value
+                .refuse(format!(
+                    "port {port} is already taken by endpoint \"{other}\""
+                ))
+                .with_hint("ports are unique over the service; choose another"));
+        }
+        let local_value = element.attribute("localPort");
+        let local_port = match local_value {
+            None => port,
+            Some(value) if value.text == "*" => port,
+            Some(value) => value.number(1..=65535).map_err(|error| {
+                error.with_hint("write a port, or \"*\" to let the platform choose")
+            })? as u16,
+        };
+        if let Some(other) = local_ports.insert(local_port, name.clone()) {
+            return Err(local_value
+                .unwrap_or(port_value)
+                .refuse(format!(
+                    "local port {local_port} is already taken by endpoint \"{other}\" of the role"
+                ))
+                .with_hint("two endpoints on one local port are not supported yet"));
+        }
+        endpoints.push(InputEndpoint {
+            name,
+            port,
+            local_port,
+        });
+    }
+    Ok(endpoints)
+}
+
+/// The command and the place of its attribute.
+fn command_line(element: Element<'_>) -> Result<(Vec<String>, usize), ServiceError> {
+    let line = element.required("commandLine")?;
+    let mut words = command::words(line.text).map_err(|what| line.refuse(what))?;
+    let Some(first) = words.first_mut() else {
+        return Err(line
+            .refuse("the command line is empty")
+            .with_hint("write the program's path under the role's directory"));
+    };
+    *first = command::program(first).map_err(|what| {
+        line.refuse(what).with_hint(
+            "the program is a file under the role's directory; to start one of the \
+             guest image, add a script that does: exec /usr/bin/…",
+        )
+    })?;
+    Ok((words, line.start()))
+}
+
+fn environment(
+    runtime: Element<'_>,
+    role: &RoleDefinition,
+) -> Result<Vec<(String, Value)>, ServiceError> {
+    let Some(list_element) = runtime.child("Environment")? else {
+        return Ok(Vec::new());
+    };
+    list_element.check(&list(&["Variable"]))?;
+    let mut names = Names::of("variable");
+    let mut environment = Vec::new();
+    for element in list_element.children("Variable") {
+        element.check(&Schema {
+            attributes: &["name", "value"],
+            children: &["RoleInstanceValue"],
+            ..EMPTY
+        })?;
+        let name_value = element.required("name")?;
+        names.take(name_value)?;
+        let name = name_value.text;
+        let usable = !name.is_empty()
+            && name.len() <= 256
+            && !name.as_bytes()[0].is_ascii_digit()
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        if !usable {
+            return Err(name_value
+                .refuse(format!(
+                    "{} is not a usable variable name",
+                    name_value.quoted()
+                ))
+                .with_hint("use letters, digits and \"_\", not a digit first"));
+        }
+        let literal = element.attribute("value");
+        let instance = element.child("RoleInstanceValue")?;
+        let value = match (literal, instance) {
+            (Some(value), None) => Value::Literal(value.text.to_owned()),
+            (None, Some(instance)) => Value::Instance(instance_value(instance, role)?),
+            (Some(_), Some(instance)) => {
+                return Err(instance
+                    .refuse(format!(
+                        "variable \"{name}\" has both a value and <RoleInstanceValue>"
+                    ))
+                    .with_hint("keep one of the two"));
+            }
+            (None, None) => {
+                return Err(element
+                    .refuse(format!("variable \"{name}\" has no value"))
+                    .with_hint("add value=\"…\" or <RoleInstanceValue xpath=\"…\"/>"));
+            }
+        };
+        environment.push((name.to_owned(), value));
+    }
+    Ok(environment)
+}
+
+fn instance_value(
+    element: Element<'_>,
+    role: &RoleDefinition,
+) -> Result<InstanceValue, ServiceError> {
+    element.check(&Schema {
+        attributes: &["xpath"],
+        ..EMPTY
+    })?;
+    let path = element.required("xpath")?;
+    let value = xpath::parse(path.text).ok_or_else(|| {
+        path.refuse(format!("unknown {}", path.quoted()))
+            .with_hint(format!("the paths are, {}", xpath::ALLOWED))
+    })?;
+    let (what, name, known): (_, _, Vec<&str>) = match &value {
+        InstanceValue::Setting(name) => {
+            let known = role.settings.iter().map(String::as_str);
+            ("setting", name, known.collect())
+        }
+        InstanceValue::LocalStoragePath(name) | InstanceValue::LocalStorageSize(name) => {
+            let known = role
+                .local_storage
+                .iter()
+                .map(|storage| storage.name.as_str());
+            ("local storage", name, known.collect())
+        }
+        InstanceValue::EndpointProtocol(name)
+        | InstanceValue::EndpointAddress(name)
+        | InstanceValue::EndpointPort(name) => {
+            let known = role.endpoints.iter().map(|endpoint| endpoint.name.as_str());
+            ("endpoint", name, known.collect())
+        }
+        _ => return Ok(value),
+    };
+    if known.contains(&name.as_str()) {
+        return Ok(value);
+    }
+    let hint = match nearest(name, known) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => format!("define the {what} in role \"{}\"", role.name),
+    };
+    Err(path
+        .refuse(format!("role \"{}\" has no {what} \"{name}\"", role.name))
+        .with_hint(hint))
+}

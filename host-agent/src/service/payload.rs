@@ -1,0 +1,253 @@
+//! The files of one role, whether they come from a directory or a package:
+//! listed once, checked, then read one at a time.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::Mode;
+
+use super::error::ServiceError;
+use super::model::Payload;
+
+/// Most files of a role and of a package.
+pub const MAX_FILES: usize = 50_000;
+
+/// Most bytes of all files of a role and of a package: 2 GiB.
+pub const MAX_UNPACKED: u64 = 2 << 30;
+
+/// Deepest directory below approot.
+pub const MAX_DEPTH: usize = 32;
+
+/// Longest name in a directory (Linux and squashfs).
+const MAX_NAME: usize = 255;
+
+/// A file below approot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Path below approot, `/` between its parts.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// May be executed.
+    pub executable: bool,
+}
+
+/// The files of one role. Directories without files are not kept: a package
+/// has no place for them, and a service must be the same packed and not.
+pub struct Files {
+    entries: Vec<Entry>,
+    origin: Origin,
+}
+
+enum Origin {
+    Directory { path: PathBuf, root: OwnedFd },
+}
+
+impl Files {
+    /// Lists and checks the files of `payload`, sorted by path.
+    pub fn open(payload: &Payload) -> Result<Self, ServiceError> {
+        match payload {
+            Payload::Directory(path) => Self::open_directory(path),
+            Payload::Package { file, .. } => {
+                Err(ServiceError::new(file, "packages are not readable yet"))
+            }
+        }
+    }
+
+    fn open_directory(path: &Path) -> Result<Self, ServiceError> {
+        let root = File::open(path)
+            .map_err(|source| ServiceError::io(path, "cannot open the directory", source))?;
+        let mut walk = Walk {
+            root: path,
+            entries: Vec::new(),
+            total: 0,
+        };
+        walk.directory(path, "", 0)?;
+        let mut entries = walk.entries;
+        entries.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(Self {
+            entries,
+            origin: Origin::Directory {
+                path: path.to_owned(),
+                root: root.into(),
+            },
+        })
+    }
+
+    /// The files, sorted by path.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The file at `path` below approot.
+    pub fn find(&self, path: &str) -> Option<&Entry> {
+        let found = self
+            .entries
+            .binary_search_by(|entry| entry.path.as_str().cmp(path));
+        found.ok().map(|index| &self.entries[index])
+    }
+
+    /// Every directory below approot that leads to a file, parents first.
+    pub fn directories(&self) -> BTreeSet<&str> {
+        let mut directories = BTreeSet::new();
+        for entry in &self.entries {
+            let mut rest = entry.path.as_str();
+            while let Some(slash) = rest.rfind('/') {
+                rest = &rest[..slash];
+                if !directories.insert(rest) {
+                    break;
+                }
+            }
+        }
+        directories
+    }
+
+    /// `entry` as a person would look for it.
+    pub fn locate(&self, entry: &str) -> PathBuf {
+        match &self.origin {
+            Origin::Directory { path, .. } => path.join(entry),
+        }
+    }
+
+    /// Opens the content of `entry`, which must be of this list. Reading ends
+    /// with an error if it is not what was listed.
+    pub fn read(&self, entry: &Entry) -> io::Result<Box<dyn Read + '_>> {
+        match &self.origin {
+            Origin::Directory { root, .. } => {
+                // Nothing that changed since the listing can lead out of the root.
+                let how = OpenHow::new()
+                    .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+                    .mode(Mode::empty())
+                    .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+                let file = File::from(openat2(root, entry.path.as_str(), how)?);
+                if !file.metadata()?.is_file() {
+                    return Err(io::Error::other("is not a regular file any more"));
+                }
+                Ok(Box::new(Exact {
+                    inner: file,
+                    left: entry.size,
+                }))
+            }
+        }
+    }
+}
+
+/// Walks a directory that a person owns and may be changing.
+struct Walk<'a> {
+    root: &'a Path,
+    entries: Vec<Entry>,
+    total: u64,
+}
+
+impl Walk<'_> {
+    fn directory(&mut self, path: &Path, prefix: &str, depth: usize) -> Result<(), ServiceError> {
+        let cannot = |source| ServiceError::io(path, "cannot list the directory", source);
+        if depth > MAX_DEPTH {
+            let what = format!("directories nested deeper than {MAX_DEPTH}");
+            return Err(ServiceError::new(path, what));
+        }
+        for entry in fs::read_dir(path).map_err(cannot)? {
+            let entry = entry.map_err(cannot)?;
+            let here = entry.path();
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else {
+                return Err(ServiceError::new(&here, "the file name is not UTF-8")
+                    .with_hint("rename the file"));
+            };
+            check_name(name)
+                .map_err(|what| ServiceError::new(&here, what).with_hint("rename the file"))?;
+            let relative = if prefix.is_empty() {
+                name.to_owned()
+            } else {
+                format!("{prefix}/{name}")
+            };
+            let metadata = fs::symlink_metadata(&here)
+                .map_err(|source| ServiceError::io(&here, "cannot read the file", source))?;
+            let kind = metadata.file_type();
+            if kind.is_dir() {
+                self.directory(&here, &relative, depth + 1)?;
+            } else if kind.is_file() {
+                self.file(&here, relative, &metadata)?;
+            } else if kind.is_symlink() {
+                return Err(ServiceError::new(
+                    &here,
+                    "symbolic links are not allowed in a role's files",
+                )
+                .with_hint("replace the link by the file it points to"));
+            } else {
+                return Err(
+                    ServiceError::new(&here, "is neither a regular file nor a directory")
+                        .with_hint("remove it from the role's directory"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn file(
+        &mut self,
+        here: &Path,
+        path: String,
+        metadata: &fs::Metadata,
+    ) -> Result<(), ServiceError> {
+        self.total = self.total.saturating_add(metadata.len());
+        if self.total > MAX_UNPACKED {
+            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
+            return Err(ServiceError::new(self.root, what));
+        }
+        if self.entries.len() == MAX_FILES {
+            let what = format!("holds more than {MAX_FILES} files");
+            return Err(ServiceError::new(self.root, what));
+        }
+        File::open(here)
+            .map_err(|source| ServiceError::io(here, "cannot read the file", source))?;
+        self.entries.push(Entry {
+            path,
+            size: metadata.len(),
+            executable: metadata.mode() & 0o111 != 0,
+        });
+        Ok(())
+    }
+}
+
+/// Whether `name` can be one part of a path here, in a package and in a guest.
+pub(super) fn check_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name == "." || name == ".." {
+        return Err(format!("\"{name}\" is not the name of a file"));
+    }
+    if name.len() > MAX_NAME {
+        return Err(format!("the file name is longer than {MAX_NAME} bytes"));
+    }
+    // The separators of both worlds, and what XML cannot hold.
+    let bad =
+        |c: char| c == '/' || c == '\\' || c.is_control() || c == '\u{FFFE}' || c == '\u{FFFF}';
+    match name.chars().find(|c| bad(*c)) {
+        Some(c) => Err(format!(
+            "the file name \"{}\" holds {c:?}",
+            name.escape_debug()
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Reads exactly `left` bytes: a file that grew or shrank is an error.
+struct Exact<R> {
+    inner: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Exact<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        if read as u64 > self.left || (read == 0 && self.left > 0 && !buffer.is_empty()) {
+            return Err(io::Error::other("changed while it was read"));
+        }
+        self.left -= read as u64;
+        Ok(read)
+    }
+}

@@ -1,0 +1,462 @@
+//! Reads an XML file so that every refusal can name its line: no DTD, bounded
+//! size and depth, and no element or attribute passed over in silence.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use roxmltree::{Attribute, Document, Node, ParsingOptions};
+
+use super::error::{ServiceError, nearest};
+
+/// Largest definition or configuration. Real ones are some kilobytes.
+pub const MAX_BYTES: u64 = 1 << 20;
+
+/// Deepest nesting of elements. The schemas need 8.
+pub const MAX_DEPTH: usize = 32;
+
+/// What an element may hold. A name that is in none of the lists is unknown.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Schema {
+    /// Attributes that are read.
+    pub attributes: &'static [&'static str],
+    /// Attributes of the classic schema that this version does not act on.
+    pub later_attributes: &'static [&'static str],
+    /// Child elements that are read.
+    pub children: &'static [&'static str],
+    /// Child elements of the classic schema that this version does not act on.
+    pub later_children: &'static [&'static str],
+}
+
+/// A leaf that holds nothing.
+pub(super) const EMPTY: Schema = Schema {
+    attributes: &[],
+    later_attributes: &[],
+    children: &[],
+    later_children: &[],
+};
+
+/// An element and the file it stands in.
+#[derive(Clone, Copy)]
+pub(super) struct Element<'a> {
+    file: &'a Path,
+    text: &'a str,
+    node: Node<'a, 'a>,
+}
+
+/// The value of an attribute and its place.
+#[derive(Clone, Copy)]
+pub(super) struct Value<'a> {
+    element: Element<'a>,
+    attribute: Attribute<'a, 'a>,
+    /// The value, entities resolved.
+    pub text: &'a str,
+}
+
+/// Reads `file` as text.
+pub(super) fn read_text(file: &Path) -> Result<String, ServiceError> {
+    let cannot = |source| ServiceError::io(file, "cannot read the file", source);
+    let mut bytes = Vec::new();
+    let handle = File::open(file).map_err(cannot)?;
+    if !handle.metadata().map_err(cannot)?.is_file() {
+        return Err(ServiceError::new(file, "is not a regular file"));
+    }
+    handle
+        .take(MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(cannot)?;
+    text_of(file, bytes, MAX_BYTES)
+}
+
+/// Checks size and encoding of the content of `file`.
+pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String, ServiceError> {
+    if bytes.len() as u64 > limit {
+        return Err(ServiceError::new(
+            file,
+            format!("is larger than {limit} bytes"),
+        ));
+    }
+    if bytes.starts_with(&[0xFE, 0xFF]) || bytes.starts_with(&[0xFF, 0xFE]) {
+        return Err(ServiceError::new(file, "is written in UTF-16")
+            .with_hint("save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"));
+    }
+    let mut text = String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let prefix = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
+        ServiceError::at(file, &prefix, valid, "this byte is not UTF-8")
+            .with_hint("save the file as UTF-8")
+    })?;
+    // A byte order mark would shift the columns of the first line.
+    if text.starts_with('\u{FEFF}') {
+        text.drain(..'\u{FEFF}'.len_utf8());
+    }
+    Ok(text)
+}
+
+/// Parses `text`, the content of `file`, into at most `nodes` nodes.
+pub(super) fn parse<'a>(
+    file: &Path,
+    text: &'a str,
+    nodes: u32,
+) -> Result<Document<'a>, ServiceError> {
+    prescan(file, text)?;
+    let options = ParsingOptions {
+        allow_dtd: false,
+        nodes_limit: nodes,
+        ..ParsingOptions::default()
+    };
+    Document::parse_with_options(text, options).map_err(|error| {
+        use roxmltree::Error as E;
+        let position = error.pos();
+        let offset = match error {
+            E::NodesLimitReached | E::AttributesLimitReached | E::NamespacesLimitReached => 0,
+            E::UnclosedRootNode | E::UnexpectedEndOfStream | E::NoRootNode => text.len(),
+            _ => offset_of(text, position.row, position.col),
+        };
+        let message = error.to_string();
+        // The parser's own message ends in "at row:column", which may be a guess.
+        let message = message.split(" at ").next().unwrap_or(&message);
+        ServiceError::at(
+            file,
+            text,
+            offset,
+            format!("not well-formed XML: {message}"),
+        )
+    })
+}
+
+/// Byte offset of a line and a column in characters, both counted from 1.
+fn offset_of(text: &str, row: u32, column: u32) -> usize {
+    let mut start = 0;
+    for _ in 1..row {
+        match text[start..].find('\n') {
+            Some(newline) => start += newline + 1,
+            None => return text.len(),
+        }
+    }
+    text[start..]
+        .char_indices()
+        .nth(column.saturating_sub(1) as usize)
+        .map_or(text.len(), |(offset, _)| start + offset)
+}
+
+/// Refuses a DTD and deep nesting before the parser builds anything.
+fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
+    let mut depth = 0_usize;
+    let mut at = 0;
+    let after = |from: usize, end: &str| {
+        text[from..]
+            .find(end)
+            .map_or(text.len(), |found| from + found + end.len())
+    };
+    while let Some(found) = text[at..].find('<') {
+        let start = at + found;
+        let rest = &text[start..];
+        if rest.starts_with("<!--") {
+            at = after(start + 4, "-->");
+        } else if rest.starts_with("<![CDATA[") {
+            at = after(start, "]]>");
+        } else if rest.starts_with("<?") {
+            at = after(start, "?>");
+        } else if rest.starts_with("<!") {
+            return Err(ServiceError::at(
+                file,
+                text,
+                start,
+                "document type declaration (DTD) refused",
+            )
+            .with_hint("remove it: a service file needs none"));
+        } else if rest.starts_with("</") {
+            depth = depth.saturating_sub(1);
+            at = after(start, ">");
+        } else {
+            let end = end_of_tag(text, start);
+            if !text[..end].ends_with("/>") {
+                depth += 1;
+            }
+            if depth > MAX_DEPTH {
+                let what = format!("elements nested deeper than {MAX_DEPTH}");
+                return Err(ServiceError::at(file, text, start, what));
+            }
+            at = end;
+        }
+    }
+    Ok(())
+}
+
+/// One past the `>` that ends the tag at `start`; a `>` in quotes does not.
+fn end_of_tag(text: &str, start: usize) -> usize {
+    let mut quote = None;
+    for (offset, byte) in text.as_bytes()[start..].iter().enumerate() {
+        match (quote, byte) {
+            (None, b'"' | b'\'') => quote = Some(*byte),
+            (Some(open), byte) if open == *byte => quote = None,
+            (None, b'>') => return start + offset + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// The root of `document`, which must be `name` in `namespace`.
+pub(super) fn root<'a>(
+    file: &'a Path,
+    text: &'a str,
+    document: &'a Document<'a>,
+    name: &str,
+    namespace: &str,
+) -> Result<Element<'a>, ServiceError> {
+    let root = Element {
+        file,
+        text,
+        node: document.root_element(),
+    };
+    if root.name() != name {
+        return Err(root.refuse(format!("expected <{name}>, found <{}>", root.name())));
+    }
+    match root.node.tag_name().namespace() {
+        Some(found) if found == namespace => Ok(root),
+        Some(found) => Err(root
+            .refuse(format!("<{name}> is in the wrong namespace \"{found}\""))
+            .with_hint(format!("write xmlns=\"{namespace}\""))),
+        None => Err(root
+            .refuse(format!("<{name}> has no namespace"))
+            .with_hint(format!("write <{name} xmlns=\"{namespace}\" …>"))),
+    }
+}
+
+impl<'a> Element<'a> {
+    /// Local name.
+    pub fn name(self) -> &'a str {
+        self.node.tag_name().name()
+    }
+
+    /// Byte offset of the element in its file.
+    pub fn start(self) -> usize {
+        self.node.range().start
+    }
+
+    /// An error at this element.
+    pub fn refuse(self, what: impl Into<String>) -> ServiceError {
+        ServiceError::at(self.file, self.text, self.start(), what)
+    }
+
+    /// Refuses, by name, everything that `schema` does not list.
+    pub fn check(self, schema: &Schema) -> Result<(), ServiceError> {
+        let here = self.name();
+        for attribute in self.node.attributes() {
+            let name = attribute.name();
+            let refuse = |what: String| {
+                ServiceError::at(self.file, self.text, attribute.range().start, what)
+            };
+            if let Some(namespace) = attribute.namespace() {
+                return Err(refuse(format!(
+                    "unknown attribute \"{name}\" of namespace \"{namespace}\" on <{here}>"
+                ))
+                .with_hint("remove it"));
+            }
+            if schema.later_attributes.contains(&name) {
+                return Err(refuse(format!(
+                    "attribute \"{name}\" of <{here}> is not supported yet"
+                ))
+                .with_hint("remove it"));
+            }
+            if !schema.attributes.contains(&name) {
+                return Err(refuse(format!("unknown attribute \"{name}\" on <{here}>"))
+                    .with_hint(meant(name, schema.attributes, "attributes")));
+            }
+        }
+        for node in self.node.children() {
+            if node.is_element() {
+                let child = Element { node, ..self };
+                let name = child.name();
+                if node.tag_name().namespace() != self.node.tag_name().namespace() {
+                    return Err(child
+                        .refuse(format!("<{name}> is in another namespace than <{here}>"))
+                        .with_hint("remove the element or its xmlns"));
+                }
+                if schema.later_children.contains(&name) {
+                    return Err(child
+                        .refuse(format!("<{name}> is not supported yet"))
+                        .with_hint("remove it"));
+                }
+                if !schema.children.contains(&name) {
+                    return Err(child
+                        .refuse(format!("unknown element <{name}> in <{here}>"))
+                        .with_hint(meant(name, schema.children, "elements")));
+                }
+            } else if node.is_text() && node.text().is_some_and(|text| !text.trim().is_empty()) {
+                let start = node.range().start;
+                let lead = self.text[start..].len() - self.text[start..].trim_start().len();
+                let what = format!("unexpected text in <{here}>");
+                return Err(ServiceError::at(self.file, self.text, start + lead, what)
+                    .with_hint("remove it: values are written as attributes"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every child element named `name`.
+    pub fn children(self, name: &'static str) -> impl Iterator<Item = Element<'a>> {
+        self.node
+            .children()
+            .filter(move |node| node.is_element() && node.tag_name().name() == name)
+            .map(move |node| Element { node, ..self })
+    }
+
+    /// The child named `name`; more than one is refused.
+    pub fn child(self, name: &'static str) -> Result<Option<Element<'a>>, ServiceError> {
+        let mut found = self.children(name);
+        let first = found.next();
+        match found.next() {
+            Some(second) => Err(second
+                .refuse(format!("second <{name}> in <{}>", self.name()))
+                .with_hint("merge it into the first")),
+            None => Ok(first),
+        }
+    }
+
+    /// The attribute `name`, if written.
+    pub fn attribute(self, name: &str) -> Option<Value<'a>> {
+        let attribute = self
+            .node
+            .attributes()
+            .find(|attribute| attribute.namespace().is_none() && attribute.name() == name)?;
+        Some(Value {
+            element: self,
+            attribute,
+            text: attribute.value(),
+        })
+    }
+
+    /// The attribute `name`, which must be written.
+    pub fn required(self, name: &str) -> Result<Value<'a>, ServiceError> {
+        self.attribute(name).ok_or_else(|| {
+            self.refuse(format!("<{}> has no attribute \"{name}\"", self.name()))
+                .with_hint(format!("add {name}=\"…\""))
+        })
+    }
+}
+
+impl<'a> Value<'a> {
+    /// Byte offset of the value in its file.
+    pub fn start(self) -> usize {
+        self.attribute.range_value().start
+    }
+
+    /// An error at this value.
+    pub fn refuse(self, what: impl Into<String>) -> ServiceError {
+        ServiceError::at(self.element.file, self.element.text, self.start(), what)
+    }
+
+    /// `name="value"` for messages.
+    pub fn quoted(self) -> String {
+        format!("{}=\"{}\"", self.attribute.name(), self.text)
+    }
+
+    /// An `xs:boolean`.
+    pub fn boolean(self) -> Result<bool, ServiceError> {
+        match self.text {
+            "true" | "1" => Ok(true),
+            "false" | "0" => Ok(false),
+            _ => Err(self
+                .refuse(format!("{} is neither true nor false", self.quoted()))
+                .with_hint("write \"true\" or \"false\"")),
+        }
+    }
+
+    /// A whole number from `range`.
+    pub fn number(self, range: std::ops::RangeInclusive<u64>) -> Result<u64, ServiceError> {
+        let digits = !self.text.is_empty() && self.text.bytes().all(|byte| byte.is_ascii_digit());
+        let number = self.text.parse().ok().filter(|_| digits);
+        number.filter(|n| range.contains(n)).ok_or_else(|| {
+            let (low, high) = (range.start(), range.end());
+            self.refuse(format!(
+                "{} is not a number from {low} to {high}",
+                self.quoted()
+            ))
+        })
+    }
+
+    /// A name that is safe as a file name and in a message: letters, digits,
+    /// `_`, `-` and `.`, the first a letter, a digit or `_`; at most 64 bytes.
+    pub fn identifier(self) -> Result<&'a str, ServiceError> {
+        self.identifier_of(64)
+    }
+
+    /// As [`Self::identifier`], of at most `longest` bytes.
+    pub fn identifier_of(self, longest: usize) -> Result<&'a str, ServiceError> {
+        let name = self.text;
+        let first = name.bytes().next();
+        let fits = first.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+            && name.len() <= longest
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
+        if fits {
+            return Ok(name);
+        }
+        Err(self
+            .refuse(format!("{} is not a usable name", self.quoted()))
+            .with_hint(format!(
+                "use 1 to {longest} letters, digits, \"_\", \"-\" and \".\", not \"-\" or \".\" first"
+            )))
+    }
+}
+
+/// Names already taken, to refuse the second.
+pub(super) struct Names {
+    what: &'static str,
+    taken: HashSet<String>,
+}
+
+impl Names {
+    /// An empty set of names of `what`.
+    pub fn of(what: &'static str) -> Self {
+        Self {
+            what,
+            taken: HashSet::new(),
+        }
+    }
+
+    /// Takes `value`, compared without regard to case as the original does.
+    pub fn take(&mut self, value: Value<'_>) -> Result<(), ServiceError> {
+        if self.taken.insert(value.text.to_ascii_lowercase()) {
+            return Ok(());
+        }
+        Err(value
+            .refuse(format!("duplicate {} \"{}\"", self.what, value.text))
+            .with_hint("names are compared without regard to case; rename one"))
+    }
+}
+
+/// The remedy for a name that is not in `known`.
+pub(super) fn meant(name: &str, known: &[&'static str], what: &str) -> String {
+    if let Some(near) = nearest(name, known.iter().copied()) {
+        return format!("did you mean \"{near}\"?");
+    }
+    if known.is_empty() {
+        return format!("remove it: no {what} are allowed here");
+    }
+    format!("remove it; {what} allowed here: {}", known.join(", "))
+}
+
+/// `text` as the value of an attribute in double quotes.
+pub(super) fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            // A parser would read these as spaces.
+            '\t' => escaped.push_str("&#9;"),
+            '\n' => escaped.push_str("&#10;"),
+            '\r' => escaped.push_str("&#13;"),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}

@@ -1,0 +1,126 @@
+//! The paths that `RoleInstanceValue@xpath` may name: a closed set, not XPath.
+
+use super::model::InstanceValue;
+
+/// Reads one path of the set.
+pub(super) fn parse(path: &str) -> Option<InstanceValue> {
+    let path = path.trim();
+    let rest = path.strip_prefix("/RoleEnvironment/")?;
+    match rest {
+        "Deployment/@id" => return Some(InstanceValue::DeploymentId),
+        "Deployment/@emulated" => return Some(InstanceValue::Emulated),
+        "CurrentInstance/@id" => return Some(InstanceValue::InstanceId),
+        "CurrentInstance/@roleName" => return Some(InstanceValue::RoleName),
+        "CurrentInstance/@updateDomain" => return Some(InstanceValue::UpdateDomain),
+        "CurrentInstance/@faultDomain" => return Some(InstanceValue::FaultDomain),
+        _ => {}
+    }
+    let rest = rest.strip_prefix("CurrentInstance/")?;
+    let (step, rest) = rest.split_once("[@name=")?;
+    let quote = rest.chars().next().filter(|c| *c == '\'' || *c == '"')?;
+    let (name, attribute) = rest[1..].split_once(quote)?;
+    let attribute = attribute.strip_prefix("]/@")?;
+    let name = name.to_owned();
+    Some(match (step, attribute) {
+        ("ConfigurationSettings/ConfigurationSetting", "value") => InstanceValue::Setting(name),
+        ("LocalResources/LocalResource", "path") => InstanceValue::LocalStoragePath(name),
+        ("LocalResources/LocalResource", "sizeInMB") => InstanceValue::LocalStorageSize(name),
+        ("Endpoints/Endpoint", "protocol") => InstanceValue::EndpointProtocol(name),
+        ("Endpoints/Endpoint", "address") => InstanceValue::EndpointAddress(name),
+        ("Endpoints/Endpoint", "port") => InstanceValue::EndpointPort(name),
+        _ => return None,
+    })
+}
+
+/// Writes `value` as the path that [`parse`] reads.
+pub(super) fn write(value: &InstanceValue) -> String {
+    let (step, name, attribute) = match value {
+        InstanceValue::DeploymentId => return "/RoleEnvironment/Deployment/@id".into(),
+        InstanceValue::Emulated => return "/RoleEnvironment/Deployment/@emulated".into(),
+        InstanceValue::InstanceId => return format!("{INSTANCE}/@id"),
+        InstanceValue::RoleName => return format!("{INSTANCE}/@roleName"),
+        InstanceValue::UpdateDomain => return format!("{INSTANCE}/@updateDomain"),
+        InstanceValue::FaultDomain => return format!("{INSTANCE}/@faultDomain"),
+        InstanceValue::Setting(name) => {
+            ("ConfigurationSettings/ConfigurationSetting", name, "value")
+        }
+        InstanceValue::LocalStoragePath(name) => ("LocalResources/LocalResource", name, "path"),
+        InstanceValue::LocalStorageSize(name) => ("LocalResources/LocalResource", name, "sizeInMB"),
+        InstanceValue::EndpointProtocol(name) => ("Endpoints/Endpoint", name, "protocol"),
+        InstanceValue::EndpointAddress(name) => ("Endpoints/Endpoint", name, "address"),
+        InstanceValue::EndpointPort(name) => ("Endpoints/Endpoint", name, "port"),
+    };
+    format!("{INSTANCE}/{step}[@name='{name}']/@{attribute}")
+}
+
+const INSTANCE: &str = "/RoleEnvironment/CurrentInstance";
+
+/// The set, for messages.
+pub(super) const ALLOWED: &str = "below /RoleEnvironment: Deployment/@id | @emulated; \
+CurrentInstance/@id | @roleName | @updateDomain | @faultDomain; \
+CurrentInstance/ConfigurationSettings/ConfigurationSetting[@name='X']/@value; \
+CurrentInstance/LocalResources/LocalResource[@name='X']/@path | @sizeInMB; \
+CurrentInstance/Endpoints/Endpoint[@name='X']/@protocol | @address | @port";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_of_the_set_is_read_and_no_other() {
+        let c = "/RoleEnvironment/CurrentInstance";
+        let x = || "X.y".to_owned();
+        let set = [
+            (
+                "/RoleEnvironment/Deployment/@id".into(),
+                InstanceValue::DeploymentId,
+            ),
+            (
+                "/RoleEnvironment/Deployment/@emulated".into(),
+                InstanceValue::Emulated,
+            ),
+            (format!("{c}/@id"), InstanceValue::InstanceId),
+            (format!("{c}/@roleName"), InstanceValue::RoleName),
+            (format!("{c}/@updateDomain"), InstanceValue::UpdateDomain),
+            (format!("{c}/@faultDomain"), InstanceValue::FaultDomain),
+            (
+                format!("{c}/ConfigurationSettings/ConfigurationSetting[@name='X.y']/@value"),
+                InstanceValue::Setting(x()),
+            ),
+            (
+                format!("{c}/LocalResources/LocalResource[@name=\"X.y\"]/@path"),
+                InstanceValue::LocalStoragePath(x()),
+            ),
+            (
+                format!("{c}/LocalResources/LocalResource[@name='X.y']/@sizeInMB"),
+                InstanceValue::LocalStorageSize(x()),
+            ),
+            (
+                format!("{c}/Endpoints/Endpoint[@name='X.y']/@protocol"),
+                InstanceValue::EndpointProtocol(x()),
+            ),
+            (
+                format!("{c}/Endpoints/Endpoint[@name='X.y']/@address"),
+                InstanceValue::EndpointAddress(x()),
+            ),
+            (
+                format!("{c}/Endpoints/Endpoint[@name='X.y']/@port"),
+                InstanceValue::EndpointPort(x()),
+            ),
+        ];
+        for (path, value) in set {
+            assert_eq!(write(&value).replace('"', "'"), path.replace('"', "'"));
+            assert_eq!(parse(&path), Some(value), "{path}");
+            assert_eq!(parse(&format!("{path}x")), None);
+            assert_eq!(parse(&path[1..]), None);
+        }
+        assert_eq!(
+            parse(&format!("{c}/Endpoints/Endpoint[@name=ä']/@port")),
+            None
+        );
+        assert_eq!(
+            parse(&format!("{c}/Endpoints/Endpoint[@name='a]/@port")),
+            None
+        );
+    }
+}
