@@ -1,5 +1,5 @@
-//! Loads a service: a directory with its definition, configuration and one
-//! directory of files per role.
+//! Loads a service: a package, or a directory with its definition,
+//! configuration and one directory of files per role.
 //!
 //! ```text
 //! redis/
@@ -10,18 +10,21 @@
 //! ```
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::configuration::{self, Configuration};
 use super::definition::{self, Definition, RoleDefinition};
 use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel};
+use super::package::Package;
 use super::payload::Files;
 
 /// The configuration taken when a directory holds several.
 const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
 
-/// Loads the service in the directory `service`, with the configuration
-/// `config` or the one found beside the definition.
+/// Loads the service in `service`, a directory or a `.cspkg`, with the
+/// configuration `config` or the one found beside the definition or package.
+/// Every content of a package is checked.
 ///
 /// # Errors
 /// The first thing that is wrong with it.
@@ -31,10 +34,48 @@ pub fn load(service: &Path, config: Option<&Path>) -> Result<ServiceModel, Servi
     if metadata.is_dir() {
         return load_directory(service, config);
     }
-    Err(
-        ServiceError::new(service, "is neither a directory nor a .cspkg package")
-            .with_hint("name the directory that holds the .csdef"),
-    )
+    let package = Package::open(service)?;
+    let config = match config {
+        Some(config) => config.to_owned(),
+        None => find_configuration(directory_of(service))?,
+    };
+    load_package(package, &config)
+}
+
+/// Loads `package` with the configuration `config`.
+pub(super) fn load_package(package: Package, config: &Path) -> Result<ServiceModel, ServiceError> {
+    let configuration = configuration::read(config, package.definition())?;
+    let package = verified(package)?;
+    let payload = |role: &RoleDefinition| Payload::Package {
+        file: package.path().to_owned(),
+        role: role.name.clone(),
+    };
+    Ok(join(package.definition(), configuration, payload))
+}
+
+/// Checks the contents of `package` and the entry point of each role.
+pub(super) fn verified(package: Package) -> Result<Arc<Package>, ServiceError> {
+    package.verify()?;
+    let package = Arc::new(package);
+    let definition = package.definition();
+    for role in &definition.roles {
+        let files = Files::of_package(Arc::clone(&package), &role.name)?;
+        find_entry_point(definition, role, &files, |_| {
+            format!(
+                "chmod +x {} in the role's directory and pack again",
+                role.command[0]
+            )
+        })?;
+    }
+    Ok(package)
+}
+
+/// The directory in which `file` stands.
+pub(super) fn directory_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel, ServiceError> {
@@ -44,8 +85,11 @@ fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel,
         None => find_configuration(service)?,
     };
     let configuration = configuration::read(&config, &definition)?;
+    for role in &definition.roles {
+        check_directory(&definition, role, &service.join(&role.name))?;
+    }
     let payload = |role: &RoleDefinition| Payload::Directory(service.join(&role.name));
-    join(&definition, configuration, payload)
+    Ok(join(&definition, configuration, payload))
 }
 
 /// The only `.csdef` in `directory`.
@@ -70,7 +114,7 @@ pub(super) fn find_definition(directory: &Path) -> Result<PathBuf, ServiceError>
 }
 
 /// The configuration of the service in `directory`.
-fn find_configuration(directory: &Path) -> Result<PathBuf, ServiceError> {
+pub(super) fn find_configuration(directory: &Path) -> Result<PathBuf, ServiceError> {
     let mut found = with_extension(directory, "cscfg")?;
     let default = directory.join(DEFAULT_CONFIGURATION);
     if found.contains(&default) {
@@ -95,7 +139,10 @@ fn find_configuration(directory: &Path) -> Result<PathBuf, ServiceError> {
 }
 
 /// Files of `directory` whose name ends in `.extension`, sorted.
-fn with_extension(directory: &Path, extension: &str) -> Result<Vec<PathBuf>, ServiceError> {
+pub(super) fn with_extension(
+    directory: &Path,
+    extension: &str,
+) -> Result<Vec<PathBuf>, ServiceError> {
     let cannot = |source| ServiceError::io(directory, "cannot list the directory", source);
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(cannot)? {
@@ -118,56 +165,67 @@ fn file_name(path: &Path) -> String {
         .into_owned()
 }
 
-/// Joins what the definition and the configuration say, after a look at the
-/// files of every role.
+/// Joins what the definition and the configuration say.
 fn join(
     definition: &Definition,
     configuration: Configuration,
     payload: impl Fn(&RoleDefinition) -> Payload,
-) -> Result<ServiceModel, ServiceError> {
-    let mut roles = Vec::new();
-    for (role, configured) in definition.roles.iter().zip(configuration.roles) {
-        let payload = payload(role);
-        check_entry_point(definition, role, &payload)?;
-        roles.push(Role {
-            name: role.name.clone(),
-            instances: configured.instances,
-            size: role.size,
-            command: role.command.clone(),
-            ready_on_start: role.ready_on_start,
-            elevated: role.elevated,
-            endpoints: role.endpoints.clone(),
-            local_storage: role.local_storage.clone(),
-            settings: configured.settings,
-            environment: role.environment.clone(),
-            payload,
-        });
-    }
-    Ok(ServiceModel {
+) -> ServiceModel {
+    let roles = definition.roles.iter().zip(configuration.roles);
+    ServiceModel {
         name: definition.name.clone(),
         image: configuration.image,
-        roles,
-    })
+        roles: roles
+            .map(|(role, configured)| Role {
+                name: role.name.clone(),
+                instances: configured.instances,
+                size: role.size,
+                command: role.command.clone(),
+                ready_on_start: role.ready_on_start,
+                elevated: role.elevated,
+                endpoints: role.endpoints.clone(),
+                local_storage: role.local_storage.clone(),
+                settings: configured.settings,
+                environment: role.environment.clone(),
+                payload: payload(role),
+            })
+            .collect(),
+    }
 }
 
-/// Checks the files of `role` and that its program is one of them.
-pub(super) fn check_entry_point(
+/// Lists and checks the files of `role` in `directory`, its program among them.
+pub(super) fn check_directory(
     definition: &Definition,
     role: &RoleDefinition,
-    payload: &Payload,
-) -> Result<(), ServiceError> {
-    if let Payload::Directory(path) = payload
-        && !path.is_dir()
-    {
-        let what = format!("role \"{}\" has no directory {}", role.name, path.display());
+    directory: &Path,
+) -> Result<Files, ServiceError> {
+    if !directory.is_dir() {
+        let what = format!(
+            "role \"{}\" has no directory {}",
+            role.name,
+            directory.display()
+        );
         return Err(definition
             .refuse_role(role, what)
             .with_hint("make it: its content is the role's approot"));
     }
-    let files = Files::open(payload)?;
+    let files = Files::open(&Payload::Directory(directory.to_owned()))?;
+    find_entry_point(definition, role, &files, |place| {
+        format!("chmod +x {place}")
+    })?;
+    Ok(files)
+}
+
+/// Checks that the program of `role` is one of `files`; `executable` says how
+/// to make it executable.
+fn find_entry_point(
+    definition: &Definition,
+    role: &RoleDefinition,
+    files: &Files,
+    executable: impl Fn(&str) -> String,
+) -> Result<(), ServiceError> {
     let program = role.command[0].as_str();
-    let place = files.locate(program);
-    let place = place.display();
+    let place = files.locate(program).display().to_string();
     let Some(entry) = files.find(program) else {
         if files.directories().contains(program) {
             let what = format!("entry point \"{program}\" is a directory: {place}");
@@ -183,15 +241,11 @@ pub(super) fn check_entry_point(
         let what = format!("entry point \"{program}\" does not exist: {place}");
         return Err(definition.refuse_command(role, what).with_hint(hint));
     };
-    if !entry.executable {
-        let what = format!("entry point \"{program}\" is not executable: {place}");
-        let hint = match payload {
-            Payload::Directory(_) => format!("chmod +x {place}"),
-            Payload::Package { .. } => {
-                format!("chmod +x {program} in the role's directory and pack again")
-            }
-        };
-        return Err(definition.refuse_command(role, what).with_hint(hint));
+    if entry.executable {
+        return Ok(());
     }
-    Ok(())
+    let what = format!("entry point \"{program}\" is not executable: {place}");
+    Err(definition
+        .refuse_command(role, what)
+        .with_hint(executable(&place)))
 }

@@ -241,9 +241,10 @@ fn limits_of_the_definition_are_refused_at_the_first_excess() {
         (0..26).map(|i| role(&format!("R{i}"), "")).collect(),
     ));
     assert_eq!(error.to_string(), "S.csdef:27:1: more than 25 roles");
-    let endpoints: String = (1..=26)
+    let endpoints: Vec<String> = (1..=26)
         .map(|i| format!("\n<InputEndpoint name=\"e{i}\" protocol=\"tcp\" port=\"{i}\"/>"))
         .collect();
+    let endpoints = endpoints.concat();
     let error = refused(&service(role(
         "R",
         &format!("<Endpoints>{endpoints}</Endpoints>"),
@@ -452,10 +453,8 @@ fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
         ),
         (
             |d| {
-                fs::File::create(d.join("Mail/big"))
-                    .unwrap()
-                    .set_len(3 << 30)
-                    .unwrap()
+                let big = fs::File::create(d.join("Mail/big")).unwrap();
+                big.set_len(3 << 30).unwrap();
             },
             "Mail:",
             "larger than 2147483648 bytes",

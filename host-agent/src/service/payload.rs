@@ -7,12 +7,14 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 
 use super::error::ServiceError;
 use super::model::Payload;
+use super::package::Package;
 
 /// Most files of a role and of a package.
 pub const MAX_FILES: usize = 50_000;
@@ -46,6 +48,7 @@ pub struct Files {
 
 enum Origin {
     Directory { path: PathBuf, root: OwnedFd },
+    Package { package: Arc<Package>, role: String },
 }
 
 impl Files {
@@ -53,10 +56,25 @@ impl Files {
     pub fn open(payload: &Payload) -> Result<Self, ServiceError> {
         match payload {
             Payload::Directory(path) => Self::open_directory(path),
-            Payload::Package { file, .. } => {
-                Err(ServiceError::new(file, "packages are not readable yet"))
+            Payload::Package { file, role } => {
+                Self::of_package(Arc::new(Package::open(file)?), role)
             }
         }
+    }
+
+    /// The files of `role` in `package`.
+    pub(super) fn of_package(package: Arc<Package>, role: &str) -> Result<Self, ServiceError> {
+        let entries = package.entries(role).ok_or_else(|| {
+            let what = format!("the package has no files for role \"{role}\"");
+            ServiceError::new(package.path(), what)
+        })?;
+        Ok(Self {
+            entries,
+            origin: Origin::Package {
+                package,
+                role: role.to_owned(),
+            },
+        })
     }
 
     fn open_directory(path: &Path) -> Result<Self, ServiceError> {
@@ -111,6 +129,7 @@ impl Files {
     pub fn locate(&self, entry: &str) -> PathBuf {
         match &self.origin {
             Origin::Directory { path, .. } => path.join(entry),
+            Origin::Package { package, role } => package.locate(role, entry),
         }
     }
 
@@ -132,6 +151,11 @@ impl Files {
                     inner: file,
                     left: entry.size,
                 }))
+            }
+            Origin::Package { package, role } => {
+                let missing = || io::Error::from(io::ErrorKind::NotFound);
+                let content = package.open_file(role, &entry.path).ok_or_else(missing)?;
+                Ok(Box::new(content))
             }
         }
     }

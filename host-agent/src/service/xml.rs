@@ -317,6 +317,27 @@ impl<'a> Element<'a> {
         }
     }
 
+    /// The child named `name`, which must be there once.
+    pub fn required_child(self, name: &'static str) -> Result<Element<'a>, ServiceError> {
+        self.child(name)?
+            .ok_or_else(|| self.refuse(format!("<{}> has no <{name}>", self.name())))
+    }
+
+    /// The text, as written, of the child named `name`, which must hold
+    /// nothing else and be there once.
+    pub fn leaf(self, name: &'static str) -> Result<&'a str, ServiceError> {
+        let child = self.required_child(name)?;
+        if child.node.attributes().len() > 0 {
+            return Err(child.refuse(format!("unknown attribute on <{name}>")));
+        }
+        let mut nodes = child.node.children();
+        match (nodes.next(), nodes.next()) {
+            (None, _) => Ok(""),
+            (Some(node), None) if node.is_text() => Ok(node.text().unwrap_or_default()),
+            _ => Err(child.refuse(format!("<{name}> holds more than text"))),
+        }
+    }
+
     /// The attribute `name`, if written.
     pub fn attribute(self, name: &str) -> Option<Value<'a>> {
         let attribute = self

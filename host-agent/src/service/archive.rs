@@ -1,0 +1,531 @@
+//! Reads the subset of ZIP that a package is written in, so strictly that no
+//! other reader can see other files in it.
+//!
+//! Every byte of the file is accounted for: parts stand one after another from
+//! the first byte, each described alike by its local header and the central
+//! directory, which is followed by the end record and nothing else. There are
+//! no comments, no directories, no links, no encryption, no ZIP64.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use flate2::Crc;
+use flate2::bufread::DeflateDecoder;
+
+use super::error::ServiceError;
+use super::payload::{MAX_DEPTH, MAX_UNPACKED};
+
+/// Largest package: 600 MiB.
+pub const MAX_PACKED: u64 = 600 << 20;
+
+/// Most parts: the files and what describes them.
+pub const MAX_PARTS: usize = super::payload::MAX_FILES + 1_000;
+
+/// A part may unpack to this many times its packed size (and one block, since
+/// little data compresses to almost nothing). Deflate reaches about 1,030.
+pub const MAX_RATIO: u64 = 200;
+
+/// What [`MAX_RATIO`] is not applied to.
+pub(super) const RATIO_FREE: u64 = 64 << 10;
+
+/// Longest name of a part.
+const MAX_PART_NAME: usize = 1024;
+
+/// Largest central directory: [`MAX_PARTS`] entries of some 300 bytes.
+const MAX_DIRECTORY: u64 = 16 << 20;
+
+// APPNOTE.TXT 6.3.10, section 4.3.
+pub(super) const LOCAL_MAGIC: u32 = 0x0403_4b50;
+pub(super) const CENTRAL_MAGIC: u32 = 0x0201_4b50;
+pub(super) const END_MAGIC: u32 = 0x0605_4b50;
+const DESCRIPTOR_MAGIC: u32 = 0x0807_4b50;
+const LOCAL_SIZE: usize = 30;
+const CENTRAL_SIZE: usize = 46;
+const END_SIZE: usize = 22;
+const STORED: u16 = 0;
+const DEFLATED: u16 = 8;
+const FLAG_DESCRIPTOR: u16 = 1 << 3;
+const FLAG_UTF8: u16 = 1 << 11;
+/// Bits 1 and 2 say how hard the writer tried.
+const FLAGS_ALLOWED: u16 = 0b110 | FLAG_DESCRIPTOR | FLAG_UTF8;
+const EXTRA_ZIP64: u16 = 0x0001;
+const EXTRA_UNICODE_PATH: u16 = 0x7075;
+
+/// An archive whose structure is sound. Contents are checked as they are read.
+#[derive(Debug)]
+pub(super) struct Archive {
+    path: PathBuf,
+    file: File,
+    parts: Vec<Part>,
+    by_name: HashMap<String, usize>,
+}
+
+/// A file in the archive.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    /// Relative, `/` between its pieces, none of which is `.` or `..`.
+    pub name: String,
+    /// Size after unpacking, as declared.
+    pub size: u64,
+    packed: u64,
+    deflated: bool,
+    crc: u32,
+    data: u64,
+}
+
+/// One entry of the central directory, and where its local header is.
+struct Central<'a> {
+    fixed: &'a [u8],
+    name: &'a [u8],
+    local: u64,
+}
+
+impl Archive {
+    /// Opens the archive at `path` and checks its structure.
+    pub fn open(path: &Path) -> Result<Self, ServiceError> {
+        let cannot = |source| ServiceError::io(path, "cannot read the package", source);
+        let bad = |what: String| ServiceError::new(path, what);
+        let file = File::open(path).map_err(cannot)?;
+        let metadata = file.metadata().map_err(cannot)?;
+        if !metadata.is_file() {
+            return Err(bad("is not a regular file".into()));
+        }
+        let length = metadata.len();
+        if length > MAX_PACKED {
+            return Err(bad(format!(
+                "the package is larger than {MAX_PACKED} bytes"
+            )));
+        }
+        let (count, start, size) = end_record(&file, length).map_err(cannot)?.map_err(|what| {
+            bad(what).with_hint("make the package with: host-agent pack DIR -o FILE.cspkg")
+        })?;
+
+        let mut directory = vec![0; size as usize];
+        file.read_exact_at(&mut directory, start).map_err(cannot)?;
+        let mut centrals = central_entries(&directory, count).map_err(bad)?;
+        centrals.sort_by_key(|central| central.local);
+
+        let mut parts = Vec::with_capacity(count);
+        let mut by_name = HashMap::with_capacity(count);
+        let mut at = 0;
+        let mut total = 0_u64;
+        for central in &centrals {
+            let (part, end) = check_part(&file, central, at, start)
+                .map_err(cannot)?
+                .map_err(|what| bad(format!("{}: {what}", shown(central.name))))?;
+            at = end;
+            total = total.saturating_add(part.size);
+            if total > MAX_UNPACKED {
+                let what = format!("the package unpacks to more than {MAX_UNPACKED} bytes");
+                return Err(bad(what));
+            }
+            // OPC compares part names without regard to ASCII case.
+            let key = part.name.to_ascii_lowercase();
+            if by_name.insert(key, parts.len()).is_some() {
+                return Err(bad(format!("duplicate part \"{}\"", part.name)));
+            }
+            parts.push(part);
+        }
+        if at != start {
+            return Err(bad(format!("{} bytes belong to no part", start - at)));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            parts,
+            by_name,
+        })
+    }
+
+    /// The package's file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Every part, in the order of their data.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// The part called exactly `name`.
+    pub fn find(&self, name: &str) -> Option<&Part> {
+        let index = *self.by_name.get(&name.to_ascii_lowercase())?;
+        Some(&self.parts[index]).filter(|part| part.name == name)
+    }
+
+    /// The content of `part`. Reading ends with an error unless the content
+    /// has the declared size and checksum.
+    pub fn read<'a>(&'a self, part: &Part) -> PartReader<'a> {
+        let packed = Window {
+            file: &self.file,
+            at: part.data,
+            end: part.data + part.packed,
+        };
+        let packed = BufReader::with_capacity(32 << 10, packed);
+        PartReader {
+            content: if part.deflated {
+                Content::Deflated(DeflateDecoder::new(packed))
+            } else {
+                Content::Stored(packed)
+            },
+            crc: Crc::new(),
+            left: part.size,
+            expected: part.crc,
+            packed: part.packed,
+        }
+    }
+
+    /// The content of `part` in memory, which must be at most `limit` bytes.
+    pub fn read_all(&self, part: &Part, limit: u64) -> Result<Vec<u8>, ServiceError> {
+        let place = self.path.join(&part.name);
+        if part.size > limit {
+            return Err(ServiceError::new(
+                &place,
+                format!("is larger than {limit} bytes"),
+            ));
+        }
+        let mut content = Vec::with_capacity(part.size as usize);
+        self.read(part)
+            .read_to_end(&mut content)
+            .map_err(|source| ServiceError::io(&place, "cannot unpack the part", source))?;
+        Ok(content)
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// Number of entries, start and length of the central directory.
+fn end_record(file: &File, length: u64) -> io::Result<Result<(usize, u64, u64), String>> {
+    let Some(start) = length.checked_sub(END_SIZE as u64) else {
+        return Ok(Err("is not a package: too short".into()));
+    };
+    let mut end = [0; END_SIZE];
+    file.read_exact_at(&mut end, start)?;
+    if u32_at(&end, 0) != END_MAGIC {
+        let longest = length.min(0x1_0000 + END_SIZE as u64);
+        let mut tail = vec![0; longest as usize];
+        file.read_exact_at(&mut tail, length - longest)?;
+        let found = tail
+            .windows(4)
+            .rposition(|bytes| u32_at(bytes, 0) == END_MAGIC);
+        return Ok(Err(match found {
+            Some(at) if tail.len() - at < END_SIZE => "the package is cut short".into(),
+            Some(_) => "there is data after the end of the package".into(),
+            None => "is not a package: no ZIP end record".into(),
+        }));
+    }
+    let (disk, directory_disk) = (u16_at(&end, 4), u16_at(&end, 6));
+    let (here, count) = (u16_at(&end, 8), u16_at(&end, 10));
+    let (size, offset) = (u32_at(&end, 12), u32_at(&end, 16));
+    if disk != 0 || directory_disk != 0 || here != count {
+        return Ok(Err("packages in several files are not supported".into()));
+    }
+    if u16_at(&end, 20) != 0 {
+        return Ok(Err("there is a comment after the end of the package".into()));
+    }
+    if count == u16::MAX || size == u32::MAX || offset == u32::MAX {
+        return Ok(Err("ZIP64 is not supported".into()));
+    }
+    if u64::from(offset) + u64::from(size) != start {
+        return Ok(Err(
+            "the central directory does not end at the end record".into()
+        ));
+    }
+    if usize::from(count) > MAX_PARTS || u64::from(size) > MAX_DIRECTORY {
+        return Ok(Err(format!("the package has more than {MAX_PARTS} parts")));
+    }
+    Ok(Ok((count.into(), offset.into(), size.into())))
+}
+
+/// Cuts the central directory into its entries.
+fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, String> {
+    let mut entries = Vec::with_capacity(count);
+    let mut rest = directory;
+    while !rest.is_empty() {
+        let broken = || format!("entry {} of the central directory is broken", entries.len());
+        if rest.len() < CENTRAL_SIZE || u32_at(rest, 0) != CENTRAL_MAGIC {
+            return Err(broken());
+        }
+        let (fixed, variable) = rest.split_at(CENTRAL_SIZE);
+        let name = usize::from(u16_at(fixed, 28));
+        let extra = usize::from(u16_at(fixed, 30));
+        let comment = usize::from(u16_at(fixed, 32));
+        if variable.len() < name + extra + comment {
+            return Err(broken());
+        }
+        let (name, variable) = variable.split_at(name);
+        check_extra(&variable[..extra]).map_err(|what| format!("{}: {what}", shown(name)))?;
+        rest = &variable[extra + comment..];
+        if u16_at(fixed, 34) != 0 {
+            return Err("packages in several files are not supported".into());
+        }
+        entries.push(Central {
+            fixed,
+            name,
+            local: u32_at(fixed, 42).into(),
+        });
+    }
+    if entries.len() != count {
+        return Err(format!(
+            "the end record counts {count} parts, the central directory {}",
+            entries.len()
+        ));
+    }
+    Ok(entries)
+}
+
+/// Refuses extra fields by which another reader sees another name or size.
+fn check_extra(mut extra: &[u8]) -> Result<(), String> {
+    while !extra.is_empty() {
+        let length = extra.len();
+        if length < 4 || length - 4 < usize::from(u16_at(extra, 2)) {
+            return Err("an extra field is broken".into());
+        }
+        match u16_at(extra, 0) {
+            EXTRA_ZIP64 => return Err("ZIP64 is not supported".into()),
+            EXTRA_UNICODE_PATH => return Err("a second name is not supported".into()),
+            _ => extra = &extra[4 + usize::from(u16_at(extra, 2))..],
+        }
+    }
+    Ok(())
+}
+
+/// Checks one part, which must begin at `at`, before `limit`. Gives the part
+/// and one past its last byte.
+fn check_part(
+    file: &File,
+    central: &Central<'_>,
+    at: u64,
+    limit: u64,
+) -> io::Result<Result<(Part, u64), String>> {
+    let fixed = central.fixed;
+    let (made_by, flags, method) = (u16_at(fixed, 4), u16_at(fixed, 8), u16_at(fixed, 10));
+    let (crc, packed, size) = (u32_at(fixed, 16), u32_at(fixed, 20), u32_at(fixed, 24));
+    let name = match part_name(central.name, flags & FLAG_UTF8 != 0) {
+        Ok(name) => name.to_owned(),
+        Err(what) => return Ok(Err(what)),
+    };
+    if let Err(what) = check_kind(made_by, u32_at(fixed, 38), flags, method) {
+        return Ok(Err(what.into()));
+    }
+    let (packed_size, size) = (u64::from(packed), u64::from(size));
+    if packed == u32::MAX || size == u64::from(u32::MAX) {
+        return Ok(Err("ZIP64 is not supported".into()));
+    }
+    if method == STORED && packed_size != size {
+        return Ok(Err("a stored part has two sizes".into()));
+    }
+    if size > packed_size * MAX_RATIO + RATIO_FREE {
+        return Ok(Err(format!(
+            "unpacks to more than {MAX_RATIO} times its size ({packed_size} to {size} bytes)"
+        )));
+    }
+
+    if central.local != at {
+        return Ok(Err(if central.local < at {
+            "overlaps the part before it".into()
+        } else {
+            format!("{} bytes before it belong to no part", central.local - at)
+        }));
+    }
+    let outside = "reaches into the central directory";
+    let mut local = [0; LOCAL_SIZE];
+    if at + LOCAL_SIZE as u64 > limit {
+        return Ok(Err(outside.into()));
+    }
+    file.read_exact_at(&mut local, at)?;
+    let name_length = usize::from(u16_at(&local, 26));
+    let extra_length = usize::from(u16_at(&local, 28));
+    let data = at + (LOCAL_SIZE + name_length + extra_length) as u64;
+    let end = data + packed_size;
+    if end > limit {
+        return Ok(Err(outside.into()));
+    }
+    let mut variable = vec![0; name_length + extra_length];
+    file.read_exact_at(&mut variable, at + LOCAL_SIZE as u64)?;
+    if let Err(what) = check_extra(&variable[name_length..]) {
+        return Ok(Err(what));
+    }
+    let differs = "the local header and the central directory differ";
+    if u32_at(&local, 0) != LOCAL_MAGIC
+        || u16_at(&local, 6) != flags
+        || u16_at(&local, 8) != method
+        || &variable[..name_length] != central.name
+    {
+        return Ok(Err(differs.into()));
+    }
+    let sizes = [crc, packed, size as u32];
+    let local_sizes = [14, 18, 22].map(|at| u32_at(&local, at));
+    let mut end = end;
+    if flags & FLAG_DESCRIPTOR == 0 {
+        if local_sizes != sizes {
+            return Ok(Err(differs.into()));
+        }
+    } else {
+        if local_sizes != [0; 3] && local_sizes != sizes {
+            return Ok(Err(differs.into()));
+        }
+        match descriptor(file, end, limit, sizes)? {
+            Some(length) => end += length,
+            None => return Ok(Err(differs.into())),
+        }
+    }
+    let part = Part {
+        name,
+        size,
+        packed: packed_size,
+        deflated: method == DEFLATED,
+        crc,
+        data,
+    };
+    Ok(Ok((part, end)))
+}
+
+/// Length of the data descriptor at `at`, which must repeat `sizes`.
+fn descriptor(file: &File, at: u64, limit: u64, sizes: [u32; 3]) -> io::Result<Option<u64>> {
+    let available = limit.saturating_sub(at).min(16) as usize;
+    let mut bytes = [0; 16];
+    file.read_exact_at(&mut bytes[..available], at)?;
+    let read = |from: usize| [from, from + 4, from + 8].map(|at| u32_at(&bytes, at));
+    if available == 16 && u32_at(&bytes, 0) == DESCRIPTOR_MAGIC && read(4) == sizes {
+        return Ok(Some(16));
+    }
+    Ok((available >= 12 && read(0) == sizes).then_some(12))
+}
+
+/// Refuses everything but plain files in plain methods.
+fn check_kind(made_by: u16, attributes: u32, flags: u16, method: u16) -> Result<(), &'static str> {
+    const UNIX: u16 = 3;
+    const MSDOS_DIRECTORY: u32 = 0x10;
+    let kind = (attributes >> 16) & libc::S_IFMT;
+    if made_by >> 8 == UNIX && kind == libc::S_IFLNK {
+        return Err("symbolic links are not allowed in a package");
+    }
+    if made_by >> 8 == UNIX && kind != 0 && kind != libc::S_IFREG
+        || attributes & MSDOS_DIRECTORY != 0
+    {
+        return Err("only regular files are allowed in a package");
+    }
+    if flags & 1 != 0 {
+        return Err("encrypted packages are not supported");
+    }
+    if flags & !FLAGS_ALLOWED != 0 {
+        return Err("uses a feature of ZIP that is not supported");
+    }
+    if method != STORED && method != DEFLATED {
+        return Err("is packed by a method that is not supported");
+    }
+    Ok(())
+}
+
+/// The name of a part, which cannot lead out of any directory.
+fn part_name(name: &[u8], utf8: bool) -> Result<&str, String> {
+    let name = std::str::from_utf8(name).map_err(|_| "the name is not UTF-8")?;
+    if !utf8 && !name.is_ascii() {
+        return Err("the name is not marked as UTF-8".into());
+    }
+    if name.is_empty() || name.len() > MAX_PART_NAME {
+        return Err(format!("the name is not 1 to {MAX_PART_NAME} bytes long"));
+    }
+    if name.contains(|c: char| c.is_control() || c == '\\' || c == ':') {
+        return Err("the name holds a control character, \"\\\" or \":\"".into());
+    }
+    if name.starts_with('/') {
+        return Err("absolute names are not allowed".into());
+    }
+    if name.ends_with('/') {
+        return Err("only regular files are allowed in a package".into());
+    }
+    if name.split('/').any(|piece| piece == "..") {
+        return Err("names with \"..\" are not allowed".into());
+    }
+    if name
+        .split('/')
+        .any(|piece| piece.is_empty() || piece == ".")
+    {
+        return Err("the name has an empty or \".\" piece".into());
+    }
+    if name.split('/').count() > MAX_DEPTH {
+        return Err(format!("the name has more than {MAX_DEPTH} pieces"));
+    }
+    Ok(name)
+}
+
+/// A name from the archive for a message: short and on one line.
+fn shown(name: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&name[..name.len().min(200)]);
+    format!("part \"{}\"", text.escape_debug())
+}
+
+/// Some bytes of a file.
+struct Window<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Window<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = buffer.len().min((self.end - self.at) as usize);
+        let read = self.file.read_at(&mut buffer[..length], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+enum Content<'a> {
+    Stored(BufReader<Window<'a>>),
+    Deflated(DeflateDecoder<BufReader<Window<'a>>>),
+}
+
+/// Unpacks a part and holds it to what was declared.
+pub(super) struct PartReader<'a> {
+    content: Content<'a>,
+    crc: Crc,
+    left: u64,
+    expected: u32,
+    packed: u64,
+}
+
+impl Read for PartReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        let read = match &mut self.content {
+            Content::Stored(content) => content.read(buffer)?,
+            Content::Deflated(content) => content.read(buffer)?,
+        };
+        if read as u64 > self.left {
+            return Err(bad("holds more bytes than it declares"));
+        }
+        self.left -= read as u64;
+        self.crc.update(&buffer[..read]);
+        if read == 0 {
+            let consumed = match &self.content {
+                Content::Stored(_) => self.packed,
+                Content::Deflated(content) => content.total_in(),
+            };
+            if self.left > 0 {
+                return Err(bad("holds fewer bytes than it declares"));
+            }
+            if consumed != self.packed {
+                return Err(bad("holds data after the end of its content"));
+            }
+            if self.crc.sum() != self.expected {
+                return Err(bad("the checksum is wrong"));
+            }
+        }
+        Ok(read)
+    }
+}

@@ -1,0 +1,149 @@
+//! Writes the subset of ZIP that `archive` reads: the same parts give the same
+//! bytes.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+
+use flate2::write::DeflateEncoder;
+use flate2::{Compression, Crc};
+
+use super::archive::{CENTRAL_MAGIC, END_MAGIC, LOCAL_MAGIC, MAX_PACKED, MAX_RATIO};
+
+/// Writes parts one after another; [`Self::finish`] makes it a package.
+pub(super) struct ArchiveWriter {
+    out: BufWriter<File>,
+    date: u16,
+    time: u16,
+    central: Vec<u8>,
+    count: u16,
+    at: u64,
+}
+
+impl ArchiveWriter {
+    /// Writes to `out`, an empty file; `date` and `time`, in MS-DOS form, are
+    /// those of every part.
+    pub fn new(out: File, date: u16, time: u16) -> Self {
+        Self {
+            out: BufWriter::with_capacity(1 << 18, out),
+            date,
+            time,
+            central: Vec::new(),
+            count: 0,
+            at: 0,
+        }
+    }
+
+    /// Adds the part `name`. `open` opens its content and may be called twice:
+    /// what deflate packs better than a reader accepts is stored instead.
+    pub fn add<R: Read>(
+        &mut self,
+        name: &str,
+        mut open: impl FnMut() -> io::Result<R>,
+    ) -> io::Result<()> {
+        let start = self.at;
+        let header = 30 + name.len() as u64;
+        self.out.seek(SeekFrom::Start(start + header))?;
+        let mut method = 8;
+        let deflated = DeflateEncoder::new(&mut self.out, Compression::new(6));
+        let (mut crc, mut size, mut packed) = deflate(open()?, deflated)?;
+        // Far below the limit, so that rounding never matters.
+        if size > packed.saturating_mul(MAX_RATIO / 2) {
+            self.out.seek(SeekFrom::Start(start + header))?;
+            method = 0;
+            (crc, size) = store(open()?, &mut self.out)?;
+            packed = size;
+        }
+        let end = start + header + packed;
+        let too_large = || io::Error::other("the package grows too large");
+        if end > MAX_PACKED {
+            return Err(too_large());
+        }
+        let sizes = [crc, packed as u32, size as u32];
+        let described = self.describe(method, sizes, name);
+
+        self.out.seek(SeekFrom::Start(start))?;
+        self.out.write_all(&LOCAL_MAGIC.to_le_bytes())?;
+        self.out.write_all(&described)?;
+        self.out.write_all(name.as_bytes())?;
+        self.out.seek(SeekFrom::Start(end))?;
+
+        self.central.extend(CENTRAL_MAGIC.to_le_bytes());
+        // Made by version 2.0 on Unix, so that the mode below counts.
+        self.central.extend([20, 3]);
+        self.central.extend(described);
+        // No comment, first file, no internal attributes; -rw-r--r--.
+        self.central.extend([0; 6]);
+        self.central.extend((0o100_644_u32 << 16).to_le_bytes());
+        self.central.extend((start as u32).to_le_bytes());
+        self.central.extend(name.as_bytes());
+        self.count = self.count.checked_add(1).ok_or_else(too_large)?;
+        self.at = end;
+        Ok(())
+    }
+
+    /// What the local header and the central directory say alike.
+    fn describe(&self, method: u16, sizes: [u32; 3], name: &str) -> Vec<u8> {
+        let flags: u16 = if name.is_ascii() { 0 } else { 1 << 11 };
+        let mut bytes = Vec::with_capacity(26);
+        for value in [20, flags, method, self.time, self.date] {
+            bytes.extend(value.to_le_bytes());
+        }
+        for value in sizes {
+            bytes.extend(value.to_le_bytes());
+        }
+        bytes.extend((name.len() as u16).to_le_bytes());
+        bytes.extend([0; 2]);
+        bytes
+    }
+
+    /// Writes the directory and gives the file back, complete but not synced.
+    pub fn finish(mut self) -> io::Result<File> {
+        self.out.write_all(&self.central)?;
+        let mut end = Vec::with_capacity(22);
+        end.extend(END_MAGIC.to_le_bytes());
+        end.extend([0; 4]);
+        end.extend(self.count.to_le_bytes());
+        end.extend(self.count.to_le_bytes());
+        end.extend((self.central.len() as u32).to_le_bytes());
+        end.extend((self.at as u32).to_le_bytes());
+        end.extend([0; 2]);
+        self.out.write_all(&end)?;
+        let length = self.out.stream_position()?;
+        let file = self
+            .out
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
+        // A stored part may have been shorter than its first, deflated form.
+        file.set_len(length)?;
+        Ok(file)
+    }
+}
+
+/// Checksum, size and packed size.
+fn deflate<W: Write>(
+    mut content: impl Read,
+    mut out: DeflateEncoder<W>,
+) -> io::Result<(u32, u64, u64)> {
+    let (crc, size) = store(&mut content, &mut out)?;
+    out.try_finish()?;
+    Ok((crc, size, out.total_out()))
+}
+
+/// Checksum and size.
+fn store(mut content: impl Read, out: &mut impl Write) -> io::Result<(u32, u64)> {
+    let mut crc = Crc::new();
+    let mut size = 0;
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match content.read(&mut buffer) {
+            Ok(0) => return Ok((crc.sum(), size)),
+            Ok(read) => {
+                crc.update(&buffer[..read]);
+                out.write_all(&buffer[..read])?;
+                size += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! SHA-256 of a content, and a reader that ends in an error on any other.
+
+use std::io::{self, Read};
+
+use sha2::{Digest as _, Sha256};
+
+const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/// A SHA-256.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Digest([u8; 32]);
+
+impl Digest {
+    /// Digest and length of everything in `content`.
+    pub fn of(mut content: impl Read) -> io::Result<(Self, u64)> {
+        let mut hasher = Sha256::new();
+        let mut length = 0;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match content.read(&mut buffer) {
+                Ok(0) => return Ok((Self(hasher.finalize().into()), length)),
+                Ok(read) => {
+                    hasher.update(&buffer[..read]);
+                    length += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The first 16 bytes in hex: a name for the content.
+    pub fn guid(&self) -> String {
+        self.0[..16].iter().fold(String::new(), |mut name, byte| {
+            for nibble in [byte >> 4, byte & 15] {
+                name.push(char::from_digit(nibble.into(), 16).expect("a nibble is a digit"));
+            }
+            name
+        })
+    }
+
+    /// Base64, as manifests hold it.
+    pub fn to_base64(self) -> String {
+        let mut text = String::with_capacity(44);
+        for group in self.0.chunks(3) {
+            let bits = (0..3).fold(0_u32, |bits, i| {
+                bits << 8 | u32::from(group.get(i).copied().unwrap_or(0))
+            });
+            for i in 0..4 {
+                let sextet = (bits >> (18 - 6 * i)) & 63;
+                text.push(if i <= group.len() {
+                    ALPHABET[sextet as usize].into()
+                } else {
+                    '='
+                });
+            }
+        }
+        text
+    }
+
+    /// Reads [`Self::to_base64`]; no other spelling is accepted.
+    pub fn from_base64(text: &str) -> Option<Self> {
+        let digits = text.strip_suffix('=').filter(|digits| digits.len() == 43)?;
+        let mut bytes = Vec::with_capacity(33);
+        let (mut bits, mut held) = (0_u32, 0);
+        for digit in digits.bytes() {
+            let value = ALPHABET.iter().position(|known| *known == digit)?;
+            bits = (bits << 6 | value as u32) & 0xFFFF;
+            held += 6;
+            if held >= 8 {
+                held -= 8;
+                bytes.push((bits >> held) as u8);
+            }
+        }
+        let digest = Self(bytes.try_into().ok()?);
+        (digest.to_base64() == text).then_some(digest)
+    }
+}
+
+/// Passes a content through and ends in an error unless it has the digest.
+pub(super) struct Verified<R> {
+    inner: R,
+    hasher: Sha256,
+    expected: Digest,
+}
+
+impl<R: Read> Verified<R> {
+    /// `inner`, which must have the digest `expected`.
+    pub fn new(inner: R, expected: Digest) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            expected,
+        }
+    }
+}
+
+impl<R: Read> Read for Verified<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        if read == 0 && !buffer.is_empty() {
+            let found = Digest(self.hasher.clone().finalize().into());
+            if found != self.expected {
+                let what = "the content has another SHA-256 than it should have";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+            }
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_is_written_in_base64_and_read_back_in_no_other_form() {
+        let (digest, length) = Digest::of(&b"abc"[..]).unwrap();
+        assert_eq!(length, 3);
+        let text = "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0=";
+        assert_eq!(digest.to_base64(), text);
+        assert_eq!(digest.guid(), "ba7816bf8f01cfea414140de5dae2223");
+        assert_eq!(Digest::from_base64(text), Some(digest));
+        // The last digit has two unused bits, which must be 0.
+        assert_eq!(Digest::from_base64(&text.replace("a0=", "a1=")), None);
+        for bad in ["", "=", &text[1..], &text[..43], "é", &format!("{text}=")] {
+            assert_eq!(Digest::from_base64(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_content_with_another_digest_ends_in_an_error() {
+        let (digest, _) = Digest::of(&b"abc"[..]).unwrap();
+        let read =
+            |content: &'static [u8]| Verified::new(content, digest).read_to_end(&mut Vec::new());
+        assert_eq!(read(b"abc").unwrap(), 3);
+        assert!(read(b"abd").is_err());
+        assert!(read(b"").is_err());
+    }
+}

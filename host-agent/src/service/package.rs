@@ -1,0 +1,486 @@
+//! Reads a package (`.cspkg`) of the open format: parts, manifest, and the
+//! files of each role, each content held to its size and SHA-256.
+
+use std::collections::{HashMap, HashSet};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::archive::{Archive, Part};
+use super::definition::{self, Definition};
+use super::digest::{Digest, Verified};
+use super::error::ServiceError;
+use super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
+use super::xml::{self, EMPTY, Element, Schema};
+
+/// Part that gives each other part its media type.
+pub(super) const CONTENT_TYPES: &str = "[Content_Types].xml";
+/// Namespace of [`CONTENT_TYPES`].
+pub(super) const CONTENT_TYPES_NAMESPACE: &str =
+    "http://schemas.openxmlformats.org/package/2006/content-types";
+/// Part that says which part is the manifest.
+pub(super) const RELATIONSHIPS: &str = "_rels/.rels";
+/// Namespace of [`RELATIONSHIPS`].
+pub(super) const RELATIONSHIPS_NAMESPACE: &str =
+    "http://schemas.openxmlformats.org/package/2006/relationships";
+/// Type of the relationship to the manifest.
+pub(super) const MANIFEST_TYPE: &str =
+    "http://schemas.microsoft.com/windowsazure/PackageDefinition/Version/2012/03/15";
+/// Namespace of the manifest.
+pub(super) const MANIFEST_NAMESPACE: &str = "http://schemas.microsoft.com/windowsazure";
+/// Content that holds the definition.
+pub(super) const DEFINITION: &str = "ServiceDefinition/ServiceDefinition.csdef";
+/// Layout of a role is this and its name.
+pub(super) const ROLE_LAYOUT: &str = "Roles/";
+/// Where the files of a role are in its layout.
+pub(super) const APPROOT: &str = "\\approot\\";
+/// Key of the package's metadata under which, for the role whose name follows,
+/// the paths of files that may be executed are listed, one a line. The format
+/// is of another system and has no such bit; a reader that does not know the
+/// key passes over it.
+pub(super) const EXECUTABLE_KEY: &str = "urn:host-agent:executable:";
+
+/// Largest manifest: 50,000 files at some 800 bytes.
+pub(super) const MAX_MANIFEST: u64 = 40 << 20;
+
+/// Most XML nodes of a manifest: 50,000 files at some 30.
+const MAX_MANIFEST_NODES: u32 = 2_000_000;
+
+/// A package whose structure is sound.
+#[derive(Debug)]
+pub(super) struct Package {
+    archive: Archive,
+    definition: Definition,
+    contents: Vec<Content>,
+    layouts: HashMap<String, Vec<PackedFile>>,
+}
+
+/// A file of a role and its content.
+#[derive(Debug)]
+struct PackedFile {
+    entry: Entry,
+    content: usize,
+}
+
+#[derive(Debug)]
+struct Content {
+    part: Part,
+    digest: Digest,
+}
+
+const MANIFEST: Schema = Schema {
+    children: &["PackageMetaData", "PackageContents", "PackageLayouts"],
+    ..EMPTY
+};
+const METADATA: Schema = Schema {
+    children: &["KeyValuePair"],
+    ..EMPTY
+};
+const KEY_VALUE: Schema = Schema {
+    children: &["Key", "Value"],
+    ..EMPTY
+};
+const CONTENTS: Schema = Schema {
+    children: &["ContentDefinition"],
+    ..EMPTY
+};
+const CONTENT: Schema = Schema {
+    children: &["Name", "ContentDescription"],
+    ..EMPTY
+};
+const CONTENT_DESCRIPTION: Schema = Schema {
+    children: &[
+        "LengthInBytes",
+        // So spelt in the format.
+        "IntegrityCheckHashAlgortihm",
+        "IntegrityCheckHash",
+        "DataStorePath",
+    ],
+    ..EMPTY
+};
+const LAYOUTS: Schema = Schema {
+    children: &["LayoutDefinition"],
+    ..EMPTY
+};
+const LAYOUT: Schema = Schema {
+    children: &["Name", "LayoutDescription"],
+    ..EMPTY
+};
+const LAYOUT_DESCRIPTION: Schema = Schema {
+    children: &["FileDefinition"],
+    ..EMPTY
+};
+const FILE: Schema = Schema {
+    children: &["FilePath", "FileDescription"],
+    ..EMPTY
+};
+const FILE_DESCRIPTION: Schema = Schema {
+    children: &[
+        "DataContentReference",
+        "CreatedTimeUtc",
+        "ModifiedTimeUtc",
+        "ReadOnly",
+    ],
+    ..EMPTY
+};
+const RELATIONSHIP_LIST: Schema = Schema {
+    children: &["Relationship"],
+    ..EMPTY
+};
+const RELATIONSHIP: Schema = Schema {
+    attributes: &["Type", "Target", "TargetMode", "Id"],
+    ..EMPTY
+};
+
+impl Package {
+    /// Opens the package `file` and checks everything but the contents.
+    pub fn open(file: &Path) -> Result<Self, ServiceError> {
+        let archive = Archive::open(file)?;
+        check_content_types(&archive)?;
+        let manifest_name = manifest_name(&archive)?;
+        let place = file.join(&manifest_name);
+        let part = archive.find(&manifest_name).ok_or_else(|| {
+            ServiceError::new(file, format!("the package has no part \"{manifest_name}\""))
+        })?;
+        let bytes = archive.read_all(part, MAX_MANIFEST)?;
+        let text = xml::text_of(&place, bytes, MAX_MANIFEST)?;
+        let document = xml::parse(&place, &text, MAX_MANIFEST_NODES)?;
+        let root = xml::root(
+            &place,
+            &text,
+            &document,
+            "PackageDefinition",
+            MANIFEST_NAMESPACE,
+        )?;
+        root.check(&MANIFEST)?;
+
+        let (contents, by_name) = contents(&archive, root)?;
+        check_all_named(&archive, &manifest_name, &contents)?;
+        let layouts = layouts(root, &contents, &by_name)?;
+        let definition = read_definition(&archive, &contents, &by_name)?;
+        for role in &definition.roles {
+            if !layouts.contains_key(&role.name) {
+                let what = format!("the package has no files for role \"{}\"", role.name);
+                return Err(ServiceError::new(&place, what));
+            }
+        }
+        Ok(Self {
+            archive,
+            definition,
+            contents,
+            layouts,
+        })
+    }
+
+    /// Unpacks every content and checks its size, checksum and digest.
+    pub fn verify(&self) -> Result<(), ServiceError> {
+        for content in &self.contents {
+            std::io::copy(&mut self.read(content), &mut std::io::sink()).map_err(|source| {
+                let place = self.archive.path().join(&content.part.name);
+                ServiceError::io(&place, "the content is damaged", source)
+                    .with_hint("get the package again, or pack it again")
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The definition it was made with.
+    pub fn definition(&self) -> &Definition {
+        &self.definition
+    }
+
+    /// The package's file.
+    pub fn path(&self) -> &Path {
+        self.archive.path()
+    }
+
+    /// The files of `role`, sorted by path.
+    pub fn entries(&self, role: &str) -> Option<Vec<Entry>> {
+        let files = self.layouts.get(role)?;
+        Some(files.iter().map(|file| file.entry.clone()).collect())
+    }
+
+    /// The content of the file at `path` of `role`; reading ends in an error
+    /// if it is damaged.
+    pub fn open_file(&self, role: &str, path: &str) -> Option<impl Read + '_> {
+        let files = self.layouts.get(role)?;
+        let found = files.binary_search_by(|file| file.entry.path.as_str().cmp(path));
+        Some(self.read(&self.contents[files[found.ok()?].content]))
+    }
+
+    /// `path` of `role` as a person would look for it.
+    pub fn locate(&self, role: &str, path: &str) -> PathBuf {
+        self.path()
+            .join(ROLE_LAYOUT)
+            .join(role)
+            .join("approot")
+            .join(path)
+    }
+
+    fn read(&self, content: &Content) -> Verified<impl Read + '_> {
+        Verified::new(self.archive.read(&content.part), content.digest)
+    }
+}
+
+fn missing(archive: &Archive, name: &str) -> ServiceError {
+    ServiceError::new(
+        archive.path(),
+        format!("is not a package: no part \"{name}\""),
+    )
+    .with_hint("make the package with: host-agent pack DIR -o FILE.cspkg")
+}
+
+fn check_content_types(archive: &Archive) -> Result<(), ServiceError> {
+    let part = archive
+        .find(CONTENT_TYPES)
+        .ok_or_else(|| missing(archive, CONTENT_TYPES))?;
+    let place = archive.path().join(CONTENT_TYPES);
+    let text = xml::text_of(&place, archive.read_all(part, MAX_MANIFEST)?, MAX_MANIFEST)?;
+    let document = xml::parse(&place, &text, MAX_MANIFEST_NODES)?;
+    xml::root(&place, &text, &document, "Types", CONTENT_TYPES_NAMESPACE)?;
+    Ok(())
+}
+
+/// The part that the package's one relationship of the right type names.
+fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
+    let part = archive
+        .find(RELATIONSHIPS)
+        .ok_or_else(|| missing(archive, RELATIONSHIPS))?;
+    let place = archive.path().join(RELATIONSHIPS);
+    let text = xml::text_of(
+        &place,
+        archive.read_all(part, xml::MAX_BYTES)?,
+        xml::MAX_BYTES,
+    )?;
+    let document = xml::parse(&place, &text, xml::MAX_BYTES as u32)?;
+    let root = xml::root(
+        &place,
+        &text,
+        &document,
+        "Relationships",
+        RELATIONSHIPS_NAMESPACE,
+    )?;
+    root.check(&RELATIONSHIP_LIST)?;
+    let mut found = None;
+    for relationship in root.children("Relationship") {
+        relationship.check(&RELATIONSHIP)?;
+        let target = relationship.required("Target")?;
+        if relationship.required("Type")?.text != MANIFEST_TYPE {
+            return Err(relationship.refuse("unknown relationship").with_hint(
+                "packages of the old format cannot be read; pack with /useCtpPackageFormat",
+            ));
+        }
+        if found.replace(target.text).is_some() {
+            return Err(relationship.refuse("second manifest"));
+        }
+    }
+    let name = found.ok_or_else(|| root.refuse("no relationship names the manifest"))?;
+    Ok(name.strip_prefix('/').unwrap_or(name).to_owned())
+}
+
+/// Every content, and the index of each by name.
+fn contents<'a>(
+    archive: &Archive,
+    root: Element<'a>,
+) -> Result<(Vec<Content>, HashMap<&'a str, usize>), ServiceError> {
+    let mut contents = Vec::new();
+    let mut by_name = HashMap::new();
+    let Some(list) = root.child("PackageContents")? else {
+        return Ok((contents, by_name));
+    };
+    list.check(&CONTENTS)?;
+    for element in list.children("ContentDefinition") {
+        element.check(&CONTENT)?;
+        let name = element.leaf("Name")?;
+        let description = element.required_child("ContentDescription")?;
+        description.check(&CONTENT_DESCRIPTION)?;
+        let path = description.leaf("DataStorePath")?;
+        let part = archive
+            .find(path.strip_prefix('/').unwrap_or(path))
+            .ok_or_else(|| description.refuse(format!("the package has no part \"{path}\"")))?;
+        if description.leaf("LengthInBytes")?.trim().parse() != Ok(part.size) {
+            let what = format!("LengthInBytes is not the size of the part, {}", part.size);
+            return Err(description.refuse(what));
+        }
+        if description.leaf("IntegrityCheckHashAlgortihm")? != "Sha256" {
+            return Err(description
+                .refuse(format!("content \"{name}\" has no SHA-256"))
+                .with_hint("contents without a hash are not supported; pack again"));
+        }
+        let digest = Digest::from_base64(description.leaf("IntegrityCheckHash")?.trim())
+            .ok_or_else(|| description.refuse("IntegrityCheckHash is not a SHA-256 in base64"))?;
+        if by_name.insert(name, contents.len()).is_some() {
+            return Err(element.refuse(format!("duplicate content \"{name}\"")));
+        }
+        contents.push(Content {
+            part: part.clone(),
+            digest,
+        });
+    }
+    Ok((contents, by_name))
+}
+
+/// Refuses parts that nothing speaks for.
+fn check_all_named(
+    archive: &Archive,
+    manifest: &str,
+    contents: &[Content],
+) -> Result<(), ServiceError> {
+    let mut named: HashSet<&str> = contents
+        .iter()
+        .map(|content| content.part.name.as_str())
+        .collect();
+    named.extend([CONTENT_TYPES, RELATIONSHIPS, manifest]);
+    let unnamed = archive
+        .parts()
+        .iter()
+        .find(|part| !named.contains(part.name.as_str()));
+    match unnamed {
+        None => Ok(()),
+        Some(part) => Err(ServiceError::new(
+            archive.path(),
+            format!("part \"{}\" is not in the manifest", part.name),
+        )
+        .with_hint("pack again instead of adding to a package")),
+    }
+}
+
+fn read_definition(
+    archive: &Archive,
+    contents: &[Content],
+    by_name: &HashMap<&str, usize>,
+) -> Result<Definition, ServiceError> {
+    let index = by_name.get(DEFINITION).ok_or_else(|| {
+        let what = format!("the package has no content \"{DEFINITION}\"");
+        ServiceError::new(archive.path(), what)
+    })?;
+    let part = &contents[*index].part;
+    let place = archive.path().join(&part.name);
+    let text = xml::text_of(
+        &place,
+        archive.read_all(part, xml::MAX_BYTES)?,
+        xml::MAX_BYTES,
+    )?;
+    definition::parse(&place, text)
+}
+
+/// The files of each role, sorted by path.
+fn layouts(
+    root: Element<'_>,
+    contents: &[Content],
+    by_name: &HashMap<&str, usize>,
+) -> Result<HashMap<String, Vec<PackedFile>>, ServiceError> {
+    let mut executable = executables(root)?;
+    let mut layouts = HashMap::new();
+    let mut count = 0;
+    if let Some(list) = root.child("PackageLayouts")? {
+        list.check(&LAYOUTS)?;
+        for layout in list.children("LayoutDefinition") {
+            layout.check(&LAYOUT)?;
+            let name = layout.leaf("Name")?;
+            let Some(role) = name.strip_prefix(ROLE_LAYOUT) else {
+                let what = format!("layout \"{name}\" is not supported yet");
+                return Err(layout.refuse(what));
+            };
+            let description = layout.required_child("LayoutDescription")?;
+            description.check(&LAYOUT_DESCRIPTION)?;
+            let may_execute = executable.remove(role).unwrap_or_default();
+            let mut files = Vec::new();
+            for element in description.children("FileDefinition") {
+                count += 1;
+                if count > MAX_FILES {
+                    return Err(element.refuse(format!("more than {MAX_FILES} files")));
+                }
+                files.push(packed_file(element, contents, by_name, &may_execute)?);
+            }
+            files.sort_by(|a, b| a.entry.path.cmp(&b.entry.path));
+            check_files(description, &files)?;
+            if layouts.insert(role.to_owned(), files).is_some() {
+                return Err(layout.refuse(format!("duplicate layout \"{name}\"")));
+            }
+        }
+    }
+    Ok(layouts)
+}
+
+/// By role, the paths below its layout of files that may be executed.
+fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, ServiceError> {
+    let mut executables = HashMap::new();
+    let Some(list) = root.child("PackageMetaData")? else {
+        return Ok(executables);
+    };
+    list.check(&METADATA)?;
+    for pair in list.children("KeyValuePair") {
+        pair.check(&KEY_VALUE)?;
+        let (key, value) = (pair.leaf("Key")?, pair.leaf("Value")?);
+        if let Some(role) = key.strip_prefix(EXECUTABLE_KEY)
+            && executables.insert(role, value.lines().collect()).is_some()
+        {
+            return Err(pair.refuse(format!("duplicate key \"{key}\"")));
+        }
+    }
+    Ok(executables)
+}
+
+fn packed_file(
+    element: Element<'_>,
+    contents: &[Content],
+    by_name: &HashMap<&str, usize>,
+    executable: &HashSet<&str>,
+) -> Result<PackedFile, ServiceError> {
+    element.check(&FILE)?;
+    let written = element.leaf("FilePath")?;
+    let path = written.strip_prefix(APPROOT).ok_or_else(|| {
+        element
+            .refuse(format!("file \"{written}\" is not below {APPROOT}"))
+            .with_hint("other files of a package are not supported yet")
+    })?;
+    let pieces: Vec<&str> = path.split('\\').collect();
+    if pieces.len() > MAX_DEPTH + 1 {
+        return Err(element.refuse(format!("directories nested deeper than {MAX_DEPTH}")));
+    }
+    for piece in &pieces {
+        check_name(piece).map_err(|what| element.refuse(format!("file \"{written}\": {what}")))?;
+    }
+    let description = element.required_child("FileDescription")?;
+    description.check(&FILE_DESCRIPTION)?;
+    let reference = description.leaf("DataContentReference")?;
+    let content = *by_name
+        .get(reference)
+        .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
+    Ok(PackedFile {
+        entry: Entry {
+            path: pieces.join("/"),
+            size: contents[content].part.size,
+            executable: executable.contains(written),
+        },
+        content,
+    })
+}
+
+/// Refuses two files of one path, a file that is also a directory, and too
+/// many bytes. `files` is sorted by path.
+fn check_files(layout: Element<'_>, files: &[PackedFile]) -> Result<(), ServiceError> {
+    let mut paths = HashSet::new();
+    let mut total = 0_u64;
+    for file in files {
+        total = total.saturating_add(file.entry.size);
+        if total > MAX_UNPACKED {
+            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
+            return Err(layout.refuse(what));
+        }
+        let path = file.entry.path.as_str();
+        if !paths.insert(path) {
+            return Err(layout.refuse(format!("duplicate file \"{path}\"")));
+        }
+    }
+    for path in &paths {
+        let mut parent = *path;
+        while let Some(slash) = parent.rfind('/') {
+            parent = &parent[..slash];
+            if paths.contains(parent) {
+                return Err(layout.refuse(format!("\"{parent}\" is a file and a directory")));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! Packages made here, made elsewhere, and made to deceive.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+
+use super::archive::Archive;
+use super::archive_writer::ArchiveWriter;
+use super::load_tests::service_directory;
+use super::model::{Payload, ServiceModel};
+use super::{ServiceError, Validated, build_application_image, load, pack, validate};
+
+const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+
+fn image(model: &ServiceModel, role: usize) -> Vec<u8> {
+    let out = tempfile::NamedTempFile::new().unwrap();
+    build_application_image(&model.roles[role], out.as_file()).unwrap();
+    fs::read(out.path()).unwrap()
+}
+
+#[test]
+fn a_packed_service_is_the_same_as_its_directory() {
+    let directory = service_directory();
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("shop.cspkg");
+    let packed = pack(directory.path(), &file).unwrap();
+    assert_eq!(
+        (packed.service.as_str(), packed.roles, packed.files),
+        ("Shop", 2, 6)
+    );
+    assert_eq!(packed.bytes, fs::metadata(&file).unwrap().len());
+    assert_eq!(
+        fs::read_dir(out.path()).unwrap().count(),
+        1,
+        "nothing is left beside it"
+    );
+
+    let config = directory.path().join("ServiceConfiguration.cscfg");
+    let original = load(directory.path(), None).unwrap();
+    let mut read = load(&file, Some(&config)).unwrap();
+    for (index, role) in original.roles.iter().enumerate() {
+        assert!(
+            image(&original, index) == image(&read, index),
+            "{}",
+            role.name
+        );
+        let expected = Payload::Package {
+            file: file.clone(),
+            role: role.name.clone(),
+        };
+        assert_eq!(read.roles[index].payload, expected);
+        read.roles[index].payload = role.payload.clone();
+    }
+    assert_eq!(read, original);
+
+    // Beside it, a configuration is found; without one it is asked for.
+    let error = load(&file, None).unwrap_err();
+    assert!(error.hint().unwrap().contains("--config"), "{error}");
+    assert_eq!(validate(&file).unwrap(), Validated::Package);
+    fs::copy(&config, out.path().join("any.cscfg")).unwrap();
+    load(&file, None).unwrap();
+    assert_eq!(validate(&file).unwrap(), Validated::PackagedService);
+    assert_eq!(validate(directory.path()).unwrap(), Validated::Service);
+    assert_eq!(validate(&config).unwrap(), Validated::Configuration);
+    let definition = directory.path().join("ServiceDefinition.csdef");
+    assert_eq!(validate(&definition).unwrap(), Validated::Definition);
+    assert!(validate(&directory.path().join("Cart/data")).is_err());
+}
+
+#[test]
+fn the_same_files_give_the_same_package_and_each_content_is_in_it_once() {
+    let out = tempfile::tempdir().unwrap();
+    let packed = |name: &str| {
+        let directory = service_directory();
+        let file = out.path().join(name);
+        pack(directory.path(), &file).unwrap();
+        fs::read(file).unwrap()
+    };
+    assert!(packed("a") == packed("b"));
+    let archive = Archive::open(&out.path().join("a")).unwrap();
+    // "same" twice, "#!/bin/sh" twice, nothing, zeroes.
+    let contents = archive
+        .parts()
+        .iter()
+        .filter(|p| p.name.starts_with("LocalContent/"));
+    assert_eq!(contents.count(), 4);
+}
+
+#[test]
+fn a_service_that_is_refused_leaves_no_package() {
+    let directory = service_directory();
+    fs::remove_file(directory.path().join("Mail/run")).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("x.cspkg");
+    let error = pack(directory.path(), &file).unwrap_err();
+    assert!(error.what().contains("\"run\" does not exist"), "{error}");
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+    let error = pack(Path::new(REDIS), Path::new("/nowhere/x.cspkg")).unwrap_err();
+    assert!(error.what().contains("cannot write the package"), "{error}");
+}
+
+/// The package of the redis service, in parts.
+fn parts() -> Vec<(String, Vec<u8>)> {
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("redis.cspkg");
+    pack(Path::new(REDIS), &file).unwrap();
+    let archive = Archive::open(&file).unwrap();
+    let read = |part| archive.read_all(part, 1 << 20).unwrap();
+    archive
+        .parts()
+        .iter()
+        .map(|part| (part.name.clone(), read(part)))
+        .collect()
+}
+
+/// What loading a package of `parts` says.
+fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError> {
+    let out = tempfile::NamedTempFile::new().unwrap();
+    let mut writer = ArchiveWriter::new(out.reopen().unwrap(), 33, 0);
+    for (name, content) in parts {
+        writer.add(name, || Ok(content.as_slice())).unwrap();
+    }
+    writer.finish().unwrap();
+    load(out.path(), Some(&config()))
+}
+
+fn config() -> PathBuf {
+    Path::new(REDIS).join("ServiceConfiguration.cscfg")
+}
+
+#[test]
+fn each_lie_of_a_manifest_gives_one_error() {
+    let original = parts();
+    load_parts(&original).unwrap();
+    let manifest = String::from_utf8(original[2].1.clone()).unwrap();
+    assert_eq!(original[2].0, "package.xml");
+    let script = original
+        .iter()
+        .find(|part| part.0.starts_with("LocalContent/"))
+        .unwrap();
+    let reference = format!("<DataContentReference>{}<", script.0);
+    let length = format!("<LengthInBytes>{}<", script.1.len());
+    let file = {
+        let start = manifest.find("<FileDefinition>").unwrap();
+        let end = manifest.find("</FileDefinition>").unwrap() + "</FileDefinition>".len();
+        &manifest[start..end]
+    };
+    let content = {
+        let start = manifest.find("<ContentDefinition>").unwrap();
+        let end = manifest.find("</ContentDefinition>").unwrap() + "</ContentDefinition>".len();
+        &manifest[start..end]
+    };
+    let path = |path: &str| format!("<FilePath>{path}<");
+    let run = path("\\approot\\run.sh");
+    let second = |name: &str| file.replace("run.sh", name);
+    let hash = manifest.find("<IntegrityCheckHash>").unwrap() + "<IntegrityCheckHash>".len();
+    let hash = &manifest[hash..hash + 44];
+    #[rustfmt::skip]
+    let lies: &[(&str, &str, &str)] = &[
+        (&run, &path("\\approot\\..\\..\\etc\\run.sh"), "\"..\" is not the name of a file"),
+        (&run, &path("\\approot\\\\run.sh"), "\"\" is not the name of a file"),
+        (&run, &path("\\approot\\a/../run.sh"), "holds '/'"),
+        (&run, &path("\\approot\\a&#10;run.sh"), "holds '\\n'"),
+        (&run, &path("/etc/passwd"), "is not below \\approot\\"),
+        (&run, &path("\\base\\x64\\WaHostBootstrapper.exe"), "is not below \\approot\\"),
+        (&run, &path("\\approot\\gone.sh"), "entry point \"run.sh\" does not exist"),
+        (&run, &path("\\approot\\run.sh\\x"), "entry point \"run.sh\" is a directory"),
+        (&run, &path(&format!("\\approot{}", "\\d".repeat(40))), "nested deeper than 32"),
+        (file, &format!("{file}{file}"), "duplicate file \"run.sh\""),
+        (file, &format!("{file}{}", second("run.sh\\x")), "\"run.sh\" is a file and a directory"),
+        (content, &format!("{content}{content}"), "duplicate content"),
+        (content, "", "is not in the manifest"),
+        (&reference, "<DataContentReference>other<", "has no content \"other\""),
+        (&length, "<LengthInBytes>1<", "LengthInBytes is not the size"),
+        (&length, "<LengthInBytes>x<", "LengthInBytes is not the size"),
+        (hash, "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0=", "damaged"),
+        (hash, "abc", "not a SHA-256 in base64"),
+        (">Sha256<", ">None<", "has no SHA-256"),
+        ("<DataStorePath>S", "<DataStorePath>../S", "has no part"),
+        ("Roles/Cache</Name>", "Roles/Other</Name>", "no files for role \"Cache\""),
+        ("Roles/Cache</Name>", "Startup/Cache</Name>", "layout \"Startup/Cache\" is not supported yet"),
+        ("executable:Cache", "executable:Cachet", "\"run.sh\" is not executable"),
+        ("<PackageLayouts>", "<PackageLayouts/><PackageLayouts>", "second <PackageLayouts>"),
+        ("<PackageLayouts>", "<Extra/><PackageLayouts>", "unknown element <Extra>"),
+        ("<FilePath>", "<FilePath a=\"1\">", "unknown attribute on <FilePath>"),
+        ("<FilePath>", "<FilePath><b/>", "<FilePath> holds more than text"),
+        ("schemas.microsoft.com/windowsazure\"", "example.org/x\"", "wrong namespace"),
+        ("<PackageDefinition", "<!DOCTYPE x><PackageDefinition", "DTD"),
+    ];
+    for (old, new, why) in lies {
+        assert!(manifest.contains(old), "{old}");
+        let mut parts = original.clone();
+        parts[2].1 = manifest.replacen(old, new, 1).into_bytes();
+        let error = load_parts(&parts)
+            .err()
+            .unwrap_or_else(|| panic!("accepted: {new}"));
+        assert!(error.to_string().contains(why), "{old} -> {new}: {error}");
+    }
+}
+
+#[test]
+fn each_missing_or_foreign_part_is_named() {
+    let original = parts();
+    let without = |name: &str| {
+        let kept = original.iter().filter(|part| !part.0.starts_with(name));
+        load_parts(&kept.cloned().collect::<Vec<_>>())
+            .unwrap_err()
+            .to_string()
+    };
+    for name in [
+        "[Content_Types].xml",
+        "_rels/.rels",
+        "package.xml",
+        "ServiceDefinition/",
+        "LocalContent/",
+    ] {
+        let error = without(name);
+        assert!(
+            error.contains("no part \"") && error.contains(name),
+            "{error}"
+        );
+    }
+    let mut parts = original.clone();
+    parts.push(("extra.sh".into(), b"#!/bin/sh".to_vec()));
+    let error = load_parts(&parts).unwrap_err().to_string();
+    assert!(
+        error.contains("\"extra.sh\" is not in the manifest"),
+        "{error}"
+    );
+    // A package of the old format: another relationship.
+    let mut parts = original;
+    let rels = String::from_utf8(parts[1].1.clone()).unwrap();
+    parts[1].1 = rels
+        .replace("PackageDefinition/Version", "Other")
+        .into_bytes();
+    let error = load_parts(&parts).unwrap_err();
+    assert!(error.hint().unwrap().contains("old format"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    /// A package with some damaged bytes is refused or is still the same.
+    #[test]
+    fn damage_never_changes_what_a_package_means(
+        at in any::<prop::sample::Index>(),
+        damage in proptest::collection::vec(any::<u8>(), 1..4),
+    ) {
+        use std::sync::OnceLock;
+        static GOOD: OnceLock<(Vec<u8>, Vec<u8>)> = OnceLock::new();
+        let (good, disk) = GOOD.get_or_init(|| {
+            let out = tempfile::tempdir().unwrap();
+            let file = out.path().join("redis.cspkg");
+            pack(Path::new(REDIS), &file).unwrap();
+            (fs::read(&file).unwrap(), image(&load(Path::new(REDIS), None).unwrap(), 0))
+        });
+        let mut bytes = good.clone();
+        let at = at.index(bytes.len());
+        for (byte, damaged) in bytes[at..].iter_mut().zip(damage) {
+            *byte = damaged;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), &bytes).unwrap();
+        if let Ok(model) = load(file.path(), Some(&config())) {
+            prop_assert!(image(&model, 0) == *disk);
+        }
+    }
+}
