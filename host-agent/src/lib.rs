@@ -6,6 +6,9 @@
 //! and imports nothing above it; the two sides meet in [`vmm::spec`] and
 //! [`vmm::control`] only.
 
+pub mod channels;
+pub mod endpoints;
 pub mod service;
+pub mod store;
 pub mod supervisor;
 pub mod vmm;

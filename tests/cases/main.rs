@@ -1,1 +1,8 @@
-//! Cases.
+//! End-to-end tests. `scripts/test` gives them a machine with a usable KVM.
+
+mod bad_input;
+mod boot;
+mod disk;
+mod exits;
+mod heartbeat;
+mod tunnel;

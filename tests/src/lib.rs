@@ -1,1 +1,119 @@
-//! Harness.
+//! Harness of the end-to-end tests: services made on the spot, the program
+//! run as a user runs it, and nothing but its public interface.
+
+pub mod run;
+pub mod service;
+
+use std::env;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+/// The program under test: `HOST_AGENT_BIN`.
+pub fn program() -> PathBuf {
+    env::var_os("HOST_AGENT_BIN").map_or_else(
+        || panic!("HOST_AGENT_BIN names no program: run scripts/test"),
+        PathBuf::from,
+    )
+}
+
+/// Where the guest images are: `HOST_AGENT_DATA_DIR`.
+pub fn images() -> PathBuf {
+    env::var_os("HOST_AGENT_DATA_DIR").map_or_else(
+        || panic!("HOST_AGENT_DATA_DIR names no directory: run scripts/test"),
+        |dir| PathBuf::from(dir).join("images"),
+    )
+}
+
+/// A limit for `seconds` of a fast machine, on this one. The suite runs on
+/// emulated hardware too.
+pub fn limit(seconds: u64) -> Duration {
+    let scale = env::var("HOST_AGENT_TEST_SCALE")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(10);
+    Duration::from_secs(seconds * scale)
+}
+
+/// Directories of one test: data (with the images linked in) and run time.
+#[derive(Debug)]
+pub struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    /// Fresh directories.
+    pub fn new() -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("ha").tempdir()?;
+        std::fs::create_dir(dir.path().join("data"))?;
+        std::fs::create_dir(dir.path().join("run"))?;
+        std::os::unix::fs::symlink(images(), dir.path().join("data/images"))?;
+        Ok(Self { dir })
+    }
+
+    /// The data directory.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// A path for the test's own use.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The program with this place's directories.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(program());
+        command
+            .env("HOST_AGENT_DATA_DIR", self.data())
+            .env("XDG_RUNTIME_DIR", self.dir.path().join("run"))
+            .env("HOME", self.dir.path())
+            .env_remove("CI")
+            .env("NO_COLOR", "1");
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn output(&self, arguments: &[&str]) -> Result<Output> {
+        self.command()
+            .args(arguments)
+            .output()
+            .with_context(|| format!("run {arguments:?}"))
+    }
+
+    /// What an ended command must not leave: deployments, sockets, processes.
+    pub fn assert_nothing_left(&self) -> Result<()> {
+        for dir in ["data/deployments", "run/host-agent"] {
+            let left: Vec<_> = match std::fs::read_dir(self.dir.path().join(dir)) {
+                Ok(entries) => entries.flatten().map(|entry| entry.file_name()).collect(),
+                Err(_) => continue,
+            };
+            ensure!(left.is_empty(), "{dir} still holds {left:?}");
+        }
+        let mine = self.dir.path().to_string_lossy().into_owned();
+        for entry in std::fs::read_dir("/proc")?.flatten() {
+            let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+            let of_this_test = environment
+                .split(|byte| *byte == 0)
+                .any(|variable| variable == format!("HOST_AGENT_DATA_DIR={mine}/data").as_bytes());
+            ensure!(
+                !of_this_test,
+                "process {:?} still runs",
+                std::fs::read_to_string(entry.path().join("cmdline"))
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Standard output and error of a command, for messages.
+pub fn text(output: &Output) -> String {
+    format!(
+        "{}\n{}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}

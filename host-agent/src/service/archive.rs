@@ -16,7 +16,7 @@ use flate2::Crc;
 use flate2::bufread::DeflateDecoder;
 
 use super::error::ServiceError;
-use super::payload::{MAX_DEPTH, MAX_UNPACKED, open_now};
+use super::payload::{MAX_DEPTH, MAX_UNPACKED};
 
 /// Largest package: 600 MiB.
 pub const MAX_PACKED: u64 = 600 << 20;
@@ -88,7 +88,7 @@ impl Archive {
     pub fn open(path: &Path) -> Result<Self, ServiceError> {
         let cannot = |source| ServiceError::io(path, "cannot read the package", source);
         let bad = |what: String| ServiceError::new(path, what);
-        let file = open_now(path).map_err(cannot)?;
+        let file = File::open(path).map_err(cannot)?;
         let metadata = file.metadata().map_err(cannot)?;
         if !metadata.is_file() {
             return Err(bad("is not a regular file".into()));

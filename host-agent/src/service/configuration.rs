@@ -19,10 +19,6 @@ pub const DEFAULT_IMAGE: &str = "minimal";
 /// slip of the finger is an error at once.
 pub const MAX_INSTANCES: u32 = 1000;
 
-/// Most bytes of settings, variables and command line of a role: they reach
-/// the guest in one frame of 1 MiB, in which a byte may take two.
-pub const MAX_ROLE_BYTES: usize = 256 << 10;
-
 /// A configuration that agrees with its definition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Configuration {
@@ -174,7 +170,6 @@ fn configured_role(
         .number(1..=u64::from(MAX_INSTANCES))? as u32;
 
     let mut names = Names::of("setting");
-    let mut weight = role.weight();
     let mut settings = BTreeMap::new();
     let list = element.child("ConfigurationSettings")?;
     if let Some(list) = list {
@@ -195,18 +190,8 @@ fn configured_role(
                     ))
                     .with_hint(hint));
             }
-            let value = setting.required("value")?.variable()?;
-            weight += name.text.len() + value.len();
-            if weight > MAX_ROLE_BYTES {
-                return Err(setting
-                    .refuse(format!(
-                        "settings and variables of role \"{}\" are larger than {MAX_ROLE_BYTES} \
-                         bytes together",
-                        role.name
-                    ))
-                    .with_hint("put large values into files of the role"));
-            }
-            settings.insert(name.text.to_owned(), value.to_owned());
+            let value = setting.required("value")?;
+            settings.insert(name.text.to_owned(), value.text.to_owned());
         }
     }
     if let Some(missing) = role

@@ -1,10 +1,9 @@
 //! Reads a service definition (`.csdef`): what a service is, whatever its
 //! configuration and wherever its files are.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::configuration::MAX_ROLE_BYTES;
 use super::error::{ServiceError, nearest};
 use super::model::{InputEndpoint, InstanceValue, LocalStorage, Value, VmSize};
 use super::xml::{self, EMPTY, Element, Names, Schema};
@@ -183,23 +182,6 @@ impl Definition {
     }
 }
 
-impl RoleDefinition {
-    /// Bytes of the command line and environment of the role.
-    pub(super) fn weight(&self) -> usize {
-        let value = |value: &Value| match value {
-            Value::Literal(text) => text.len(),
-            Value::Instance(_) => 0,
-        };
-        let environment = self
-            .environment
-            .iter()
-            .map(|(name, v)| name.len() + value(v));
-        environment
-            .chain(self.command.iter().map(String::len))
-            .sum()
-    }
-}
-
 /// `ports` holds every public port so far, with its endpoint.
 fn worker_role(
     element: Element<'_>,
@@ -266,11 +248,6 @@ fn worker_role(
         command_at,
     };
     role.environment = environment(runtime, &role)?;
-    if role.weight() > MAX_ROLE_BYTES {
-        return Err(runtime.refuse(format!(
-            "command line and variables are larger than {MAX_ROLE_BYTES} bytes together"
-        )));
-    }
     Ok(role)
 }
 
@@ -448,8 +425,7 @@ fn environment(
         return Ok(Vec::new());
     };
     list_element.check(&list(&["Variable"]))?;
-    // Unlike the other names, those of variables differ by case in a guest.
-    let mut names = HashSet::new();
+    let mut names = Names::of("variable");
     let mut environment = Vec::new();
     for element in list_element.children("Variable") {
         element.check(&Schema {
@@ -458,12 +434,8 @@ fn environment(
             ..EMPTY
         })?;
         let name_value = element.required("name")?;
+        names.take(name_value)?;
         let name = name_value.text;
-        if !names.insert(name) {
-            return Err(name_value
-                .refuse(format!("duplicate variable \"{name}\""))
-                .with_hint("rename one"));
-        }
         let usable = !name.is_empty()
             && name.len() <= 256
             && !name.as_bytes()[0].is_ascii_digit()
@@ -479,7 +451,7 @@ fn environment(
         let literal = element.attribute("value");
         let instance = element.child("RoleInstanceValue")?;
         let value = match (literal, instance) {
-            (Some(value), None) => Value::Literal(value.variable()?.to_owned()),
+            (Some(value), None) => Value::Literal(value.text.to_owned()),
             (None, Some(instance)) => Value::Instance(instance_value(instance, role)?),
             (Some(_), Some(instance)) => {
                 return Err(instance

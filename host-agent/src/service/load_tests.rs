@@ -172,7 +172,6 @@ const BAD_DEFINITIONS: &[(&str, &str, &str, &str, &str)] = &[
     ("name=\"MODE\"", "name=\"A=B\"", "A=B", "not a usable variable name", ""),
     ("name=\"MODE\"", "name=\"PORT\"", "RoleInstanceValue", "duplicate variable", ""),
     ("value=\"a &amp; b\"", "value=\"a &bad; b\"", "&bad;", "not well-formed", ""),
-    ("value=\"a &amp; b\"", "value=\"a&#0;b\"", "&#0;", "not well-formed", ""),
     ("value=\"a &amp; b\"", "", "name=\"MODE\"", "variable \"MODE\" has no value", "RoleInstanceValue"),
     ("name=\"PORT\"", "name=\"PORT\" value=\"1\"", "<RoleInstanceValue", "both", "keep one"),
     ("'Api']/@port", "'Apy']/@port", "'Apy'", "role \"Cart\" has no endpoint \"Apy\"", "did you mean \"Api\"?"),
@@ -253,21 +252,6 @@ fn limits_of_the_definition_are_refused_at_the_first_excess() {
     assert_eq!(
         error.to_string(),
         "S.csdef:28:1: more than 25 endpoints in the service"
-    );
-    let long = |length: usize| CSDEF.replace("a &amp; b", &"v".repeat(length));
-    assert!(
-        refused(&long(32_768))
-            .what()
-            .contains("longer than 32767 bytes")
-    );
-    definition::parse(Path::new("d"), long(32_767)).unwrap();
-    let variable = |i| format!("<Variable name=\"V{i}\" value=\"{}\"/>", "v".repeat(32_000));
-    let many: Vec<String> = (0..9).map(variable).collect();
-    let text = CSDEF.replace("<Environment>", &format!("<Environment>{}", many.concat()));
-    assert!(
-        refused(&text)
-            .what()
-            .contains("larger than 262144 bytes together")
     );
     assert!(refused(&service(String::new())).what().contains("no role"));
 }
@@ -405,16 +389,6 @@ fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
             |d| fs::write(d.join("ServiceDefinition.csdef"), vec![b' '; 1 << 21]).unwrap(),
             "ServiceDefinition.csdef",
             "larger than 1048576 bytes",
-            "",
-        ),
-        (
-            |d| {
-                fs::remove_file(d.join("ServiceDefinition.csdef")).unwrap();
-                let path = d.join("ServiceDefinition.csdef");
-                nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-            },
-            "ServiceDefinition.csdef",
-            "not a regular file",
             "",
         ),
         (

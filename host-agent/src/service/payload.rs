@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -228,7 +228,8 @@ impl Walk<'_> {
             let what = format!("holds more than {MAX_FILES} files");
             return Err(ServiceError::new(self.root, what));
         }
-        open_now(here).map_err(|source| ServiceError::io(here, "cannot read the file", source))?;
+        File::open(here)
+            .map_err(|source| ServiceError::io(here, "cannot read the file", source))?;
         self.entries.push(Entry {
             path,
             size: metadata.len(),
@@ -236,14 +237,6 @@ impl Walk<'_> {
         });
         Ok(())
     }
-}
-
-/// Opens `path` for reading; never waits, as for the writer of a pipe.
-pub(super) fn open_now(path: &Path) -> io::Result<File> {
-    File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
 }
 
 /// Whether `name` can be one part of a path here, in a package and in a guest.

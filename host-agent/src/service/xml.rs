@@ -2,23 +2,19 @@
 //! size and depth, and no element or attribute passed over in silence.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
 use super::error::{ServiceError, nearest};
-use super::payload::open_now;
 
 /// Largest definition or configuration. Real ones are some kilobytes.
 pub const MAX_BYTES: u64 = 1 << 20;
 
 /// Deepest nesting of elements. The schemas need 8.
 pub const MAX_DEPTH: usize = 32;
-
-/// Longest value of a setting or variable, in bytes: what an environment
-/// variable of the original holds. Linux would take 128 KiB.
-pub const MAX_VALUE: usize = 32_767;
 
 /// What an element may hold. A name that is in none of the lists is unknown.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +58,7 @@ pub(super) struct Value<'a> {
 pub(super) fn read_text(file: &Path) -> Result<String, ServiceError> {
     let cannot = |source| ServiceError::io(file, "cannot read the file", source);
     let mut bytes = Vec::new();
-    let handle = open_now(file).map_err(cannot)?;
+    let handle = File::open(file).map_err(cannot)?;
     if !handle.metadata().map_err(cannot)?.is_file() {
         return Err(ServiceError::new(file, "is not a regular file"));
     }
@@ -378,16 +374,6 @@ impl<'a> Value<'a> {
     /// `name="value"` for messages.
     pub fn quoted(self) -> String {
         format!("{}=\"{}\"", self.attribute.name(), self.text)
-    }
-
-    /// The value as the content of an environment variable.
-    pub fn variable(self) -> Result<&'a str, ServiceError> {
-        if self.text.len() > MAX_VALUE {
-            return Err(self
-                .refuse(format!("the value is longer than {MAX_VALUE} bytes"))
-                .with_hint("put it into a file of the role"));
-        }
-        Ok(self.text)
     }
 
     /// An `xs:boolean`.

@@ -3,7 +3,33 @@
 //! The process receives open file descriptors and a [`spec::GuestSpec`] on an
 //! inherited socket ([`control`]) and opens nothing itself.
 
+mod acpi;
+mod boot;
+mod bus;
 pub mod control;
+mod cpu;
+mod layout;
+mod machine;
+mod memory;
+pub mod process;
+mod serial;
 pub mod spec;
+mod vcpu;
 pub mod virtio;
+mod vm;
 pub mod wire;
+
+/// An error and its sources in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

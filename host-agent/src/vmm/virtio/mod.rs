@@ -6,7 +6,9 @@
 //! [`Device::reset`] takes them away again, so no queue is ever behind a lock.
 
 pub mod interrupt;
+pub mod mmio;
 pub mod queue;
+pub mod rng;
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -88,4 +90,12 @@ pub trait Device: Send {
     /// The driver resets the device: stop using guest memory before returning,
     /// whatever is in flight. Idempotent.
     fn reset(&mut self);
+}
+
+/// A borrowed descriptor of an eventfd, whose type predates I/O safety.
+#[allow(unsafe_code)]
+pub fn borrow_event(event: &EventFd) -> std::os::fd::BorrowedFd<'_> {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    // SAFETY: the eventfd stays open for as long as `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -1,0 +1,182 @@
+//! The host end of each VMBus channel: bytes of one connection to typed events.
+//!
+//! A connection is a task. It learns which channel it serves from the port
+//! that the guest dialed, never from what the guest says, and everything it
+//! hears is a claim that the instance's actor checks.
+
+mod serve;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+use vmbus::channel::{Channel, PRIVILEGED_PORTS};
+use vmbus::message::{Beat, Goal, LogSource, PowerAction, Status};
+use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
+
+use crate::store::image::AgentProgram;
+use crate::store::log_file::LogFile;
+use crate::vmm::chain;
+
+/// What a guest's channels tell the instance's actor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ChannelEvent {
+    /// PID 1 spoke on the control channel.
+    Booted {
+        /// Milliseconds from the guest kernel's start until PID 1 ran.
+        init_ms: u64,
+        /// What the agent calls itself, at most 100 characters.
+        agent: String,
+    },
+    /// A heartbeat question was put.
+    Asked(u64),
+    /// A heartbeat answer.
+    Beat(Beat),
+    /// The role's status.
+    Status(Status),
+    /// What became of the guest agent's delivery.
+    AgentResult {
+        /// Why it does not run, if so.
+        error: Option<String>,
+    },
+    /// The guest has begun to shut down.
+    ShutdownBegun,
+    /// A connection ended against the protocol.
+    Violation {
+        /// Which channel.
+        channel: Channel,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+/// A request to the app agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShutdownRequest {
+    /// What the guest shall do at the end.
+    pub then: PowerAction,
+    /// Time for the role to stop.
+    pub deadline: Duration,
+}
+
+/// What all connections of one boot of a guest share.
+#[derive(Debug)]
+pub struct GuestChannels {
+    /// Number of this boot.
+    pub generation: u64,
+    /// Time between heartbeat questions.
+    pub interval: Duration,
+    /// Most time for a hello.
+    pub hello_limit: Duration,
+    /// Where events go, with the generation they belong to.
+    pub events: mpsc::Sender<(u64, ChannelEvent)>,
+    /// The goal to be at.
+    pub goal: watch::Receiver<Goal>,
+    /// Set when the guest shall shut down.
+    pub shutdown: watch::Receiver<Option<ShutdownRequest>>,
+    /// The guest agent to deliver.
+    pub program: Arc<AgentProgram>,
+    /// The role's log.
+    pub role_log: Arc<Mutex<LogFile>>,
+    /// The agents' log.
+    pub agent_log: Arc<Mutex<LogFile>>,
+    /// Last heartbeat question of this boot, over all its connections.
+    pub sequence: AtomicU64,
+}
+
+/// Why a connection ended before its guest did.
+#[derive(Debug, thiserror::Error)]
+enum ChannelError {
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error("{0}")]
+    Protocol(String),
+}
+
+impl GuestChannels {
+    /// Serves a connection that the guest opened to host port `port`. Returns
+    /// at once; a port that is no channel is closed.
+    pub fn accept(self: &Arc<Self>, port: u32, source_port: u32, socket: OwnedFd) {
+        let Some(channel) = Channel::from_port(port) else {
+            return;
+        };
+        if source_port >= PRIVILEGED_PORTS {
+            return;
+        }
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = shared.connection(channel, socket).await {
+                let reason = match error {
+                    // The guest went away: its exit is reported elsewhere.
+                    ChannelError::Stream(StreamError::Io(_)) => return,
+                    other => chain(&other),
+                };
+                shared
+                    .report(ChannelEvent::Violation { channel, reason })
+                    .await;
+            }
+        });
+    }
+
+    async fn connection(&self, channel: Channel, socket: OwnedFd) -> Result<(), ChannelError> {
+        let stream = std::os::unix::net::UnixStream::from(socket);
+        stream.set_nonblocking(true).map_err(StreamError::Io)?;
+        let stream = UnixStream::from_std(stream).map_err(StreamError::Io)?;
+        let (reader, mut writer) = stream.into_split();
+        let mut reader = FrameReader::new(reader);
+        let hello = tokio::time::timeout(self.hello_limit, reader.next::<Hello>())
+            .await
+            .map_err(|_| StreamError::Io(io::ErrorKind::TimedOut.into()))??;
+        let Some(hello) = hello else { return Ok(()) };
+        let answer = if hello.channel == channel {
+            negotiate(SUPPORTED, &hello.versions)
+        } else {
+            Err(format!(
+                "hello for channel {:?} on the port of {channel:?}",
+                hello.channel
+            ))
+        };
+        match answer {
+            Ok(version) => {
+                let welcome = Welcome::Accepted {
+                    version,
+                    generation: self.generation,
+                    offers: Channel::ALL.to_vec(),
+                };
+                send(&mut writer, &welcome).await?;
+            }
+            Err(reason) => {
+                let refused = Welcome::Refused {
+                    reason: reason.clone(),
+                };
+                send(&mut writer, &refused).await?;
+                return Err(ChannelError::Protocol(reason));
+            }
+        }
+        self.serve(channel, &hello, reader, writer).await
+    }
+
+    async fn report(&self, event: ChannelEvent) {
+        // The actor is gone only when the instance ends.
+        let _ = self.events.send((self.generation, event)).await;
+    }
+
+    fn next_sequence(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn log(&self, source: LogSource, line: &str) {
+        let file = match source {
+            LogSource::Role => &self.role_log,
+            LogSource::Agent => &self.agent_log,
+        };
+        file.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .line(line);
+    }
+}

@@ -1,0 +1,150 @@
+//! Public listeners: each accepted connection goes to the next instance in
+//! rotation, which passes the socket to its VMM process.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+
+/// Connections that may wait for the kernel to be accepted.
+const BACKLOG: u32 = 1024;
+
+/// A connection for an instance.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The client's socket.
+    pub socket: OwnedFd,
+    /// TCP port of the role in the guest.
+    pub local_port: u16,
+}
+
+/// The instances of a role that take connections.
+#[derive(Debug, Clone, Default)]
+pub struct Rotation(Arc<Mutex<Members>>);
+
+#[derive(Debug, Default)]
+struct Members {
+    ready: Vec<(String, mpsc::Sender<Incoming>)>,
+    next: usize,
+}
+
+impl Rotation {
+    /// Adds or removes an instance.
+    pub fn set(&self, instance: &str, sender: Option<mpsc::Sender<Incoming>>) {
+        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        members.ready.retain(|(name, _)| name != instance);
+        if let Some(sender) = sender {
+            members.ready.push((instance.to_owned(), sender));
+        }
+    }
+
+    /// Gives `incoming` to the next instance that has room for it. With none,
+    /// the socket closes.
+    fn dispatch(&self, mut incoming: Incoming) {
+        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..members.ready.len() {
+            members.next = (members.next + 1) % members.ready.len();
+            match members.ready[members.next].1.try_send(incoming) {
+                Ok(()) => return,
+                Err(mpsc::error::TrySendError::Full(back)) => incoming = back,
+                Err(mpsc::error::TrySendError::Closed(back)) => incoming = back,
+            }
+        }
+    }
+}
+
+/// A public port that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("endpoint {endpoint}: cannot listen on {address}")]
+pub struct ListenError {
+    /// Endpoint name.
+    pub endpoint: String,
+    /// The address.
+    pub address: SocketAddr,
+    /// Why.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// Takes `address` for an endpoint. A client that comes while no instance is
+/// in rotation is closed at once.
+pub fn listen(endpoint: &str, address: SocketAddr) -> Result<TcpListener, ListenError> {
+    let open = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    open().map_err(|source| ListenError {
+        endpoint: endpoint.to_owned(),
+        address,
+        source,
+    })
+}
+
+/// Accepts until the task is dropped.
+pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                if let Ok(socket) = detach(stream) {
+                    rotation.dispatch(Incoming { socket, local_port });
+                }
+            }
+            // Out of descriptors or memory: let others finish first.
+            Err(_) => tokio::task::yield_now().await,
+        }
+    }
+}
+
+fn detach(stream: TcpStream) -> std::io::Result<OwnedFd> {
+    stream.set_nodelay(true)?;
+    Ok(stream.into_std()?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn connections_go_round_the_ready_instances_and_close_when_there_is_none() {
+        let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let rotation = Rotation::default();
+        let task = tokio::spawn(serve(listener, rotation.clone(), 80));
+        let mut refused = TcpStream::connect(address).await.unwrap();
+        assert_eq!(refused.read(&mut [0]).await.unwrap_or(0), 0);
+        let (a, mut from_a) = mpsc::channel(4);
+        let (b, mut from_b) = mpsc::channel(4);
+        rotation.set("a", Some(a));
+        rotation.set("b", Some(b));
+        let mut clients = Vec::new();
+        for _ in 0..4 {
+            clients.push(TcpStream::connect(address).await.unwrap());
+        }
+        for receiver in [&mut from_a, &mut from_b] {
+            for _ in 0..2 {
+                assert_eq!(receiver.recv().await.unwrap().local_port, 80);
+            }
+        }
+        rotation.set("a", None);
+        clients.push(TcpStream::connect(address).await.unwrap());
+        assert!(from_b.recv().await.is_some() && from_a.try_recv().is_err());
+        task.abort();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_port_in_use_names_endpoint_and_address() {
+        let first = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = first.local_addr().unwrap();
+        let error = listen("web", address).unwrap_err().to_string();
+        assert!(error.contains("web") && error.contains(&address.to_string()));
+    }
+}

@@ -1,0 +1,137 @@
+//! The directory of a deployment: disks and logs of its instances, removed
+//! when the deployment ends, and swept when its owner died.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::image::hex;
+
+/// Held with `flock` while the deployment lives: the kernel lets go of it
+/// whatever ends the owner.
+const LOCK: &str = "lock";
+/// Present in a directory that its owner wants kept.
+const KEEP: &str = "keep";
+
+/// A deployment's directory, in use.
+#[derive(Debug)]
+pub struct DeploymentDir {
+    id: String,
+    path: PathBuf,
+    keep: bool,
+    _lock: Flock<File>,
+}
+
+impl DeploymentDir {
+    /// Makes the directory of a new deployment with a random id.
+    pub fn create(data_dir: &Path, keep: bool) -> io::Result<Self> {
+        let mut random = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut random)?;
+        let id = hex(&random);
+        let path = data_dir.join("deployments").join(&id);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)?;
+        let lock = lock_file(&path)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| io::Error::from(errno))?;
+        if keep {
+            fs::write(path.join(KEEP), b"")?;
+        }
+        Ok(Self {
+            id,
+            path,
+            keep,
+            _lock: lock,
+        })
+    }
+
+    /// 32 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Directory of one instance, made if it is not there.
+    pub fn instance(&self, name: &str) -> io::Result<PathBuf> {
+        let path = self.path.join(name);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)?;
+        Ok(path)
+    }
+}
+
+impl Drop for DeploymentDir {
+    fn drop(&mut self) {
+        if !self.keep {
+            // What cannot be removed now is swept by the next start.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Removes the directories of deployments whose owner is gone and who were
+/// not to be kept. Returns their ids.
+pub fn sweep(data_dir: &Path) -> io::Result<Vec<String>> {
+    let mut swept = Vec::new();
+    let entries = match fs::read_dir(data_dir.join("deployments")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(swept),
+        other => other?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.join(KEEP).exists() || !path.join(LOCK).exists() {
+            continue;
+        }
+        let Ok(lock) = Flock::lock(lock_file(&path)?, FlockArg::LockExclusiveNonblock) else {
+            continue;
+        };
+        fs::remove_dir_all(&path)?;
+        drop(lock);
+        swept.extend(path.file_name().map(|n| n.to_string_lossy().into_owned()));
+    }
+    Ok(swept)
+}
+
+fn lock_file(dir: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(dir.join(LOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_live_deployment_survives_a_sweep_and_a_dead_or_ended_one_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = DeploymentDir::create(dir.path(), false).unwrap();
+        assert_eq!(live.id().len(), 32);
+        let dead = dir.path().join("deployments/dead");
+        fs::create_dir_all(dead.join("Role_IN_0")).unwrap();
+        fs::write(dead.join(LOCK), b"").unwrap();
+        assert_eq!(sweep(dir.path()).unwrap(), ["dead"]);
+        assert!(live.path().exists() && !dead.exists());
+        let path = live.path().to_owned();
+        drop(live);
+        assert!(!path.exists());
+        let kept = DeploymentDir::create(dir.path(), true).unwrap();
+        let path = kept.path().to_owned();
+        drop(kept);
+        assert!(sweep(dir.path()).unwrap().is_empty() && path.exists());
+    }
+}

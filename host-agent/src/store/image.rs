@@ -1,0 +1,307 @@
+//! Guest images: found by name, opened read-only, digests held against the
+//! manifest before a guest sees a byte.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Files that every image has.
+const FILES: [&str; 4] = ["kernel", "initrd", "base.ext4", "guest-agent"];
+/// Manifest schema that this build reads.
+const SCHEMA: &str = "host-agent.image/1";
+/// Longest manifest in bytes.
+const MAX_MANIFEST: u64 = 4 << 20;
+/// Remembers which files passed a full check, beside the manifest.
+const CHECKED: &str = "checked.json";
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// No such image.
+    #[error("image {name} does not exist: there is no {}", path.display())]
+    Missing {
+        /// Image name.
+        name: String,
+        /// Where it was expected.
+        path: PathBuf,
+    },
+    /// A file of the image cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The manifest is not one.
+    #[error("{}: not an image manifest", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The manifest is of another schema or lacks a file.
+    #[error("{}: {what}", path.display())]
+    Incomplete {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A file is not the one that the manifest describes.
+    #[error("{}: SHA-256 is {actual}, the manifest says {expected}", path.display())]
+    Digest {
+        /// The file.
+        path: PathBuf,
+        /// Digest found.
+        actual: String,
+        /// Digest expected.
+        expected: String,
+    },
+}
+
+/// `manifest.json` of an image.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Manifest {
+    schema: String,
+    /// Image name.
+    pub name: String,
+    /// Version of the kernel package.
+    #[serde(default)]
+    pub kernel_version: String,
+    files: BTreeMap<String, ManifestFile>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct ManifestFile {
+    sha256: String,
+    #[serde(default)]
+    version: Option<String>,
+}
+
+/// The guest-agent program of an image.
+#[derive(Debug, Clone)]
+pub struct AgentProgram {
+    /// Version from the manifest.
+    pub version: String,
+    /// SHA-256 in lower-case hexadecimal.
+    pub sha256: String,
+    /// The program.
+    pub bytes: Vec<u8>,
+}
+
+/// An image whose digests hold.
+#[derive(Debug)]
+pub struct Image {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Kernel, open read-only.
+    pub kernel: File,
+    /// Initial RAM file system, open read-only.
+    pub initrd: File,
+    /// Base of the OS disk, open read-only.
+    pub base: File,
+    /// Path of the base, recorded in diff disks for people and their tools.
+    pub base_path: PathBuf,
+    /// Size of the base in bytes.
+    pub base_size: u64,
+    /// The guest agent to deliver.
+    pub agent: AgentProgram,
+    /// Whether an earlier full check of the same files was relied on.
+    pub cached: bool,
+}
+
+/// What identifies the bytes of a file without reading them: a change of
+/// content changes the change time, which no user can set back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    sha256: String,
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+/// Opens and checks image `name` in `data_dir`. Reads whole files: not for an
+/// asynchronous thread.
+pub fn open(data_dir: &Path, name: &str) -> Result<Image, ImageError> {
+    let dir = data_dir.join("images").join(name);
+    let path = dir.join("manifest.json");
+    let bytes = match read_bounded(&path, MAX_MANIFEST) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(ImageError::Missing {
+                name: name.to_owned(),
+                path,
+            });
+        }
+        other => other.map_err(|source| ImageError::Read {
+            path: path.clone(),
+            source,
+        })?,
+    };
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|source| ImageError::Manifest {
+            path: path.clone(),
+            source,
+        })?;
+    if manifest.schema != SCHEMA {
+        let what = format!("schema {}, this build reads {SCHEMA}", manifest.schema);
+        return Err(ImageError::Incomplete { path, what });
+    }
+    let known: BTreeMap<String, Stamp> = fs::read(dir.join(CHECKED))
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+        .unwrap_or_default();
+    let mut stamps = BTreeMap::new();
+    let mut opened = Vec::new();
+    for file in FILES {
+        let expected = manifest
+            .files
+            .get(file)
+            .ok_or_else(|| ImageError::Incomplete {
+                path: path.clone(),
+                what: format!("lists no file {file}"),
+            })?;
+        let (handle, stamp) = check(&dir.join(file), &expected.sha256, known.get(file))?;
+        stamps.insert(file.to_owned(), stamp);
+        opened.push(handle);
+    }
+    let cached = known == stamps;
+    if !cached && let Ok(json) = serde_json::to_vec(&stamps) {
+        // Only a later start is slower when this cannot be written.
+        let _ = fs::write(dir.join(CHECKED), json);
+    }
+    let agent_path = dir.join("guest-agent");
+    let agent = &manifest.files["guest-agent"];
+    let bytes = fs::read(&agent_path).map_err(|source| ImageError::Read {
+        path: agent_path,
+        source,
+    })?;
+    let agent = AgentProgram {
+        version: agent.version.clone().unwrap_or_default(),
+        sha256: agent.sha256.clone(),
+        bytes,
+    };
+    let [kernel, initrd, base, _] =
+        <[File; 4]>::try_from(opened).expect("one handle was opened for each of FILES");
+    Ok(Image {
+        manifest,
+        kernel,
+        initrd,
+        base,
+        base_size: stamps["base.ext4"].size,
+        base_path: dir.join("base.ext4"),
+        agent,
+        cached,
+    })
+}
+
+fn check(path: &Path, expected: &str, known: Option<&Stamp>) -> Result<(File, Stamp), ImageError> {
+    let read = |source| ImageError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = File::open(path).map_err(read)?;
+    let metadata = file.metadata().map_err(read)?;
+    let stamp = Stamp {
+        sha256: expected.to_owned(),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        size: metadata.size(),
+        changed: (metadata.ctime(), metadata.ctime_nsec()),
+    };
+    if known == Some(&stamp) {
+        return Ok((file, stamp));
+    }
+    let actual = digest(&mut file).map_err(read)?;
+    if actual != expected {
+        return Err(ImageError::Digest {
+            path: path.to_owned(),
+            actual,
+            expected: expected.to_owned(),
+        });
+    }
+    // A digest read moves the position, which a duplicate descriptor shares.
+    let file = File::open(path).map_err(read)?;
+    Ok((file, stamp))
+}
+
+fn digest(file: &mut File) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        hasher.update(&buffer[..count]);
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(dir: &Path) {
+        let image = dir.join("images/minimal");
+        fs::create_dir_all(&image).unwrap();
+        let mut files = Vec::new();
+        for name in FILES {
+            fs::write(image.join(name), name).unwrap();
+            let sum = hex(&Sha256::digest(name.as_bytes()));
+            files.push(format!(r#""{name}":{{"sha256":"{sum}","size":1}}"#));
+        }
+        let json = format!(
+            r#"{{"schema":"{SCHEMA}","name":"minimal","files":{{{}}}}}"#,
+            files.join(",")
+        );
+        fs::write(image.join("manifest.json"), json).unwrap();
+    }
+
+    #[test]
+    fn a_changed_byte_is_found_even_after_an_earlier_check_and_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        image(dir.path());
+        assert!(!open(dir.path(), "minimal").unwrap().cached);
+        assert!(open(dir.path(), "minimal").unwrap().cached);
+        let base = dir.path().join("images/minimal/base.ext4");
+        fs::write(&base, "base.exT4").unwrap();
+        let error = open(dir.path(), "minimal").unwrap_err();
+        assert!(matches!(&error, ImageError::Digest { path, .. } if *path == base));
+    }
+
+    #[test]
+    fn an_image_that_is_missing_or_incomplete_is_refused_with_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = open(dir.path(), "nothere").unwrap_err();
+        assert!(error.to_string().contains("images/nothere/manifest.json"));
+        image(dir.path());
+        fs::remove_file(dir.path().join("images/minimal/initrd")).unwrap();
+        let error = open(dir.path(), "minimal").unwrap_err();
+        assert!(error.to_string().contains("initrd"));
+    }
+}

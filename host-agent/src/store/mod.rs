@@ -1,0 +1,6 @@
+//! What the host agent keeps in files: images, deployments, logs.
+
+pub mod deployment;
+pub mod image;
+pub mod log_file;
+pub mod paths;

@@ -1,0 +1,332 @@
+//! What happens to an instance and what is done about it. Pure: each input
+//! with the time gives effects; nothing here waits or touches a process.
+
+use std::time::Duration;
+
+use vmbus::message::{PowerAction, RoleState, Status};
+
+use super::event::{EventKind, Verdict, exit_text};
+use super::restart::{Decision, RestartBudget};
+use crate::vmm::control::ExitReason;
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// The instance shall run.
+    Start,
+    /// A VMM process was started.
+    Spawned {
+        /// Its process id.
+        pid: u32,
+    },
+    /// No VMM process could be started.
+    SpawnFailed(String),
+    /// PID 1 of the guest spoke.
+    Connected,
+    /// A fresh heartbeat came.
+    Beat,
+    /// The role's status, of the current boot.
+    Status(Status),
+    /// The monitor condemned the guest, and this was seen when looking closer.
+    Condemned {
+        /// The verdict.
+        verdict: Verdict,
+        /// What was seen, in words.
+        evidence: String,
+        /// Whether the guest's kernel answered.
+        kernel_alive: bool,
+    },
+    /// The VMM process ended.
+    Ended(ExitReason),
+    /// [`Effect::Wait`] is over.
+    Waited(Wait),
+    /// Stop cleanly.
+    Stop,
+    /// Stop now.
+    Kill,
+}
+
+/// What to wait for. A later wait of any kind replaces an earlier one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// The delay before a restart.
+    Restart,
+    /// The guest's own shutdown.
+    Shutdown,
+    /// The VMM process's orderly end.
+    VmmStop,
+}
+
+/// Something to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Start a VMM process for this boot.
+    Spawn {
+        /// Number of the boot.
+        generation: u64,
+    },
+    /// Ask the app agent to shut the guest down.
+    AskShutdown {
+        /// How it ends.
+        then: PowerAction,
+        /// Time for the role.
+        deadline: Duration,
+    },
+    /// Ask the VMM process to flush and end.
+    StopVmm,
+    /// End the VMM process by force.
+    KillVmm,
+    /// Give [`Input::Waited`] after this time.
+    Wait(Wait, Duration),
+    /// Put the instance in or out of its endpoints' rotation.
+    Rotation(bool),
+    /// Tell the timeline.
+    Tell(EventKind),
+    /// The instance is finished.
+    Finish,
+}
+
+/// The numbers of the rules, scaled for this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Time for a role to stop when the service is stopped.
+    pub role_stop: Duration,
+    /// Time for the guest beyond that to power off.
+    pub power_off: Duration,
+    /// Time for a condemned guest whose kernel answers to shut down.
+    pub condemned: Duration,
+    /// Time for the VMM process to flush and end.
+    pub vmm_stop: Duration,
+}
+
+/// One instance.
+#[derive(Debug)]
+pub struct Lifecycle {
+    limits: Limits,
+    state: State,
+    generation: u64,
+    budget: RestartBudget,
+    first_beat: Option<Duration>,
+    connected: bool,
+    status: Option<Status>,
+    in_rotation: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    /// Nothing runs, nothing is wanted yet.
+    Idle,
+    /// A VMM process runs, or is being started.
+    Running,
+    /// It is being ended so that it can be started again.
+    Ending { because: String },
+    /// Waiting to start again.
+    Waiting,
+    /// Being stopped for good.
+    Stopping,
+    /// Over.
+    Finished,
+}
+
+impl Lifecycle {
+    /// An instance that does not run yet.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            state: State::Idle,
+            generation: 0,
+            budget: RestartBudget::default(),
+            first_beat: None,
+            connected: false,
+            status: None,
+            in_rotation: false,
+        }
+    }
+
+    /// Number of the current boot, 0 before the first.
+    pub const fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Takes in what happened at `now` (monotonic). `jitter` in 0..=1 spreads
+    /// restart delays.
+    pub fn on(&mut self, input: Input, now: Duration, jitter: f64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match (input, self.state.clone()) {
+            (_, State::Finished) => {}
+            (Input::Start, State::Idle) | (Input::Waited(Wait::Restart), State::Waiting) => {
+                self.boot(&mut effects);
+            }
+            (Input::Spawned { pid }, _) => effects.push(Effect::Tell(EventKind::GuestStarting {
+                generation: self.generation,
+                pid,
+            })),
+            (Input::SpawnFailed(error), State::Stopping) => {
+                self.finish(false, Some(error), &mut effects);
+            }
+            (Input::SpawnFailed(error), _) => {
+                effects.push(Effect::Tell(EventKind::Failed {
+                    error: error.clone(),
+                }));
+                self.plan_restart(error, now, jitter, &mut effects);
+            }
+            (Input::Connected, _) => self.connected = true,
+            (Input::Beat, State::Running) => {
+                self.first_beat.get_or_insert(now);
+            }
+            (Input::Status(status), state) => self.status(status, &state, &mut effects),
+            (
+                Input::Condemned {
+                    verdict,
+                    evidence,
+                    kernel_alive,
+                },
+                State::Running,
+            ) => {
+                self.rotate(false, &mut effects);
+                let because = verdict.to_string();
+                effects.push(Effect::Tell(EventKind::Verdict { verdict, evidence }));
+                self.state = State::Ending { because };
+                if kernel_alive && self.connected {
+                    effects.push(Effect::AskShutdown {
+                        then: PowerAction::PowerOff,
+                        deadline: self.limits.condemned / 2,
+                    });
+                    effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
+                } else {
+                    effects.push(Effect::KillVmm);
+                }
+            }
+            (Input::Ended(reason), State::Running) => {
+                self.rotate(false, &mut effects);
+                let because = exit_text(&reason);
+                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                self.plan_restart(because, now, jitter, &mut effects);
+            }
+            (Input::Ended(reason), State::Ending { because }) => {
+                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                self.plan_restart(because, now, jitter, &mut effects);
+            }
+            (Input::Ended(reason), State::Stopping) => {
+                let clean = matches!(reason, ExitReason::PowerOff);
+                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                self.finish(clean, None, &mut effects);
+            }
+            (Input::Stop, State::Running | State::Ending { .. }) => {
+                self.rotate(false, &mut effects);
+                effects.push(Effect::Tell(EventKind::Stopping));
+                self.state = State::Stopping;
+                if self.connected {
+                    effects.push(Effect::AskShutdown {
+                        then: PowerAction::PowerOff,
+                        deadline: self.limits.role_stop,
+                    });
+                    let limit = self.limits.role_stop + self.limits.power_off;
+                    effects.push(Effect::Wait(Wait::Shutdown, limit));
+                } else {
+                    self.stop_vmm(&mut effects);
+                }
+            }
+            (Input::Stop | Input::Kill, State::Idle | State::Waiting) => {
+                self.finish(true, None, &mut effects);
+            }
+            (Input::Kill, _) => {
+                self.rotate(false, &mut effects);
+                self.state = State::Stopping;
+                effects.push(Effect::KillVmm);
+            }
+            (Input::Waited(Wait::Shutdown), State::Stopping | State::Ending { .. }) => {
+                self.stop_vmm(&mut effects);
+            }
+            (Input::Waited(Wait::VmmStop), State::Stopping | State::Ending { .. }) => {
+                effects.push(Effect::KillVmm);
+            }
+            // A second stop, and what belongs to a boot that is over.
+            _ => {}
+        }
+        effects
+    }
+
+    fn boot(&mut self, effects: &mut Vec<Effect>) {
+        self.generation += 1;
+        self.state = State::Running;
+        self.first_beat = None;
+        self.connected = false;
+        self.status = None;
+        effects.push(Effect::Spawn {
+            generation: self.generation,
+        });
+    }
+
+    fn status(&mut self, status: Status, state: &State, effects: &mut Vec<Effect>) {
+        if self.status.as_ref() == Some(&status) {
+            return;
+        }
+        effects.push(Effect::Tell(EventKind::Role {
+            state: status.state,
+            detail: status.detail.clone(),
+            recycles: status.recycles,
+            last_exit: status.last_exit,
+            retry_in_ms: status.retry_in_ms,
+        }));
+        let ready = status.state == RoleState::Ready;
+        self.status = Some(status);
+        if *state == State::Running {
+            self.rotate(ready, effects);
+        }
+    }
+
+    fn rotate(&mut self, ready: bool, effects: &mut Vec<Effect>) {
+        if self.in_rotation != ready {
+            self.in_rotation = ready;
+            effects.push(Effect::Rotation(ready));
+        }
+    }
+
+    fn stop_vmm(&mut self, effects: &mut Vec<Effect>) {
+        effects.push(Effect::StopVmm);
+        effects.push(Effect::Wait(Wait::VmmStop, self.limits.vmm_stop));
+    }
+
+    fn plan_restart(
+        &mut self,
+        because: String,
+        now: Duration,
+        jitter: f64,
+        effects: &mut Vec<Effect>,
+    ) {
+        let healthy = self.first_beat.map(|first| now.saturating_sub(first));
+        self.state = State::Waiting;
+        let delay = match self.budget.boot_ended(healthy, jitter) {
+            Decision::After(delay) => {
+                effects.push(Effect::Tell(EventKind::Restarting {
+                    because,
+                    generation: self.generation + 1,
+                    delay_ms: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+                }));
+                delay
+            }
+            Decision::Faulted(delay) => {
+                effects.push(Effect::Tell(EventKind::Faulted {
+                    because,
+                    retry_in_ms: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+                }));
+                delay
+            }
+        };
+        effects.push(Effect::Wait(Wait::Restart, delay));
+    }
+
+    fn finish(&mut self, clean: bool, error: Option<String>, effects: &mut Vec<Effect>) {
+        self.rotate(false, effects);
+        if let Some(error) = error {
+            effects.push(Effect::Tell(EventKind::Failed { error }));
+        }
+        self.state = State::Finished;
+        effects.push(Effect::Tell(EventKind::Stopped { clean }));
+        effects.push(Effect::Finish);
+    }
+}
+
+#[cfg(test)]
+mod tests;

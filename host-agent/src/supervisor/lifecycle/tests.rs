@@ -1,0 +1,172 @@
+//! Walks through an instance's life, and a property over every walk.
+
+use super::*;
+use proptest::prelude::*;
+
+const LIMITS: Limits = Limits {
+    role_stop: Duration::from_secs(30),
+    power_off: Duration::from_secs(10),
+    condemned: Duration::from_secs(30),
+    vmm_stop: Duration::from_secs(2),
+};
+
+fn status(state: RoleState) -> Status {
+    Status {
+        incarnation: 1,
+        state,
+        detail: String::new(),
+        recycles: 0,
+        last_exit: None,
+        retry_in_ms: None,
+    }
+}
+
+fn ready() -> Lifecycle {
+    let mut life = Lifecycle::new(LIMITS);
+    assert_eq!(
+        life.on(Input::Start, Duration::ZERO, 0.5),
+        [Effect::Spawn { generation: 1 }]
+    );
+    life.on(Input::Spawned { pid: 7 }, Duration::ZERO, 0.5);
+    life.on(Input::Connected, Duration::ZERO, 0.5);
+    life.on(Input::Beat, Duration::ZERO, 0.5);
+    let effects = life.on(Input::Status(status(RoleState::Ready)), Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::Rotation(true)));
+    life
+}
+
+fn silent(kernel_alive: bool) -> Input {
+    Input::Condemned {
+        verdict: Verdict::Silent {
+            silence_ms: 600_000,
+        },
+        evidence: "vCPUs stopped".into(),
+        kernel_alive,
+    }
+}
+
+#[test]
+fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
+    let mut life = ready();
+    let minute = Duration::from_mins(1);
+    let effects = life.on(silent(false), minute, 0.5);
+    assert_eq!(effects[0], Effect::Rotation(false));
+    assert_eq!(effects.last(), Some(&Effect::KillVmm));
+    let ended = Input::Ended(ExitReason::Failed {
+        detail: "killed".into(),
+    });
+    let effects = life.on(ended, minute, 0.5);
+    assert!(effects.iter().any(|effect| matches!(effect,
+        Effect::Tell(EventKind::Restarting { because, generation: 2, delay_ms: 0 })
+            if because.contains("no heartbeat for 600"))));
+    assert_eq!(
+        life.on(Input::Waited(Wait::Restart), minute, 0.5),
+        [Effect::Spawn { generation: 2 }]
+    );
+}
+
+#[test]
+fn a_condemned_guest_whose_kernel_answers_is_asked_to_shut_down_first() {
+    let mut life = ready();
+    let effects = life.on(silent(true), Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::Wait(Wait::Shutdown, LIMITS.condemned)));
+    assert!(!effects.contains(&Effect::KillVmm));
+    let effects = life.on(Input::Waited(Wait::Shutdown), Duration::ZERO, 0.5);
+    assert_eq!(effects[0], Effect::StopVmm);
+    let effects = life.on(Input::Waited(Wait::VmmStop), Duration::ZERO, 0.5);
+    assert_eq!(effects, [Effect::KillVmm]);
+}
+
+#[test]
+fn a_stop_asks_the_guest_and_a_power_off_then_is_a_clean_end() {
+    let mut life = ready();
+    let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
+    assert!(matches!(effects[2], Effect::AskShutdown { .. }));
+    assert!(life.on(Input::Stop, Duration::ZERO, 0.5).is_empty());
+    let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean: true })));
+    assert_eq!(effects.last(), Some(&Effect::Finish));
+}
+
+#[test]
+fn a_power_off_that_nobody_asked_for_restarts_the_guest_and_says_so() {
+    let mut life = ready();
+    let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
+    assert!(effects.iter().any(|effect| matches!(effect,
+        Effect::Tell(EventKind::Restarting { because, .. }) if because == "power-off")));
+}
+
+#[test]
+fn a_guest_that_never_beats_is_faulted_after_five_boots() {
+    let mut life = Lifecycle::new(LIMITS);
+    life.on(Input::Start, Duration::ZERO, 0.5);
+    for boot in 1..=5 {
+        let effects = life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+        let faulted = effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Tell(EventKind::Faulted { .. })));
+        assert_eq!(faulted, boot == 5);
+        life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+    }
+}
+
+fn any_input() -> impl Strategy<Value = Input> {
+    prop_oneof![
+        Just(Input::Spawned { pid: 1 }),
+        Just(Input::SpawnFailed("no".into())),
+        Just(Input::Connected),
+        Just(Input::Beat),
+        Just(Input::Status(status(RoleState::Ready))),
+        Just(Input::Status(status(RoleState::Recycling))),
+        any::<bool>().prop_map(silent),
+        Just(Input::Ended(ExitReason::Reboot)),
+        Just(Input::Ended(ExitReason::PowerOff)),
+        Just(Input::Waited(Wait::Restart)),
+        Just(Input::Waited(Wait::Shutdown)),
+        Just(Input::Waited(Wait::VmmStop)),
+        Just(Input::Stop),
+        Just(Input::Kill),
+    ]
+}
+
+proptest! {
+    /// Whatever comes in whatever order: one VMM process at a time, the
+    /// rotation flag alternates, and after the end nothing more is done.
+    #[test]
+    fn no_order_of_inputs_starts_two_guests_or_revives_a_finished_one(
+        inputs in proptest::collection::vec(any_input(), 0..80)
+    ) {
+        let mut life = Lifecycle::new(LIMITS);
+        let mut running = false;
+        let mut rotation = false;
+        let mut finished = false;
+        let mut feed = vec![Input::Start];
+        feed.extend(inputs);
+        for input in feed {
+            // Only a process that runs can end or fail to start.
+            if matches!(input, Input::Ended(_) | Input::SpawnFailed(_)) {
+                if !running { continue; }
+                running = false;
+            }
+            for effect in life.on(input, Duration::ZERO, 0.5) {
+                prop_assert!(!finished);
+                match effect {
+                    Effect::Spawn { generation } => {
+                        prop_assert!(!running);
+                        prop_assert_eq!(generation, life.generation());
+                        running = true;
+                    }
+                    Effect::Rotation(ready) => {
+                        prop_assert_ne!(ready, rotation);
+                        rotation = ready;
+                    }
+                    Effect::Finish => {
+                        prop_assert!(!running && !rotation);
+                        finished = true;
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The VMM process of one boot: started with descriptors only, spoken to over
+//! its control socket, reaped.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command as Program};
+
+use crate::vmm::control::{Command, Event, ExitReason};
+use crate::vmm::spec::GuestSpec;
+use crate::vmm::wire;
+
+/// Why no VMM process could be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start the VMM process: {step}")]
+pub struct SpawnError {
+    step: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+/// A running VMM process. Dropping it kills the process.
+#[derive(Debug)]
+pub struct VmmProcess {
+    child: Child,
+    pid: u32,
+    control: UnixStream,
+}
+
+impl VmmProcess {
+    /// Starts this program again as the VMM process of `spec`; `files` are
+    /// the spec's descriptors in order, `log` takes its standard error.
+    pub fn spawn(spec: GuestSpec, files: &[OwnedFd], log: File) -> Result<Self, SpawnError> {
+        let step = |step| move |source| SpawnError { step, source };
+        let (ours, theirs) = wire::pair().map_err(step("control socket"))?;
+        let child = Program::new("/proc/self/exe")
+            .arg("vmm")
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log))
+            // A Ctrl-C at the terminal is for the supervisor alone.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(step("exec"))?;
+        let pid = child.id().unwrap_or_default();
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        wire::send(ours.as_fd(), &Command::Start(Box::new(spec)), &files)
+            .map_err(step("hand over the guest"))?;
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .map_err(|errno| step("control socket")(errno.into()))?;
+        // tokio only waits for this socket; what is read and written are
+        // whole packets, by `wire`.
+        let control = UnixStream::from_std(ours.into()).map_err(step("control socket"))?;
+        Ok(Self {
+            child,
+            pid,
+            control,
+        })
+    }
+
+    /// Process id.
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends a command. A process that takes none for so long that its socket
+    /// is full is hung: the caller's pings find out, so this never waits.
+    pub fn send(&self, command: &Command, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        wire::send(self.control.as_fd(), command, files)
+    }
+
+    /// The next event with its files, or how the process ended. Cancelling
+    /// loses nothing.
+    pub async fn next(&mut self) -> Happening {
+        tokio::select! {
+            biased;
+            event = receive::<Event>(&self.control) => match event {
+                Ok(Some((event, files))) => Happening::Event(event, files),
+                // The socket closes a moment before the process ends.
+                Ok(None) => Happening::Ended(self.child.wait().await.map(exit_detail)),
+                Err(error) => Happening::Garbled(error),
+            },
+            status = self.child.wait() => Happening::Ended(status.map(exit_detail)),
+        }
+    }
+
+    /// Kills the process; [`VmmProcess::next`] tells when it is gone.
+    pub fn kill(&mut self) {
+        // It fails only when the process has ended already.
+        let _ = self.child.start_kill();
+    }
+}
+
+/// What a VMM process did.
+#[derive(Debug)]
+pub enum Happening {
+    /// It said something.
+    Event(Event, Vec<OwnedFd>),
+    /// It sent what is no event.
+    Garbled(io::Error),
+    /// It is gone; in words, how.
+    Ended(io::Result<String>),
+}
+
+impl Happening {
+    /// The exit reason of a process that ended without giving one.
+    pub fn died(how: io::Result<String>) -> ExitReason {
+        let detail = match how {
+            Ok(text) => format!("VMM process {text}"),
+            Err(error) => format!("VMM process lost: {error}"),
+        };
+        ExitReason::Failed { detail }
+    }
+}
+
+fn exit_detail(status: std::process::ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with code {code}"),
+        (_, Some(signal)) => format!("was killed by signal {signal}"),
+        _ => "ended".into(),
+    }
+}
+
+async fn receive<T: DeserializeOwned>(
+    socket: &UnixStream,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    loop {
+        socket.readable().await?;
+        match socket.try_io(Interest::READABLE, || wire::recv(socket.as_fd())) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! The machine: built in one straight function, in hardware order.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::{self, BootError};
+use super::bus::Bus;
+use super::cpu::regs::{self, RegsError};
+use super::memory::{self, MemoryError};
+use super::serial::{Line, Output, Port};
+use super::spec::{FileIndex, GuestSpec, MAX_VCPUS};
+use super::vcpu::{KickError, Processors, Report};
+use super::virtio::Device;
+use super::virtio::interrupt::Interrupt;
+use super::virtio::mmio::{NOTIFY, Transport};
+use super::virtio::rng::Rng;
+use super::vm::{Vm, VmError};
+use super::{acpi, layout};
+
+/// Least guest RAM in MiB: kernel, initrd and a little to work with.
+const LEAST_MEMORY: u32 = 64;
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The spec asks for what cannot be.
+    #[error("guest specification: {0}")]
+    Spec(String),
+    /// A file that the spec names was not passed, or was used twice.
+    #[error("file {0} of the guest specification was not passed")]
+    NoFile(u8),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Boot tables.
+    #[error("boot state")]
+    Regs(#[from] RegsError),
+    /// Kernel and initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk.
+    #[error("disk {serial}")]
+    Disk {
+        /// Its serial number.
+        serial: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The host lacks descriptors or threads.
+    #[error("host resource: {what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The files passed with a spec; each is taken once.
+#[derive(Debug)]
+pub struct Files(Vec<Option<OwnedFd>>);
+
+impl Files {
+    /// The files in the order in which they were passed.
+    pub fn new(files: Vec<OwnedFd>) -> Self {
+        Self(files.into_iter().map(Some).collect())
+    }
+
+    /// Takes one.
+    pub fn take(&mut self, index: FileIndex) -> Result<OwnedFd, MachineError> {
+        self.0
+            .get_mut(usize::from(index.0))
+            .and_then(Option::take)
+            .ok_or(MachineError::NoFile(index.0))
+    }
+}
+
+/// A running machine.
+pub struct Machine {
+    processors: Processors,
+    bus: Arc<Bus>,
+    serial: Output,
+    _vm: Vm,
+    _memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Builds and starts the guest of `spec`.
+    pub fn build(
+        spec: &GuestSpec,
+        mut files: Files,
+        control: &Arc<OwnedFd>,
+        wake: &EventFd,
+        reports: mpsc::Sender<Report>,
+        started: Instant,
+    ) -> Result<Self, MachineError> {
+        check(spec)?;
+        let host = |what| move |source| MachineError::Host { what, source };
+
+        // RAM and the virtual machine with its interrupt controllers.
+        let memory = memory::allocate(spec.memory_mib)?;
+        let vm = Vm::new(files.take(spec.kvm)?, &memory)?;
+
+        // The serial port.
+        let line = event().map_err(host("eventfd"))?;
+        vm.interrupt(&line, layout::SERIAL_GSI)?;
+        let serial_wake = wake.try_clone().map_err(host("eventfd"))?;
+        let serial = Output::new(serial_wake, started);
+        let port = Port::new(Line(line), serial.clone());
+
+        // virtio devices, each with its registers, kicks and interrupt line.
+        let mut devices: Vec<Box<dyn Device>> = Vec::new();
+        devices.push(Box::new(Rng::default()));
+        let mut transports = Vec::new();
+        for (number, device) in devices.into_iter().enumerate() {
+            let transport = plug(&vm, &memory, number, device)?;
+            transports.push(Arc::new(transport));
+        }
+        let bus = Arc::new(Bus::new(port, transports));
+
+        // Firmware tables, kernel, initrd, command line.
+        let tables = acpi::tables(spec.vcpus, bus.virtio().len());
+        let mut kernel = File::from(files.take(spec.kernel)?);
+        let mut initrd = File::from(files.take(spec.initrd)?);
+        let entry = boot::load(&memory, &mut kernel, &mut initrd, &spec.cmdline, &tables)?;
+        regs::write_tables(&memory)?;
+
+        // Processors, last: from here on the guest runs.
+        let vcpus = (0..spec.vcpus)
+            .map(|id| vm.processor(id, spec.vcpus, entry))
+            .collect::<Result<Vec<_>, _>>()?;
+        let processors =
+            Processors::start(vcpus, &bus, &reports, wake).map_err(host("vCPU threads"))?;
+        Ok(Self {
+            processors,
+            bus,
+            serial,
+            _vm: vm,
+            _memory: memory,
+        })
+    }
+
+    /// The processors.
+    pub const fn processors(&self) -> &Processors {
+        &self.processors
+    }
+
+    /// The bus.
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// Output of the serial port.
+    pub const fn serial(&self) -> &Output {
+        &self.serial
+    }
+
+    /// Ends the processors, then the devices, which finish what they began.
+    pub fn stop(self) -> Result<(), KickError> {
+        let stopped = self.processors.stop();
+        for transport in self.bus.virtio() {
+            transport.stop();
+        }
+        stopped
+    }
+}
+
+fn check(spec: &GuestSpec) -> Result<(), MachineError> {
+    if spec.vcpus == 0 || spec.vcpus > MAX_VCPUS {
+        let text = format!("{} vCPUs, 1 to {MAX_VCPUS} are possible", spec.vcpus);
+        return Err(MachineError::Spec(text));
+    }
+    if spec.memory_mib < LEAST_MEMORY {
+        let text = format!(
+            "{} MiB of RAM, the least is {LEAST_MEMORY}",
+            spec.memory_mib
+        );
+        return Err(MachineError::Spec(text));
+    }
+    // Besides the disks there are vsock and the entropy device.
+    if spec.disks.len() + 2 > layout::MAX_VIRTIO {
+        let text = format!("{} disks are too many", spec.disks.len());
+        return Err(MachineError::Spec(text));
+    }
+    Ok(())
+}
+
+fn plug(
+    vm: &Vm,
+    memory: &GuestMemoryMmap,
+    number: usize,
+    device: Box<dyn Device>,
+) -> Result<Transport, MachineError> {
+    let host = |what| move |source| MachineError::Host { what, source };
+    let line = event().map_err(host("eventfd"))?;
+    vm.interrupt(&line, layout::VIRTIO_GSI + number as u32)?;
+    let transport =
+        Transport::new(device, memory.clone(), Interrupt::new(line)).map_err(host("eventfd"))?;
+    let base = layout::MMIO_START + number as u64 * layout::VIRTIO_STRIDE;
+    let kicks = transport.kicks().map_err(host("eventfd"))?;
+    for (queue, kick) in kicks.iter().enumerate() {
+        vm.kick(kick, base + NOTIFY, queue as u32)?;
+    }
+    Ok(transport)
+}
+
+fn event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}

@@ -1,0 +1,259 @@
+//! A VMM process from its first instruction to its exit code.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain;
+use super::control::{Command, Event, ExitReason, Stats};
+use super::machine::{Files, Machine, MachineError};
+use super::serial::Log;
+use super::spec::GuestSpec;
+use super::vcpu::Report;
+use super::virtio::borrow_event;
+use super::wire;
+
+/// How often devices are looked over for violations and buffered serial
+/// output without an end of line is written, in milliseconds.
+const LOOK_MS: u16 = 500;
+
+/// Why the process ends without a guest.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("control socket")]
+    Socket(#[source] io::Error),
+    #[error("the first command is not Start")]
+    NoStart,
+    #[error("serial log")]
+    Serial(#[source] io::Error),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+/// The whole process: standard input is the control socket.
+pub fn main() -> ExitCode {
+    let started = Instant::now();
+    let control = match io::stdin().as_fd().try_clone_to_owned() {
+        Ok(control) => Arc::new(control),
+        Err(error) => {
+            eprintln!("host-agent vmm: no control socket: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let reason = match run(&control, started) {
+        Ok(reason) => reason,
+        Err(error) => {
+            let reason = chain(&error);
+            eprintln!("host-agent vmm: {reason}");
+            tell(
+                &control,
+                &Event::StartFailed {
+                    reason: reason.clone(),
+                },
+            );
+            ExitReason::Failed { detail: reason }
+        }
+    };
+    let code = reason.code();
+    tell(&control, &Event::Exited(reason));
+    ExitCode::from(code)
+}
+
+fn run(control: &Arc<OwnedFd>, started: Instant) -> Result<ExitReason, StartError> {
+    let start = wire::recv::<Command>(control.as_fd()).map_err(StartError::Socket)?;
+    let Some((Command::Start(spec), files)) = start else {
+        return Err(StartError::NoStart);
+    };
+    let outlive = spec.outlive_supervisor;
+    let name: String = spec.name.chars().take(15).collect();
+    // Only what a process list shows depends on it.
+    let _ = std::fs::write("/proc/self/comm", name);
+    let mut files = Files::new(files);
+    let log = serial_log(&spec, &mut files)?;
+    let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Serial)?;
+    let (reports, reported) = mpsc::channel();
+    let machine = Machine::build(&spec, files, control, &wake, reports, started)?;
+    let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    tell(control, &Event::Running { setup_us });
+    Ok(Loop {
+        control,
+        machine,
+        log,
+        wake,
+        reported,
+        outlive,
+        told_broken: Vec::new(),
+        supervised: true,
+    }
+    .run())
+}
+
+fn serial_log(spec: &GuestSpec, files: &mut Files) -> Result<Log, StartError> {
+    let mut take = |index| files.take(index).map(File::from);
+    let current = take(spec.serial.current).map_err(StartError::Machine)?;
+    let previous = take(spec.serial.previous).map_err(StartError::Machine)?;
+    Log::new(current, previous, spec.serial.max_bytes).map_err(StartError::Serial)
+}
+
+/// A supervisor that is gone or hung loses events; the guest goes on.
+fn tell(control: &OwnedFd, event: &Event) {
+    let _ = wire::send(control.as_fd(), event, &[]);
+}
+
+/// The main thread: commands, reports of processors, serial output.
+struct Loop<'a> {
+    control: &'a Arc<OwnedFd>,
+    machine: Machine,
+    log: Log,
+    wake: EventFd,
+    reported: mpsc::Receiver<Report>,
+    outlive: bool,
+    told_broken: Vec<bool>,
+    supervised: bool,
+}
+
+impl Loop<'_> {
+    fn run(mut self) -> ExitReason {
+        let reason = loop {
+            match self.wait() {
+                Ok((command, woken)) => {
+                    if woken {
+                        // Reset of a counter that may already be zero.
+                        let _ = self.wake.read();
+                    }
+                    self.write_serial();
+                    if let Some(reason) = self.reports() {
+                        break reason;
+                    }
+                    if command && let Some(reason) = self.command() {
+                        break reason;
+                    }
+                    self.look_at_devices();
+                }
+                Err(error) => {
+                    break ExitReason::Failed {
+                        detail: format!("poll: {error}"),
+                    };
+                }
+            }
+        };
+        let serial = self.machine.serial().clone();
+        if let Err(error) = self.machine.stop() {
+            eprintln!("host-agent vmm: {error}");
+        }
+        self.log.write(&serial.take());
+        reason
+    }
+
+    /// Waits for a command or a wake-up; which of them came.
+    fn wait(&self) -> nix::Result<(bool, bool)> {
+        let control: BorrowedFd<'_> = self.control.as_fd();
+        let mut fds = vec![PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
+        if self.supervised {
+            fds.push(PollFd::new(control, PollFlags::POLLIN));
+        }
+        match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
+            Err(nix::errno::Errno::EINTR) => Ok((false, false)),
+            Err(errno) => Err(errno),
+            Ok(_) => {
+                let came = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+                Ok((fds.get(1).is_some_and(came), came(&fds[0])))
+            }
+        }
+    }
+
+    fn write_serial(&mut self) {
+        let bytes = self.machine.serial().take();
+        if !bytes.is_empty() {
+            self.log.write(&bytes);
+        }
+    }
+
+    fn reports(&mut self) -> Option<ExitReason> {
+        while let Ok(report) = self.reported.try_recv() {
+            match report {
+                Report::Exit(reason) => return Some(reason),
+                Report::Panicked => tell(self.control, &Event::GuestPanicked {}),
+            }
+        }
+        None
+    }
+
+    fn command(&mut self) -> Option<ExitReason> {
+        match wire::recv::<Command>(self.control.as_fd()) {
+            Ok(Some((command, files))) => self.obey(command, files),
+            Ok(None) if self.outlive => {
+                self.supervised = false;
+                None
+            }
+            Ok(None) => Some(ExitReason::Stopped),
+            Err(error) => Some(ExitReason::Failed {
+                detail: format!("control socket: {error}"),
+            }),
+        }
+    }
+
+    fn obey(&mut self, command: Command, files: Vec<OwnedFd>) -> Option<ExitReason> {
+        match command {
+            // Once is enough.
+            Command::Start(_) => {}
+            Command::Dial { .. } | Command::Probe { .. } => drop(files),
+            Command::Pause {} => match self.machine.processors().pause() {
+                Ok(()) => tell(self.control, &Event::Paused { paused: true }),
+                Err(error) => {
+                    return Some(ExitReason::Failed {
+                        detail: error.to_string(),
+                    });
+                }
+            },
+            Command::Resume {} => {
+                self.machine.processors().resume();
+                tell(self.control, &Event::Paused { paused: false });
+            }
+            Command::Ping { id } => tell(self.control, &Event::Pong { id }),
+            Command::Stats {} => tell(self.control, &Event::Stats(self.stats())),
+            Command::Stop {} => return Some(ExitReason::Stopped),
+        }
+        None
+    }
+
+    fn stats(&self) -> Stats {
+        let serial = self.machine.serial();
+        Stats {
+            exits: self.machine.processors().exits(),
+            first_serial_us: serial.first_us(),
+            serial_dropped: serial.dropped() + self.log.dropped(),
+            violations: self
+                .machine
+                .bus()
+                .virtio()
+                .iter()
+                .map(|transport| transport.interrupt().violations())
+                .sum(),
+            vsock_connections: 0,
+        }
+    }
+
+    /// Tells of each device that broke since it was last whole.
+    fn look_at_devices(&mut self) {
+        let devices = self.machine.bus().virtio();
+        self.told_broken.resize(devices.len(), false);
+        for (transport, told) in devices.iter().zip(&mut self.told_broken) {
+            let broken = transport.interrupt().is_broken();
+            if broken && !*told {
+                let event = Event::DeviceNeedsReset {
+                    device: transport.name(),
+                    reason: "the driver broke the queue protocol".into(),
+                };
+                tell(self.control, &event);
+            }
+            *told = broken;
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Threads of the virtual processors: run, answer exits, stop when told.
+
+use std::io;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::bus::{Action, Bus};
+use super::control::ExitReason;
+
+/// Most time for a processor to leave the guest after a kick.
+const KICK_LIMIT: Duration = Duration::from_secs(5);
+/// Time between two kicks: the first may come just before the processor
+/// enters the guest.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+const RUN: u8 = 0;
+const PAUSE: u8 = 1;
+const STOP: u8 = 2;
+
+/// What a processor reports to the main thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// The machine ended.
+    Exit(ExitReason),
+    /// The guest's kernel panicked.
+    Panicked,
+}
+
+/// The processors of a guest.
+#[derive(Debug)]
+pub struct Processors {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    wanted: AtomicU8,
+    parked: AtomicUsize,
+    changed: Condvar,
+    lock: Mutex<()>,
+    exits: Vec<AtomicU64>,
+}
+
+/// Processors that did not stop in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{running} of {all} processors did not leave the guest within 5 s")]
+pub struct KickError {
+    running: usize,
+    all: usize,
+}
+
+impl Processors {
+    /// Starts a thread for each processor. Reports go to `reports`, each
+    /// followed by a signal of `wake`.
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        bus: &Arc<Bus>,
+        reports: &mpsc::Sender<Report>,
+        wake: &EventFd,
+    ) -> io::Result<Self> {
+        extern "C" fn interrupted(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), interrupted)
+            .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let shared = Arc::new(Shared {
+            wanted: AtomicU8::new(RUN),
+            parked: AtomicUsize::new(0),
+            changed: Condvar::new(),
+            lock: Mutex::new(()),
+            exits: vcpus.iter().map(|_| AtomicU64::new(0)).collect(),
+        });
+        let mut threads = Vec::new();
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            let (shared, bus) = (Arc::clone(&shared), Arc::clone(bus));
+            let (reports, wake) = (reports.clone(), wake.try_clone()?);
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu-{id}"))
+                .spawn(move || {
+                    let report = |report| {
+                        // The main thread outlives this one.
+                        let _ = reports.send(report);
+                        let _ = wake.write(1);
+                    };
+                    if let Some(reason) = run(id, vcpu, &shared, &bus, &report) {
+                        report(Report::Exit(reason));
+                    }
+                })?;
+            threads.push(thread);
+        }
+        Ok(Self { shared, threads })
+    }
+
+    /// Takes every processor out of the guest until [`Processors::resume`].
+    pub fn pause(&self) -> Result<(), KickError> {
+        self.shared.set(PAUSE);
+        let all = self.threads.len();
+        let deadline = Instant::now() + KICK_LIMIT;
+        loop {
+            let ended = self.threads.iter().filter(|t| t.is_finished()).count();
+            let running = all.saturating_sub(self.shared.parked.load(Ordering::Acquire) + ended);
+            if running == 0 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(KickError { running, all });
+            }
+            self.kick();
+            std::thread::sleep(KICK_AGAIN);
+        }
+    }
+
+    /// Lets the processors run again.
+    pub fn resume(&self) {
+        self.shared.set(RUN);
+    }
+
+    /// Exits of each processor that reached this process.
+    pub fn exits(&self) -> Vec<u64> {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.shared.exits.iter().map(load).collect()
+    }
+
+    /// Ends every thread.
+    pub fn stop(self) -> Result<(), KickError> {
+        self.shared.set(STOP);
+        let deadline = Instant::now() + KICK_LIMIT;
+        loop {
+            let running = self.threads.iter().filter(|t| !t.is_finished()).count();
+            if running == 0 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let all = self.threads.len();
+                return Err(KickError { running, all });
+            }
+            self.kick();
+            std::thread::sleep(KICK_AGAIN);
+        }
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            if !thread.is_finished() {
+                // It fails only for a thread that just ended.
+                let _ = thread.kill(SIGRTMIN());
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn set(&self, wanted: u8) {
+        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.wanted.store(wanted, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Parks while a pause is wanted; false when the thread shall end.
+    fn may_run(&self) -> bool {
+        if self.wanted.load(Ordering::Acquire) == PAUSE {
+            let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            self.parked.fetch_add(1, Ordering::AcqRel);
+            while self.wanted.load(Ordering::Acquire) == PAUSE {
+                guard = self
+                    .changed
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            self.parked.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.wanted.load(Ordering::Acquire) == RUN
+    }
+}
+
+/// Runs one processor; the reason if it ended the machine.
+fn run(
+    id: usize,
+    mut vcpu: VcpuFd,
+    shared: &Shared,
+    bus: &Bus,
+    report: &impl Fn(Report),
+) -> Option<ExitReason> {
+    while shared.may_run() {
+        let exit = vcpu.run();
+        shared.exits[id].fetch_add(1, Ordering::Relaxed);
+        match exit {
+            Ok(VcpuExit::IoIn(port, data)) => bus.port_in(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => match bus.port_out(port, data) {
+                Action::None => {}
+                Action::PowerOff => return Some(ExitReason::PowerOff),
+                Action::Reset if bus.panicked() => return Some(ExitReason::Panic),
+                Action::Reset => return Some(ExitReason::Reboot),
+                Action::Panicked => report(Report::Panicked),
+            },
+            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
+            Ok(VcpuExit::Shutdown) => return Some(ExitReason::TripleFault),
+            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+            Ok(other) => {
+                let detail = format!("processor {id}: KVM exit {other:?}");
+                return Some(ExitReason::Failed { detail });
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) => {
+                let detail = format!("processor {id}: KVM_RUN: {error}");
+                return Some(ExitReason::Failed { detail });
+            }
+        }
+    }
+    None
+}

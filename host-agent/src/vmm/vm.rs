@@ -1,0 +1,143 @@
+//! The KVM virtual machine: memory, interrupt controllers, eventfds.
+
+use std::os::fd::{IntoRawFd, OwnedFd};
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::Entry;
+use super::cpu::{cpuid, regs};
+use super::layout;
+
+/// The one version of the KVM interface.
+const KVM_API_VERSION: i32 = 12;
+
+/// What KVM would not do.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A call failed.
+    #[error("KVM: {what}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The host's KVM lacks something.
+    #[error("KVM lacks {0}")]
+    Missing(&'static str),
+    /// The initial state of a processor.
+    #[error("processor {id}")]
+    Processor {
+        /// Which.
+        id: u8,
+        /// Why.
+        #[source]
+        source: regs::RegsError,
+    },
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Kvm { what, source }
+}
+
+/// A virtual machine without processors.
+#[derive(Debug)]
+pub struct Vm {
+    kvm: Kvm,
+    fd: VmFd,
+}
+
+impl Vm {
+    /// Makes a machine on the open `/dev/kvm` with `memory` as its RAM and
+    /// KVM's own interrupt controllers.
+    pub fn new(device: OwnedFd, memory: &GuestMemoryMmap) -> Result<Self, VmError> {
+        let kvm_device = open(device);
+        if kvm_device.get_api_version() != KVM_API_VERSION {
+            return Err(VmError::Missing("API version 12"));
+        }
+        for (capability, name) in [
+            (Cap::Irqchip, "interrupt controllers"),
+            (Cap::Ioeventfd, "ioeventfd"),
+            (Cap::Irqfd, "irqfd"),
+            (Cap::UserMemory, "user memory"),
+            (Cap::ImmediateExit, "immediate exit"),
+        ] {
+            if !kvm_device.check_extension(capability) {
+                return Err(VmError::Missing(name));
+            }
+        }
+        let fd = kvm_device.create_vm().map_err(kvm("create a machine"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY)
+            .map_err(kvm("set the identity map address"))?;
+        fd.set_tss_address(layout::KVM_TSS)
+            .map_err(kvm("set the TSS address"))?;
+        map(&fd, memory)?;
+        fd.create_irq_chip()
+            .map_err(kvm("create interrupt controllers"))?;
+        Ok(Self {
+            kvm: kvm_device,
+            fd,
+        })
+    }
+
+    /// Interrupt line `gsi` rises with each signal of `event`.
+    pub fn interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(kvm("register an irqfd"))
+    }
+
+    /// A write of `value` to `address` signals `event` and does not leave KVM.
+    pub fn kick(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(kvm("register an ioeventfd"))
+    }
+
+    /// Makes processor `id` of `count` in its state after power-on.
+    pub fn processor(&self, id: u8, count: u8, entry: Entry) -> Result<VcpuFd, VmError> {
+        let vcpu = self
+            .fd
+            .create_vcpu(u64::from(id))
+            .map_err(kvm("create a processor"))?;
+        let mut cpuid = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("get CPUID"))?;
+        cpuid::adapt(&mut cpuid, id, count);
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+        regs::set(&vcpu, id == 0, entry).map_err(|source| VmError::Processor { id, source })?;
+        Ok(vcpu)
+    }
+}
+
+#[allow(unsafe_code)]
+fn open(device: OwnedFd) -> Kvm {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the descriptor is owned, and its ownership moves into `Kvm`.
+    unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
+}
+
+#[allow(unsafe_code)]
+fn map(fd: &VmFd, memory: &GuestMemoryMmap) -> Result<(), VmError> {
+    for (slot, region) in memory.iter().enumerate() {
+        let address = memory
+            .get_host_address(region.start_addr())
+            .map_err(|_| VmError::Missing("a host address of guest RAM"))?;
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: address as u64,
+        };
+        // SAFETY: the range is a mapping that `memory` owns; every holder of
+        // the machine also holds a clone of `memory`, which keeps it mapped.
+        unsafe { fd.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! Services written to a directory on the spot.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+/// Perl is essential in Debian and speaks TCP: an echo server for any image.
+pub const ECHO: &str = r#"#!/usr/bin/perl
+use strict; use IO::Socket::INET; $SIG{CHLD} = 'IGNORE';
+my $l = IO::Socket::INET->new(LocalAddr => '127.0.0.1', LocalPort => $ENV{ECHO_PORT},
+    Listen => 1024, ReuseAddr => 1) or die "listen: $!";
+print "echo listens on $ENV{ECHO_PORT}\n"; $| = 1;
+while (my $c = $l->accept) {
+    if (fork) { close $c; next }
+    my $b; while (my $n = sysread $c, $b, 65536) {
+        my $o = 0; while ($o < $n) { my $w = syswrite $c, $b, $n - $o, $o; exit unless $w; $o += $w }
+    }
+    exit;
+}
+"#;
+
+/// A service with one worker role named `Role`.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// Contents of `approot/entry`.
+    pub entry: String,
+    /// Guest image.
+    pub image: String,
+    /// VM size.
+    pub size: String,
+    /// Public port of endpoint `Echo`, if it has one.
+    pub port: Option<u16>,
+}
+
+impl Service {
+    /// A role that runs this script.
+    pub fn script(entry: &str) -> Self {
+        Self {
+            entry: entry.to_owned(),
+            image: "minimal".into(),
+            size: "ExtraSmall".into(),
+            port: None,
+        }
+    }
+
+    /// The echo server behind a free public port.
+    pub fn echo() -> Result<Self> {
+        Ok(Self {
+            port: Some(free_port()?),
+            ..Self::script(ECHO)
+        })
+    }
+
+    /// Writes the service to `dir` and returns that.
+    pub fn write(&self, dir: &Path) -> Result<PathBuf> {
+        fs::create_dir_all(dir.join("Role"))?;
+        let entry = dir.join("Role/entry");
+        fs::write(&entry, &self.entry)?;
+        fs::set_permissions(&entry, fs::Permissions::from_mode(0o755))?;
+        let endpoint = self.port.map_or_else(String::new, |port| {
+            format!(
+                r#"<Endpoints><InputEndpoint name="Echo" protocol="tcp" port="{port}" localPort="7000" /></Endpoints>"#
+            )
+        });
+        let variable = if self.port.is_some() {
+            r#"<Variable name="ECHO_PORT"><RoleInstanceValue xpath="/RoleEnvironment/CurrentInstance/Endpoints/Endpoint[@name='Echo']/@port" /></Variable>"#
+        } else {
+            ""
+        };
+        let definition = format!(
+            r#"<?xml version="1.0" encoding="utf-8"?>
+<ServiceDefinition name="Test" xmlns="http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceDefinition">
+  <WorkerRole name="Role" vmsize="{}">
+    <Runtime executionContext="limited">
+      <Environment>
+        <Variable name="DATA"><RoleInstanceValue xpath="/RoleEnvironment/CurrentInstance/LocalResources/LocalResource[@name='Data']/@path" /></Variable>
+        {variable}
+      </Environment>
+      <EntryPoint><ProgramEntryPoint commandLine="entry" setReadyOnProcessStart="true" /></EntryPoint>
+    </Runtime>
+    <ConfigurationSettings><Setting name="Greeting" /></ConfigurationSettings>
+    <LocalResources><LocalStorage name="Data" sizeInMB="64" cleanOnRoleRecycle="false" /></LocalResources>
+    {endpoint}
+  </WorkerRole>
+</ServiceDefinition>
+"#,
+            self.size
+        );
+        fs::write(dir.join("ServiceDefinition.csdef"), definition)?;
+        let configuration = format!(
+            r#"<?xml version="1.0" encoding="utf-8"?>
+<ServiceConfiguration serviceName="Test" osFamily="{}" osVersion="*" xmlns="http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceConfiguration">
+  <Role name="Role">
+    <Instances count="1" />
+    <ConfigurationSettings><Setting name="Greeting" value="hello" /></ConfigurationSettings>
+  </Role>
+</ServiceConfiguration>
+"#,
+            self.image
+        );
+        fs::write(dir.join("ServiceConfiguration.cscfg"), configuration)?;
+        Ok(dir.to_owned())
+    }
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
+        .local_addr()?
+        .port())
+}
