@@ -8,6 +8,7 @@ mod boot;
 mod bus;
 pub mod control;
 mod cpu;
+pub mod disk;
 mod layout;
 mod machine;
 mod memory;

@@ -1,0 +1,66 @@
+//! One writer per image, by locks that belong to the open file.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+/// How a file is going to be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Written, by nobody else.
+    Exclusive,
+    /// Only read, by as many as like.
+    Shared,
+}
+
+/// Why a file cannot be used as a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Devices, pipes and directories are never disks: a path that was swapped
+    /// must not give a guest the host's disk.
+    #[error("not a regular file")]
+    NotRegular,
+    /// Another process uses the file.
+    #[error("in use by another process (see `lslocks`)")]
+    InUse,
+    /// The host refused.
+    #[error("cannot lock")]
+    Io(#[source] io::Error),
+}
+
+/// Checks that `file` is a regular file and locks all of it without waiting.
+///
+/// The lock is an open-file-description lock (`fcntl(2)`, `F_OFD_SETLK`): it goes
+/// with the descriptor to another process, is gone when the last copy of the
+/// descriptor is closed, and conflicts with the locks of `qemu-img`. An
+/// exclusive lock needs a descriptor that can write, a shared one that can read.
+pub fn lock(file: &File, access: Access) -> Result<(), LockError> {
+    let metadata = file.metadata().map_err(LockError::Io)?;
+    if !metadata.is_file() {
+        return Err(LockError::NotRegular);
+    }
+    let kind = match access {
+        Access::Exclusive => libc::F_WRLCK,
+        Access::Shared => libc::F_RDLCK,
+    };
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0, // to the end, wherever that will be
+        l_pid: 0,
+    };
+    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&range)) {
+        Ok(_) => Ok(()),
+        Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(LockError::InUse),
+        Err(error) => Err(LockError::Io(error.into())),
+    }
+}
+
+/// Whether nothing can be written through this descriptor.
+pub fn is_read_only(file: &File) -> bool {
+    fcntl(file.as_fd(), FcntlArg::F_GETFL)
+        .is_ok_and(|flags| OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY)
+}
