@@ -5,6 +5,7 @@
 //! thread of the device that owns the queues from [`Device::activate`] until
 //! [`Device::reset`] takes them away again, so no queue is ever behind a lock.
 
+pub mod blk;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;

@@ -1,0 +1,382 @@
+//! The thread of a disk: owns the queue while the device is active, and the
+//! disk always.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+};
+use vm_memory::VolatileSlice;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Counters;
+use super::request::{self, Geometry, HEADER, Refusal, Request};
+use super::throttle::Throttle;
+use crate::vmm::disk::Disk;
+use crate::vmm::virtio::Activation;
+use crate::vmm::virtio::interrupt::Interrupt;
+use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
+
+/// Most bytes in one system call, so that a reset never waits for more.
+const PIECE: u32 = 1 << 20;
+/// Longest time that a finished request waits for the interrupt of its batch.
+const BATCH_TIME: Duration = Duration::from_micros(200);
+/// Least time between two log lines of one kind.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What the front asks of the thread.
+#[derive(Debug)]
+pub enum Order {
+    /// Work on this queue.
+    Activate(Box<Activation>),
+    /// Let go of the queue, then answer.
+    Reset(Sender<()>),
+    /// Flush the disk and end.
+    End,
+}
+
+/// What the driver gave: from activation to reset.
+struct Active {
+    queue: CheckedQueue,
+    interrupt: Interrupt,
+    /// The driver cannot flush, so every write is flushed (virtio 1.2, 5.2.6.2).
+    write_through: bool,
+}
+
+/// State of the thread.
+pub struct Back {
+    name: String,
+    serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
+    disk: Box<dyn Disk>,
+    geometry: Geometry,
+    counters: Arc<Counters>,
+    stop: Arc<AtomicBool>,
+    refusals: Throttle,
+    host_errors: Throttle,
+    violations: Throttle,
+}
+
+/// Why a chain was not answered.
+enum Unanswered {
+    /// The driver broke the rules of the ring.
+    Violation(QueueError),
+    /// The driver resets the device.
+    Stopped,
+}
+
+impl From<QueueError> for Unanswered {
+    fn from(error: QueueError) -> Self {
+        Self::Violation(error)
+    }
+}
+
+/// Why a request failed.
+enum Failure {
+    /// The driver's fault.
+    Refused(Refusal),
+    /// The host's fault.
+    Host(io::Error),
+    /// The driver resets the device.
+    Stopped,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+impl Back {
+    pub fn new(
+        name: String,
+        serial: &str,
+        disk: Box<dyn Disk>,
+        geometry: Geometry,
+        counters: Arc<Counters>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
+        padded[..serial.len()].copy_from_slice(serial.as_bytes());
+        Self {
+            name,
+            serial: padded,
+            disk,
+            geometry,
+            counters,
+            stop,
+            refusals: Throttle::new(LOG_INTERVAL),
+            host_errors: Throttle::new(LOG_INTERVAL),
+            violations: Throttle::new(LOG_INTERVAL),
+        }
+    }
+
+    /// Runs until the front says [`Order::End`] or is gone.
+    pub fn run(mut self, inbox: &Receiver<Order>, sleep: &Sleep) {
+        let mut active: Option<Active> = None;
+        loop {
+            match inbox.try_recv() {
+                Ok(Order::Activate(activation)) => active = self.activate(*activation, sleep),
+                Ok(Order::Reset(done)) => {
+                    Self::let_go(&mut active, sleep);
+                    let _ = done.send(());
+                }
+                Ok(Order::End) | Err(TryRecvError::Disconnected) => break,
+                Err(TryRecvError::Empty) => {
+                    if let Some(current) = &mut active
+                        && let Err(Unanswered::Violation(error)) = self.serve(current)
+                    {
+                        self.report_violation(&error);
+                        current.interrupt.needs_reset();
+                        Self::let_go(&mut active, sleep);
+                    }
+                    sleep.wait(active.as_ref().map(|active| active.queue.kick()));
+                }
+            }
+        }
+        if let Err(error) = self.disk.flush() {
+            tracing::error!(disk = self.name, %error, "last flush failed, data may be lost");
+        }
+    }
+
+    fn activate(&mut self, activation: Activation, sleep: &Sleep) -> Option<Active> {
+        let active = Active::new(activation);
+        match sleep.control(ControlOperation::Add, active.queue.kick(), KICK) {
+            Ok(()) => Some(active),
+            Err(error) => {
+                self.host_error(&error);
+                active.interrupt.needs_reset();
+                None
+            }
+        }
+    }
+
+    /// Drops the queue. The kick has other copies in the transport, so closing
+    /// ours would not take it off the list.
+    fn let_go(active: &mut Option<Active>, sleep: &Sleep) {
+        if let Some(active) = active.take() {
+            let _ = sleep.control(ControlOperation::Delete, active.queue.kick(), KICK);
+        }
+    }
+
+    /// Answers all that the driver offers.
+    fn serve(&mut self, active: &mut Active) -> Result<(), Unanswered> {
+        loop {
+            active.queue.disable_kicks()?;
+            let mut waiting: Option<Instant> = None;
+            while let Some(chain) = active.queue.pop()? {
+                if self.stopped() {
+                    return Err(Unanswered::Stopped);
+                }
+                self.answer(active, chain)?;
+                let since = *waiting.get_or_insert_with(Instant::now);
+                if since.elapsed() >= BATCH_TIME {
+                    active.signal()?;
+                    waiting = None;
+                }
+            }
+            if waiting.is_some() {
+                active.signal()?;
+            }
+            if !active.queue.enable_kicks()? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    fn answer(&mut self, active: &mut Active, chain: Chain) -> Result<(), Unanswered> {
+        let memory = active.queue.memory();
+        let mut header = [0; HEADER as usize];
+        chain.read_at(memory, 0, &mut header);
+        let Some(room) = chain.writable_len().checked_sub(1) else {
+            // Not even a status can be told.
+            self.refused(Refusal::Direction(0));
+            active.queue.push_used(chain, 0)?;
+            return Ok(());
+        };
+        let request = request::parse(&header, chain.readable_len(), room, self.geometry);
+        let result = match request {
+            Ok(request) => self.perform(active, &chain, request),
+            Err(refusal) => Err(Failure::Refused(refusal)),
+        };
+        let (status, written) = match result {
+            Ok(written) => {
+                count(&self.counters.requests, 1);
+                (VIRTIO_BLK_S_OK, written)
+            }
+            Err(Failure::Stopped) => return Err(Unanswered::Stopped),
+            Err(Failure::Refused(refusal)) => {
+                self.refused(refusal);
+                match refusal {
+                    Refusal::Type(_) => (VIRTIO_BLK_S_UNSUPP, 0),
+                    _ => (VIRTIO_BLK_S_IOERR, 0),
+                }
+            }
+            Err(Failure::Host(error)) => {
+                self.host_error(&error);
+                (VIRTIO_BLK_S_IOERR, 0)
+            }
+        };
+        chain.write_at(active.queue.memory(), room, &[status as u8]);
+        // The length counts from the first writable byte and claims only what
+        // was filled. The status comes behind the data, so only a request whose
+        // data is complete can count it.
+        let length = if written == room { room + 1 } else { written };
+        active.queue.push_used(chain, length)?;
+        Ok(())
+    }
+
+    /// Carries out `request`; returns how many writable bytes it filled.
+    fn perform(
+        &mut self,
+        active: &Active,
+        chain: &Chain,
+        request: Request,
+    ) -> Result<u32, Failure> {
+        let memory = active.queue.memory();
+        match request {
+            Request::Read { offset, len } => {
+                let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
+                for (at, piece) in pieces(len) {
+                    if self.stopped() {
+                        return Err(Failure::Stopped);
+                    }
+                    slices.clear();
+                    slices.extend(chain.writable_slices(memory, at, piece as usize));
+                    self.disk.read(offset + u64::from(at), &slices)?;
+                }
+                count(&self.counters.read_bytes, len);
+                Ok(len)
+            }
+            Request::Write { offset, len } => {
+                let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
+                for (at, piece) in pieces(len) {
+                    if self.stopped() {
+                        return Err(Failure::Stopped);
+                    }
+                    slices.clear();
+                    slices.extend(chain.readable_slices(memory, HEADER + at, piece as usize));
+                    self.disk.write(offset + u64::from(at), &slices)?;
+                }
+                if active.write_through {
+                    self.disk.flush()?;
+                }
+                count(&self.counters.written_bytes, len);
+                Ok(0)
+            }
+            Request::Flush => {
+                self.disk.flush()?;
+                count(&self.counters.flushes, 1);
+                Ok(0)
+            }
+            Request::Serial { len } => {
+                let serial = &self.serial[..len as usize];
+                chain.write_at(memory, 0, serial);
+                Ok(len)
+            }
+        }
+    }
+
+    fn refused(&mut self, refusal: Refusal) {
+        count(&self.counters.refused, 1);
+        if let Some(suppressed) = self.refusals.pass(Instant::now()) {
+            tracing::warn!(disk = self.name, %refusal, suppressed, "request refused");
+        }
+    }
+
+    fn host_error(&mut self, error: &io::Error) {
+        count(&self.counters.host_errors, 1);
+        if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
+            tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
+        }
+    }
+
+    fn report_violation(&mut self, error: &QueueError) {
+        if let Some(suppressed) = self.violations.pass(Instant::now()) {
+            tracing::warn!(disk = self.name, %error, suppressed, "driver broke the queue");
+        }
+    }
+}
+
+impl Active {
+    fn new(mut activation: Activation) -> Self {
+        let queue = activation.queues.remove(0);
+        Self {
+            queue: CheckedQueue::new(queue, activation.memory, activation.features),
+            interrupt: activation.interrupt,
+            write_through: activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+        }
+    }
+
+    fn signal(&mut self) -> Result<(), QueueError> {
+        if self.queue.notify_needed()? {
+            self.interrupt.used();
+        }
+        Ok(())
+    }
+}
+
+/// Offset and length of each piece of `len` bytes.
+fn pieces(len: u32) -> impl Iterator<Item = (u32, u32)> {
+    (0..len.div_ceil(PIECE)).map(move |index| {
+        let at = index * PIECE;
+        (at, PIECE.min(len - at))
+    })
+}
+
+fn count(counter: &AtomicU64, n: u32) {
+    counter.fetch_add(u64::from(n), Ordering::Relaxed);
+}
+
+/// What the thread sleeps on: orders, and kicks while the device is active.
+pub struct Sleep {
+    epoll: Epoll,
+    wake: EventFd,
+}
+
+/// Epoll data of the two sources.
+const WAKE: u64 = 0;
+const KICK: u64 = 1;
+
+impl Sleep {
+    /// Sleeps until `wake` is signalled.
+    pub fn new(wake: EventFd) -> io::Result<Self> {
+        let sleep = Self {
+            epoll: Epoll::new()?,
+            wake,
+        };
+        sleep.control(ControlOperation::Add, &sleep.wake, WAKE)?;
+        Ok(sleep)
+    }
+
+    fn control(&self, operation: ControlOperation, event: &EventFd, data: u64) -> io::Result<()> {
+        let interest = EpollEvent::new(EventSet::IN, data);
+        self.epoll.ctl(operation, event.as_raw_fd(), interest)
+    }
+
+    /// Waits for an order or a kick, and takes note of both.
+    fn wait(&self, kick: Option<&EventFd>) {
+        let mut events = [EpollEvent::default(); 2];
+        // An interrupted wait is a spurious wake-up, which is harmless.
+        let count = self.epoll.wait(-1, &mut events).unwrap_or(0);
+        for event in &events[..count] {
+            let source = match event.data() {
+                WAKE => Some(&self.wake),
+                _ => kick,
+            };
+            if let Some(source) = source {
+                let _ = source.read();
+            }
+        }
+    }
+}
