@@ -1,11 +1,14 @@
 //! The long-lived part of the host agent: keeps each instance at its goal.
 //!
 //! Policy is in the pure files ([`lifecycle`], [`heartbeat`], [`restart`],
-//! [`goal`]).
+//! [`goal`]); the `instance` actor performs what they decide.
 
+pub mod deployment;
 pub mod event;
 pub mod goal;
+pub mod guest;
 pub mod heartbeat;
+pub mod instance;
 pub mod lifecycle;
 pub mod process;
 pub mod restart;

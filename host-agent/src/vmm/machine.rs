@@ -2,26 +2,31 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
+use vmbus::channel::GUEST_CID;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::boot::{self, BootError};
 use super::bus::Bus;
+use super::control::Event;
 use super::cpu::regs::{self, RegsError};
+use super::disk::{self, Backing};
 use super::memory::{self, MemoryError};
 use super::serial::{Line, Output, Port};
-use super::spec::{FileIndex, GuestSpec, MAX_VCPUS};
+use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
 use super::vcpu::{KickError, Processors, Report};
 use super::virtio::Device;
+use super::virtio::blk::Block;
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
+use super::virtio::vsock::{self, Effect, Vsock};
 use super::vm::{Vm, VmError};
-use super::{acpi, layout};
+use super::{acpi, layout, wire};
 
 /// Least guest RAM in MiB: kernel, initrd and a little to work with.
 const LEAST_MEMORY: u32 = 64;
@@ -91,6 +96,7 @@ pub struct Machine {
     processors: Processors,
     bus: Arc<Bus>,
     serial: Output,
+    vsock: vsock::Handle,
     _vm: Vm,
     _memory: GuestMemoryMmap,
 }
@@ -121,6 +127,13 @@ impl Machine {
 
         // virtio devices, each with its registers, kicks and interrupt line.
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
+        for (index, disk) in spec.disks.iter().enumerate() {
+            devices.push(Box::new(open_disk(index, disk, &mut files)?));
+        }
+        let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(control))
+            .map_err(host("vsock thread"))?;
+        let vsock_handle = vsock.handle();
+        devices.push(Box::new(vsock));
         devices.push(Box::new(Rng::default()));
         let mut transports = Vec::new();
         for (number, device) in devices.into_iter().enumerate() {
@@ -146,6 +159,7 @@ impl Machine {
             processors,
             bus,
             serial,
+            vsock: vsock_handle,
             _vm: vm,
             _memory: memory,
         })
@@ -164,6 +178,11 @@ impl Machine {
     /// Output of the serial port.
     pub const fn serial(&self) -> &Output {
         &self.serial
+    }
+
+    /// Dials into the guest.
+    pub const fn vsock(&self) -> &vsock::Handle {
+        &self.vsock
     }
 
     /// Ends the processors, then the devices, which finish what they began.
@@ -194,6 +213,48 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
         return Err(MachineError::Spec(text));
     }
     Ok(())
+}
+
+/// Passes what the vsock device does to the supervisor.
+fn tell_effects(control: &Arc<OwnedFd>) -> vsock::Sink {
+    let control = Arc::clone(control);
+    Box::new(move |effect| {
+        // A supervisor that is gone or hung loses connections; the guest sees
+        // them close.
+        let _ = match effect {
+            Effect::Opened {
+                port,
+                source_port,
+                fd,
+            } => wire::send(
+                control.as_fd(),
+                &Event::Opened { port, source_port },
+                &[fd.as_fd()],
+            ),
+            Effect::Dialed { id, outcome } => {
+                wire::send(control.as_fd(), &Event::Dialed { id, outcome }, &[])
+            }
+        };
+    })
+}
+
+fn open_disk(index: usize, spec: &DiskSpec, files: &mut Files) -> Result<Block, MachineError> {
+    let backing = match spec.backing {
+        DiskBacking::Raw { file, read_only } => Backing::Raw {
+            file: files.take(file)?.into(),
+            read_only,
+        },
+        DiskBacking::Diff { diff, base } => Backing::Diff {
+            diff: files.take(diff)?.into(),
+            base: files.take(base)?.into(),
+        },
+    };
+    let failed = |source| MachineError::Disk {
+        serial: spec.serial.clone(),
+        source,
+    };
+    let disk = disk::open(backing).map_err(|error| failed(error.into()))?;
+    Block::new(index, &spec.serial, disk).map_err(|error| failed(error.into()))
 }
 
 fn plug(

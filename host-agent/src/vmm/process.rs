@@ -203,7 +203,12 @@ impl Loop<'_> {
         match command {
             // Once is enough.
             Command::Start(_) => {}
-            Command::Dial { .. } | Command::Probe { .. } => drop(files),
+            Command::Dial { id, port } => {
+                if let Some(socket) = files.into_iter().next() {
+                    self.machine.vsock().dial(id, port, socket);
+                }
+            }
+            Command::Probe { id, port } => self.machine.vsock().probe(id, port),
             Command::Pause {} => match self.machine.processors().pause() {
                 Ok(()) => tell(self.control, &Event::Paused { paused: true }),
                 Err(error) => {
@@ -236,7 +241,7 @@ impl Loop<'_> {
                 .iter()
                 .map(|transport| transport.interrupt().violations())
                 .sum(),
-            vsock_connections: 0,
+            vsock_connections: self.machine.vsock().connections(),
         }
     }
 

@@ -211,6 +211,3 @@ impl Drop for Block {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,115 @@
+//! The guest end of channels: dial from a privileged port, say hello.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, VsockAddr, bind, connect, getpeername, socket,
+};
+use tokio_vsock::{OwnedReadHalf, OwnedWriteHalf, VsockStream};
+use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
+use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::version::{Hello, SUPPORTED, Welcome};
+
+/// Bind to whatever context id the guest has.
+const ANY_CID: u32 = u32::MAX;
+/// First wait before another dial, and the longest.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Why a channel is not open.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The bus is not there, or the host does not answer.
+    #[error("dial channel {0:?}")]
+    Connect(Channel, #[source] io::Error),
+    /// The conversation broke.
+    #[error("channel {0:?}")]
+    Stream(Channel, #[source] StreamError),
+    /// The host closed or refused.
+    #[error("host refused channel {0:?}: {1}")]
+    Refused(Channel, String),
+}
+
+/// An open channel.
+#[derive(Debug)]
+pub struct Open {
+    /// Frames from the host.
+    pub reader: FrameReader<OwnedReadHalf>,
+    /// The way to the host.
+    pub writer: OwnedWriteHalf,
+    /// Number of this boot, from the host.
+    pub generation: u64,
+}
+
+/// The kernel's random id of this boot.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// Opens a channel.
+pub async fn dial(channel: Channel, program: &str) -> Result<Open, DialError> {
+    let socket = tokio::task::spawn_blocking(move || connect_privileged(channel.port()))
+        .await
+        .map_err(|error| DialError::Connect(channel, io::Error::other(error)))?
+        .map_err(|error| DialError::Connect(channel, error))?;
+    let (reader, mut writer) = VsockStream::from(socket).into_split();
+    let mut reader = FrameReader::new(reader);
+    let hello = Hello {
+        versions: SUPPORTED.to_vec(),
+        channel,
+        boot_id: boot_id(),
+        agent: crate::name(program),
+    };
+    let stream = |error| DialError::Stream(channel, error);
+    send(&mut writer, &hello).await.map_err(stream)?;
+    match reader.next::<Welcome>().await.map_err(stream)? {
+        Some(Welcome::Accepted { generation, .. }) => Ok(Open {
+            reader,
+            writer,
+            generation,
+        }),
+        Some(Welcome::Refused { reason }) => Err(DialError::Refused(channel, reason)),
+        None => Err(DialError::Refused(channel, "closed".into())),
+    }
+}
+
+/// Dials until it works, with growing waits.
+pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
+    let mut wait = FIRST_WAIT;
+    loop {
+        match dial(channel, program).await {
+            Ok(open) => return open,
+            Err(error) => eprintln!("{program}: {}", crate::chain(&error)),
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+/// A connection to `port` of the host from a source port that only root has.
+fn connect_privileged(port: u32) -> io::Result<OwnedFd> {
+    let socket = socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    use std::os::fd::AsRawFd;
+    let free = (1..PRIVILEGED_PORTS)
+        .rev()
+        .find(|source| bind(socket.as_raw_fd(), &VsockAddr::new(ANY_CID, *source)).is_ok());
+    if free.is_none() {
+        return Err(io::ErrorKind::AddrInUse.into());
+    }
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, port))?;
+    getpeername::<VsockAddr>(socket.as_raw_fd())?;
+    nix::fcntl::fcntl(
+        &socket,
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+    )?;
+    Ok(socket)
+}

@@ -1,0 +1,7 @@
+//! The guest's operating system: mounts, modules, disks, users, quotas.
+
+pub mod boot;
+pub mod disk;
+pub mod loopback;
+pub mod quota;
+pub mod user;

@@ -1,0 +1,308 @@
+//! A deployment: one service with one configuration, running.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::event::{EventKind, TimelineEvent};
+use super::goal::{goal, instance_name};
+use super::guest::{self, GuestError};
+use super::heartbeat::HeartbeatRule;
+use super::instance::{self, InstanceHandle, InstanceParts, Request};
+use super::lifecycle::Limits;
+use crate::endpoints::{self, ListenError, Rotation};
+use crate::service::model::ServiceModel;
+use crate::store::deployment::{DeploymentDir, sweep};
+use crate::store::image::{self, ImageError};
+
+/// How a deployment is run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where images and deployments live.
+    pub data_dir: PathBuf,
+    /// Heartbeat rule.
+    pub rule: HeartbeatRule,
+    /// Factor on every limit that depends on the speed of this machine.
+    pub timeout_scale: f64,
+    /// Keep disks and logs when the deployment ends.
+    pub keep: bool,
+    /// Address on which endpoints are published.
+    pub address: IpAddr,
+}
+
+impl Options {
+    /// Defaults: endpoints on loopback, nothing kept, the 600 s rule.
+    pub fn new(data_dir: PathBuf) -> Self {
+        Self {
+            data_dir,
+            rule: HeartbeatRule::DEFAULT,
+            timeout_scale: 1.0,
+            keep: false,
+            address: Ipv4Addr::LOCALHOST.into(),
+        }
+    }
+}
+
+/// Why a deployment cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// The guest image.
+    #[error("guest image")]
+    Image(#[from] ImageError),
+    /// A public port.
+    #[error("public endpoint")]
+    Listen(#[from] ListenError),
+    /// Disks or logs of an instance.
+    #[error("instance {instance}")]
+    Guest {
+        /// The instance.
+        instance: String,
+        /// Why.
+        #[source]
+        source: GuestError,
+    },
+    /// The deployment's directory.
+    #[error("cannot make {what} in {}", path.display())]
+    Directory {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A blocking step panicked.
+    #[error("internal: {0}")]
+    Internal(String),
+}
+
+/// A running deployment. Its disks go when it is dropped, unless kept.
+#[derive(Debug)]
+pub struct Deployment {
+    events: mpsc::UnboundedReceiver<TimelineEvent>,
+    instances: Vec<InstanceHandle>,
+    tasks: Vec<JoinHandle<()>>,
+    listeners: Vec<JoinHandle<()>>,
+    published: BTreeMap<String, SocketAddr>,
+    dir: DeploymentDir,
+}
+
+/// A handle for stopping and asking while the events are being read.
+#[derive(Debug, Clone)]
+pub struct DeploymentHandle {
+    id: String,
+    instances: Vec<InstanceHandle>,
+}
+
+/// Deploys a service and returns as soon as its instances are starting.
+pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment, DeployError> {
+    let accepted = Instant::now();
+    let (timeline, events) = mpsc::unbounded_channel();
+    let say = |instance: Option<&str>, kind| {
+        let _ = timeline.send(TimelineEvent {
+            at: accepted.elapsed(),
+            instance: instance.map(str::to_owned),
+            kind,
+        });
+    };
+    let mut listeners = Vec::new();
+    let mut published = BTreeMap::new();
+    let mut rotations = Vec::new();
+    for role in &model.roles {
+        let rotation = Rotation::default();
+        for endpoint in &role.endpoints {
+            let address = SocketAddr::new(options.address, endpoint.port);
+            let listener = endpoints::listen(&endpoint.name, address)?;
+            listeners.push((listener, rotation.clone(), endpoint.local_port));
+            published.insert(endpoint.name.clone(), address);
+        }
+        rotations.push(rotation);
+    }
+
+    let data_dir = options.data_dir.clone();
+    let name = model.image.clone();
+    let image = blocking(move || {
+        // Remains of a command that was killed; failing to remove them is no
+        // reason not to run.
+        let _ = sweep(&data_dir);
+        image::open(&data_dir, &name)
+    })
+    .await??;
+    let image = Arc::new(image);
+    say(
+        None,
+        EventKind::ImageVerified {
+            image: model.image.clone(),
+            cached: image.cached,
+        },
+    );
+    let directory = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| DeployError::Directory { what, path, source }
+    };
+    let dir = DeploymentDir::create(&options.data_dir, options.keep)
+        .map_err(directory("a deployment", &options.data_dir))?;
+    let scaled = |seconds: u64| Duration::from_secs(seconds).mul_f64(options.timeout_scale);
+    let limits = Limits {
+        role_stop: scaled(30),
+        power_off: scaled(10),
+        condemned: scaled(30),
+        vmm_stop: scaled(2),
+    };
+    let mut prepared = Vec::new();
+    for (role, rotation) in model.roles.iter().zip(rotations) {
+        for number in 0..role.instances {
+            let name = instance_name(role, number);
+            let path = dir
+                .instance(&name)
+                .map_err(directory("an instance", dir.path()))?;
+            let (for_disks, disk_role, disk_image) =
+                (path.clone(), role.clone(), Arc::clone(&image));
+            blocking(move || guest::create_disks(&for_disks, &disk_role, &disk_image))
+                .await?
+                .map_err(|source| DeployError::Guest {
+                    instance: name.clone(),
+                    source,
+                })?;
+            say(Some(&name), EventKind::DisksReady { kept: false });
+            let stop_ms = u64::try_from(limits.role_stop.as_millis()).unwrap_or(u64::MAX);
+            prepared.push(InstanceParts {
+                goal: goal(role, number, dir.id(), 1, stop_ms),
+                name,
+                role: role.clone(),
+                image: Arc::clone(&image),
+                dir: path,
+                rule: options.rule,
+                limits,
+                hello_limit: scaled(10),
+                rotation: rotation.clone(),
+                timeline: timeline.clone(),
+                accepted,
+            });
+        }
+    }
+    let mut instances = Vec::new();
+    let mut tasks = Vec::new();
+    for parts in prepared {
+        let path = parts.dir.clone();
+        let (handle, task) = instance::start(parts).map_err(directory("logs", &path))?;
+        instances.push(handle);
+        tasks.push(task);
+    }
+    let listeners = listeners
+        .into_iter()
+        .map(|(listener, rotation, port)| tokio::spawn(endpoints::serve(listener, rotation, port)))
+        .collect();
+    for role in &model.roles {
+        for endpoint in &role.endpoints {
+            say(
+                None,
+                EventKind::EndpointPublished {
+                    endpoint: endpoint.name.clone(),
+                    address: published[&endpoint.name],
+                    local_port: endpoint.local_port,
+                },
+            );
+        }
+    }
+    Ok(Deployment {
+        events,
+        instances,
+        tasks,
+        listeners,
+        published,
+        dir,
+    })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, DeployError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| DeployError::Internal(error.to_string()))
+}
+
+impl Deployment {
+    /// 32 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        self.dir.id()
+    }
+
+    /// Directory with the disks and logs of the instances.
+    pub fn directory(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Public address of each endpoint.
+    pub const fn published(&self) -> &BTreeMap<String, SocketAddr> {
+        &self.published
+    }
+
+    /// The next event of the timeline; `None` when every instance has ended
+    /// and everything was told.
+    pub async fn next_event(&mut self) -> Option<TimelineEvent> {
+        self.events.recv().await
+    }
+
+    /// A handle that can be used while events are read.
+    pub fn handle(&self) -> DeploymentHandle {
+        DeploymentHandle {
+            id: self.dir.id().to_owned(),
+            instances: self.instances.clone(),
+        }
+    }
+
+    /// Waits for every instance to end and stops listening.
+    pub async fn finished(mut self) {
+        for task in self.tasks.drain(..) {
+            let _ = task.await;
+        }
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        for task in self.listeners.iter().chain(&self.tasks) {
+            task.abort();
+        }
+    }
+}
+
+impl DeploymentHandle {
+    /// 32 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Stops every instance cleanly.
+    pub async fn stop(&self) {
+        for instance in &self.instances {
+            instance.send(Request::Stop).await;
+        }
+    }
+
+    /// Stops every instance now.
+    pub async fn kill(&self) {
+        for instance in &self.instances {
+            instance.send(Request::Kill).await;
+        }
+    }
+
+    /// The instances.
+    pub fn instances(&self) -> &[InstanceHandle] {
+        &self.instances
+    }
+
+    /// The instance called `name`.
+    pub fn instance(&self, name: &str) -> Option<&InstanceHandle> {
+        self.instances.iter().find(|instance| instance.name == name)
+    }
+}

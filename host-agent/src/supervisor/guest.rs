@@ -1,0 +1,188 @@
+//! The files and the specification of one instance's guest.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
+use crate::service::build_application_image;
+use crate::service::model::Role;
+use crate::store::image::Image;
+use crate::vmm::disk;
+use crate::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
+
+/// Kernel command line. Devices come by ACPI; `quiet` because a serial line
+/// costs an exit per byte; a panic resets at once, so that it is reported.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi tsc=reliable \
+    no_timer_check 8250.nr_uarts=1 random.trust_cpu=on nomodule";
+
+/// Space on the resource disk beyond the local storage of the role, for logs
+/// and temporary files.
+const RESOURCE_RESERVE_MIB: u64 = 512;
+
+/// Size at which the serial log turns over, in bytes.
+const SERIAL_BYTES: u64 = 10 << 20;
+
+/// Why a guest's files cannot be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// A file cannot be opened or made.
+    #[error("cannot {what} {}", path.display())]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The application disk cannot be built.
+    #[error("cannot build the application disk {}", path.display())]
+    Application {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The diff disk cannot be made.
+    #[error("cannot make the diff disk {}", path.display())]
+    Diff {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Makes the disks of an instance in `dir`. Blocking.
+pub fn create_disks(dir: &Path, role: &Role, image: &Image) -> Result<(), GuestError> {
+    let path = dir.join("diff.qcow2");
+    let diff = make(&path)?;
+    disk::create_diff(diff, image.base_size, &image.base_path.to_string_lossy()).map_err(
+        |source| GuestError::Diff {
+            path: path.clone(),
+            source: source.into(),
+        },
+    )?;
+    let path = dir.join("resource.raw");
+    let storage: u64 = role.local_storage.iter().map(|s| s.size_mib).sum();
+    let size = (storage + RESOURCE_RESERVE_MIB).min(role.size.resource_mib.max(1)) << 20;
+    make(&path)?
+        .set_len(size)
+        .map_err(|source| GuestError::File {
+            what: "size",
+            path,
+            source,
+        })?;
+    let path = dir.join("app.squashfs");
+    let out = make(&path)?;
+    build_application_image(role, &out).map_err(|source| GuestError::Application {
+        path,
+        source: source.into(),
+    })?;
+    Ok(())
+}
+
+/// Opens everything that the guest of an instance needs.
+pub fn prepare(
+    dir: &Path,
+    name: &str,
+    role: &Role,
+    image: &Image,
+) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
+    let mut files: Vec<OwnedFd> = Vec::new();
+    let mut add = |file: File| {
+        files.push(file.into());
+        FileIndex(u8::try_from(files.len() - 1).expect("a guest has fewer than 256 files"))
+    };
+    let duplicate = |file: &File, path: &Path| {
+        file.try_clone().map_err(|source| GuestError::File {
+            what: "duplicate",
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let kvm = add(open(Path::new("/dev/kvm"), true)?);
+    let kernel = add(duplicate(&image.kernel, Path::new("kernel"))?);
+    let initrd = add(duplicate(&image.initrd, Path::new("initrd"))?);
+    let current = add(append(&dir.join("serial.log"))?);
+    let previous = add(append(&dir.join("serial.log.1"))?);
+    let diff = add(open(&dir.join("diff.qcow2"), true)?);
+    let base = add(open(&image.base_path, false)?);
+    let resource = add(open(&dir.join("resource.raw"), true)?);
+    let application = add(open(&dir.join("app.squashfs"), false)?);
+    let spec = GuestSpec {
+        name: name.to_owned(),
+        vcpus: role.size.vcpus,
+        memory_mib: role.size.memory_mib,
+        cmdline: COMMAND_LINE.to_owned(),
+        kvm,
+        kernel,
+        initrd,
+        serial: SerialSpec {
+            current,
+            previous,
+            max_bytes: SERIAL_BYTES,
+        },
+        disks: vec![
+            DiskSpec {
+                serial: OS_DISK.into(),
+                backing: DiskBacking::Diff { diff, base },
+            },
+            DiskSpec {
+                serial: RESOURCE_DISK.into(),
+                backing: DiskBacking::Raw {
+                    file: resource,
+                    read_only: false,
+                },
+            },
+            DiskSpec {
+                serial: APPLICATION_DISK.into(),
+                backing: DiskBacking::Raw {
+                    file: application,
+                    read_only: true,
+                },
+            },
+        ],
+        outlive_supervisor: false,
+    };
+    Ok((spec, files))
+}
+
+/// Opens `path` for the VMM process's own messages.
+pub fn vmm_log(dir: &Path) -> Result<File, GuestError> {
+    append(&dir.join("vmm.log"))
+}
+
+fn make(path: &Path) -> Result<File, GuestError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(true);
+    with(&mut options, "create", path)
+}
+
+fn append(path: &Path) -> Result<File, GuestError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    with(&mut options, "open", path)
+}
+
+fn open(path: &Path, write: bool) -> Result<File, GuestError> {
+    with(OpenOptions::new().read(true).write(write), "open", path)
+}
+
+fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<File, GuestError> {
+    options
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|source| GuestError::File {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+}

@@ -1,0 +1,174 @@
+//! virtio-vsock (virtio 1.2, 5.10): stream sockets between host and guest.
+//!
+//! [`Vsock`] is the front on the transport's side. A thread owns the queues
+//! and every connection, from packet to host socket; [`Handle`] asks it to
+//! dial, and what it does for the rest of the process are [`Effect`]s.
+
+mod connection;
+mod endpoint;
+mod muxer;
+mod packet;
+mod rings;
+mod socket;
+mod switch;
+mod worker;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, atomic::AtomicU32, atomic::Ordering};
+use std::time::Duration;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::EVENT_IDX;
+use super::{ActivateError, Activation, Device};
+use crate::vmm::control::DialOutcome;
+use rings::QUEUES;
+use worker::{Order, Worker};
+
+/// Largest size of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// Time for the thread to let go of the queues. It never waits for the guest,
+/// so that this only ends a process whose thread is broken.
+const RESET_LIMIT: Duration = Duration::from_secs(5);
+
+/// What happens outside of the device.
+#[derive(Debug)]
+pub enum Effect {
+    /// The guest dialed a channel.
+    Opened {
+        /// Host port.
+        port: u32,
+        /// Guest port.
+        source_port: u32,
+        /// The host's end.
+        fd: OwnedFd,
+    },
+    /// Answer to a dial or a probe.
+    Dialed {
+        /// From the request.
+        id: u64,
+        /// What the guest said.
+        outcome: DialOutcome,
+    },
+}
+
+/// Takes effects, on the device's thread; must not wait.
+pub type Sink = Box<dyn FnMut(Effect) + Send>;
+
+/// The device.
+#[derive(Debug)]
+pub struct Vsock {
+    config: [u8; 8],
+    handle: Handle,
+}
+
+/// Asks the device to dial.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    orders: Sender<Order>,
+    wake: Arc<EventFd>,
+    connections: Arc<AtomicU32>,
+}
+
+impl Vsock {
+    /// A device for the guest `cid`, whose thread waits for its driver.
+    pub fn new(cid: u64, sink: Sink) -> io::Result<Self> {
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let (orders, ordered) = channel();
+        let connections = Arc::new(AtomicU32::new(0));
+        let worker = Worker::new(
+            cid,
+            ordered,
+            Arc::clone(&wake),
+            Arc::clone(&connections),
+            sink,
+        )?;
+        std::thread::Builder::new()
+            .name("vsock".into())
+            .spawn(move || worker.run())?;
+        Ok(Self {
+            config: cid.to_le_bytes(),
+            handle: Handle {
+                orders,
+                wake,
+                connections,
+            },
+        })
+    }
+
+    /// A handle for dialing.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+}
+
+impl Handle {
+    /// Dials `port` of the guest and joins it with `stream`.
+    pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
+        self.send(Order::Dial { id, port, stream });
+    }
+
+    /// Dials `port` of the guest and drops the connection.
+    pub fn probe(&self, id: u64, port: u32) {
+        self.send(Order::Probe { id, port });
+    }
+
+    /// Connections held now.
+    pub fn connections(&self) -> u32 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, order: Order) -> bool {
+        let sent = self.orders.send(order).is_ok();
+        // A full counter means that the thread is awake already.
+        let _ = self.wake.write(1);
+        sent
+    }
+}
+
+impl Device for Vsock {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn features(&self) -> u64 {
+        EVENT_IDX
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; QUEUES]
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if activation.queues.len() != QUEUES {
+            return Err(ActivateError::QueueCount {
+                expected: QUEUES,
+                actual: activation.queues.len(),
+            });
+        }
+        if self.handle.send(Order::Activate(Box::new(activation))) {
+            Ok(())
+        } else {
+            Err(ActivateError::ThreadGone)
+        }
+    }
+
+    fn reset(&mut self) {
+        let (done, wait) = channel();
+        if self.handle.send(Order::Reset(done)) {
+            // The thread drops its end only after it let go of the queues.
+            let _ = wait.recv_timeout(RESET_LIMIT);
+        }
+    }
+}

@@ -1,0 +1,502 @@
+//! Joins packets, connections and host sockets: what each event makes happen.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, warn};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::connection::{Connection, Phase, Shutdown, Verdict};
+use super::endpoint::{Endpoint, Origin};
+use super::muxer::{Id, Muxer, Route};
+use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use super::rings::Rings;
+use super::socket;
+use super::{Effect, Sink};
+use crate::vmm::control::DialOutcome;
+use crate::vmm::virtio::queue::{Chain, QueueError};
+
+/// The guest must answer a dial within this.
+pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(2);
+
+/// The guest must answer the end of a connection within this, or is told that
+/// it is over. Linux does not answer before its reader has read everything.
+pub const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the guest left behind for a host socket is dropped when the socket
+/// takes nothing for this long.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// Bytes that one connection sends to the guest before the next has its turn.
+const TURN: u32 = MAX_PAYLOAD;
+
+/// Connections of one device, with their sockets.
+pub struct Switch {
+    guest_cid: u64,
+    muxer: Muxer<Endpoint>,
+    sink: Sink,
+    dropped: u64,
+    refused: u64,
+}
+
+impl Switch {
+    /// No connections. Tokens in the poll set up to `reserved` are not used.
+    pub fn new(guest_cid: u64, reserved: u64, sink: Sink) -> Self {
+        Self {
+            guest_cid,
+            muxer: Muxer::new(guest_cid, reserved),
+            sink,
+            dropped: 0,
+            refused: 0,
+        }
+    }
+
+    /// Connections held.
+    pub fn len(&self) -> usize {
+        self.muxer.len()
+    }
+
+    /// Whether anything waits for a receive buffer.
+    pub fn has_output(&self) -> bool {
+        self.muxer.has_output()
+    }
+
+    /// The first deadline.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.muxer.next_deadline()
+    }
+
+    /// Reports an effect.
+    pub fn emit(&mut self, effect: Effect) {
+        (self.sink)(effect);
+    }
+
+    /// Starts a connection to `port` of the guest. `stream` is joined with it;
+    /// none for a probe.
+    pub fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
+        if self.muxer.is_full() {
+            self.answer(origin, DialOutcome::Unavailable);
+            return;
+        }
+        let ports = self.muxer.dial_ports(port);
+        let connection = Connection::dialing(ports, self.guest_cid);
+        let id = self.muxer.insert(connection, Endpoint::new(origin, stream));
+        self.muxer.set_deadline(id, Some(now + HANDSHAKE_LIMIT));
+        self.muxer.schedule(id);
+    }
+
+    /// Answers a dial.
+    pub fn answer(&mut self, origin: Origin, outcome: DialOutcome) {
+        match origin {
+            Origin::Guest => {}
+            Origin::Dial(id) | Origin::Probe(id) => self.emit(Effect::Dialed { id, outcome }),
+        }
+    }
+
+    /// Takes a packet of the guest.
+    pub fn packet(&mut self, chain: &Chain, memory: &GuestMemoryMmap, poll: &Epoll, now: Instant) {
+        let mut raw = [0; HEADER_SIZE];
+        if chain.read_at(memory, 0, &mut raw) != HEADER_SIZE {
+            self.note_dropped("shorter than a header");
+            return;
+        }
+        // From here on the guest can change the header in its memory as it
+        // likes: this copy is the packet.
+        let header = Header::parse(&raw);
+        let payload = chain.readable_len() - HEADER_SIZE as u32;
+        match self.muxer.route(&header) {
+            Route::Drop(why) => self.note_dropped(why),
+            Route::Refuse(why) => self.refuse(&header, why),
+            Route::Accept => self.accept(&header, poll),
+            Route::Known(id) => {
+                let Some(entry) = self.muxer.get_mut(id) else {
+                    return;
+                };
+                match entry.connection.receive(&header, payload) {
+                    Verdict::Nothing => self.settle(id, poll, now),
+                    Verdict::Connected => self.connected(id, poll),
+                    Verdict::Deliver(len) => {
+                        let result = entry.endpoint.deliver(chain, memory, len);
+                        self.written(id, result, poll, now);
+                    }
+                    Verdict::Finished => self.settle(id, poll, now),
+                    Verdict::Reset => self.reset_by_guest(id, poll, now),
+                    Verdict::Violation(why) => {
+                        self.note_dropped(why);
+                        self.abort(id, poll);
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, header: &Header, poll: &Epoll) {
+        let id = self.muxer.next_id();
+        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+            watch(poll, &ours, id)?;
+            Ok((OwnedFd::from(ours), OwnedFd::from(theirs)))
+        });
+        let (ours, theirs) = match pair {
+            Ok(pair) => pair,
+            Err(error) => {
+                warn!(%error, port = header.dst_port, "vsock: no socket for a connection");
+                self.refuse(header, "the host has no socket");
+                return;
+            }
+        };
+        self.muxer.insert(
+            Connection::accepted(header),
+            Endpoint::new(Origin::Guest, Some(ours)),
+        );
+        self.muxer.schedule(id);
+        self.emit(Effect::Opened {
+            port: header.dst_port,
+            source_port: header.src_port,
+            fd: theirs,
+        });
+    }
+
+    fn connected(&mut self, id: Id, poll: &Epoll) {
+        self.muxer.set_deadline(id, None);
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        let origin = entry.endpoint.origin;
+        match entry.endpoint.stream().map(|fd| watch(poll, &fd, id)) {
+            Some(Ok(())) => {}
+            // A probe has its answer.
+            None => self.abort(id, poll),
+            Some(Err(error)) => {
+                warn!(%error, "vsock: socket of a dial cannot be watched");
+                self.abort(id, poll);
+                self.answer(origin, DialOutcome::Unavailable);
+                return;
+            }
+        }
+        self.answer(origin, DialOutcome::Connected);
+    }
+
+    /// The socket took bytes of the guest, or failed.
+    fn written(&mut self, id: Id, result: io::Result<u32>, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        match result {
+            Ok(count) => {
+                entry.connection.forwarded(count);
+                if count > 0 && entry.connection.phase() == Phase::Draining {
+                    self.muxer.set_deadline(id, Some(now + DRAIN_LIMIT));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                entry.endpoint.drop_backlog();
+                entry.connection.finish(Shutdown {
+                    receive: true,
+                    send: false,
+                });
+            }
+            Err(_) => return self.abort(id, poll),
+        }
+        self.settle(id, poll, now);
+    }
+
+    /// The poll set reports `ready` for a socket.
+    pub fn socket_ready(&mut self, id: Id, ready: EventSet, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        let endpoint = &mut entry.endpoint;
+        endpoint.hung_up |= ready.contains(EventSet::HANG_UP);
+        if ready
+            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
+        {
+            endpoint.readable = true;
+        }
+        if ready.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) {
+            endpoint.set_writable();
+            if endpoint.backlog() > 0 {
+                let result = endpoint.flush();
+                return self.written(id, result, poll, now);
+            }
+        }
+        self.settle(id, poll, now);
+    }
+
+    /// Brings a connection to where its two ends' wishes lead.
+    fn settle(&mut self, id: Id, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        let (connection, endpoint) = (&mut entry.connection, &mut entry.endpoint);
+        let guest = connection.guest_done();
+        let drained = endpoint.backlog() == 0;
+        if guest.send && drained {
+            endpoint.finish_writing();
+        }
+        if guest.receive {
+            endpoint.finish_reading();
+        }
+        if guest.is_both() {
+            return self.finished_by_guest(id, poll, now);
+        }
+        if connection.phase() == Phase::Open {
+            // What the host said last was read, or nobody wants it.
+            let host_done = connection.host_done().send || guest.receive;
+            if host_done && (endpoint.hung_up || (guest.send && drained)) {
+                endpoint.drop_backlog();
+                connection.finish(Shutdown::BOTH);
+            }
+        }
+        if connection.phase() == Phase::Closing && endpoint.stream().is_some() {
+            close(endpoint, poll);
+            self.muxer.set_deadline(id, Some(now + CLOSE_LIMIT));
+        }
+        self.schedule_if_due(id);
+    }
+
+    fn schedule_if_due(&mut self, id: Id) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        let connection = &mut entry.connection;
+        if entry.endpoint.readable && connection.allowance() == 0 {
+            connection.starved();
+        }
+        if connection.has_control() || (entry.endpoint.readable && connection.allowance() > 0) {
+            self.muxer.schedule(id);
+        }
+    }
+
+    /// The guest finished both directions: it has its answer at once, and what
+    /// it sent still goes to the host.
+    fn finished_by_guest(&mut self, id: Id, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        if entry.endpoint.backlog() == 0 {
+            if entry.connection.phase() == Phase::Draining {
+                self.drop_connection(id, poll);
+            } else {
+                self.abort(id, poll);
+            }
+        } else if entry.connection.phase() != Phase::Draining {
+            let reset = entry.connection.reset_header();
+            self.muxer.reply(reset);
+            self.muxer.detach(id);
+            self.muxer.set_deadline(id, Some(now + DRAIN_LIMIT));
+        }
+    }
+
+    fn reset_by_guest(&mut self, id: Id, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return;
+        };
+        let connection = &entry.connection;
+        if connection.phase() == Phase::Dialing {
+            let origin = entry.endpoint.origin;
+            self.drop_connection(id, poll);
+            self.answer(origin, DialOutcome::Refused);
+        } else if connection.guest_done().send && entry.endpoint.backlog() > 0 {
+            // All of its data came before: the host shall have it.
+            self.muxer.detach(id);
+            self.muxer.set_deadline(id, Some(now + DRAIN_LIMIT));
+        } else {
+            self.drop_connection(id, poll);
+        }
+    }
+
+    /// Ends a connection and tells the guest.
+    fn abort(&mut self, id: Id, poll: &Epoll) {
+        if let Some(entry) = self.muxer.get_mut(id) {
+            let reset = entry.connection.reset_header();
+            self.muxer.reply(reset);
+            self.drop_connection(id, poll);
+        }
+    }
+
+    fn drop_connection(&mut self, id: Id, poll: &Epoll) {
+        if let Some(mut entry) = self.muxer.remove(id) {
+            close(&mut entry.endpoint, poll);
+        }
+    }
+
+    /// Ends what has been waiting too long.
+    pub fn expire(&mut self, now: Instant, poll: &Epoll) {
+        while let Some(id) = self.muxer.pop_expired(now) {
+            let Some(entry) = self.muxer.get_mut(id) else {
+                continue;
+            };
+            match entry.connection.phase() {
+                Phase::Dialing => {
+                    let origin = entry.endpoint.origin;
+                    if entry.connection.was_announced() {
+                        self.abort(id, poll);
+                    } else {
+                        self.drop_connection(id, poll);
+                    }
+                    self.answer(origin, DialOutcome::TimedOut);
+                }
+                Phase::Closing => self.abort(id, poll),
+                Phase::Draining => self.drop_connection(id, poll),
+                Phase::Open => {}
+            }
+        }
+    }
+
+    /// Fills receive buffers in turn until there are none left, nothing waits
+    /// for one, or `turns` turns are over.
+    pub fn output(
+        &mut self,
+        rings: &mut Rings,
+        poll: &Epoll,
+        now: Instant,
+        turns: usize,
+    ) -> Result<(), QueueError> {
+        for _ in 0..turns {
+            if !self.muxer.has_output() || !rings.reserve(0)? {
+                return Ok(());
+            }
+            if let Some(reply) = self.muxer.next_reply() {
+                rings.send(&reply)?;
+            } else if let Some(id) = self.muxer.next_ready() {
+                self.turn(id, rings, poll, now)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn turn(
+        &mut self,
+        id: Id,
+        rings: &mut Rings,
+        poll: &Epoll,
+        now: Instant,
+    ) -> Result<(), QueueError> {
+        let Some(entry) = self.muxer.get_mut(id) else {
+            return Ok(());
+        };
+        let connection = &mut entry.connection;
+        if connection.is_opening() && connection.phase() == Phase::Open {
+            // The response goes before any data.
+            if let Some(header) = connection.next_control() {
+                rings.send(&header)?;
+            }
+        }
+        let want = connection.allowance().min(TURN);
+        if entry.endpoint.readable && want > 0 {
+            if !rings.reserve(want)? {
+                self.muxer.put_back(id);
+                return Ok(());
+            }
+            match receive(entry.endpoint.stream(), rings, want) {
+                Ok(0) => {
+                    entry.endpoint.readable = false;
+                    let receive = entry.endpoint.hung_up;
+                    entry.connection.finish(Shutdown {
+                        receive,
+                        send: true,
+                    });
+                    if receive {
+                        entry.endpoint.drop_backlog();
+                    }
+                }
+                Ok(mut count) => {
+                    while count > 0 {
+                        let len = count.min(rings.next_room());
+                        let header = entry.connection.data_header(len);
+                        rings.send(&header)?;
+                        count -= len;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    entry.endpoint.readable = false;
+                }
+                Err(error) => {
+                    debug!(%error, "vsock: host socket failed");
+                    self.abort(id, poll);
+                    return Ok(());
+                }
+            }
+        }
+        if let Some(entry) = self.muxer.get_mut(id)
+            && entry.connection.has_control()
+            && rings.reserve(0)?
+            && let Some(header) = entry.connection.next_control()
+        {
+            rings.send(&header)?;
+        }
+        self.settle(id, poll, now);
+        Ok(())
+    }
+
+    /// Ends everything: the guest resets the device or broke it.
+    pub fn clear(&mut self, poll: &Epoll) {
+        for mut entry in self.muxer.clear() {
+            close(&mut entry.endpoint, poll);
+            if entry.connection.phase() == Phase::Dialing {
+                self.answer(entry.endpoint.origin, DialOutcome::Unavailable);
+            }
+        }
+    }
+
+    fn refuse(&mut self, header: &Header, why: &'static str) {
+        self.refused += 1;
+        if self.refused.is_power_of_two() {
+            debug!(
+                why,
+                count = self.refused,
+                port = header.dst_port,
+                source_port = header.src_port,
+                "vsock: packet refused"
+            );
+        }
+        self.muxer.reply(header.reset());
+    }
+
+    /// Counts, and logs less and less often, as a guest can do it at will.
+    fn note_dropped(&mut self, why: &'static str) {
+        self.dropped += 1;
+        if self.dropped.is_power_of_two() {
+            warn!(
+                why,
+                count = self.dropped,
+                "vsock: malformed packets of the guest"
+            );
+        }
+    }
+}
+
+fn receive(
+    stream: Option<std::os::fd::BorrowedFd<'_>>,
+    rings: &Rings,
+    want: u32,
+) -> io::Result<u32> {
+    let stream = stream.ok_or(io::ErrorKind::WouldBlock)?;
+    socket::receive(stream, rings.payload_slices(want)).map(|count| count as u32)
+}
+
+/// Watches a socket by edges: a stalled reader or an ended stream is reported
+/// once and not until something is done about it.
+fn watch(poll: &Epoll, stream: &impl AsFd, id: Id) -> io::Result<()> {
+    let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    poll.ctl(
+        ControlOperation::Add,
+        stream.as_fd().as_raw_fd(),
+        EpollEvent::new(interest, id.0),
+    )
+}
+
+/// Closes the socket. It leaves the poll set by name, as the supervisor may
+/// hold the same open file and would keep it there.
+fn close(endpoint: &mut Endpoint, poll: &Epoll) {
+    if let Some(stream) = endpoint.close() {
+        let _ = poll.ctl(
+            ControlOperation::Delete,
+            stream.as_raw_fd(),
+            EpollEvent::default(),
+        );
+    }
+}

@@ -1,0 +1,245 @@
+//! The device's thread: one poll set for kicks, orders, sockets and deadlines.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::Instant;
+
+use tracing::warn;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Sink;
+use super::endpoint::Origin;
+use super::muxer::Id;
+use super::rings::{QUEUES, Rings};
+use super::switch::Switch;
+use crate::vmm::control::DialOutcome;
+use crate::vmm::virtio::Activation;
+use crate::vmm::virtio::queue::QueueError;
+
+/// Tokens of the queues' kicks come first, then that of orders.
+const ORDERS: u64 = QUEUES as u64;
+/// Events taken from the poll set at once.
+const EVENTS: usize = 64;
+/// Packets and turns between two looks at the poll set.
+const BATCH: usize = 128;
+
+/// What the rest of the process wants.
+#[derive(Debug)]
+pub enum Order {
+    /// The driver is ready.
+    Activate(Box<Activation>),
+    /// Let go of the queues; dropped when done.
+    Reset(Sender<()>),
+    /// Dial and join.
+    Dial {
+        /// For the answer.
+        id: u64,
+        /// Guest port.
+        port: u32,
+        /// Joined with the connection.
+        stream: OwnedFd,
+    },
+    /// Dial and drop.
+    Probe {
+        /// For the answer.
+        id: u64,
+        /// Guest port.
+        port: u32,
+    },
+}
+
+/// The thread's state.
+pub struct Worker {
+    poll: Epoll,
+    switch: Switch,
+    rings: Option<Rings>,
+    orders: Receiver<Order>,
+    wake: Arc<EventFd>,
+    connections: Arc<AtomicU32>,
+}
+
+impl Worker {
+    /// A thread without queues.
+    pub fn new(
+        cid: u64,
+        orders: Receiver<Order>,
+        wake: Arc<EventFd>,
+        connections: Arc<AtomicU32>,
+        sink: Sink,
+    ) -> io::Result<Self> {
+        let poll = Epoll::new()?;
+        poll.ctl(
+            ControlOperation::Add,
+            wake.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, ORDERS),
+        )?;
+        Ok(Self {
+            poll,
+            switch: Switch::new(cid, ORDERS, sink),
+            rings: None,
+            orders,
+            wake,
+            connections,
+        })
+    }
+
+    /// Runs until every handle is gone.
+    pub fn run(mut self) {
+        let mut events = vec![EpollEvent::default(); EVENTS];
+        loop {
+            let count = match self.poll.wait(self.timeout(), &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => {
+                    warn!(%error, "vsock: poll set failed");
+                    return;
+                }
+            };
+            let now = Instant::now();
+            let mut result = Ok(());
+            for event in &events[..count] {
+                let step = self.event(event, now);
+                result = result.and(step);
+            }
+            if !self.take_orders(now) {
+                return;
+            }
+            self.switch.expire(now, &self.poll);
+            if let Err(error) = result.and_then(|()| self.work(now)) {
+                warn!(%error, "vsock: the driver broke the queue protocol");
+                if let Some(rings) = &self.rings {
+                    rings.needs_reset();
+                }
+                self.drop_rings();
+            }
+            let held = u32::try_from(self.switch.len()).unwrap_or(u32::MAX);
+            self.connections.store(held, Ordering::Relaxed);
+        }
+    }
+
+    /// Milliseconds to wait: none while there is work, else to the deadline.
+    fn timeout(&self) -> i32 {
+        let busy = self.rings.as_ref().is_some_and(|rings| {
+            rings.outgoing || (self.switch.has_output() && !rings.is_starved())
+        });
+        if busy {
+            return 0;
+        }
+        self.switch.next_deadline().map_or(-1, |deadline| {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            // Rounded up, so that a deadline has passed when it wakes us.
+            i32::try_from(rest.as_millis() + 1).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn event(&mut self, event: &EpollEvent, now: Instant) -> Result<(), QueueError> {
+        let token = event.data();
+        if token == ORDERS {
+            // Orders are taken after every wait.
+            let _ = self.wake.read();
+            return Ok(());
+        }
+        if token > ORDERS {
+            let id = Id(token);
+            self.switch
+                .socket_ready(id, event.event_set(), &self.poll, now);
+            return Ok(());
+        }
+        match (&mut self.rings, token) {
+            (Some(rings), 0) => rings.rx_kicked(),
+            (Some(rings), 1) => rings.tx_kicked(),
+            (Some(rings), _) => {
+                rings.events_kicked();
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// False when nobody is left to give orders.
+    fn take_orders(&mut self, now: Instant) -> bool {
+        loop {
+            let order = match self.orders.try_recv() {
+                Ok(order) => order,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            };
+            match order {
+                Order::Activate(activation) => self.activate(*activation),
+                Order::Reset(done) => {
+                    self.drop_rings();
+                    drop(done);
+                }
+                Order::Dial { id, port, stream } => {
+                    self.dial(Origin::Dial(id), port, Some(stream), now);
+                }
+                Order::Probe { id, port } => self.dial(Origin::Probe(id), port, None, now),
+            }
+        }
+    }
+
+    fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
+        if self.rings.is_some() {
+            self.switch.dial(origin, port, stream, now);
+        } else {
+            self.switch.answer(origin, DialOutcome::Unavailable);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.drop_rings();
+        let interrupt = activation.interrupt.clone();
+        match Rings::new(activation) {
+            Ok(rings) => {
+                for (token, kick) in (0..).zip(rings.kicks()) {
+                    let event = EpollEvent::new(EventSet::IN, token);
+                    if let Err(error) = self.poll.ctl(ControlOperation::Add, kick, event) {
+                        warn!(%error, "vsock: a queue cannot be watched");
+                        interrupt.needs_reset();
+                        return;
+                    }
+                }
+                self.rings = Some(rings);
+            }
+            Err(error) => {
+                warn!(%error, "vsock: not activated");
+                interrupt.needs_reset();
+            }
+        }
+    }
+
+    fn drop_rings(&mut self) {
+        self.switch.clear(&self.poll);
+        if let Some(rings) = self.rings.take() {
+            for kick in rings.kicks() {
+                let event = EpollEvent::default();
+                // It was added when the queues came.
+                let _ = self.poll.ctl(ControlOperation::Delete, kick, event);
+            }
+        }
+    }
+
+    /// Packets of the guest, then packets for it, then one interrupt.
+    fn work(&mut self, now: Instant) -> Result<(), QueueError> {
+        let Some(rings) = &mut self.rings else {
+            return Ok(());
+        };
+        for _ in 0..BATCH {
+            if !rings.outgoing {
+                break;
+            }
+            let Some(chain) = rings.next_packet()? else {
+                break;
+            };
+            let memory = rings.memory().clone();
+            self.switch.packet(&chain, &memory, &self.poll, now);
+            rings.return_packet(chain)?;
+        }
+        self.switch.output(rings, &self.poll, now, BATCH)?;
+        rings.notify()
+    }
+}
