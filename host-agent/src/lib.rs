@@ -6,7 +6,10 @@
 //! and imports nothing above it; the two sides meet in [`vmm::spec`] and
 //! [`vmm::control`] only.
 
+pub mod api;
 pub mod channels;
+pub mod cli;
+pub mod doctor;
 pub mod endpoints;
 pub mod service;
 pub mod store;

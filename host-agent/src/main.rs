@@ -2,8 +2,9 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some("vmm") {
+    // A VMM process has no argument parser and no asynchronous run-time.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "vmm") {
         return host_agent::vmm::process::main();
     }
-    ExitCode::from(2)
+    host_agent::cli::main()
 }

@@ -1,0 +1,281 @@
+//! Finds the deployments of this user and talks to them.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use vmbus::stream::{FrameReader, StreamError, send};
+
+use super::types::{DeploymentInfo, Failure, Request, Response};
+
+/// A deployment that does not answer within this is passed over. It is a local
+/// process whose loop never blocks.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a deployment could not be found or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The runtime directory cannot be read.
+    #[error("cannot list running deployments in {}", directory.display())]
+    List {
+        /// The directory.
+        directory: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No running deployment has the instance.
+    #[error("no running instance is named {name}")]
+    NotFound {
+        /// What was asked for.
+        name: String,
+        /// What runs, as `<deployment prefix>/<instance>`.
+        running: Vec<String>,
+    },
+    /// Several deployments have it.
+    #[error("{name} runs in {} deployments", matches.len())]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+        /// The candidates, as `<deployment prefix>/<instance>`.
+        matches: Vec<String>,
+    },
+    /// The deployment's process is gone or does not answer.
+    #[error("the host agent behind {} does not answer", socket.display())]
+    Unreachable {
+        /// Its socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: StreamError,
+    },
+    /// The deployment refused.
+    #[error("{message}")]
+    Refused {
+        /// What sort of failure.
+        kind: Failure,
+        /// The error chain of the other side.
+        message: String,
+    },
+}
+
+/// A deployment that runs, and the socket to reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Running {
+    /// The socket.
+    pub socket: PathBuf,
+    /// What it says of itself.
+    pub info: DeploymentInfo,
+}
+
+/// An instance by its deployment's socket and its full name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The deployment's socket.
+    pub socket: PathBuf,
+    /// Instance name within the deployment.
+    pub instance: String,
+}
+
+/// Every deployment of this user that answers, sorted by its id. Sockets
+/// that nobody serves any more are passed over.
+pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
+    let failed = |source| ClientError::List {
+        directory: runtime.to_owned(),
+        source,
+    };
+    let entries = match std::fs::read_dir(runtime) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut running = Vec::new();
+    for entry in entries {
+        let socket = entry.map_err(failed)?.path();
+        if socket
+            .extension()
+            .is_none_or(|extension| extension != "sock")
+        {
+            continue;
+        }
+        let asked = tokio::time::timeout(ANSWER_LIMIT, ask_ps(&socket)).await;
+        match asked {
+            Ok(Ok(info)) => running.push(Running { socket, info }),
+            Ok(Err(error)) => {
+                tracing::debug!(socket = %socket.display(), %error, "passed over");
+            }
+            Err(_) => {
+                tracing::warn!(socket = %socket.display(), "does not answer; passed over");
+            }
+        }
+    }
+    running.sort_by(|a, b| a.info.deployment.cmp(&b.info.deployment));
+    Ok(running)
+}
+
+/// Finds `name`: an instance, or `<deployment prefix>/<instance>`.
+pub fn find(running: &[Running], name: &str) -> Result<Target, ClientError> {
+    let (prefix, instance) = name.split_once('/').unwrap_or(("", name));
+    let all = || {
+        running.iter().flat_map(|deployment| {
+            let instances = deployment.info.instances.iter();
+            instances.map(move |instance| (deployment, instance.name.as_str()))
+        })
+    };
+    let label = |(deployment, instance): (&Running, &str)| {
+        let id = &deployment.info.deployment;
+        format!("{}/{instance}", id.get(..8).unwrap_or(id))
+    };
+    let matches: Vec<_> = all()
+        .filter(|(deployment, candidate)| {
+            *candidate == instance && deployment.info.deployment.starts_with(prefix)
+        })
+        .collect();
+    match matches.as_slice() {
+        [(deployment, instance)] => Ok(Target {
+            socket: deployment.socket.clone(),
+            instance: (*instance).to_owned(),
+        }),
+        [] => Err(ClientError::NotFound {
+            name: name.to_owned(),
+            running: all().map(label).collect(),
+        }),
+        _ => Err(ClientError::Ambiguous {
+            name: name.to_owned(),
+            matches: matches.into_iter().map(label).collect(),
+        }),
+    }
+}
+
+async fn ask_ps(socket: &Path) -> Result<DeploymentInfo, ClientError> {
+    let mut connection = Connection::open(socket, &Request::Ps {}).await?;
+    match connection.answer().await? {
+        Response::Deployment(info) => Ok(info),
+        _ => Err(connection.broken("answered with something else")),
+    }
+}
+
+/// An open request.
+#[derive(Debug)]
+pub struct Connection {
+    socket: PathBuf,
+    reader: FrameReader<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+}
+
+impl Connection {
+    /// Connects to `socket` and asks `request`.
+    pub async fn open(socket: &Path, request: &Request) -> Result<Self, ClientError> {
+        let unreachable = |source| ClientError::Unreachable {
+            socket: socket.to_owned(),
+            source,
+        };
+        let stream = UnixStream::connect(socket)
+            .await
+            .map_err(|error| unreachable(error.into()))?;
+        let (reader, mut writer) = stream.into_split();
+        send(&mut writer, request).await.map_err(unreachable)?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            reader: FrameReader::new(reader),
+            writer,
+        })
+    }
+
+    /// The next answer; [`Response::Error`] becomes [`ClientError::Refused`].
+    pub async fn answer(&mut self) -> Result<Response, ClientError> {
+        match self.reader.next().await {
+            Ok(Some(Response::Error { kind, message })) => {
+                Err(ClientError::Refused { kind, message })
+            }
+            Ok(Some(response)) => Ok(response),
+            Ok(None) => Err(self.broken("closed the connection")),
+            Err(source) => Err(self.unreachable(source)),
+        }
+    }
+
+    /// Waits for [`Response::Ok`].
+    pub async fn accepted(&mut self) -> Result<(), ClientError> {
+        match self.answer().await? {
+            Response::Ok {} => Ok(()),
+            _ => Err(self.broken("answered with something else")),
+        }
+    }
+
+    /// The two halves, for what follows an accepted [`Request::Exec`].
+    pub fn into_parts(self) -> (FrameReader<OwnedReadHalf>, OwnedWriteHalf) {
+        (self.reader, self.writer)
+    }
+
+    fn broken(&self, what: &'static str) -> ClientError {
+        self.unreachable(io::Error::new(io::ErrorKind::UnexpectedEof, what).into())
+    }
+
+    fn unreachable(&self, source: StreamError) -> ClientError {
+        ClientError::Unreachable {
+            socket: self.socket.clone(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::types::InstanceInfo;
+
+    fn running(deployment: &str, instances: &[&str]) -> Running {
+        let instances = instances.iter().map(|name| InstanceInfo {
+            name: (*name).into(),
+            state: "Ready".into(),
+            generation: 1,
+            uptime_ms: 1,
+            vmm_pid: None,
+            endpoints: Vec::new(),
+        });
+        Running {
+            socket: format!("/run/{deployment}.sock").into(),
+            info: DeploymentInfo {
+                deployment: deployment.into(),
+                service: "s".into(),
+                pid: 1,
+                instances: instances.collect(),
+            },
+        }
+    }
+
+    #[test]
+    fn an_instance_is_found_by_name_and_told_apart_by_its_deployment() {
+        let all = [
+            running("aaaaaaaabbbb", &["Web_IN_0", "Cache_IN_0"]),
+            running("aaaaccccdddd", &["Cache_IN_0"]),
+        ];
+        let found = find(&all, "Web_IN_0").unwrap();
+        assert_eq!(found.socket, Path::new("/run/aaaaaaaabbbb.sock"));
+        let found = find(&all, "aaaac/Cache_IN_0").unwrap();
+        assert_eq!(found.socket, Path::new("/run/aaaaccccdddd.sock"));
+        assert_eq!(found.instance, "Cache_IN_0");
+        for name in ["Cache_IN_0", "aaaa/Cache_IN_0"] {
+            let Err(ClientError::Ambiguous { matches, .. }) = find(&all, name) else {
+                panic!("{name} is not ambiguous");
+            };
+            assert_eq!(matches, ["aaaaaaaa/Cache_IN_0", "aaaacccc/Cache_IN_0"]);
+        }
+        let Err(ClientError::NotFound { running, .. }) = find(&all, "Web_IN_1") else {
+            panic!("Web_IN_1 was found");
+        };
+        assert_eq!(running.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_nobody_serves_is_passed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("dead.sock");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        assert_eq!(list(directory.path()).await.unwrap(), []);
+        let absent = directory.path().join("absent");
+        assert_eq!(list(&absent).await.unwrap(), []);
+    }
+}

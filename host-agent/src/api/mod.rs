@@ -1,0 +1,4 @@
+//! How commands talk to a running deployment: types and client, no decisions.
+
+pub mod client;
+pub mod types;

@@ -1,0 +1,184 @@
+//! What is said on the socket of a deployment.
+//!
+//! A connection carries one [`Request`] as a VMBus frame (length and JSON),
+//! then [`Response`] frames. After [`Response::Ok`] to [`Request::Exec`] the
+//! connection carries [`vmbus::message::ExecInput`] frames to the host and
+//! [`vmbus::message::ExecOutput`] frames back.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use vmbus::message::ExecRequest;
+
+/// Most bytes in one [`Response::LogChunk`]: a byte may take four characters
+/// of JSON, and a frame has room for 1 MiB.
+pub const MAX_CHUNK: usize = 64 * 1024;
+
+/// What a command asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// What runs? Answered by [`Response::Deployment`].
+    Ps {},
+    /// Run a program in a guest. Answered by [`Response::Ok`] or
+    /// [`Response::Error`]; see the module.
+    Exec {
+        /// Instance name.
+        instance: String,
+        /// What to run.
+        exec: ExecRequest,
+    },
+    /// Read a log from its beginning. Answered by [`Response::LogChunk`]s and
+    /// [`Response::LogEnd`].
+    Logs {
+        /// Instance name.
+        instance: String,
+        /// Which log.
+        source: LogFile,
+        /// Go on with what is written later, until the deployment ends.
+        follow: bool,
+    },
+    /// Stop the vCPUs, or let them run again. Answered by [`Response::Ok`].
+    Pause {
+        /// Instance name.
+        instance: String,
+        /// Whether they shall be stopped.
+        paused: bool,
+    },
+}
+
+/// A log of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFile {
+    /// Standard output and error of the role.
+    Role,
+    /// The agents in the guest.
+    Agent,
+    /// The guest's serial console.
+    Serial,
+}
+
+impl LogFile {
+    /// Name of the file in the instance's directory.
+    pub const fn file_name(self) -> &'static str {
+        match self {
+            Self::Role => "role.log",
+            Self::Agent => "agent.log",
+            Self::Serial => "serial.log",
+        }
+    }
+}
+
+/// What the deployment answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "kebab-case")]
+pub enum Response {
+    /// Done, or begun.
+    Ok {},
+    /// The request was not carried out; the last frame.
+    Error {
+        /// What sort of failure.
+        kind: Failure,
+        /// The error chain.
+        message: String,
+    },
+    /// Answer to [`Request::Ps`].
+    Deployment(DeploymentInfo),
+    /// A piece of a log, at most [`MAX_CHUNK`] bytes.
+    LogChunk {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// The log ends here.
+    LogEnd {},
+}
+
+/// Sorts of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Failure {
+    /// No such instance in this deployment.
+    NotFound,
+    /// The instance or its agent cannot be reached now.
+    Unreachable,
+    /// The request makes no sense.
+    Invalid,
+    /// Anything else.
+    Internal,
+}
+
+/// A deployment that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploymentInfo {
+    /// 32 hexadecimal digits.
+    pub deployment: String,
+    /// Name of the service.
+    pub service: String,
+    /// Process id of the host agent.
+    pub pid: u32,
+    /// Its instances.
+    pub instances: Vec<InstanceInfo>,
+}
+
+/// An instance of a running deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// `<Role>_IN_<n>`.
+    pub name: String,
+    /// State in one word, as in the timeline.
+    pub state: String,
+    /// Number of the guest's boot.
+    pub generation: u64,
+    /// Milliseconds since the deployment was accepted.
+    pub uptime_ms: u64,
+    /// Process id of the VMM, while there is one.
+    pub vmm_pid: Option<u32>,
+    /// Published endpoints.
+    pub endpoints: Vec<EndpointInfo>,
+}
+
+/// A published endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointInfo {
+    /// Endpoint name.
+    pub name: String,
+    /// Address on the host.
+    pub address: SocketAddr,
+    /// Port in the guest.
+    pub local_port: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_chunk_fits_in_a_frame() {
+        let chunk = Response::LogChunk {
+            bytes: vec![255; MAX_CHUNK],
+        };
+        assert!(vmbus::frame::encode(&chunk).is_ok());
+    }
+
+    #[test]
+    fn requests_and_answers_keep_their_form_on_the_wire() {
+        let request = Request::Logs {
+            instance: "Cache_IN_0".into(),
+            source: LogFile::Serial,
+            follow: true,
+        };
+        assert_eq!(
+            serde_json::to_string(&request).unwrap(),
+            r#"{"request":"logs","instance":"Cache_IN_0","source":"serial","follow":true}"#
+        );
+        let answer = Response::Error {
+            kind: Failure::NotFound,
+            message: "no".into(),
+        };
+        assert_eq!(
+            serde_json::to_string(&answer).unwrap(),
+            r#"{"response":"error","kind":"not-found","message":"no"}"#
+        );
+    }
+}

@@ -1,0 +1,420 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::probe::Probe;
+use super::report::ReportFile;
+use crate::api::types::LogFile;
+
+/// Verbs in the order in which a newcomer meets them.
+const OVERVIEW: &str = "\
+Start:   doctor  validate  pack  run  test
+Look:    ps  logs
+Inside:  exec
+More:    version  help
+
+Examples:
+  host-agent doctor             can this machine run guests?
+  host-agent run ./redis        boot and deploy the service in ./redis";
+
+/// Run cloud services in small Linux guests on this machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "host-agent",
+    version,
+    after_help = OVERVIEW,
+    max_term_width = 100,
+    disable_help_flag = true,
+    help_template = "{about}\n\n{usage-heading} {usage}\n\nOptions:\n{options}{after-help}",
+    subcommand_value_name = "VERB",
+)]
+pub struct CommandLine {
+    /// Flags of every verb.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Flags of every verb.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+pub struct Global {
+    /// Form of the answer
+    #[arg(
+        long,
+        global = true,
+        env = "HOST_AGENT_FORMAT",
+        hide_env = true,
+        default_value = "table",
+        hide_default_value = true
+    )]
+    pub format: Format,
+    /// Same as --format json
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print the answer and errors only
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Log more; -vv even more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Colors
+    #[arg(long, global = true, default_value = "auto", hide_default_value = true)]
+    pub color: Color,
+    /// How progress is shown
+    #[arg(long, global = true, default_value = "auto", hide_default_value = true)]
+    pub progress: Progress,
+    /// Never ask, never read the terminal
+    #[arg(long, global = true, env = "HOST_AGENT_NO_INPUT", hide_env = true, value_parser = clap::builder::FalseyValueParser::new())]
+    pub no_input: bool,
+    /// Print help
+    #[arg(short, long, global = true, action = clap::ArgAction::HelpShort)]
+    help: Option<bool>,
+    /// Form of errors; json with --json
+    #[arg(long, global = true)]
+    pub error_format: Option<ErrorFormat>,
+}
+
+/// Forms of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Table,
+    /// One JSON document.
+    Json,
+    /// One JSON document a line.
+    Jsonl,
+}
+
+/// When to use colors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    /// On a terminal, unless `NO_COLOR` is set.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Progress {
+    /// As suits the terminal.
+    Auto,
+    /// A line for each step.
+    Plain,
+    /// Not at all.
+    None,
+}
+
+/// Forms of an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ErrorFormat {
+    /// Text.
+    Human,
+    /// One JSON document.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Can this machine run guests? If not: why, and what mends it
+    #[command(after_help = "\
+Examples:
+  host-agent doctor
+  host-agent doctor --json | jq .verdict")]
+    Doctor,
+    /// Boot and deploy a service; Ctrl-C stops it
+    #[command(after_help = "\
+Examples:
+  host-agent run ./redis
+  host-agent run redis.cspkg --config test.cscfg --until ready")]
+    Run(RunArgs),
+    /// Smoke test: Ready, probes, clean stop; ends with an exit code
+    #[command(after_help = "\
+Examples:
+  host-agent test ./redis --probe tcp://redis --report junit=report.xml
+  host-agent test ./web --probe http://www/health=200 --artifacts out")]
+    Test(TestArgs),
+    /// Run a command in a guest and end with its exit code
+    #[command(after_help = "\
+Examples:
+  host-agent exec Cache_IN_0 -- ps ax
+  host-agent exec Cache_IN_0 -- sh")]
+    Exec(ExecArgs),
+    /// Print a log of an instance
+    #[command(after_help = "\
+Examples:
+  host-agent logs Cache_IN_0 -f
+  host-agent logs Cache_IN_0 --source serial")]
+    Logs(LogsArgs),
+    /// List running instances of this user
+    #[command(after_help = "\
+Examples:
+  host-agent ps
+  host-agent ps --json | jq '.deployments[].instances[].name'")]
+    Ps,
+    /// Make a package from a service directory
+    #[command(after_help = "\
+Examples:
+  host-agent pack ./redis -o redis.cspkg
+  SOURCE_DATE_EPOCH=1700000000 host-agent pack ./redis -o redis.cspkg")]
+    Pack(PackArgs),
+    /// Check service directories, definitions, configurations, packages
+    #[command(after_help = "\
+Examples:
+  host-agent validate ./redis
+  host-agent validate redis.cspkg ServiceConfiguration.cscfg --json")]
+    Validate(ValidateArgs),
+    /// Print the version
+    #[command(after_help = "\
+Examples:
+  host-agent version
+  host-agent version --json")]
+    Version,
+    /// Stop the vCPUs of an instance, to try out the heartbeat rule
+    #[command(hide = true)]
+    Freeze(InstanceArg),
+    /// Let the vCPUs of an instance run again
+    #[command(hide = true)]
+    Thaw(InstanceArg),
+}
+
+/// What is deployed.
+#[derive(Debug, Clone, Args)]
+pub struct ServiceArgs {
+    /// Directory with a .csdef, or a .cspkg
+    pub service: PathBuf,
+    /// Configuration, when it is not beside the service
+    #[arg(long, value_name = "F.cscfg")]
+    pub config: Option<PathBuf>,
+}
+
+/// `run`.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// What.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// Stay until the service is stopped, or stop it when it is Ready
+    #[arg(long, default_value = "stopped")]
+    pub until: Until,
+    /// Keep disks and logs at the end
+    #[arg(long, env = "HOST_AGENT_KEEP", hide_env = true, value_parser = clap::builder::FalseyValueParser::new())]
+    pub keep: bool,
+    /// Restart a guest that is silent this long [default: 10m]
+    #[arg(long, value_name = "S", value_parser = duration)]
+    pub heartbeat_limit: Option<Duration>,
+    /// Give up when not Ready in this time, times the timeout scale
+    #[arg(long, value_name = "S", value_parser = duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// When `run` ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Until {
+    /// When it is stopped by a signal, or cannot go on.
+    Stopped,
+    /// When every instance is Ready.
+    Ready,
+}
+
+/// `test`.
+#[derive(Debug, Clone, Args)]
+pub struct TestArgs {
+    /// What.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// tcp://ENDPOINT or http://ENDPOINT/PATH[=CODE]; may be repeated
+    #[arg(long = "probe", value_name = "URL")]
+    pub probes: Vec<Probe>,
+    /// Give up after this time, times the timeout scale
+    #[arg(long, value_name = "S", value_parser = duration, default_value = "3m")]
+    pub timeout: Duration,
+    /// json=FILE or junit=FILE; may be repeated
+    #[arg(long = "report", value_name = "KIND=FILE")]
+    pub reports: Vec<ReportFile>,
+    /// Copy logs of every instance here
+    #[arg(long, value_name = "DIR")]
+    pub artifacts: Option<PathBuf>,
+    /// On a machine that cannot run guests
+    #[arg(
+        long,
+        default_value = "fail",
+        env = "HOST_AGENT_ON_NO_KVM",
+        hide_env = true
+    )]
+    pub on_no_kvm: OnNoKvm,
+}
+
+/// What a test is on a machine that cannot run guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnNoKvm {
+    /// A failure, exit 6 or 11.
+    Fail,
+    /// Skipped, exit 77.
+    Skip,
+}
+
+/// `exec`.
+#[derive(Debug, Clone, Args)]
+pub struct ExecArgs {
+    /// Instance, or DEPLOYMENT/INSTANCE
+    pub instance: String,
+    /// Command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `logs`.
+#[derive(Debug, Clone, Args)]
+pub struct LogsArgs {
+    /// Instance, or DEPLOYMENT/INSTANCE
+    pub instance: String,
+    /// Go on with what is written later
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Which log
+    #[arg(long, default_value = "role")]
+    pub source: LogFile,
+}
+
+/// `pack`.
+#[derive(Debug, Clone, Args)]
+pub struct PackArgs {
+    /// Directory with a .csdef and a directory of files per role
+    pub dir: PathBuf,
+    /// The package to write
+    #[arg(short, long, value_name = "F.cspkg")]
+    pub output: PathBuf,
+}
+
+/// `validate`.
+#[derive(Debug, Clone, Args)]
+pub struct ValidateArgs {
+    /// Service directories, .csdef, .cscfg, .cspkg
+    #[arg(required = true, value_name = "F")]
+    pub files: Vec<PathBuf>,
+}
+
+/// An instance.
+#[derive(Debug, Clone, Args)]
+pub struct InstanceArg {
+    /// Instance, or DEPLOYMENT/INSTANCE
+    pub instance: String,
+}
+
+/// A time: seconds, or a number with `ms`, `s`, `m` or `h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        other => return Err(format!("{other} is not a unit: write ms, s, m or h")),
+    };
+    let number: f64 = digits
+        .parse()
+        .map_err(|_| "write a time like 90, 90s, 1.5m or 500ms".to_owned())?;
+    let time = Duration::try_from_secs_f64(number * unit)
+        .map_err(|_| "the time is negative or too long".to_owned())?;
+    // Beyond a year it is a mistake, and sums with the present may overflow.
+    if time.is_zero() || time > Duration::from_hours(24 * 366) {
+        return Err("the time must be over 0 and at most a year".into());
+    }
+    Ok(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn help_of_every_verb_fits_one_screen_and_ends_with_two_examples() {
+        let mut command = CommandLine::command();
+        command.build();
+        let top = command.render_help().to_string();
+        assert!(top.lines().count() <= 40, "{top}");
+        assert!(top.trim_end().lines().rev().nth(2) == Some("Examples:"));
+        for verb in command.get_subcommands_mut() {
+            if verb.is_hide_set() || verb.get_name() == "help" {
+                continue;
+            }
+            let help = verb.render_help().to_string();
+            assert!(help.lines().count() <= 40, "{help}");
+            let lines: Vec<_> = help.trim_end().lines().collect();
+            assert_eq!(lines[lines.len() - 3], "Examples:", "{help}");
+            for example in &lines[lines.len() - 2..] {
+                assert!(example.contains("host-agent"), "{help}");
+            }
+            assert!(
+                top.contains(verb.get_name()),
+                "{} in overview",
+                verb.get_name()
+            );
+        }
+    }
+
+    #[test]
+    fn times_are_read_with_and_without_units() {
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        for bad in ["", "s", "-1", "0", "1d", "nan", "inf", "1e30h", "1 s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_command_for_the_guest_keeps_its_own_flags() {
+        let line = ["host-agent", "exec", "A_IN_0", "--", "ls", "--json", "-q"];
+        let parsed = CommandLine::try_parse_from(line).unwrap();
+        let Verb::Exec(args) = parsed.verb else {
+            panic!("not exec");
+        };
+        assert_eq!(args.command, ["ls", "--json", "-q"]);
+        assert!(!parsed.global.json && !parsed.global.quiet);
+    }
+
+    #[test]
+    fn a_test_takes_probes_and_reports_and_refuses_what_is_neither() {
+        let parse = |extra: &[&str]| {
+            let line = ["host-agent", "test", "dir"].iter().chain(extra);
+            CommandLine::try_parse_from(line)
+        };
+        let parsed = parse(&[
+            "--probe",
+            "tcp://redis",
+            "--probe",
+            "http://www/a=404",
+            "--report",
+            "junit=a.xml",
+            "--report=json=b.json",
+            "--json",
+        ]);
+        let Verb::Test(args) = parsed.unwrap().verb else {
+            panic!("not test");
+        };
+        assert_eq!((args.probes.len(), args.reports.len()), (2, 2));
+        for bad in ["udp://x", "tcp://", "http://x/=9999"] {
+            assert!(parse(&["--probe", bad]).is_err(), "{bad}");
+        }
+        assert!(parse(&["--report", "html=x"]).is_err());
+        assert!(parse(&["--on-no-kvm", "process"]).is_err());
+    }
+}

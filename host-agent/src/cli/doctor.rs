@@ -1,0 +1,24 @@
+//! `host-agent doctor`.
+
+use super::error::{CliError, Code};
+use super::exit::Exit;
+use super::output::Output;
+use crate::doctor::{self, Verdict};
+use crate::store::paths;
+
+/// Prints the report; 0 usable, 6 not usable, 11 no permission.
+pub fn run(output: &Output) -> Result<Exit, CliError> {
+    let report = doctor::check(&paths::data_dir());
+    let exit = match report.verdict {
+        Verdict::Usable => Exit::Success,
+        Verdict::NoPermission => Exit::Permission,
+        Verdict::NoDevice | Verdict::CannotRunKernel | Verdict::NoMemory | Verdict::NoDisk => {
+            Exit::Host
+        }
+    };
+    let text = format!("{report} (exit {})", exit.code());
+    let json = serde_json::to_value(&report)
+        .map_err(|error| CliError::chain(Code::Unclassified, &error))?;
+    output.answer(&text, || json)?;
+    Ok(exit)
+}

@@ -1,0 +1,452 @@
+//! The form of every error: what happened, to which thing, what to type next.
+
+use std::fmt::Write as _;
+use std::io::ErrorKind;
+
+use serde_json::{Value, json};
+
+use super::exit::Exit;
+use crate::api::client::ClientError;
+use crate::api::types::Failure;
+use crate::doctor::{HostReport, Verdict};
+use crate::service::{Position, ServiceError};
+
+/// A class of error: its number is stable, scripts and people look it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// Something else went wrong.
+    Unclassified,
+    /// The command line makes no sense.
+    Usage,
+    /// Definition, configuration or package refused.
+    Service,
+    /// Definition, configuration or package cannot be read.
+    ServiceFile,
+    /// A file of the answer (report, package) cannot be written.
+    Output,
+    /// There is no `/dev/kvm`.
+    NoKvm,
+    /// `/dev/kvm` may not be opened.
+    KvmDenied,
+    /// `/dev/kvm` cannot run an unmodified kernel.
+    KvmUnusable,
+    /// Not enough memory or disk.
+    HostFull,
+    /// The guest image is not there.
+    ImageMissing,
+    /// The guest image is not what its manifest says.
+    ImageDamaged,
+    /// A public port is in use.
+    PortInUse,
+    /// The deployment could not be started.
+    Start,
+    /// A guest did not boot.
+    Boot,
+    /// A time limit passed.
+    Timeout,
+    /// A role failed or keeps ending.
+    Role,
+    /// A probe failed.
+    Probe,
+    /// The service did not stop cleanly.
+    Unclean,
+    /// No running instance has that name.
+    NoInstance,
+    /// Several have it.
+    Ambiguous,
+    /// The host agent or an agent in the guest does not answer.
+    Unreachable,
+    /// `exec`: the host side failed.
+    ExecHost,
+    /// `exec`: the program could not be started in the guest.
+    ExecGuest,
+    /// Ended by a signal.
+    Interrupted,
+}
+
+impl Code {
+    /// Every code, for tables.
+    pub const ALL: [Self; 24] = [
+        Self::Unclassified,
+        Self::Usage,
+        Self::Service,
+        Self::ServiceFile,
+        Self::Output,
+        Self::NoKvm,
+        Self::KvmDenied,
+        Self::KvmUnusable,
+        Self::HostFull,
+        Self::ImageMissing,
+        Self::ImageDamaged,
+        Self::PortInUse,
+        Self::Start,
+        Self::Boot,
+        Self::Timeout,
+        Self::Role,
+        Self::Probe,
+        Self::Unclean,
+        Self::NoInstance,
+        Self::Ambiguous,
+        Self::Unreachable,
+        Self::ExecHost,
+        Self::ExecGuest,
+        Self::Interrupted,
+    ];
+
+    /// The number, and the exit code unless the error says otherwise.
+    const fn row(self) -> (u16, Exit) {
+        match self {
+            Self::Unclassified => (1, Exit::Unclassified),
+            Self::Usage => (2, Exit::Usage),
+            Self::Interrupted => (3, Exit::Signal(2)),
+            Self::Service => (101, Exit::Invalid),
+            Self::ServiceFile => (102, Exit::NotFound),
+            Self::Output => (103, Exit::Unclassified),
+            Self::NoKvm => (201, Exit::Host),
+            Self::KvmDenied => (202, Exit::Permission),
+            Self::KvmUnusable => (203, Exit::Host),
+            Self::HostFull => (204, Exit::Host),
+            Self::ImageMissing => (205, Exit::NotFound),
+            Self::ImageDamaged => (206, Exit::Invalid),
+            Self::PortInUse => (207, Exit::Conflict),
+            Self::Start => (208, Exit::Unclassified),
+            Self::Boot => (301, Exit::Boot),
+            Self::Timeout => (302, Exit::Timeout),
+            Self::Role => (401, Exit::Role),
+            Self::Probe => (402, Exit::Role),
+            Self::Unclean => (403, Exit::Role),
+            Self::NoInstance => (501, Exit::NotFound),
+            Self::Ambiguous => (502, Exit::Conflict),
+            Self::Unreachable => (503, Exit::Unreachable),
+            Self::ExecHost => (504, Exit::ExecHost),
+            Self::ExecGuest => (505, Exit::Guest(127)),
+        }
+    }
+
+    /// `HA-nnnn`.
+    pub fn name(self) -> String {
+        format!("HA-{:04}", self.row().0)
+    }
+}
+
+/// An error as it is printed.
+#[derive(Debug)]
+pub struct CliError {
+    code: Code,
+    exit: Exit,
+    what: String,
+    place: Option<(String, Option<Position>)>,
+    snippet: Option<String>,
+    causes: Vec<String>,
+    hint: Option<String>,
+    logs: Vec<String>,
+    tails: Vec<(String, Vec<String>)>,
+}
+
+impl CliError {
+    /// `what` happened.
+    pub fn new(code: Code, what: impl Into<String>) -> Self {
+        Self {
+            code,
+            exit: code.row().1,
+            what: what.into(),
+            place: None,
+            snippet: None,
+            causes: Vec::new(),
+            hint: None,
+            logs: Vec::new(),
+            tails: Vec::new(),
+        }
+    }
+
+    /// What happened and the chain of its causes are those of `error`.
+    pub fn chain(code: Code, error: &dyn std::error::Error) -> Self {
+        let mut this = Self::new(code, error.to_string());
+        this.causes = sources(error);
+        this
+    }
+
+    /// Ends with `exit` and not with the code's own.
+    #[must_use]
+    pub fn exit_with(mut self, exit: Exit) -> Self {
+        self.exit = exit;
+        self
+    }
+
+    /// Adds a cause below those already there.
+    #[must_use]
+    pub fn cause(mut self, cause: impl Into<String>) -> Self {
+        self.causes.push(cause.into());
+        self
+    }
+
+    /// The exact command, or change, that helps.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Where to read more: a command or a path.
+    #[must_use]
+    pub fn logs(mut self, logs: impl Into<String>) -> Self {
+        self.logs.push(logs.into());
+        self
+    }
+
+    /// The last lines of a log, under the title `title`.
+    #[must_use]
+    pub fn tail(mut self, title: impl Into<String>, lines: Vec<String>) -> Self {
+        if !lines.is_empty() {
+            self.tails.push((title.into(), lines));
+        }
+        self
+    }
+
+    /// Why guests cannot run on the host of `report`.
+    pub fn host(report: &HostReport) -> Self {
+        let (code, what) = match report.verdict {
+            Verdict::NoDevice => (Code::NoKvm, "this host cannot run guests: no /dev/kvm"),
+            Verdict::NoPermission => (Code::KvmDenied, "no permission to open /dev/kvm"),
+            Verdict::Usable | Verdict::CannotRunKernel => (
+                Code::KvmUnusable,
+                "this host cannot run guests: /dev/kvm cannot run an unmodified kernel",
+            ),
+            Verdict::NoMemory => (Code::HostFull, "not enough free memory to run guests"),
+            Verdict::NoDisk => (Code::HostFull, "not enough free disk space to run guests"),
+        };
+        let mut error = Self::new(code, what);
+        if let Some(check) = report.failure() {
+            error.causes.push(check.text.clone());
+            error.hint.clone_from(&check.hint);
+        }
+        error.logs("host-agent doctor")
+    }
+
+    /// How the command ends.
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// `HA-nnnn`.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// What happened, in one line.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// What to type next.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// For people, without a newline at the end.
+    pub fn human(&self, color: bool) -> String {
+        let (red, dim, off) = if color {
+            ("\u{1b}[1;31m", "\u{1b}[2m", "\u{1b}[0m")
+        } else {
+            ("", "", "")
+        };
+        let mut text = format!("{red}error[{}]{off}: ", self.code.name());
+        if let Some((file, position)) = &self.place {
+            text.push_str(file);
+            if let Some(Position { line, column }) = position {
+                let _ = write!(text, ":{line}:{column}");
+            }
+            text.push_str(": ");
+        }
+        text.push_str(&self.what);
+        if let (Some(snippet), Some((_, Some(place)))) = (&self.snippet, &self.place) {
+            let number = place.line.to_string();
+            let _ = write!(text, "\n  {dim}{number} |{off} {snippet}");
+            // A long line is quoted in part: then the mark is left out.
+            if place.column <= snippet.chars().count() {
+                let pad: String = snippet
+                    .chars()
+                    .take(place.column - 1)
+                    .map(|c| if c == '\t' { '\t' } else { ' ' })
+                    .collect();
+                let _ = write!(
+                    text,
+                    "\n  {dim}{} |{off} {pad}{red}^{off}",
+                    " ".repeat(number.len())
+                );
+            }
+        }
+        for cause in &self.causes {
+            line(&mut text, "cause", cause);
+        }
+        for (title, lines) in &self.tails {
+            line(&mut text, "last", title);
+            for entry in lines {
+                let _ = write!(text, "\n    {dim}|{off} {entry}");
+            }
+        }
+        if let Some(hint) = &self.hint {
+            line(&mut text, "hint", hint);
+        }
+        for logs in &self.logs {
+            line(&mut text, "logs", logs);
+        }
+        text
+    }
+
+    /// For machines.
+    pub fn json(&self) -> Value {
+        let mut value = json!({
+            "schema": "host-agent.error/1",
+            "code": self.code.name(),
+            "exit_code": self.exit.code(),
+            "error": self.what,
+            "causes": self.causes,
+            "hint": self.hint,
+            "logs": self.logs,
+        });
+        if let Some((file, position)) = &self.place {
+            value["file"] = json!(file);
+            if let Some(Position { line, column }) = position {
+                value["line"] = json!(line);
+                value["column"] = json!(column);
+            }
+        }
+        if !self.tails.is_empty() {
+            let tails = self.tails.iter();
+            value["last"] = tails
+                .map(|(title, lines)| json!({"title": title, "lines": lines}))
+                .collect();
+        }
+        value
+    }
+}
+
+fn line(text: &mut String, name: &str, value: &str) {
+    let _ = write!(text, "\n  {name:<6} {}", value.replace('\n', "\n         "));
+}
+
+/// The chain below `error`, outermost first.
+pub fn sources(error: &dyn std::error::Error) -> Vec<String> {
+    std::iter::successors(error.source(), |error| error.source())
+        .map(ToString::to_string)
+        .collect()
+}
+
+impl From<ServiceError> for CliError {
+    fn from(error: ServiceError) -> Self {
+        let system = std::error::Error::source(&error)
+            .and_then(|source| source.downcast_ref::<std::io::Error>())
+            .map(std::io::Error::kind);
+        let (code, exit) = match system {
+            None => (Code::Service, Exit::Invalid),
+            Some(ErrorKind::NotFound) => (Code::ServiceFile, Exit::NotFound),
+            Some(ErrorKind::PermissionDenied) => (Code::ServiceFile, Exit::Permission),
+            Some(_) => (Code::ServiceFile, Exit::Invalid),
+        };
+        let mut this = Self::new(code, error.what()).exit_with(exit);
+        this.place = Some((error.file().display().to_string(), error.position()));
+        this.snippet = error.snippet().map(Into::into);
+        this.hint = error.hint().map(Into::into);
+        this.causes = sources(&error);
+        this
+    }
+}
+
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        let code = match &error {
+            ClientError::NotFound { .. }
+            | ClientError::Refused {
+                kind: Failure::NotFound,
+                ..
+            } => Code::NoInstance,
+            ClientError::Ambiguous { .. } => Code::Ambiguous,
+            ClientError::Unreachable { .. }
+            | ClientError::Refused {
+                kind: Failure::Unreachable,
+                ..
+            } => Code::Unreachable,
+            ClientError::Refused {
+                kind: Failure::Invalid,
+                ..
+            } => Code::Usage,
+            ClientError::List { .. } | ClientError::Refused { .. } => Code::Unclassified,
+        };
+        let this = Self::chain(code, &error);
+        match error {
+            ClientError::NotFound { running, .. } if running.is_empty() => this
+                .cause("nothing runs")
+                .hint("host-agent run SERVICE   (in another terminal)"),
+            ClientError::NotFound { running, .. } => this
+                .cause(format!("running: {}", running.join(", ")))
+                .hint("host-agent ps"),
+            ClientError::Ambiguous { matches, .. } => {
+                this.hint(format!("name one of: {}", matches.join(", ")))
+            }
+            _ => this,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn numbers_of_errors_are_unique_and_exits_are_set() {
+        let mut numbers: Vec<u16> = Code::ALL.iter().map(|code| code.row().0).collect();
+        numbers.sort_unstable();
+        let count = numbers.len();
+        numbers.dedup();
+        assert_eq!(numbers.len(), count);
+        assert!(Code::ALL.iter().all(|code| code.row().1.code() != 0));
+    }
+
+    #[test]
+    fn an_error_in_a_file_shows_the_place_the_line_and_the_remedy() {
+        let text = "<a>\n\t<b c='1'/>\n</a>";
+        let offset = text.find("c=").unwrap();
+        let error = ServiceError::at(Path::new("s.csdef"), text, offset, "c is not known")
+            .with_hint("write d");
+        let error = CliError::from(error);
+        assert_eq!(
+            error.human(false),
+            "error[HA-0101]: s.csdef:2:5: c is not known\n  \
+             2 | \t<b c='1'/>\n    | \t   ^\n  hint   write d"
+        );
+        assert_eq!(error.exit(), Exit::Invalid);
+        let value = error.json();
+        assert_eq!((&value["line"], &value["column"]), (&json!(2), &json!(5)));
+        assert_eq!(value["exit_code"], 3);
+    }
+
+    #[test]
+    fn an_error_of_the_host_keeps_its_chain_its_hint_and_its_logs() {
+        let source = std::io::Error::from(ErrorKind::NotFound);
+        let error = CliError::from(ServiceError::io(Path::new("x"), "cannot open", source));
+        assert_eq!(error.exit(), Exit::NotFound);
+        let error = CliError::new(Code::Boot, "Cache_IN_0 did not boot")
+            .cause("kernel panic")
+            .tail("serial console", vec!["a".into(), "b".into()])
+            .hint("host-agent run X --keep")
+            .logs("/tmp/serial.log");
+        assert_eq!(
+            error.human(false),
+            "error[HA-0301]: Cache_IN_0 did not boot\n  cause  kernel panic\n  \
+             last   serial console\n    | a\n    | b\n  hint   host-agent run X --keep\n  \
+             logs   /tmp/serial.log"
+        );
+    }
+
+    #[test]
+    fn an_instance_that_is_not_there_is_answered_with_those_that_are() {
+        let error = CliError::from(ClientError::NotFound {
+            name: "A_IN_0".into(),
+            running: vec!["12345678/B_IN_0".into()],
+        });
+        assert_eq!(error.exit(), Exit::NotFound);
+        assert!(error.human(false).contains("running: 12345678/B_IN_0"));
+    }
+}

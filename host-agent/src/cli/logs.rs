@@ -1,0 +1,126 @@
+//! `host-agent logs`: from a running deployment, or from the files that a
+//! kept one left.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::args::LogsArgs;
+use super::error::{CliError, Code};
+use super::exit::Exit;
+use super::instances;
+use super::interrupt::Interrupts;
+use super::{output, runtime};
+use crate::api::client::{Connection, Target};
+use crate::api::types::{Request, Response};
+use crate::store::paths;
+
+/// Bytes of a file printed at once.
+const PIECE: usize = 64 * 1024;
+
+/// Prints the log.
+pub fn run(args: &LogsArgs) -> Result<Exit, CliError> {
+    runtime()?.block_on(async {
+        match instances::find(&args.instance).await {
+            Ok(target) => stream(&target, args).await,
+            Err(error) if error.code() == Code::NoInstance => kept(args).ok_or(error)?,
+            Err(error) => Err(error),
+        }
+    })
+}
+
+async fn stream(target: &Target, args: &LogsArgs) -> Result<Exit, CliError> {
+    let mut interrupts = Interrupts::listen()?;
+    let request = Request::Logs {
+        instance: target.instance.clone(),
+        source: args.source,
+        follow: args.follow,
+    };
+    let mut connection = Connection::open(&target.socket, &request).await?;
+    loop {
+        let answer = tokio::select! {
+            answer = connection.answer() => answer?,
+            // Ending `-f` is how it is meant to end.
+            number = interrupts.next() => {
+                return Ok(if args.follow { Exit::Success } else { Exit::Signal(number) });
+            }
+        };
+        match answer {
+            Response::LogChunk { bytes } => output::write(&bytes)?,
+            Response::LogEnd {} => return Ok(Exit::Success),
+            Response::Ok {} => {}
+            other => {
+                let what = format!("the host agent answered with {other:?}");
+                return Err(CliError::new(Code::Unreachable, what));
+            }
+        }
+    }
+}
+
+/// The log of the newest kept deployment that has it, if there is one.
+fn kept(args: &LogsArgs) -> Option<Result<Exit, CliError>> {
+    let deployments = paths::data_dir().join("deployments");
+    let file = newest(&deployments, &args.instance, args.source.file_name())?;
+    Some(print(&file))
+}
+
+fn newest(deployments: &Path, name: &str, log: &str) -> Option<PathBuf> {
+    let (prefix, instance) = name.split_once('/').unwrap_or(("", name));
+    // The name becomes part of a path.
+    if instance.is_empty() || instance.contains('/') || instance.starts_with('.') {
+        return None;
+    }
+    let candidates = std::fs::read_dir(deployments).ok()?.flatten();
+    candidates
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
+        .filter_map(|entry| {
+            let file = entry.path().join(instance).join(log);
+            let modified: SystemTime = file.metadata().ok()?.modified().ok()?;
+            Some((modified, file))
+        })
+        .max()
+        .map(|(_, file)| file)
+}
+
+fn print(path: &Path) -> Result<Exit, CliError> {
+    let failed = |error: io::Error| {
+        let what = format!("cannot read {}", path.display());
+        CliError::new(Code::Unclassified, what).cause(error.to_string())
+    };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut piece = vec![0; PIECE];
+    loop {
+        let count = file.read(&mut piece).map_err(failed)?;
+        if count == 0 {
+            return Ok(Exit::Success);
+        }
+        output::write(&piece[..count])?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kept_log_is_found_in_the_newest_deployment_and_never_elsewhere() {
+        let data = tempfile::tempdir().unwrap();
+        for id in ["aaaa", "bbbb"] {
+            let instance = data.path().join(id).join("A_IN_0");
+            std::fs::create_dir_all(&instance).unwrap();
+            let file = File::create(instance.join("role.log")).unwrap();
+            let age = if id == "aaaa" { 10 } else { 1000 };
+            let time = SystemTime::now() - std::time::Duration::from_secs(age);
+            file.set_modified(time).unwrap();
+        }
+        let found = |name| newest(data.path(), name, "role.log");
+        let path = |id| Some(data.path().join(id).join("A_IN_0/role.log"));
+        assert_eq!(found("A_IN_0"), path("aaaa"));
+        assert_eq!(found("bb/A_IN_0"), path("bbbb"));
+        assert_eq!(found("B_IN_0"), None);
+        for name in ["../aaaa/A_IN_0", "..", "", "aaaa/", "a/../A_IN_0"] {
+            assert_eq!(found(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The command line: verbs, what is printed, exit codes.
+
+mod args;
+mod doctor;
+mod error;
+mod exec;
+mod exit;
+mod instances;
+mod interrupt;
+mod logs;
+mod output;
+mod probe;
+mod report;
+mod service;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use clap::error::ErrorKind;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
+
+use args::{CommandLine, Verb};
+use error::{CliError, Code};
+use exit::Exit;
+use output::Output;
+
+/// Runs the verb that the arguments name.
+pub fn main() -> ExitCode {
+    let line = match CommandLine::try_parse() {
+        Ok(line) => line,
+        Err(error) => return usage(&error).into(),
+    };
+    let output = Output::new(&line.global);
+    start_log(line.global.verbose, &output);
+    let no_input = line.global.no_input;
+    let result = match line.verb {
+        Verb::Doctor => doctor::run(&output),
+        Verb::Exec(args) => exec::run(&args, no_input),
+        Verb::Logs(args) => logs::run(&args),
+        Verb::Ps => instances::list(&output),
+        Verb::Freeze(args) => instances::pause(&args, true, &output),
+        Verb::Thaw(args) => instances::pause(&args, false, &output),
+        Verb::Pack(args) => service::pack(&args, &output),
+        Verb::Validate(args) => service::validate(&args, &output),
+        Verb::Version => version(&output),
+        Verb::Run(_) | Verb::Test(_) => Err(CliError::new(
+            Code::Unclassified,
+            "this build cannot run services yet",
+        )),
+    };
+    match result {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            // A reader that went away does not want to hear about it.
+            if error.exit() != Exit::Signal(13) {
+                output.error(&error);
+            }
+            error.exit().into()
+        }
+    }
+}
+
+fn version(output: &Output) -> Result<Exit, CliError> {
+    let version = env!("CARGO_PKG_VERSION");
+    output.answer(&format!("host-agent {version}"), || {
+        serde_json::json!({
+            "schema": "host-agent.version/1",
+            "version": version,
+            "vmbus": vmbus::version::SUPPORTED,
+        })
+    })?;
+    Ok(Exit::Success)
+}
+
+/// Help, or what is wrong with the arguments.
+fn usage(error: &clap::Error) -> Exit {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A closed pipe is the reader's business.
+            let _ = error.print();
+            Exit::Success
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            Exit::Usage
+        }
+        _ => {
+            let arguments = || std::env::args().take_while(|argument| argument != "--");
+            let json = arguments().any(|argument| {
+                matches!(
+                    argument.as_str(),
+                    "--json" | "--error-format=json" | "--format=json"
+                )
+            }) || arguments()
+                .zip(arguments().skip(1))
+                .any(|(name, value)| name == "--error-format" && value == "json");
+            Output::before_flags(json).error(&usage_error(&error.render().to_string()));
+            Exit::Usage
+        }
+    }
+}
+
+/// From the parser's text: its first paragraph, its tip, or where help is.
+fn usage_error(text: &str) -> CliError {
+    let what = text.split("\n\n").next().unwrap_or(text);
+    let what = what.strip_prefix("error: ").unwrap_or(what).trim_end();
+    let tip = text
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix("tip: "));
+    let usage = text.lines().find_map(|line| line.strip_prefix("Usage: "));
+    let mut error = CliError::new(Code::Usage, what);
+    if let Some(usage) = usage {
+        error = error.cause(format!("usage: {usage}"));
+    }
+    error.hint(tip.unwrap_or("host-agent --help"))
+}
+
+/// Log lines to standard error: warnings, more with `-v`, or as
+/// `HOST_AGENT_LOG` says (`info`, `host_agent::vmm=debug,warn`, …).
+fn start_log(verbose: u8, output: &Output) {
+    let level = match verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let mut filter = Targets::new().with_default(level);
+    if let Ok(text) = std::env::var("HOST_AGENT_LOG")
+        && !text.is_empty()
+    {
+        match text.parse() {
+            Ok(parsed) => filter = parsed,
+            Err(error) => output.warn(&format!("HOST_AGENT_LOG={text} is ignored: {error}")),
+        }
+    }
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(verbose > 1);
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .init();
+}
+
+/// An asynchronous run-time on this thread.
+fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::chain(Code::Unclassified, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_usage_is_one_line_with_the_parsers_tip() {
+        let parse = |line: &[&str]| {
+            let error = CommandLine::try_parse_from(line).unwrap_err();
+            usage_error(&error.render().to_string())
+        };
+        let error = parse(&["host-agent", "dcotor"]);
+        assert_eq!(error.exit(), Exit::Usage);
+        assert_eq!(error.what(), "unrecognized subcommand 'dcotor'");
+        assert!(error.hint_text().unwrap().contains("doctor"));
+        let error = parse(&["host-agent", "exec", "A_IN_0"]);
+        assert!(error.what().contains("<CMD>"), "{}", error.what());
+        assert_eq!(error.hint_text(), Some("host-agent --help"));
+    }
+}

@@ -1,0 +1,280 @@
+//! Probes: does a published endpoint answer?
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+/// A TCP connection that is open and silent this long is a success: many
+/// protocols let the client speak first. The host accepts before the guest
+/// does, so a refusal shows as an early end. Times the timeout scale.
+const TCP_OPEN: Duration = Duration::from_millis(500);
+/// Most time of one HTTP attempt, times the timeout scale.
+const HTTP_LIMIT: Duration = Duration::from_secs(5);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Longest status line taken.
+const MAX_STATUS_LINE: usize = 1024;
+
+/// What to try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// Name of the endpoint.
+    pub endpoint: String,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Kind {
+    Tcp,
+    Http { path: String, code: u16 },
+}
+
+/// How a probe ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// What was seen, or why it failed.
+    pub result: Result<String, String>,
+    /// Attempts made.
+    pub attempts: u32,
+    /// From the first attempt to the result.
+    pub took: Duration,
+}
+
+impl FromStr for Probe {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "write tcp://ENDPOINT or http://ENDPOINT/PATH[=CODE]";
+        let (scheme, rest) = text.split_once("://").ok_or(FORM)?;
+        let (endpoint, path) = match rest.find('/') {
+            Some(slash) => rest.split_at(slash),
+            None => (rest, ""),
+        };
+        if endpoint.is_empty() {
+            return Err(format!("the endpoint is missing: {FORM}"));
+        }
+        if endpoint.contains(':') {
+            return Err("name the endpoint without a port: the definition has it".into());
+        }
+        if path.contains(|c: char| !c.is_ascii_graphic()) {
+            return Err("the path has characters that must be percent-encoded".into());
+        }
+        let kind = match scheme {
+            "tcp" if path.is_empty() => Kind::Tcp,
+            "tcp" => return Err("tcp:// takes no path".into()),
+            "http" => {
+                let (path, code) = path_and_code(path)?;
+                Kind::Http { path, code }
+            }
+            other => return Err(format!("{other}:// is not a probe: {FORM}")),
+        };
+        Ok(Self {
+            endpoint: endpoint.to_owned(),
+            kind,
+        })
+    }
+}
+
+/// Splits `/health=204`. In a query only three digits at the end are a code.
+fn path_and_code(text: &str) -> Result<(String, u16), String> {
+    let text = if text.is_empty() { "/" } else { text };
+    let split = text
+        .rsplit_once('=')
+        .filter(|(path, digits)| !digits.is_empty() && (!path.contains('?') || digits.len() == 3))
+        .filter(|(_, digits)| digits.bytes().all(|b| b.is_ascii_digit()));
+    let Some((path, digits)) = split else {
+        return Ok((text.to_owned(), 200));
+    };
+    match digits.parse() {
+        Ok(code @ 100..=599) => Ok((path.to_owned(), code)),
+        _ => Err(format!("{digits} is not an HTTP status code")),
+    }
+}
+
+impl fmt::Display for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kind {
+            Kind::Tcp => write!(f, "tcp://{}", self.endpoint),
+            Kind::Http { path, code } => write!(f, "http://{}{path}={code}", self.endpoint),
+        }
+    }
+}
+
+impl Probe {
+    /// Tries until it succeeds or `deadline` is reached: Ready says that the
+    /// role's process runs, not that it listens already.
+    pub async fn run(&self, address: SocketAddr, deadline: Instant, scale: u32) -> Outcome {
+        let started = Instant::now();
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let result = self.attempt(address, scale).await;
+            if result.is_ok() || Instant::now() + PAUSE >= deadline {
+                return Outcome {
+                    result,
+                    attempts,
+                    took: started.elapsed(),
+                };
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    async fn attempt(&self, address: SocketAddr, scale: u32) -> Result<String, String> {
+        match &self.kind {
+            Kind::Tcp => tcp(address, TCP_OPEN * scale).await,
+            Kind::Http { path, code } => {
+                let limit = HTTP_LIMIT * scale;
+                let status = timeout(limit, http(address, &self.endpoint, path))
+                    .await
+                    .map_err(|_| format!("no answer in {} s", limit.as_secs()))??;
+                if status == *code {
+                    Ok(format!("GET {path} {status}"))
+                } else {
+                    Err(format!("GET {path} returned {status}, not {code}"))
+                }
+            }
+        }
+    }
+}
+
+async fn tcp(address: SocketAddr, open: Duration) -> Result<String, String> {
+    let mut stream = TcpStream::connect(address)
+        .await
+        .map_err(|error| format!("connect to {address}: {error}"))?;
+    match timeout(open, stream.read(&mut [0; 1])).await {
+        Err(_) => Ok("connected".into()),
+        Ok(Ok(0)) => Err("the connection was closed at once".into()),
+        Ok(Ok(_)) => Ok("connected, the server spoke".into()),
+        Ok(Err(error)) => Err(format!("the connection ended at once: {error}")),
+    }
+}
+
+/// The status code of a GET.
+async fn http(address: SocketAddr, host: &str, path: &str) -> Result<u16, String> {
+    let failed = |error: std::io::Error| format!("http at {address}: {error}");
+    let mut stream = TcpStream::connect(address).await.map_err(failed)?;
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: host-agent/{}\r\n\
+         Accept: */*\r\nConnection: close\r\n\r\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    stream.write_all(request.as_bytes()).await.map_err(failed)?;
+    let mut head = Vec::new();
+    while head.len() < MAX_STATUS_LINE && !head.contains(&b'\n') {
+        let mut piece = [0; 256];
+        let count = stream.read(&mut piece).await.map_err(failed)?;
+        if count == 0 {
+            break;
+        }
+        head.extend_from_slice(&piece[..count]);
+    }
+    status(&head).ok_or_else(|| "the answer is not HTTP".to_owned())
+}
+
+/// The code in a status line (RFC 9112, 4).
+fn status(head: &[u8]) -> Option<u16> {
+    let end = head.iter().position(|byte| *byte == b'\n')?;
+    let line = std::str::from_utf8(&head[..end]).ok()?;
+    let mut words = line.strip_prefix("HTTP/1.")?.split(' ');
+    words.next()?;
+    let code = words.next()?.trim_end();
+    (code.len() == 3).then(|| code.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    #[test]
+    fn probes_are_read_and_written_back() {
+        for (text, expected) in [
+            ("tcp://redis", "tcp://redis"),
+            ("http://www", "http://www/=200"),
+            ("http://www/a/b", "http://www/a/b=200"),
+            ("http://www/health=204", "http://www/health=204"),
+            ("http://www/?a=b", "http://www/?a=b=200"),
+            ("http://www/?a=12", "http://www/?a=12=200"),
+            ("http://www/?a=12=404", "http://www/?a=12=404"),
+        ] {
+            assert_eq!(text.parse::<Probe>().unwrap().to_string(), expected);
+        }
+        for bad in [
+            "redis",
+            "tcp://",
+            "tcp://redis/",
+            "tcp://redis:6379",
+            "http:///x",
+            "http://www/=99",
+            "http://www/=600",
+            "http://www/a b",
+            "http://www/a\r\nX: y",
+            "https://www/",
+        ] {
+            assert!(bad.parse::<Probe>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_a_whole_status_line_has_a_code() {
+        assert_eq!(status(b"HTTP/1.1 204 No Content\r\n"), Some(204));
+        assert_eq!(status(b"HTTP/1.0 200\r\n"), Some(200));
+        for bad in [
+            &b"HTTP/1.1 200"[..],
+            b"HTTP/2 200\r\n",
+            b"-ERR unknown\r\n",
+            b"HTTP/1.1 20\r\n",
+            b"\xff\n",
+        ] {
+            assert_eq!(status(bad), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_dropped_at_once_is_no_success() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            for _ in 0..2 {
+                drop(listener.accept().await.unwrap());
+            }
+            let (mut held, _) = listener.accept().await.unwrap();
+            held.write_all(b"hello").await.unwrap();
+            held
+        });
+        let probe: Probe = "tcp://x".parse().unwrap();
+        let deadline = Instant::now() + Duration::from_mins(1);
+        let outcome = probe.run(address, deadline, 1).await;
+        assert_eq!(outcome.result.as_deref(), Ok("connected, the server spoke"));
+        assert_eq!(outcome.attempts, 3);
+        drop(server.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_wrong_status_is_a_failure_that_names_both() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut request = vec![0; 512];
+            let count = client.read(&mut request).await.unwrap();
+            assert!(request[..count].starts_with(b"GET /h HTTP/1.1\r\nHost: www\r\n"));
+            client
+                .write_all(b"HTTP/1.1 503 Busy\r\n\r\n")
+                .await
+                .unwrap();
+        });
+        let probe: Probe = "http://www/h".parse().unwrap();
+        let outcome = probe.run(address, Instant::now(), 1).await;
+        assert_eq!(
+            outcome.result,
+            Err("GET /h returned 503, not 200".to_owned())
+        );
+    }
+}

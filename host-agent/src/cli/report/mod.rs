@@ -1,0 +1,279 @@
+//! What a test found: one value, printed as text, JSON and JUnit.
+
+mod junit;
+mod stages;
+mod time;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::Serialize;
+use serde_json::Value;
+
+pub use junit::junit;
+pub use stages::{Failure, stages};
+pub use time::rfc3339;
+
+/// A file to write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReportFile {
+    /// The whole report.
+    Json(PathBuf),
+    /// JUnit XML, as CI systems read it.
+    Junit(PathBuf),
+}
+
+impl FromStr for ReportFile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((_, "")) | None => Err("write json=FILE or junit=FILE".into()),
+            Some(("json", file)) => Ok(Self::Json(file.into())),
+            Some(("junit", file)) => Ok(Self::Junit(file.into())),
+            Some((other, _)) => Err(format!(
+                "{other} is not a kind of report: write json=FILE or junit=FILE"
+            )),
+        }
+    }
+}
+
+impl ReportFile {
+    /// Where it goes.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Json(path) | Self::Junit(path) => path,
+        }
+    }
+
+    /// What goes there.
+    pub fn render(&self, report: &TestReport) -> String {
+        match self {
+            Self::Json(_) => format!("{:#}\n", report.json()),
+            Self::Junit(_) => junit(report),
+        }
+    }
+}
+
+/// How a test, or a part of it, ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// As it should.
+    Ok,
+    /// Not as it should.
+    Fail,
+    /// Not tried.
+    Skip,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "ok",
+            Self::Fail => "fail",
+            Self::Skip => "skip",
+        })
+    }
+}
+
+/// Schema `host-agent.test/1`: grows only by new fields.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TestReport {
+    /// The whole.
+    pub result: Outcome,
+    /// Exit code of the command.
+    pub exit_code: u8,
+    /// Service name, or the argument when it could not be read.
+    pub service: String,
+    /// RFC 3339, UTC.
+    pub started: String,
+    /// Of the whole command.
+    pub duration_ms: u64,
+    /// The machine.
+    pub host: HostFacts,
+    /// The instances, in the order of the definition.
+    pub instances: Vec<InstanceReport>,
+    /// The probes, in the order given.
+    pub probes: Vec<Step>,
+    /// The end of the service, when it came so far.
+    pub stop: Option<Step>,
+    /// What failed, in the form of every error.
+    pub error: Option<Value>,
+}
+
+/// What timing depended on.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HostFacts {
+    /// `bare metal`, `nested`, …; absent when guests cannot run.
+    pub kvm: Option<String>,
+    /// Microseconds per VM exit.
+    pub exit_us: Option<f64>,
+    /// Factor of every timeout.
+    pub timeout_scale: u32,
+}
+
+/// One instance.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct InstanceReport {
+    /// `<Role>_IN_<n>`.
+    pub name: String,
+    /// Its last state before the stop.
+    pub state: String,
+    /// The steps it took.
+    pub stages: Vec<Step>,
+    /// Its logs, where they can be read after the command.
+    pub logs: Vec<PathBuf>,
+    /// The last lines of its serial console, when it failed.
+    pub serial_tail: Vec<String>,
+}
+
+/// One step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// Name of the step, or the probe.
+    pub name: String,
+    /// How it ended.
+    pub result: Outcome,
+    /// How long it took.
+    pub ms: u64,
+    /// What was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// `HA-nnnn`, when it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+}
+
+impl Step {
+    /// A step without detail.
+    pub fn new(name: impl Into<String>, result: Outcome, ms: u64) -> Self {
+        Self {
+            name: name.into(),
+            result,
+            ms,
+            detail: None,
+            code: None,
+        }
+    }
+}
+
+impl TestReport {
+    /// With the schema's name in front.
+    pub fn json(&self) -> Value {
+        let mut value = serde_json::json!({"schema": "host-agent.test/1"});
+        let fields = serde_json::to_value(self).expect("the report has string keys only");
+        if let (Value::Object(all), Value::Object(fields)) = (&mut value, fields) {
+            all.extend(fields);
+        }
+        value
+    }
+
+    /// Every step with the instance it belongs to.
+    pub fn steps(&self) -> impl Iterator<Item = (Option<&InstanceReport>, &Step)> {
+        let instances = self.instances.iter().flat_map(|instance| {
+            instance
+                .stages
+                .iter()
+                .map(move |step| (Some(instance), step))
+        });
+        let rest = self.probes.iter().chain(&self.stop);
+        instances.chain(rest.map(|step| (None, step)))
+    }
+
+    /// The last line: how it ended, what ran.
+    pub fn verdict(&self) -> String {
+        let count = |outcome| {
+            let steps = self.steps();
+            steps.filter(|(_, step)| step.result == outcome).count()
+        };
+        let seconds = self.duration_ms as f64 / 1000.0;
+        let passed = count(Outcome::Ok);
+        match self.result {
+            Outcome::Ok => format!("PASS {passed} checks in {seconds:.1} s"),
+            Outcome::Skip => "SKIP this machine cannot run guests".into(),
+            Outcome::Fail => format!(
+                "FAIL {} of {} checks in {seconds:.1} s",
+                count(Outcome::Fail).max(1),
+                passed + count(Outcome::Skip) + count(Outcome::Fail).max(1)
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// A test in which the second probe failed.
+    pub fn failed() -> TestReport {
+        let step = |name: &str, result, ms| Step::new(name, result, ms);
+        TestReport {
+            result: Outcome::Fail,
+            exit_code: 9,
+            service: "redis".into(),
+            started: "2026-01-02T03:04:05Z".into(),
+            duration_ms: 4120,
+            host: HostFacts {
+                kvm: Some("nested".into()),
+                exit_us: Some(11.8),
+                timeout_scale: 4,
+            },
+            instances: vec![InstanceReport {
+                name: "Cache_IN_0".into(),
+                state: "Ready".into(),
+                stages: vec![
+                    step("boot", Outcome::Ok, 1290),
+                    step("agent", Outcome::Ok, 120),
+                    step("role", Outcome::Ok, 90),
+                ],
+                logs: vec!["out/Cache_IN_0/serial.log".into()],
+                serial_tail: vec!["[ 1.0] <up> & \u{1}running".into()],
+            }],
+            probes: vec![
+                step("tcp://redis", Outcome::Ok, 6),
+                Step {
+                    detail: Some("GET / returned 503, not \"200\"".into()),
+                    code: Some("HA-0402".into()),
+                    ..step("http://www/=200", Outcome::Fail, 2000)
+                },
+            ],
+            stop: Some(step("stop", Outcome::Ok, 300)),
+            error: Some(serde_json::json!({"code": "HA-0402"})),
+        }
+    }
+
+    #[test]
+    fn the_json_report_keeps_its_form() {
+        let value = failed().json();
+        assert_eq!(value["schema"], "host-agent.test/1");
+        assert_eq!(value["result"], "fail");
+        assert_eq!(value["exit_code"], 9);
+        assert_eq!(value["host"]["timeout_scale"], 4);
+        let stage = &value["instances"][0]["stages"][0];
+        assert_eq!(
+            stage.to_string(),
+            r#"{"ms":1290,"name":"boot","result":"ok"}"#
+        );
+        assert_eq!(value["probes"][1]["code"], "HA-0402");
+    }
+
+    #[test]
+    fn the_last_line_counts_what_ran() {
+        let mut report = failed();
+        assert_eq!(report.verdict(), "FAIL 1 of 6 checks in 4.1 s");
+        report.probes.pop();
+        report.result = Outcome::Ok;
+        assert_eq!(report.verdict(), "PASS 5 checks in 4.1 s");
+    }
+
+    #[test]
+    fn report_files_are_named_with_their_kind() {
+        assert_eq!("json=a=b".parse(), Ok(ReportFile::Json("a=b".into())));
+        assert_eq!("junit=x.xml".parse(), Ok(ReportFile::Junit("x.xml".into())));
+        for bad in ["json", "json=", "html=x", "x.xml"] {
+            assert!(bad.parse::<ReportFile>().is_err(), "{bad}");
+        }
+    }
+}

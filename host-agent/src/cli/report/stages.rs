@@ -1,0 +1,143 @@
+//! From the timeline of an instance to the steps it took. Pure.
+
+use std::time::Duration;
+
+use vmbus::message::RoleState;
+
+use super::{Outcome, Step};
+use crate::supervisor::event::{EventKind, TimelineEvent};
+
+/// Disks, boot, agent, role: the steps from accepted to Ready.
+const NAMES: [&str; 4] = ["disks", "boot", "agent", "role"];
+
+/// The steps of `instance` until it was Ready for the first time. `failure`
+/// is what ended the instance before that: then the step it was in failed,
+/// and later ones were skipped.
+pub fn stages(events: &[TimelineEvent], instance: &str, failure: Option<&Failure>) -> Vec<Step> {
+    let own = |event: &&TimelineEvent| event.instance.as_deref() == Some(instance);
+    let mut ends: Vec<Duration> = Vec::new();
+    let mut last = Duration::ZERO;
+    for event in events.iter().filter(own) {
+        last = event.at;
+        if ends.len() < NAMES.len() && ends_stage(&event.kind, ends.len()) {
+            ends.push(event.at);
+        }
+    }
+    let mut begin = Duration::ZERO;
+    let mut steps = Vec::new();
+    for (number, name) in NAMES.into_iter().enumerate() {
+        let step = match (ends.get(number), failure) {
+            (Some(end), _) => {
+                let ms = millis(end.saturating_sub(begin));
+                begin = *end;
+                Step::new(name, Outcome::Ok, ms)
+            }
+            (None, Some(failure)) if number == ends.len() => Step {
+                detail: Some(failure.detail.clone()),
+                code: Some(failure.code.clone()),
+                ..Step::new(name, Outcome::Fail, millis(last.saturating_sub(begin)))
+            },
+            (None, _) => Step::new(name, Outcome::Skip, 0),
+        };
+        steps.push(step);
+    }
+    steps
+}
+
+/// Why an instance is not Ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// In words.
+    pub detail: String,
+    /// `HA-nnnn`.
+    pub code: String,
+}
+
+fn ends_stage(kind: &EventKind, stage: usize) -> bool {
+    match stage {
+        0 => matches!(kind, EventKind::DisksReady { .. }),
+        1 => matches!(kind, EventKind::AgentConnected { .. }),
+        2 => matches!(kind, EventKind::GuestAgent { error: None }),
+        _ => matches!(
+            kind,
+            EventKind::Role {
+                state: RoleState::Ready,
+                ..
+            }
+        ),
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(ms: u64, instance: &str, kind: EventKind) -> TimelineEvent {
+        TimelineEvent {
+            at: Duration::from_millis(ms),
+            instance: Some(instance.into()),
+            kind,
+        }
+    }
+
+    fn role(state: RoleState) -> EventKind {
+        EventKind::Role {
+            state,
+            detail: String::new(),
+            recycles: 0,
+            last_exit: None,
+            retry_in_ms: None,
+        }
+    }
+
+    fn story() -> Vec<TimelineEvent> {
+        vec![
+            event(20, "A_IN_0", EventKind::DisksReady { kept: false }),
+            event(25, "B_IN_0", EventKind::DisksReady { kept: false }),
+            event(
+                1020,
+                "A_IN_0",
+                EventKind::AgentConnected {
+                    init_ms: 900,
+                    agent: "app-agent".into(),
+                },
+            ),
+            event(1100, "A_IN_0", EventKind::GuestAgent { error: None }),
+            event(1150, "A_IN_0", role(RoleState::Starting)),
+            event(1200, "A_IN_0", role(RoleState::Ready)),
+            event(3000, "B_IN_0", EventKind::Stopping),
+            event(9000, "A_IN_0", role(RoleState::Ready)),
+        ]
+    }
+
+    #[test]
+    fn each_step_lasts_from_the_end_of_the_one_before() {
+        let steps = stages(&story(), "A_IN_0", None);
+        let seen: Vec<_> = steps.iter().map(|s| (s.name.as_str(), s.ms)).collect();
+        assert_eq!(
+            seen,
+            [("disks", 20), ("boot", 1000), ("agent", 80), ("role", 100)]
+        );
+        assert!(steps.iter().all(|step| step.result == Outcome::Ok));
+    }
+
+    #[test]
+    fn the_step_that_was_not_finished_failed_and_later_ones_are_skipped() {
+        let failure = Failure {
+            detail: "kernel panic".into(),
+            code: "HA-0301".into(),
+        };
+        let steps = stages(&story(), "B_IN_0", Some(&failure));
+        let seen: Vec<_> = steps.iter().map(|step| step.result).collect();
+        assert_eq!(
+            seen,
+            [Outcome::Ok, Outcome::Fail, Outcome::Skip, Outcome::Skip]
+        );
+        assert_eq!(steps[1].ms, 2975);
+        assert_eq!(steps[1].detail.as_deref(), Some("kernel panic"));
+    }
+}

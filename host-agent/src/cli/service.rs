@@ -1,0 +1,116 @@
+//! `host-agent pack` and `host-agent validate`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use super::args::{PackArgs, ValidateArgs};
+use super::error::{CliError, Code};
+use super::exit::Exit;
+use super::output::Output;
+use crate::doctor::iec;
+use crate::service::{self, Validated};
+use crate::store::image::hex;
+
+/// Packs a directory.
+pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
+    let started = Instant::now();
+    let packed = service::pack(&args.dir, &args.output)?;
+    let digest = digest_of(&args.output).map_err(|error| {
+        let what = format!("cannot read {} again", args.output.display());
+        CliError::new(Code::Output, what).cause(error.to_string())
+    })?;
+    let text = format!(
+        "packed {}  {} role{}  {} file{}  {}  sha256:{digest}  in {:.1} s",
+        args.output.display(),
+        packed.roles,
+        plural(packed.roles),
+        packed.files,
+        plural(packed.files),
+        iec(packed.bytes),
+        started.elapsed().as_secs_f64(),
+    );
+    output.answer(&text, || {
+        json!({
+            "schema": "host-agent.pack/1",
+            "file": args.output,
+            "service": packed.service,
+            "roles": packed.roles,
+            "files": packed.files,
+            "bytes": packed.bytes,
+            "digest": format!("sha256:{digest}"),
+        })
+    })?;
+    Ok(Exit::Success)
+}
+
+/// Checks each file; the answer lists those that are right, errors tell of
+/// the others, and the exit code is that of the first error.
+pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> {
+    let mut lines = Vec::new();
+    let mut results = Vec::new();
+    let mut exit = Exit::Success;
+    for file in &args.files {
+        match service::validate(file) {
+            Ok(found) => {
+                lines.push(format!("ok    {}  {}", file.display(), words(found)));
+                results.push(json!({"file": file, "valid": true, "what": words(found)}));
+            }
+            Err(error) => {
+                let error = CliError::from(error);
+                output.error(&error);
+                lines.push(format!("fail  {}  {}", file.display(), error.code().name()));
+                results.push(json!({"file": file, "valid": false, "error": error.json()}));
+                if exit == Exit::Success {
+                    exit = error.exit();
+                }
+            }
+        }
+    }
+    output.answer(&lines.join("\n"), || {
+        json!({
+            "schema": "host-agent.validate/1",
+            "valid": exit == Exit::Success,
+            "files": results,
+        })
+    })?;
+    Ok(exit)
+}
+
+fn words(found: Validated) -> &'static str {
+    match found {
+        Validated::Service => "definition, configuration and files agree",
+        Validated::Definition => "definition",
+        Validated::Configuration => "configuration agrees with the definition beside it",
+        Validated::PackagedService => "package agrees with the configuration beside it",
+        Validated::Package => "package; no configuration beside it",
+    }
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
+fn digest_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = HashWriter(Sha256::new());
+    io::copy(&mut file, &mut hasher)?;
+    Ok(hex(&hasher.0.finalize()))
+}
+
+struct HashWriter(Sha256);
+
+impl io::Write for HashWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

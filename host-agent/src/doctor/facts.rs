@@ -1,0 +1,123 @@
+//! Looks at the host: the only part of the doctor that touches anything.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{Gid, Group, Uid, User};
+
+use super::kvm_probe;
+use super::verdict::{Facts, KvmFact};
+
+const KVM: &str = "/dev/kvm";
+
+/// Gathers every fact. Takes under a second on a sound machine.
+pub fn gather(data_dir: PathBuf) -> Facts {
+    let module = std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| module_of(&text));
+    Facts {
+        kvm: kvm(),
+        container: Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists(),
+        module,
+        user: user(),
+        memory: std::fs::read_to_string("/proc/meminfo")
+            .ok()
+            .and_then(|text| available(&text))
+            .unwrap_or(0),
+        disk: free_space(&data_dir),
+        data_dir,
+        cgroup: cgroup(),
+        scale_variable: std::env::var("HOST_AGENT_TIMEOUT_SCALE").ok(),
+    }
+}
+
+fn kvm() -> KvmFact {
+    match OpenOptions::new().read(true).write(true).open(KVM) {
+        Ok(file) => KvmFact::Opened(kvm_probe::probe(file)),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => KvmFact::Missing,
+            ErrorKind::PermissionDenied => denied(),
+            // The node is there and the module behind it is not.
+            _ if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
+                KvmFact::Missing
+            }
+            _ => KvmFact::Failed {
+                error: error.to_string(),
+            },
+        },
+    }
+}
+
+fn denied() -> KvmFact {
+    let metadata = std::fs::metadata(KVM).ok();
+    KvmFact::Denied {
+        group: metadata.as_ref().and_then(|metadata| {
+            let group = Group::from_gid(Gid::from_raw(metadata.gid()));
+            group.ok().flatten().map(|group| group.name)
+        }),
+        mode: metadata.map_or(0, |metadata| metadata.mode()),
+    }
+}
+
+fn user() -> String {
+    User::from_uid(Uid::effective())
+        .ok()
+        .flatten()
+        .map_or_else(|| format!("user {}", Uid::effective()), |user| user.name)
+}
+
+/// Free bytes for this user at `directory` or its nearest existing parent.
+fn free_space(directory: &Path) -> u64 {
+    directory
+        .ancestors()
+        .find_map(|path| nix::sys::statvfs::statvfs(path).ok())
+        .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
+}
+
+fn cgroup() -> Option<Vec<String>> {
+    let text = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok()?;
+    Some(text.split_whitespace().map(Into::into).collect())
+}
+
+/// The KVM module for the processor described by `/proc/cpuinfo`.
+fn module_of(cpuinfo: &str) -> Option<&'static str> {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
+    flags.split_whitespace().find_map(|flag| match flag {
+        "vmx" => Some("kvm_intel"),
+        "svm" => Some("kvm_amd"),
+        _ => None,
+    })
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_tables_are_read() {
+        let memory = "MemTotal:  100 kB\nMemFree: 1 kB\nMemAvailable:    2048 kB\n";
+        assert_eq!(available(memory), Some(2 << 20));
+        assert_eq!(available("MemFree: 1 kB\n"), None);
+        assert_eq!(
+            module_of("model: x\nflags\t\t: fpu svm sse\n"),
+            Some("kvm_amd")
+        );
+        assert_eq!(module_of("flags : fpu vmx_foo\n"), None);
+    }
+
+    #[test]
+    fn free_space_is_that_of_the_nearest_directory_that_exists() {
+        assert!(free_space(Path::new("/no/such/directory")) > 0);
+    }
+}

@@ -1,0 +1,130 @@
+//! Can this machine run guests, and if not, what mends it?
+
+mod facts;
+mod kvm_probe;
+mod verdict;
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+
+pub use verdict::{Check, Level, TimeoutScale, Verdict, iec};
+use verdict::{Facts, KvmFact};
+
+use kvm_probe::Probe;
+
+/// What was found, and what follows from it.
+#[derive(Debug, Clone, Serialize)]
+pub struct HostReport {
+    /// `host-agent.doctor/1`.
+    schema: &'static str,
+    /// Whether guests can run.
+    pub verdict: Verdict,
+    /// Microseconds from a guest to this process and back, when measured.
+    pub exit_us: Option<f64>,
+    /// Millions of guest instructions per second, when measured.
+    pub guest_mips: Option<f64>,
+    /// `bare metal`, `nested`, …, when measured.
+    pub kind: Option<&'static str>,
+    /// Factor of every timeout.
+    pub timeout_scale: TimeoutScale,
+    /// Free memory in bytes.
+    pub memory_bytes: u64,
+    /// Free disk space in bytes where the data directory is.
+    pub disk_bytes: u64,
+    /// Line by line.
+    pub checks: Vec<Check>,
+}
+
+/// Looks at this host, with guests' files in `data_dir`.
+pub fn check(data_dir: &Path) -> HostReport {
+    HostReport::from_facts(&facts::gather(data_dir.to_owned()))
+}
+
+impl HostReport {
+    fn from_facts(facts: &Facts) -> Self {
+        let measured = match &facts.kvm {
+            KvmFact::Opened(Probe::Ran(measured)) => Some(*measured),
+            _ => None,
+        };
+        let tenth = |value: f64| (value * 10.0).round() / 10.0;
+        Self {
+            schema: "host-agent.doctor/1",
+            verdict: verdict::verdict(facts),
+            exit_us: measured.map(|m| tenth(m.exit_us)),
+            guest_mips: measured.map(|m| tenth(m.loop_mips)),
+            kind: measured.as_ref().map(verdict::kind_of_host),
+            timeout_scale: verdict::timeout_scale(facts),
+            memory_bytes: facts.memory,
+            disk_bytes: facts.disk,
+            checks: verdict::checks(facts),
+        }
+    }
+
+    /// Whether guests can run here.
+    pub fn is_usable(&self) -> bool {
+        self.verdict == Verdict::Usable
+    }
+
+    /// The factor of every timeout.
+    pub fn timeout_scale(&self) -> u32 {
+        self.timeout_scale.factor
+    }
+
+    /// `timeout` on this host.
+    pub fn scaled(&self, timeout: Duration) -> Duration {
+        timeout.saturating_mul(self.timeout_scale.factor)
+    }
+
+    /// The first check that failed.
+    pub fn failure(&self) -> Option<&Check> {
+        self.checks.iter().find(|check| check.level == Level::Fail)
+    }
+
+    /// One line for the head of a run: the host, its exits, the timeouts.
+    pub fn summary(&self) -> String {
+        let scale = self.timeout_scale;
+        let why = match (scale.from_environment, scale.factor) {
+            (true, _) => " by HOST_AGENT_TIMEOUT_SCALE",
+            (false, 1) => "",
+            (false, _) => "; set HOST_AGENT_TIMEOUT_SCALE to change",
+        };
+        match (self.kind, self.exit_us) {
+            (Some(kind), Some(us)) => {
+                format!(
+                    "kvm {kind} ({us:.1} us per exit), timeouts x{}{why}",
+                    scale.factor
+                )
+            }
+            _ => "kvm not usable".into(),
+        }
+    }
+}
+
+impl fmt::Display for HostReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for check in &self.checks {
+            let level = match check.level {
+                Level::Ok => "ok",
+                Level::Warn => "warn",
+                Level::Fail => "fail",
+            };
+            writeln!(f, "{level:<5} {:<10} {}", check.name, check.text)?;
+            if let Some(hint) = &check.hint {
+                writeln!(f, "      {:<10} {hint}", "hint:")?;
+            }
+        }
+        match self.verdict {
+            Verdict::Usable => write!(f, "ready"),
+            Verdict::NoDevice => write!(f, "not usable: no /dev/kvm"),
+            Verdict::NoPermission => write!(f, "not usable: no permission to open /dev/kvm"),
+            Verdict::CannotRunKernel => {
+                write!(f, "not usable: /dev/kvm cannot run an unmodified kernel")
+            }
+            Verdict::NoMemory => write!(f, "not usable: not enough free memory"),
+            Verdict::NoDisk => write!(f, "not usable: not enough free disk space"),
+        }
+    }
+}

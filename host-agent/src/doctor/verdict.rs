@@ -1,0 +1,511 @@
+//! From facts about the host to a verdict, and how to mend what is wrong. Pure.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::kvm_probe::{Measured, Probe};
+
+/// Below this much free memory not even the smallest guest starts.
+const LEAST_MEMORY: u64 = 192 << 20;
+/// Below this, a guest of the usual sizes does not fit.
+const LOW_MEMORY: u64 = 1 << 30;
+/// Below this much free disk space a guest cannot write its first blocks.
+const LEAST_DISK: u64 = 64 << 20;
+/// Below this, a few guests fill the disk.
+const LOW_DISK: u64 = 2 << 30;
+/// An exit on bare metal takes 1 to 3 us; limits are set for that.
+const EXIT_US_PER_SCALE: f64 = 3.0;
+/// More patience than this hides faults.
+const MOST_SCALE: u32 = 20;
+/// Up to here an exit is as cheap as on bare metal.
+const BARE_METAL_US: f64 = 4.5;
+/// Up to here it is what a hardware-assisted nested guest pays.
+const NESTED_US: f64 = 40.0;
+
+/// What was found on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// The device.
+    pub kvm: KvmFact,
+    /// Whether this process is in a container.
+    pub container: bool,
+    /// The kernel module that the processor wants (`kvm_intel`, `kvm_amd`), if
+    /// it has virtualization at all.
+    pub module: Option<&'static str>,
+    /// The user's name, for commands.
+    pub user: String,
+    /// `MemAvailable` in bytes.
+    pub memory: u64,
+    /// Free bytes where the data directory is or will be.
+    pub disk: u64,
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// Controllers of the cgroup v2 hierarchy; `None` without one.
+    pub cgroup: Option<Vec<String>>,
+    /// `HOST_AGENT_TIMEOUT_SCALE`, as given.
+    pub scale_variable: Option<String>,
+}
+
+/// What became of `/dev/kvm`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum KvmFact {
+    /// There is none.
+    Missing,
+    /// It cannot be opened for lack of permission.
+    Denied {
+        /// Group that owns it.
+        group: Option<String>,
+        /// Mode bits.
+        mode: u32,
+    },
+    /// It cannot be opened for another reason.
+    Failed {
+        /// The system's words.
+        error: String,
+    },
+    /// It was opened and tried.
+    Opened(Probe),
+}
+
+/// How a line of the report is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Works, with a drawback.
+    Warn,
+    /// Guests cannot run.
+    Fail,
+}
+
+/// One line of the report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// How it is meant.
+    pub level: Level,
+    /// What was looked at.
+    pub name: &'static str,
+    /// What was found.
+    pub text: String,
+    /// The command or change that mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Whether guests can run here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Yes.
+    Usable,
+    /// `/dev/kvm` does not exist.
+    NoDevice,
+    /// `/dev/kvm` may not be opened.
+    NoPermission,
+    /// `/dev/kvm` opens and cannot run an unmodified kernel.
+    CannotRunKernel,
+    /// Not enough memory.
+    NoMemory,
+    /// Not enough disk space.
+    NoDisk,
+}
+
+/// How patient to be, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct TimeoutScale {
+    /// Every timeout is multiplied by this; 1 to 20, or what the user set.
+    pub factor: u32,
+    /// Set by `HOST_AGENT_TIMEOUT_SCALE` and not by measurement.
+    pub from_environment: bool,
+}
+
+/// The checks in the order of the report.
+pub fn checks(facts: &Facts) -> Vec<Check> {
+    let mut checks = kvm_checks(facts);
+    checks.push(memory_check(facts.memory));
+    checks.push(disk_check(facts));
+    checks.push(cgroup_check(facts.cgroup.as_deref()));
+    if let Some(value) = &facts.scale_variable
+        && parse_scale(value).is_none()
+    {
+        checks.push(Check {
+            level: Level::Warn,
+            name: "timeouts",
+            text: format!(
+                "HOST_AGENT_TIMEOUT_SCALE={value} is ignored: not a number from 1 to 1000"
+            ),
+            hint: Some("export HOST_AGENT_TIMEOUT_SCALE=4".into()),
+        });
+    }
+    checks
+}
+
+/// The verdict: the first thing that keeps guests from running.
+pub fn verdict(facts: &Facts) -> Verdict {
+    match &facts.kvm {
+        KvmFact::Missing => Verdict::NoDevice,
+        KvmFact::Denied { .. } => Verdict::NoPermission,
+        KvmFact::Failed { .. } => Verdict::CannotRunKernel,
+        KvmFact::Opened(Probe::Ran(_)) if facts.memory < LEAST_MEMORY => Verdict::NoMemory,
+        KvmFact::Opened(Probe::Ran(_)) if facts.disk < LEAST_DISK => Verdict::NoDisk,
+        KvmFact::Opened(Probe::Ran(_)) => Verdict::Usable,
+        KvmFact::Opened(_) => Verdict::CannotRunKernel,
+    }
+}
+
+/// The factor for timeouts.
+pub fn timeout_scale(facts: &Facts) -> TimeoutScale {
+    if let Some(factor) = facts.scale_variable.as_deref().and_then(parse_scale) {
+        return TimeoutScale {
+            factor,
+            from_environment: true,
+        };
+    }
+    let factor = match &facts.kvm {
+        KvmFact::Opened(Probe::Ran(measured)) => scale_of(measured.exit_us),
+        _ => 1,
+    };
+    TimeoutScale {
+        factor,
+        from_environment: false,
+    }
+}
+
+/// The factor for an exit that takes `exit_us`.
+fn scale_of(exit_us: f64) -> u32 {
+    if exit_us <= BARE_METAL_US {
+        return 1;
+    }
+    // A cast from float saturates, so no cost is too high for it.
+    ((exit_us / EXIT_US_PER_SCALE).round() as u32).clamp(1, MOST_SCALE)
+}
+
+fn parse_scale(value: &str) -> Option<u32> {
+    value.trim().parse().ok().filter(|n| (1..=1000).contains(n))
+}
+
+/// What sort of host has exits this dear.
+pub fn kind_of_host(measured: &Measured) -> &'static str {
+    if measured.exit_us <= BARE_METAL_US {
+        "bare metal"
+    } else if measured.exit_us <= NESTED_US {
+        "nested"
+    } else {
+        "emulated or heavily loaded"
+    }
+}
+
+fn kvm_checks(facts: &Facts) -> Vec<Check> {
+    let check = |level, name, text: String, hint: Option<String>| Check {
+        level,
+        name,
+        text,
+        hint,
+    };
+    match &facts.kvm {
+        KvmFact::Missing => vec![check(
+            Level::Fail,
+            "kvm",
+            "/dev/kvm does not exist".into(),
+            Some(missing_hint(facts)),
+        )],
+        KvmFact::Denied { group, mode } => vec![check(
+            Level::Fail,
+            "kvm",
+            format!(
+                "/dev/kvm exists, but {} may not open it (group {}, mode {:04o})",
+                facts.user,
+                group.as_deref().unwrap_or("unknown"),
+                mode & 0o7777
+            ),
+            Some(denied_hint(facts, group.as_deref(), *mode)),
+        )],
+        KvmFact::Failed { error } => vec![check(
+            Level::Fail,
+            "kvm",
+            format!("/dev/kvm cannot be opened: {error}"),
+            Some("dmesg | grep -i kvm".into()),
+        )],
+        KvmFact::Opened(probe) => {
+            let opens = |text: &str| check(Level::Ok, "kvm", text.into(), None);
+            let (first, second) = match probe {
+                Probe::Ran(measured) => {
+                    let scale = timeout_scale(facts);
+                    let text = format!(
+                        "64-bit guest ran; {:.1} us per exit: {} (timeouts x{}{})",
+                        measured.exit_us,
+                        kind_of_host(measured),
+                        scale.factor,
+                        if scale.from_environment {
+                            ", set by HOST_AGENT_TIMEOUT_SCALE"
+                        } else {
+                            ""
+                        }
+                    );
+                    (
+                        opens("/dev/kvm opens read-write, API 12"),
+                        check(Level::Ok, "vm probe", text, None),
+                    )
+                }
+                Probe::Lacking { what } => (
+                    opens("/dev/kvm opens read-write"),
+                    check(
+                        Level::Fail,
+                        "vm probe",
+                        format!("present, but cannot run an unmodified kernel: it lacks {what}"),
+                        Some(unusable_hint(facts)),
+                    ),
+                ),
+                Probe::Stopped { at, how } => (
+                    opens("/dev/kvm opens read-write"),
+                    check(
+                        Level::Fail,
+                        "vm probe",
+                        format!(
+                            "present, but cannot run an unmodified kernel: \
+                             guest stopped at {at} ({how})"
+                        ),
+                        Some(unusable_hint(facts)),
+                    ),
+                ),
+                Probe::Hung => (
+                    opens("/dev/kvm opens read-write"),
+                    check(
+                        Level::Fail,
+                        "vm probe",
+                        "present, but cannot run an unmodified kernel: \
+                         guest did not come back within 2 s"
+                            .into(),
+                        Some(unusable_hint(facts)),
+                    ),
+                ),
+            };
+            vec![first, second]
+        }
+    }
+}
+
+fn missing_hint(facts: &Facts) -> String {
+    match (facts.container, facts.module) {
+        (true, _) => "start the container with --device /dev/kvm".into(),
+        (false, Some(module)) => format!("sudo modprobe {module}"),
+        (false, None) => "turn on virtualization (VT-x, AMD-V) in the firmware, or nested \
+                          virtualization in the hypervisor that runs this machine"
+            .into(),
+    }
+}
+
+fn denied_hint(facts: &Facts, group: Option<&str>, mode: u32) -> String {
+    if facts.container {
+        return "start the container with --device /dev/kvm, and --group-add with the \
+                device's group when it does not run as root"
+            .into();
+    }
+    match group {
+        // Joining root's own group would grant far more than this device.
+        Some(group) if mode & 0o060 == 0o060 && group != "root" => format!(
+            "sudo usermod -aG {group} {}   (then log in again)",
+            facts.user
+        ),
+        _ => "echo 'KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0666\"' | \
+              sudo tee /etc/udev/rules.d/99-kvm.rules && sudo udevadm control --reload && \
+              sudo udevadm trigger --name-match=kvm"
+            .into(),
+    }
+}
+
+fn unusable_hint(facts: &Facts) -> String {
+    let machine = if facts.container {
+        "container"
+    } else {
+        "machine"
+    };
+    format!(
+        "use a {machine} with hardware virtualization; where tests may be skipped: \
+         host-agent test --on-no-kvm skip"
+    )
+}
+
+fn memory_check(bytes: u64) -> Check {
+    let (level, hint) = if bytes < LEAST_MEMORY {
+        (Level::Fail, Some("free memory: ps aux --sort -rss | head"))
+    } else if bytes < LOW_MEMORY {
+        (
+            Level::Warn,
+            Some("use vmsize=\"ExtraSmall\", or free memory"),
+        )
+    } else {
+        (Level::Ok, None)
+    };
+    Check {
+        level,
+        name: "memory",
+        text: format!("{} free", iec(bytes)),
+        hint: hint.map(Into::into),
+    }
+}
+
+fn disk_check(facts: &Facts) -> Check {
+    let level = if facts.disk < LEAST_DISK {
+        Level::Fail
+    } else if facts.disk < LOW_DISK {
+        Level::Warn
+    } else {
+        Level::Ok
+    };
+    Check {
+        level,
+        name: "disk",
+        text: format!("{} free in {}", iec(facts.disk), facts.data_dir.display()),
+        hint: (level != Level::Ok)
+            .then(|| "export HOST_AGENT_DATA_DIR=/directory/with/more/space".into()),
+    }
+}
+
+fn cgroup_check(controllers: Option<&[String]>) -> Check {
+    let found = controllers.unwrap_or_default();
+    let lacking: Vec<_> = ["cpu", "memory", "pids"]
+        .into_iter()
+        .filter(|wanted| !found.iter().any(|name| name == wanted))
+        .collect();
+    let (level, text) = match controllers {
+        Some(_) if lacking.is_empty() => (Level::Ok, format!("v2: {}", found.join(" "))),
+        Some(_) => (
+            Level::Warn,
+            format!(
+                "v2 without {}: such limits are not set on guests",
+                lacking.join(", ")
+            ),
+        ),
+        None => (
+            Level::Warn,
+            "no cgroup v2: no limits are set on the processes of guests".into(),
+        ),
+    };
+    Check {
+        level,
+        name: "cgroup",
+        text,
+        hint: None,
+    }
+}
+
+/// A size in IEC units.
+pub fn iec(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(kvm: KvmFact) -> Facts {
+        Facts {
+            kvm,
+            container: false,
+            module: Some("kvm_amd"),
+            user: "ada".into(),
+            memory: 8 << 30,
+            disk: 80 << 30,
+            data_dir: "/home/ada/.local/share/host-agent".into(),
+            cgroup: Some(vec!["cpu".into(), "memory".into(), "pids".into()]),
+            scale_variable: None,
+        }
+    }
+
+    fn ran(exit_us: f64) -> KvmFact {
+        KvmFact::Opened(Probe::Ran(Measured {
+            exit_us,
+            loop_mips: 900.0,
+        }))
+    }
+
+    #[test]
+    fn each_state_of_the_device_has_its_verdict_and_a_way_out() {
+        let denied = |group: &str, mode| KvmFact::Denied {
+            group: Some(group.into()),
+            mode,
+        };
+        let stopped = KvmFact::Opened(Probe::Stopped {
+            at: "INT3",
+            how: "KVM_EXIT_INTERNAL_ERROR".into(),
+        });
+        let cases = [
+            (KvmFact::Missing, Verdict::NoDevice, "modprobe kvm_amd"),
+            (
+                denied("kvm", 0o660),
+                Verdict::NoPermission,
+                "usermod -aG kvm ada",
+            ),
+            (
+                denied("root", 0o600),
+                Verdict::NoPermission,
+                "/etc/udev/rules.d",
+            ),
+            (denied("root", 0o660), Verdict::NoPermission, "udev"),
+            (stopped, Verdict::CannotRunKernel, "hardware virtualization"),
+            (
+                KvmFact::Opened(Probe::Hung),
+                Verdict::CannotRunKernel,
+                "skip",
+            ),
+        ];
+        for (kvm, expected, hint) in cases {
+            let facts = facts(kvm);
+            assert_eq!(verdict(&facts), expected);
+            let failed: Vec<_> = checks(&facts)
+                .into_iter()
+                .filter(|check| check.level == Level::Fail)
+                .collect();
+            assert_eq!(failed.len(), 1, "{failed:?}");
+            let given = failed[0].hint.as_deref().unwrap_or_default();
+            assert!(given.contains(hint), "{given}");
+        }
+        assert_eq!(verdict(&facts(ran(2.0))), Verdict::Usable);
+    }
+
+    #[test]
+    fn a_full_disk_or_memory_makes_a_good_device_unusable() {
+        let mut host = facts(ran(2.0));
+        host.disk = 1 << 20;
+        assert_eq!(verdict(&host), Verdict::NoDisk);
+        host.memory = 1 << 20;
+        assert_eq!(verdict(&host), Verdict::NoMemory);
+    }
+
+    #[test]
+    fn patience_follows_the_cost_of_an_exit_and_the_user_has_the_last_word() {
+        let scale = |us| timeout_scale(&facts(ran(us))).factor;
+        assert_eq!([scale(0.9), scale(2.3), scale(4.4)], [1, 1, 1]);
+        assert_eq!(scale(11.8), 4);
+        assert_eq!([scale(1e3), scale(f64::INFINITY)], [MOST_SCALE; 2]);
+        let mut host = facts(ran(11.8));
+        host.scale_variable = Some("7".into());
+        let set = timeout_scale(&host);
+        assert!(set.from_environment && set.factor == 7);
+        host.scale_variable = Some("fast".into());
+        assert_eq!(timeout_scale(&host).factor, 4);
+        assert!(checks(&host).iter().any(|check| check.name == "timeouts"));
+    }
+
+    #[test]
+    fn sizes_are_printed_in_iec_units() {
+        assert_eq!(iec(0), "0 B");
+        assert_eq!(iec(1023), "1023 B");
+        assert_eq!(iec(1536), "1.5 KiB");
+        assert_eq!(iec(80 << 30), "80.0 GiB");
+        assert_eq!(iec(u64::MAX), "16384.0 PiB");
+    }
+}
