@@ -10,6 +10,8 @@ pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
+#[cfg(test)]
+pub(crate) mod test_driver;
 pub mod vsock;
 
 use virtio_queue::Queue;

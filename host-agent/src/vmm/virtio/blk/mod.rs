@@ -211,3 +211,6 @@ impl Drop for Block {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -269,7 +269,6 @@ impl<T> Muxer<T> {
         self.replies.pop_front()
     }
 
-
     /// Sets or clears the time by which a connection must have moved on.
     pub fn set_deadline(&mut self, id: Id, deadline: Option<Instant>) {
         let Some(entry) = self.entries.get_mut(&id) else {

@@ -1,0 +1,566 @@
+//! The device as a driver sees it, on disks that are slow, full or watched.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::Receiver;
+
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+
+use super::*;
+use crate::vmm::virtio::test_driver::{BUFFERS, TestDriver};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+const ALL: u64 = (1 << VIRTIO_BLK_F_FLUSH) | queue::EVENT_IDX;
+
+/// Where tests keep headers, data and status.
+const HEADERS: u64 = BUFFERS;
+const STATUS: u64 = BUFFERS + 0x1_0000;
+const DATA: u64 = BUFFERS + 0x10_0000;
+const SECTORS: u64 = 64;
+
+/// A disk in memory that counts, fails and waits as told.
+#[derive(Clone)]
+struct Probe {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    read_only: bool,
+    fail: Arc<AtomicBool>,
+    flushes: Arc<AtomicUsize>,
+    calls: Arc<AtomicUsize>,
+    inside: Arc<AtomicBool>,
+}
+
+impl Probe {
+    fn new() -> Self {
+        let bytes = (0..SECTORS * 512).map(|i| (i / 512 + i % 7) as u8);
+        Self {
+            bytes: Arc::new(Mutex::new(bytes.collect())),
+            read_only: false,
+            fail: Arc::default(),
+            flushes: Arc::default(),
+            calls: Arc::default(),
+            inside: Arc::default(),
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().clone()
+    }
+
+    fn transfer(
+        &self,
+        offset: u64,
+        slices: &[VolatileSlice<'_>],
+        copy: impl Fn(&VolatileSlice<'_>, &mut [u8]),
+    ) -> io::Result<()> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        self.inside.store(true, Ordering::SeqCst);
+        let result = if self.fail.load(Ordering::SeqCst) {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        } else {
+            let mut bytes = self.bytes.lock().unwrap();
+            let mut at = offset as usize;
+            for slice in slices {
+                copy(slice, &mut bytes[at..at + slice.len()]);
+                at += slice.len();
+            }
+            Ok(())
+        };
+        self.inside.store(false, Ordering::SeqCst);
+        result
+    }
+}
+
+impl Disk for Probe {
+    fn size(&self) -> u64 {
+        SECTORS * 512
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.transfer(offset, to, |slice, bytes| slice.copy_from(bytes))
+    }
+
+    fn write(&mut self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()> {
+        assert!(!self.read_only, "a write came through to a read-only disk");
+        self.transfer(offset, from, |slice, bytes| {
+            slice.copy_to(bytes);
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+        if self.fail.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
+    }
+}
+
+fn header(driver: &TestDriver, at: u64, kind: u32, sector: u64) {
+    let [low, high] = [sector as u32, (sector >> 32) as u32];
+    let words = [kind, 0, low, high];
+    driver.memory.write_obj(words, GuestAddress(at)).unwrap();
+}
+
+fn start(disk: &Probe, features: u64) -> (Block, TestDriver) {
+    let mut block = Block::new(0, "serial", Box::new(disk.clone())).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    block.activate(driver.activation(features)).unwrap();
+    (block, driver)
+}
+
+/// Runs one request in the usual three parts; status byte and used length.
+fn request(driver: &mut TestDriver, kind: u32, sector: u64, len: u32) -> (u8, u32) {
+    header(driver, HEADERS, kind, sector);
+    let parts = [
+        (HEADERS, 16, false),
+        (DATA, len, kind != OUT),
+        (STATUS, 1, true),
+    ];
+    run(driver, &parts)
+}
+
+fn run(driver: &mut TestDriver, parts: &[(u64, u32, bool)]) -> (u8, u32) {
+    driver
+        .memory
+        .write_obj(0xaa_u8, GuestAddress(STATUS))
+        .unwrap();
+    driver.chain(0, 0, parts);
+    driver.offer(0, 0);
+    driver.kick(0);
+    let (head, len) = driver.wait_used(0);
+    assert_eq!(head, 0);
+    (driver.memory.read_obj(GuestAddress(STATUS)).unwrap(), len)
+}
+
+fn data(driver: &TestDriver, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    driver
+        .memory
+        .read_slice(&mut bytes, GuestAddress(DATA))
+        .unwrap();
+    bytes
+}
+
+#[test]
+fn offers_what_it_can_and_describes_the_disk() {
+    let mut probe = Probe::new();
+    let block = Block::new(3, "os", Box::new(probe.clone())).unwrap();
+    assert_eq!(
+        (block.id(), block.name(), block.queue_sizes()),
+        (2, "blk-3", &[256][..])
+    );
+    let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1_u64 << bit);
+    assert_eq!(block.features(), bits(&[2, 6, 9, 29]));
+    let config = block.config();
+    assert_eq!(config.len(), 24);
+    assert_eq!(config[..8], SECTORS.to_le_bytes());
+    assert_eq!(config[12..16], 254_u32.to_le_bytes());
+    assert_eq!(config[20..24], 512_u32.to_le_bytes());
+    probe.read_only = true;
+    let block = Block::new(3, "os", Box::new(probe.clone())).unwrap();
+    assert_eq!(block.features(), bits(&[2, 5, 6, 9, 29]));
+    for serial in ["123456789012345678901", "a\0b", "a b", "é"] {
+        let result = Block::new(0, serial, Box::new(probe.clone()));
+        assert!(matches!(result, Err(BlockError::Serial(_))), "{serial}");
+    }
+}
+
+#[test]
+fn request_matrix() {
+    let probe = Probe::new();
+    let (block, mut driver) = start(&probe, ALL);
+    let mut model = probe.bytes();
+    let sectors = [0, 1, SECTORS - 1, SECTORS, SECTORS + 1, 1 << 55, u64::MAX];
+    let lengths = [0, 1, 20, 511, 512, 513, 1024, 4096, 32_768, 33_280, 1 << 21];
+    let mut fill = 0_u8;
+    for kind in [IN, OUT, FLUSH, GET_ID, 2, 3, 11, 13, 14, u32::MAX] {
+        for (sector, len) in sectors.iter().flat_map(|s| lengths.map(|l| (*s, l))) {
+            fill = fill.wrapping_add(1);
+            let before = vec![fill; (1 << 21) + 512];
+            driver
+                .memory
+                .write_slice(&before, GuestAddress(DATA))
+                .unwrap();
+            let (status, used) = request(&mut driver, kind, sector, len);
+            let fits = len % 512 == 0
+                && u128::from(sector) * 512 + u128::from(len) <= u128::from(SECTORS * 512);
+            let what = format!("type {kind} sector {sector} length {len}");
+            let expected = match kind {
+                IN | OUT if !fits => IOERR,
+                IN | OUT | FLUSH | GET_ID => OK,
+                _ => UNSUPP,
+            };
+            assert_eq!(status, expected, "{what}");
+            let mut after = before.clone();
+            let at = (sector as usize).wrapping_mul(512);
+            let mut written = 0;
+            match kind {
+                IN if fits => {
+                    written = len;
+                    after[..len as usize].copy_from_slice(&model[at..at + len as usize]);
+                }
+                OUT if fits => model[at..at + len as usize].fill(fill),
+                GET_ID => {
+                    written = len.min(20);
+                    let mut serial = *b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+                    serial[written as usize..].fill(fill);
+                    after[..20].copy_from_slice(&serial);
+                }
+                _ => {}
+            }
+            let room = if kind == OUT { 0 } else { len };
+            let complete = written == room;
+            assert_eq!(used, written + u32::from(complete), "{what}");
+            assert!(
+                data(&driver, after.len()) == after,
+                "{what}: memory differs"
+            );
+        }
+    }
+    assert!(probe.bytes() == model);
+    assert!(block.counters().refused.load(Ordering::Relaxed) > 100);
+    assert!(!driver.interrupt.is_broken());
+}
+
+#[test]
+fn the_status_is_the_last_writable_byte_however_the_chain_is_cut() {
+    let probe = Probe::new();
+    let (_block, mut driver) = start(&probe, ALL);
+    header(&driver, HEADERS, IN, 5);
+    let expected = probe.bytes()[5 * 512..6 * 512].to_vec();
+    // Data and status lie next to each other, so that any cut is possible.
+    let status = GuestAddress(DATA + 512);
+    for head_cut in [1, 8, 15, 16] {
+        for cut in [1, 256, 511, 512, 513] {
+            driver
+                .memory
+                .write_slice(&[0xaa; 600], GuestAddress(DATA))
+                .unwrap();
+            let parts = [
+                (HEADERS, head_cut, false),
+                (HEADERS + u64::from(head_cut), 16 - head_cut, false),
+                (DATA, cut, true),
+                (DATA + u64::from(cut), 513 - cut, true),
+            ];
+            driver.chain(0, 0, &parts);
+            driver.offer(0, 0);
+            driver.kick(0);
+            assert_eq!(driver.wait_used(0), (0, 513));
+            assert_eq!(driver.memory.read_obj::<u8>(status).unwrap(), OK);
+            assert_eq!(data(&driver, 512), expected);
+            let behind: u8 = driver.memory.read_obj(GuestAddress(DATA + 513)).unwrap();
+            assert_eq!(behind, 0xaa);
+        }
+    }
+}
+
+#[test]
+fn chains_without_room_or_header_are_returned_and_harm_nothing() {
+    let probe = Probe::new();
+    let (block, mut driver) = start(&probe, ALL);
+    let before = probe.bytes();
+    header(&driver, HEADERS, OUT, 0);
+    assert_eq!(run(&mut driver, &[(HEADERS, 16, false)]), (0xaa, 0));
+    assert_eq!(
+        run(&mut driver, &[(HEADERS, 16, false), (DATA, 512, false)]),
+        (0xaa, 0)
+    );
+    assert_eq!(
+        run(&mut driver, &[(HEADERS, 15, false), (STATUS, 1, true)]),
+        (IOERR, 1)
+    );
+    assert_eq!(run(&mut driver, &[(STATUS, 1, true)]), (IOERR, 1));
+    assert_eq!(run(&mut driver, &[(STATUS, 0, true)]), (0xaa, 0));
+    // A write that also wants data, and a read that brings some.
+    let both = [
+        (HEADERS, 16, false),
+        (DATA, 512, false),
+        (DATA, 512, true),
+        (STATUS, 1, true),
+    ];
+    assert_eq!(run(&mut driver, &both).0, IOERR);
+    header(&driver, HEADERS, IN, 0);
+    assert_eq!(run(&mut driver, &both).0, IOERR);
+    assert_eq!(probe.bytes(), before);
+    assert_eq!(block.counters().refused.load(Ordering::Relaxed), 7);
+    assert_eq!(probe.calls.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_whatever_was_negotiated() {
+    let mut probe = Probe::new();
+    probe.read_only = true;
+    for features in [0, ALL, ALL | 1 << VIRTIO_BLK_F_RO] {
+        let (_block, mut driver) = start(&probe, features);
+        assert_eq!(request(&mut driver, OUT, 0, 512).0, IOERR);
+        assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+        assert_eq!(request(&mut driver, FLUSH, 0, 0).0, OK);
+    }
+}
+
+#[test]
+fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
+    let probe = Probe::new();
+    let (_block, mut driver) = start(&probe, ALL);
+    let memory = driver.memory.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let racer = std::thread::spawn(move || {
+        while !stopped.load(Ordering::Relaxed) {
+            // A read of the last sector, or a write far beyond the end.
+            for (kind, sector) in [(IN, SECTORS - 1), (OUT, u64::MAX), (77, 1 << 60)] {
+                let words = [kind, 0, sector as u32, (sector >> 32) as u32];
+                memory.write_obj(words, GuestAddress(HEADERS)).unwrap();
+            }
+        }
+    });
+    let before = probe.bytes();
+    let mut seen = HashSet::new();
+    for _ in 0..3_000 {
+        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+        seen.insert(run(&mut driver, &parts));
+    }
+    stop.store(true, Ordering::Relaxed);
+    racer.join().unwrap();
+    let possible = HashSet::from([(OK, 513), (IOERR, 0), (UNSUPP, 0)]);
+    assert!(seen.is_subset(&possible), "{seen:?}");
+    assert_eq!(probe.bytes(), before);
+}
+
+#[test]
+fn a_host_that_fails_costs_requests_and_not_the_device() {
+    let probe = Probe::new();
+    let (block, mut driver) = start(&probe, ALL);
+    probe.fail.store(true, Ordering::SeqCst);
+    for kind in [IN, OUT, FLUSH] {
+        assert_eq!(
+            request(&mut driver, kind, 0, 512),
+            (IOERR, u32::from(kind == OUT))
+        );
+    }
+    assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 3);
+    probe.fail.store(false, Ordering::SeqCst);
+    assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+    assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
+}
+
+#[test]
+fn a_driver_that_cannot_flush_gets_every_write_flushed() {
+    let probe = Probe::new();
+    let (_block, mut driver) = start(&probe, 0);
+    for done in 1..=3 {
+        assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
+        assert_eq!(probe.flushes.load(Ordering::SeqCst), done);
+    }
+    let probe = Probe::new();
+    let (_block, mut driver) = start(&probe, ALL);
+    assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
+    assert_eq!(probe.flushes.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_broken_ring_stops_the_device_until_it_is_reset() {
+    let probe = Probe::new();
+    let (mut block, mut driver) = start(&probe, ALL);
+    for round in 1..=20 {
+        driver.jump(0, QUEUE_SIZE + round);
+        driver.kick(0);
+        driver.wait_until("violation", |driver| driver.interrupt.is_broken());
+        assert_eq!(driver.interrupt.violations(), u64::from(round));
+        // Nothing is served now, whatever is offered.
+        driver.kick(0);
+        block.reset();
+        assert_eq!(driver.used(0), None);
+        block.activate(driver.activation(ALL)).unwrap();
+        assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+    }
+}
+
+#[test]
+fn a_full_queue_comes_back_complete_and_at_most_one_interrupt_each() {
+    let probe = Probe::new();
+    let (_block, mut driver) = start(&probe, ALL);
+    for round in 0..50_u64 {
+        header(&driver, HEADERS, IN, round);
+        let heads: Vec<u16> = (0..QUEUE_SIZE / 3).map(|n| n * 3).collect();
+        for head in &heads {
+            let n = u64::from(*head);
+            let parts = [
+                (HEADERS, 16, false),
+                (DATA + n * 512, 512, true),
+                (STATUS + n, 1, true),
+            ];
+            driver.chain(0, *head, &parts);
+            driver.offer(0, *head);
+        }
+        driver.kick(0);
+        let mut back: Vec<u32> = heads.iter().map(|_| driver.wait_used(0).0).collect();
+        back.sort_unstable();
+        assert!(
+            back.iter()
+                .copied()
+                .eq(heads.iter().map(|head| u32::from(*head)))
+        );
+        assert_eq!(driver.used(0), None);
+    }
+}
+
+/// A disk that waits inside of a read until it is let go.
+struct Slow {
+    probe: Probe,
+    entered: Sender<()>,
+    go: Receiver<()>,
+}
+
+impl Disk for Slow {
+    fn size(&self) -> u64 {
+        self.probe.size()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.entered.send(()).unwrap();
+        let _ = self.go.recv();
+        self.probe.read(offset, to)
+    }
+
+    fn write(&mut self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn slow() -> (Slow, Receiver<()>, Sender<()>) {
+    let (entered, wait) = mpsc::channel();
+    let (release, go) = mpsc::channel();
+    let probe = Probe::new();
+    (Slow { probe, entered, go }, wait, release)
+}
+
+#[test]
+fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
+    let (disk, entered, release) = slow();
+    let mut stuck = Block::new(0, "slow", Box::new(disk)).unwrap();
+    let mut stuck_driver = TestDriver::new(&[QUEUE_SIZE]);
+    stuck.activate(stuck_driver.activation(ALL)).unwrap();
+    header(&stuck_driver, HEADERS, IN, 0);
+    let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+    stuck_driver.chain(0, 0, &parts);
+    stuck_driver.offer(0, 0);
+    stuck_driver.kick(0);
+    entered.recv().unwrap();
+    let (_block, mut driver) = start(&Probe::new(), ALL);
+    for _ in 0..100 {
+        assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+        assert_eq!(stuck.config().len(), 24);
+    }
+    assert_eq!(stuck_driver.used(0), None);
+    release.send(()).unwrap();
+    assert_eq!(stuck_driver.wait_used(0), (0, 513));
+}
+
+#[test]
+fn a_reset_returns_only_when_the_read_in_progress_is_over() {
+    let (disk, entered, release) = slow();
+    let inside = Arc::clone(&disk.probe.inside);
+    let calls = Arc::clone(&disk.probe.calls);
+    let mut block = Block::new(0, "slow", Box::new(disk)).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    block.activate(driver.activation(ALL)).unwrap();
+    header(&driver, HEADERS, IN, 0);
+    for head in [0, 3, 6] {
+        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+        driver.chain(0, head, &parts);
+        driver.offer(0, head);
+    }
+    driver.kick(0);
+    entered.recv().unwrap();
+    let (done, reset) = mpsc::channel();
+    let resetter = std::thread::spawn(move || {
+        block.reset();
+        done.send(()).unwrap();
+        block
+    });
+    // The thread is inside of the read, so the reset cannot be over.
+    assert!(reset.try_recv().is_err());
+    release.send(()).unwrap();
+    reset.recv().unwrap();
+    assert!(!inside.load(Ordering::SeqCst));
+    assert_eq!(
+        calls.load(Ordering::SeqCst),
+        1,
+        "requests behind it were dropped"
+    );
+    drop(resetter.join().unwrap());
+}
+
+#[test]
+fn reset_inflight() {
+    let probe = Probe::new();
+    let mut block = Block::new(0, "serial", Box::new(probe.clone())).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    let pattern = vec![0x5a; 0x4_0000];
+    let mut found = pattern.clone();
+    for round in 0..10_000_u32 {
+        block.activate(driver.activation(ALL)).unwrap();
+        header(&driver, HEADERS, IN, 3);
+        for n in 0..16_u16 {
+            let at = u64::from(n);
+            let parts = [
+                (HEADERS, 16, false),
+                (DATA + at * 0x4000, 0x4000, true),
+                (STATUS + at, 1, true),
+            ];
+            driver.chain(0, n * 3, &parts);
+            driver.offer(0, n * 3);
+        }
+        driver.kick(0);
+        // From at once to after some requests.
+        for _ in 0..(round % 97) * 20 {
+            std::hint::spin_loop();
+        }
+        block.reset();
+        assert!(!probe.inside.load(Ordering::SeqCst));
+        let calls = probe.calls.load(Ordering::SeqCst);
+        if round.is_multiple_of(50) {
+            driver
+                .memory
+                .write_slice(&pattern, GuestAddress(DATA))
+                .unwrap();
+            driver.kick(0);
+            std::thread::yield_now();
+            driver
+                .memory
+                .read_slice(&mut found, GuestAddress(DATA))
+                .unwrap();
+            assert!(found == pattern, "guest memory changed after reset");
+        }
+        block.reset();
+        assert_eq!(probe.calls.load(Ordering::SeqCst), calls);
+    }
+    let calls = probe.calls.load(Ordering::SeqCst);
+    assert!(
+        calls > 0 && calls < 160_000,
+        "no reset came in time: {calls}"
+    );
+    block.activate(driver.activation(ALL)).unwrap();
+    assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+}
