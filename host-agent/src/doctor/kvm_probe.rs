@@ -159,82 +159,47 @@ fn run(kvm: File) -> Result<Probe, String> {
     Ok(outcome)
 }
 
-/// The program, position-independent, ends in `hlt`.
+/// The program: its instructions, and what each is. It ends in `hlt`.
 fn program() -> Vec<u8> {
-    let mut code = vec![
-        0x31,
-        0xdb, // xor ebx, ebx           counts breakpoints
-        0xb8,
-        0x01,
-        0x00,
-        0x00,
-        0x00, // mov eax, 1
-        0xe6,
-        MARK_PORT as u8, // out MARK, al
-        0x31,
-        0xc9,
-        0x31,
-        0xd2, // xor ecx, ecx; xor edx, edx
-        0xb8,
-        0x03,
-        0x00,
-        0x00,
-        0x00, // mov eax, 3   (x87 and SSE state)
-        0x0f,
-        0x01,
-        0xd1, // xsetbv
-        0xbf,
-        0x00,
-        0x70,
-        0x00,
-        0x00, // mov edi, 0x7000
-        0x0f,
-        0xae,
-        0x2f, // xrstor [rdi]
-        0x0f,
-        0xae,
-        0x27, // xsave [rdi]
-        0xb8,
-        0x02,
-        0x00,
-        0x00,
-        0x00, // mov eax, 2
-        0xe6,
-        MARK_PORT as u8, // out MARK, al
-        0xcc,            // int3
-        0x8d,
-        0x43,
-        0x02, // lea eax, [rbx + 2]
-        0xe6,
-        MARK_PORT as u8, // out MARK, al
-        0xb9,            // mov ecx, LOOP_ROUNDS
+    const MARK: u8 = MARK_PORT as u8;
+    const EXIT: u8 = EXIT_PORT as u8;
+    let rounds = LOOP_ROUNDS.to_le_bytes();
+    let exits = TIMED_EXITS.to_le_bytes();
+    let instructions: &[(&[u8], &str)] = &[
+        (&[0x31, 0xdb], "xor ebx, ebx"),
+        (&[0xb8, 1, 0, 0, 0], "mov eax, 1"),
+        (&[0xe6, MARK], "out MARK, al"),
+        (&[0x31, 0xc9], "xor ecx, ecx"),
+        (&[0x31, 0xd2], "xor edx, edx"),
+        (&[0xb8, 3, 0, 0, 0], "mov eax, 3: x87 and SSE state"),
+        (&[0x0f, 0x01, 0xd1], "xsetbv"),
+        (&[0xb8, 2, 0, 0, 0], "mov eax, 2"),
+        (&[0xe6, MARK], "out MARK, al"),
+        (&[0xb8, 0xff, 0xff, 0xff, 0xff], "mov eax, -1"),
+        (&[0xba, 0xff, 0xff, 0xff, 0xff], "mov edx, -1"),
+        (&[0xbf, 0x00, 0x70, 0x00, 0x00], "mov edi, 0x7000"),
+        (&[0x0f, 0xae, 0x2f], "xrstor [rdi]"),
+        (&[0x0f, 0xae, 0x27], "xsave [rdi]"),
+        (&[0xb8, 3, 0, 0, 0], "mov eax, 3"),
+        (&[0xe6, MARK], "out MARK, al"),
+        (&[0xcc], "int3: the handler counts in ebx"),
+        (&[0x8d, 0x43, 0x03], "lea eax, [rbx + 3]"),
+        (&[0xe6, MARK], "out MARK, al"),
+        (&[0xb9], "mov ecx,"),
+        (&rounds, "LOOP_ROUNDS"),
+        (&[0xff, 0xc9], "dec ecx"),
+        (&[0x75, 0xfc], "jnz to the dec"),
+        (&[0xb8, LAST_MARK, 0, 0, 0], "mov eax, LAST_MARK"),
+        (&[0xe6, MARK], "out MARK, al"),
+        (&[0xb9], "mov ecx,"),
+        (&exits, "TIMED_EXITS"),
+        (&[0xe6, EXIT], "out EXIT, al"),
+        (&[0xff, 0xc9], "dec ecx"),
+        (&[0x75, 0xfa], "jnz to the out"),
+        (&[0xf4], "hlt"),
     ];
-    code.extend(LOOP_ROUNDS.to_le_bytes());
-    code.extend([
-        0xff,
-        0xc9, // dec ecx
-        0x75,
-        0xfc, // jnz -4
-        0xb8,
-        LAST_MARK,
-        0x00,
-        0x00,
-        0x00, // mov eax, LAST_MARK
-        0xe6,
-        MARK_PORT as u8, // out MARK, al
-        0xb9,            // mov ecx, TIMED_EXITS
-    ]);
-    code.extend(TIMED_EXITS.to_le_bytes());
-    code.extend([
-        0xe6,
-        EXIT_PORT as u8, // out EXIT, al
-        0xff,
-        0xc9, // dec ecx
-        0x75,
-        0xfa, // jnz -6
-        0xf4, // hlt
-    ]);
-    code
+    let bytes = instructions.iter().flat_map(|(bytes, _)| *bytes);
+    bytes.copied().collect()
 }
 
 /// What the guest does after the progress mark `mark`.

@@ -21,7 +21,7 @@ const MOST_SCALE: u32 = 20;
 /// Up to here an exit is as cheap as on bare metal.
 const BARE_METAL_US: f64 = 4.5;
 /// Up to here it is what a hardware-assisted nested guest pays.
-const NESTED_US: f64 = 40.0;
+const NESTED_US: f64 = 30.0;
 
 /// What was found on the host.
 #[derive(Debug, Clone, PartialEq)]
