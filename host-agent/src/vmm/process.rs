@@ -23,6 +23,13 @@ use super::wire;
 /// output without an end of line is written, in milliseconds.
 const LOOK_MS: u16 = 500;
 
+/// What Linux says last before it resets after a panic. A panic before the
+/// panic notifier's driver is loaded is known by this alone; a guest that
+/// forges it only changes the story of its own end.
+const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
+/// Serial output kept for finding it, in bytes.
+const TAIL: usize = 64 * 1024;
+
 /// Why the process ends without a guest.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
@@ -84,7 +91,10 @@ fn run(control: &Arc<OwnedFd>, started: Instant) -> Result<ExitReason, StartErro
     Ok(Loop {
         control,
         machine,
-        log,
+        console: Console {
+            log,
+            tail: Vec::new(),
+        },
         wake,
         reported,
         outlive,
@@ -110,12 +120,33 @@ fn tell(control: &OwnedFd, event: &Event) {
 struct Loop<'a> {
     control: &'a Arc<OwnedFd>,
     machine: Machine,
-    log: Log,
+    console: Console,
     wake: EventFd,
     reported: mpsc::Receiver<Report>,
     outlive: bool,
     told_broken: Vec<bool>,
     supervised: bool,
+}
+
+/// Serial output on its way to the log, and the end of it.
+struct Console {
+    log: Log,
+    tail: Vec<u8>,
+}
+
+impl Console {
+    fn write(&mut self, bytes: &[u8]) {
+        self.log.write(bytes);
+        self.tail.extend_from_slice(bytes);
+        let excess = self.tail.len().saturating_sub(TAIL);
+        self.tail.drain(..excess);
+    }
+
+    fn shows_panic(&self) -> bool {
+        self.tail
+            .windows(PANIC_TEXT.len())
+            .any(|text| text == PANIC_TEXT)
+    }
 }
 
 impl Loop<'_> {
@@ -143,12 +174,20 @@ impl Loop<'_> {
                 }
             }
         };
-        let serial = self.machine.serial().clone();
-        if let Err(error) = self.machine.stop() {
+        let Self {
+            machine,
+            mut console,
+            ..
+        } = self;
+        let serial = machine.serial().clone();
+        if let Err(error) = machine.stop() {
             eprintln!("host-agent vmm: {error}");
         }
-        self.log.write(&serial.take());
-        reason
+        console.write(&serial.take());
+        match reason {
+            ExitReason::Reboot if console.shows_panic() => ExitReason::Panic,
+            other => other,
+        }
     }
 
     /// Waits for a command or a wake-up; which of them came.
@@ -171,7 +210,7 @@ impl Loop<'_> {
     fn write_serial(&mut self) {
         let bytes = self.machine.serial().take();
         if !bytes.is_empty() {
-            self.log.write(&bytes);
+            self.console.write(&bytes);
         }
     }
 
@@ -233,7 +272,7 @@ impl Loop<'_> {
         Stats {
             exits: self.machine.processors().exits(),
             first_serial_us: serial.first_us(),
-            serial_dropped: serial.dropped() + self.log.dropped(),
+            serial_dropped: serial.dropped() + self.console.log.dropped(),
             violations: self
                 .machine
                 .bus()

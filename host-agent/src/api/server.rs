@@ -1,0 +1,275 @@
+//! Answers requests on the socket of a running deployment.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use vmbus::message::ExecRequest;
+use vmbus::stream::{FrameReader, StreamError, send};
+
+use super::types::{
+    DeploymentInfo, EndpointInfo, Failure, InstanceInfo, LogFile, MAX_CHUNK, Request, Response,
+};
+use crate::store::log_file::previous;
+use crate::supervisor::deployment::DeploymentHandle;
+use crate::supervisor::instance::InstanceHandle;
+
+/// How often a followed log is looked at.
+const FOLLOW_EVERY: Duration = Duration::from_millis(200);
+
+/// What the server tells of, beside what the handle knows.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Name of the service.
+    pub service: String,
+    /// Name, address and guest port of each endpoint, with its role.
+    pub endpoints: Vec<(String, EndpointInfo)>,
+}
+
+/// A socket that is being served; dropping it stops and removes it.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+/// Serves `deployment` on its socket in `runtime_dir`.
+pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> io::Result<Server> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(runtime_dir)?;
+    let mine = nix::unistd::Uid::effective().as_raw();
+    if fs::symlink_metadata(runtime_dir)?.uid() != mine {
+        let text = format!("{} belongs to another user", runtime_dir.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    let short: String = deployment.id().chars().take(8).collect();
+    let path = runtime_dir.join(format!("{short}.sock"));
+    let listener = UnixListener::bind(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    let shared = Arc::new(Shared {
+        deployment,
+        about,
+        started: Instant::now(),
+    });
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let shared = Arc::clone(&shared);
+            tokio::spawn(async move {
+                // A client that goes away is its own affair.
+                let _ = shared.answer(stream).await;
+            });
+        }
+    });
+    Ok(Server { path, task })
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+struct Shared {
+    deployment: DeploymentHandle,
+    about: About,
+    started: Instant,
+}
+
+impl Shared {
+    async fn answer(&self, mut stream: UnixStream) -> Result<(), StreamError> {
+        let mut reader = FrameReader::new(&mut stream);
+        let Some(request) = reader.next::<Request>().await? else {
+            return Ok(());
+        };
+        let (_, early) = reader.into_parts();
+        match request {
+            Request::Ps {} => send(&mut stream, &Response::Deployment(self.info())).await,
+            Request::Exec { instance, exec } => {
+                self.with(&instance, &mut stream, |it, stream| {
+                    Box::pin(exec_in(it, stream, exec, early))
+                })
+                .await
+            }
+            Request::Logs {
+                instance,
+                source,
+                follow,
+            } => {
+                self.with(&instance, &mut stream, |it, stream| {
+                    Box::pin(logs(
+                        it.dir.join(source.file_name()),
+                        source,
+                        follow,
+                        stream,
+                    ))
+                })
+                .await
+            }
+            Request::Pause { instance, paused } => {
+                self.with(&instance, &mut stream, |it, stream| {
+                    Box::pin(async move {
+                        let response = match it.pause(paused).await {
+                            Ok(()) => Response::Ok {},
+                            Err(message) => failed(Failure::Unreachable, message),
+                        };
+                        send(stream, &response).await
+                    })
+                })
+                .await
+            }
+        }
+    }
+
+    async fn with<F>(&self, name: &str, stream: &mut UnixStream, work: F) -> Result<(), StreamError>
+    where
+        F: for<'s> FnOnce(
+            InstanceHandle,
+            &'s mut UnixStream,
+        ) -> std::pin::Pin<
+            Box<dyn Future<Output = Result<(), StreamError>> + Send + 's>,
+        >,
+    {
+        match self.deployment.instance(name) {
+            Some(instance) => work(instance.clone(), stream).await,
+            None => {
+                let message = format!("no instance {name} in this deployment");
+                send(stream, &failed(Failure::NotFound, message)).await
+            }
+        }
+    }
+
+    fn info(&self) -> DeploymentInfo {
+        let instances = self.deployment.instances().iter().map(|instance| {
+            let view = instance.view();
+            let role = instance.name.rsplit_once("_IN_").map(|(role, _)| role);
+            InstanceInfo {
+                name: instance.name.clone(),
+                state: view.state,
+                generation: view.generation,
+                uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                vmm_pid: (view.pid != 0).then_some(view.pid),
+                endpoints: self
+                    .about
+                    .endpoints
+                    .iter()
+                    .filter(|(of, _)| Some(of.as_str()) == role)
+                    .map(|(_, endpoint)| endpoint.clone())
+                    .collect(),
+            }
+        });
+        DeploymentInfo {
+            deployment: self.deployment.id().to_owned(),
+            service: self.about.service.clone(),
+            pid: std::process::id(),
+            instances: instances.collect(),
+        }
+    }
+}
+
+fn failed(kind: Failure, message: impl Into<String>) -> Response {
+    Response::Error {
+        kind,
+        message: message.into(),
+    }
+}
+
+/// Endpoints of a model with the addresses on which they are published.
+pub fn endpoints(
+    model: &crate::service::model::ServiceModel,
+    published: &std::collections::BTreeMap<String, SocketAddr>,
+) -> Vec<(String, EndpointInfo)> {
+    let mut all = Vec::new();
+    for role in &model.roles {
+        for endpoint in &role.endpoints {
+            if let Some(address) = published.get(&endpoint.name) {
+                let info = EndpointInfo {
+                    name: endpoint.name.clone(),
+                    address: *address,
+                    local_port: endpoint.local_port,
+                };
+                all.push((role.name.clone(), info));
+            }
+        }
+    }
+    all
+}
+
+async fn exec_in(
+    instance: InstanceHandle,
+    stream: &mut UnixStream,
+    request: ExecRequest,
+    early: Vec<u8>,
+) -> Result<(), StreamError> {
+    let mut guest = match instance.exec().await {
+        Ok(guest) => guest,
+        Err(message) => return send(stream, &failed(Failure::Unreachable, message)).await,
+    };
+    send(&mut guest, &request).await?;
+    guest.write_all(&early).await?;
+    send(stream, &Response::Ok {}).await?;
+    copy_bidirectional(stream, &mut guest).await?;
+    Ok(())
+}
+
+async fn logs(
+    path: PathBuf,
+    _source: LogFile,
+    follow: bool,
+    stream: &mut UnixStream,
+) -> Result<(), StreamError> {
+    if let Ok(mut file) = File::open(previous(&path)) {
+        pour(&mut file, stream).await?;
+    }
+    let mut log = File::open(&path).ok();
+    loop {
+        if let Some(file) = &mut log {
+            pour(file, stream).await?;
+        }
+        if !follow {
+            return send(stream, &Response::LogEnd {}).await;
+        }
+        tokio::time::sleep(FOLLOW_EVERY).await;
+        log = current(log, &path).await?;
+    }
+}
+
+/// The file to go on with: another one when the log turned over, the same
+/// from its beginning when it was emptied.
+async fn current(log: Option<File>, path: &Path) -> io::Result<Option<File>> {
+    let Ok(now) = fs::metadata(path) else {
+        return Ok(log);
+    };
+    let Some(mut file) = log else {
+        return Ok(File::open(path).ok());
+    };
+    if file.metadata()?.ino() != now.ino() {
+        return Ok(File::open(path).ok());
+    }
+    if file.stream_position()? > now.len() {
+        file.seek(SeekFrom::Start(0))?;
+    }
+    Ok(Some(file))
+}
+
+async fn pour(file: &mut File, stream: &mut UnixStream) -> Result<(), StreamError> {
+    let mut buffer = vec![0; MAX_CHUNK];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(());
+        }
+        let bytes = buffer[..count].to_vec();
+        send(stream, &Response::LogChunk { bytes }).await?;
+    }
+}

@@ -1,0 +1,94 @@
+# shellcheck shell=bash
+# Sourced: Debian bookworm packages without installing them. Uses a private apt
+# state below $cache, so it neither needs root nor touches the machine's own, and
+# it gives the same kernel on every distribution that has apt.
+
+suite=bookworm
+mirror=${HOST_AGENT_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+mirror_security=${HOST_AGENT_DEBIAN_SECURITY_MIRROR:-http://deb.debian.org/debian-security}
+
+debian_sources() {
+  local signed='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]'
+  printf 'deb %s %s %s main\n' "$signed" "$mirror" "$suite" \
+    "$signed" "$mirror" "$suite-updates" \
+    "$signed" "$mirror_security" "$suite-security"
+}
+
+# private_apt PROGRAM ARG...: apt-get or apt-cache on the private state.
+private_apt() {
+  local program=$1 state=$cache/apt
+  shift
+  "$program" -o Dir::State="$state" -o Dir::State::status=/dev/null -o Dir::Cache="$state" \
+    -o Dir::Etc::sourcelist="$state/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+    -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null \
+    -o APT::Architecture=amd64 -o APT::Architectures=amd64 -o Acquire::Languages=none \
+    -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" "$@"
+}
+
+# kernel_dir FLAVOUR: prints the directory of an unpacked Debian kernel, cloud
+# (for guests) or generic (for the lab; it has 9p), fetching it when there is none.
+# `scripts/setup --refresh` fetches a newer one.
+kernel_dir() {
+  local meta dir=$cache/kernel-$1
+  case $1 in
+    cloud) meta=linux-image-cloud-amd64 ;;
+    generic) meta=linux-image-amd64 ;;
+    *) die "kernel_dir: no such flavour: $1" ;;
+  esac
+  [ -e "$dir/version" ] || step "fetch Debian's $1 kernel (unpacked, not installed)" fetch_kernel "$meta" "$dir" >&2
+  printf '%s\n' "$dir"
+}
+
+fetch_kernel() {
+  local meta=$1 dir=$2 package version
+  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
+  debian_sources >"$cache/apt/sources.list"
+  private_apt apt-get update
+  package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }')
+  [ -n "$package" ] || die "$meta names no kernel package"
+  rm -rf "$dir" "$dir.partial"
+  mkdir -p "$dir.partial"
+  ( cd "$dir.partial" && private_apt apt-get download "$package" \
+    && dpkg-deb -x ./*.deb . && rm ./*.deb )
+  version=${package#linux-image-}
+  PATH=$PATH:/usr/sbin:/sbin depmod -b "$dir.partial" "$version"
+  extract_vmlinux "$dir.partial/boot/vmlinuz-$version" "$dir.partial/vmlinux"
+  printf '%s\n' "$version" >"$dir.partial/version"
+  mv "$dir.partial" "$dir"
+}
+
+# extract_vmlinux BZIMAGE OUT: the ELF kernel inside a bzImage. The fields are
+# those of the setup header (Documentation/x86/boot.rst): setup_sects at 0x1f1,
+# payload_offset at 0x248, payload_length at 0x24c.
+extract_vmlinux() {
+  local image=$1 out=$2 sects offset length magic decompress
+  field() { od -An -t"$1" -j "$2" -N "$3" "$image" | tr -d ' '; }
+  [ "$(field x4 514 4)" = 53726448 ] || die "$image is no bzImage"
+  sects=$(field u1 497 1)
+  [ "$sects" -gt 0 ] || sects=4
+  offset=$(((sects + 1) * 512 + $(field u4 584 4)))
+  length=$(field u4 588 4)
+  magic=$(field x1 "$offset" 4)
+  case $magic in
+    1f8b*) decompress=(gzip -dc) ;;
+    fd377a58) decompress=(xz --single-stream -dc) ;;
+    28b52ffd) decompress=(zstd -dc) ;;
+    02214c18) decompress=(lz4 -dc) ;;
+    5d0000*) decompress=(xz --format=lzma -dc) ;;
+    *) die "$image: payload of unknown compression (starts with $magic)" ;;
+  esac
+  # All but gzip are followed by the unpacked size, which the tools take for garbage.
+  [ "${decompress[0]}" = gzip ] || length=$((length - 4))
+  tail -c "+$((offset + 1))" "$image" | head -c "$length" | "${decompress[@]}" >"$out"
+  [ "$(od -An -tx1 -N4 "$out" | tr -d ' ')" = 7f454c46 ] || die "$image: the payload is no ELF file"
+}
+
+# kernel_modules DIR MODULE...: prints the files of the modules and of what they
+# depend on, in the order in which they must be loaded. Built-in ones give nothing.
+kernel_modules() {
+  local dir=$1 module
+  shift
+  for module; do
+    PATH=$PATH:/usr/sbin:/sbin modprobe -d "$dir" -C /dev/null -S "$(cat "$dir/version")" --show-depends "$module"
+  done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
+}

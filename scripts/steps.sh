@@ -1,0 +1,88 @@
+# shellcheck shell=bash
+# Sourced by the scripts: where things lie, how a step is shown, which packages
+# are needed. Sets: project, target, cache.
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+target=$project/target
+cache=$target/cache
+export HOST_AGENT_DATA_DIR=${HOST_AGENT_DATA_DIR:-$target/data}
+mkdir -p "$cache" "$target/logs"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# Seconds since the epoch with a fraction; seconds between two of them.
+now() { printf '%s' "${EPOCHREALTIME/,/.}"; }
+since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f s", b - a }'; }
+
+# step TITLE COMMAND...: runs COMMAND with its output in a log file, shows what
+# is running and how long it took; on failure shows the end of the log.
+# VERBOSE=1 shows the output itself.
+step() {
+  local title=$1 start log rc=0 ticker=
+  shift
+  start=$(now)
+  log=$target/logs/$(tr -cs 'a-zA-Z0-9\n' - <<<"${title,,}").log
+  if [ -n "${VERBOSE:-}" ]; then
+    say "-- $title"
+    ( "$@" ) >&2 || rc=$?
+  else
+    if [ -t 2 ]; then
+      ( while :; do printf '\r\033[K%s ... %s' "$title" "$(since "$start")" >&2; sleep 1; done ) &
+      ticker=$!
+    fi
+    ( set -e; "$@" ) >"$log" 2>&1 </dev/null || rc=$?
+    if [ -n "$ticker" ]; then
+      kill "$ticker" 2>/dev/null || :
+      wait "$ticker" 2>/dev/null || :
+      printf '\r\033[K' >&2
+    fi
+  fi
+  if [ "$rc" -ne 0 ]; then
+    say "$title: failed after $(since "$start")"
+    if [ -z "${VERBOSE:-}" ]; then
+      tail -n 40 "$log" | sed 's/^/  | /' >&2
+      say "  whole log: $log"
+    fi
+    return "$rc"
+  fi
+  say "$title: $(since "$start")"
+}
+
+# as_root COMMAND...: directly, or by sudo.
+as_root() {
+  if [ "$(id -u)" = 0 ]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo -- "$@"
+  else
+    die "this needs root and there is no sudo; as root, run: $*"
+  fi
+}
+
+# need PROGRAM PACKAGE WHY: remembers PACKAGE when PROGRAM is not installed.
+missing=()
+need() {
+  PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null && return
+  missing+=("$2")
+  say "missing: $2 ($3)"
+}
+
+# install_missing: installs what need() found missing, in one go.
+install_missing() {
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null || die "no apt-get here; install these yourself: ${missing[*]}"
+  step "install ${missing[*]}" install_packages "${missing[@]}"
+  missing=()
+}
+install_packages() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" \
+    || { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
+         apt-get install -y --no-install-recommends "$@"; }
+}
+
+# kvm_usable: can this machine itself run guests? Asked of the product.
+kvm_usable() { "${HOST_AGENT_BIN:?}" doctor >/dev/null 2>&1; }
+
+# Where cargo puts the release binaries (see .cargo/config.toml).
+release=$target/x86_64-unknown-linux-gnu/release
