@@ -8,8 +8,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::frame::{self, Decoder, FrameError};
 
-/// Bytes asked of the stream at once.
-const READ_SIZE: usize = 16 * 1024;
+/// Bytes asked of the stream at once. The buffer is part of every future that
+/// reads frames, and most frames are far smaller.
+const READ_SIZE: usize = 8 * 1024;
 
 /// Why a frame could not be read or written.
 #[derive(Debug, thiserror::Error)]
