@@ -311,6 +311,9 @@ pub struct InstanceArg {
     pub instance: String,
 }
 
+/// A longer time is a mistake, and a sum with the present may overflow.
+const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// A time: seconds, or a number with `ms`, `s`, `m` or `h`.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -326,8 +329,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| "write a time like 90, 90s, 1.5m or 500ms".to_owned())?;
     let time = Duration::try_from_secs_f64(number * unit)
         .map_err(|_| "the time is negative or too long".to_owned())?;
-    // Beyond a year it is a mistake, and sums with the present may overflow.
-    if time.is_zero() || time > Duration::from_hours(24 * 366) {
+    if time.is_zero() || time > LONGEST {
         return Err("the time must be over 0 and at most a year".into());
     }
     Ok(time)

@@ -65,8 +65,9 @@ pub enum Code {
 }
 
 impl Code {
-    /// Every code, for tables.
-    pub const ALL: [Self; 24] = [
+    /// Every code.
+    #[cfg(test)]
+    const ALL: [Self; 24] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -131,7 +132,10 @@ impl Code {
 
 /// An error as it is printed.
 #[derive(Debug)]
-pub struct CliError {
+pub struct CliError(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     code: Code,
     exit: Exit,
     what: String,
@@ -146,7 +150,7 @@ pub struct CliError {
 impl CliError {
     /// `what` happened.
     pub fn new(code: Code, what: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Inner {
             code,
             exit: code.row().1,
             what: what.into(),
@@ -156,41 +160,41 @@ impl CliError {
             hint: None,
             logs: Vec::new(),
             tails: Vec::new(),
-        }
+        }))
     }
 
     /// What happened and the chain of its causes are those of `error`.
     pub fn chain(code: Code, error: &dyn std::error::Error) -> Self {
         let mut this = Self::new(code, error.to_string());
-        this.causes = sources(error);
+        this.0.causes = sources(error);
         this
     }
 
     /// Ends with `exit` and not with the code's own.
     #[must_use]
     pub fn exit_with(mut self, exit: Exit) -> Self {
-        self.exit = exit;
+        self.0.exit = exit;
         self
     }
 
     /// Adds a cause below those already there.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<String>) -> Self {
-        self.causes.push(cause.into());
+        self.0.causes.push(cause.into());
         self
     }
 
     /// The exact command, or change, that helps.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.0.hint = Some(hint.into());
         self
     }
 
     /// Where to read more: a command or a path.
     #[must_use]
     pub fn logs(mut self, logs: impl Into<String>) -> Self {
-        self.logs.push(logs.into());
+        self.0.logs.push(logs.into());
         self
     }
 
@@ -198,7 +202,7 @@ impl CliError {
     #[must_use]
     pub fn tail(mut self, title: impl Into<String>, lines: Vec<String>) -> Self {
         if !lines.is_empty() {
-            self.tails.push((title.into(), lines));
+            self.0.tails.push((title.into(), lines));
         }
         self
     }
@@ -217,30 +221,30 @@ impl CliError {
         };
         let mut error = Self::new(code, what);
         if let Some(check) = report.failure() {
-            error.causes.push(check.text.clone());
-            error.hint.clone_from(&check.hint);
+            error.0.causes.push(check.text.clone());
+            error.0.hint.clone_from(&check.hint);
         }
         error.logs("host-agent doctor")
     }
 
     /// How the command ends.
     pub fn exit(&self) -> Exit {
-        self.exit
+        self.0.exit
     }
 
     /// `HA-nnnn`.
     pub fn code(&self) -> Code {
-        self.code
+        self.0.code
     }
 
     /// What happened, in one line.
     pub fn what(&self) -> &str {
-        &self.what
+        &self.0.what
     }
 
     /// What to type next.
     pub fn hint_text(&self) -> Option<&str> {
-        self.hint.as_deref()
+        self.0.hint.as_deref()
     }
 
     /// For people, without a newline at the end.
@@ -250,16 +254,16 @@ impl CliError {
         } else {
             ("", "", "")
         };
-        let mut text = format!("{red}error[{}]{off}: ", self.code.name());
-        if let Some((file, position)) = &self.place {
+        let mut text = format!("{red}error[{}]{off}: ", self.0.code.name());
+        if let Some((file, position)) = &self.0.place {
             text.push_str(file);
             if let Some(Position { line, column }) = position {
                 let _ = write!(text, ":{line}:{column}");
             }
             text.push_str(": ");
         }
-        text.push_str(&self.what);
-        if let (Some(snippet), Some((_, Some(place)))) = (&self.snippet, &self.place) {
+        text.push_str(&self.0.what);
+        if let (Some(snippet), Some((_, Some(place)))) = (&self.0.snippet, &self.0.place) {
             let number = place.line.to_string();
             let _ = write!(text, "\n  {dim}{number} |{off} {snippet}");
             // A long line is quoted in part: then the mark is left out.
@@ -276,19 +280,19 @@ impl CliError {
                 );
             }
         }
-        for cause in &self.causes {
+        for cause in &self.0.causes {
             line(&mut text, "cause", cause);
         }
-        for (title, lines) in &self.tails {
+        for (title, lines) in &self.0.tails {
             line(&mut text, "last", title);
             for entry in lines {
                 let _ = write!(text, "\n    {dim}|{off} {entry}");
             }
         }
-        if let Some(hint) = &self.hint {
+        if let Some(hint) = &self.0.hint {
             line(&mut text, "hint", hint);
         }
-        for logs in &self.logs {
+        for logs in &self.0.logs {
             line(&mut text, "logs", logs);
         }
         text
@@ -298,22 +302,22 @@ impl CliError {
     pub fn json(&self) -> Value {
         let mut value = json!({
             "schema": "host-agent.error/1",
-            "code": self.code.name(),
-            "exit_code": self.exit.code(),
-            "error": self.what,
-            "causes": self.causes,
-            "hint": self.hint,
-            "logs": self.logs,
+            "code": self.0.code.name(),
+            "exit_code": self.0.exit.code(),
+            "error": self.0.what,
+            "causes": self.0.causes,
+            "hint": self.0.hint,
+            "logs": self.0.logs,
         });
-        if let Some((file, position)) = &self.place {
+        if let Some((file, position)) = &self.0.place {
             value["file"] = json!(file);
             if let Some(Position { line, column }) = position {
                 value["line"] = json!(line);
                 value["column"] = json!(column);
             }
         }
-        if !self.tails.is_empty() {
-            let tails = self.tails.iter();
+        if !self.0.tails.is_empty() {
+            let tails = self.0.tails.iter();
             value["last"] = tails
                 .map(|(title, lines)| json!({"title": title, "lines": lines}))
                 .collect();
@@ -345,10 +349,10 @@ impl From<ServiceError> for CliError {
             Some(_) => (Code::ServiceFile, Exit::Invalid),
         };
         let mut this = Self::new(code, error.what()).exit_with(exit);
-        this.place = Some((error.file().display().to_string(), error.position()));
-        this.snippet = error.snippet().map(Into::into);
-        this.hint = error.hint().map(Into::into);
-        this.causes = sources(&error);
+        this.0.place = Some((error.file().display().to_string(), error.position()));
+        this.0.snippet = error.snippet().map(Into::into);
+        this.0.hint = error.hint().map(Into::into);
+        this.0.causes = sources(&error);
         this
     }
 }

@@ -1,8 +1,10 @@
 //! The command line: verbs, what is printed, exit codes.
 
 mod args;
+mod deploy;
 mod doctor;
 mod error;
+mod evidence;
 mod exec;
 mod exit;
 mod instances;
@@ -11,8 +13,12 @@ mod logs;
 mod output;
 mod probe;
 mod report;
+mod run;
+mod running;
 mod service;
 mod terminal;
+mod test;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -45,10 +51,8 @@ pub fn main() -> ExitCode {
         Verb::Pack(args) => service::pack(&args, &output),
         Verb::Validate(args) => service::validate(&args, &output),
         Verb::Version => version(&output),
-        Verb::Run(_) | Verb::Test(_) => Err(CliError::new(
-            Code::Unclassified,
-            "this build cannot run services yet",
-        )),
+        Verb::Run(args) => run::run(&args, &output),
+        Verb::Test(args) => test::run(&args, &output),
     };
     match result {
         Ok(exit) => exit.into(),

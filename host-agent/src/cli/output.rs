@@ -58,11 +58,6 @@ impl Output {
         }
     }
 
-    /// The form of the answer.
-    pub fn format(&self) -> Format {
-        self.format
-    }
-
     /// The whole answer: `text` for people, `json` for machines.
     pub fn answer(&self, text: &str, json: impl FnOnce() -> Value) -> Result<(), CliError> {
         match self.format {

@@ -1,0 +1,212 @@
+//! What `run` and `test` share: the service, the host, the options, and the
+//! errors of a deployment that cannot begin.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::args::ServiceArgs;
+use super::error::{CliError, Code, sources};
+use super::exit::Exit;
+use crate::doctor::{self, HostReport};
+use crate::endpoints::ListenError;
+use crate::service::model::ServiceModel;
+use crate::store::image::ImageError;
+use crate::store::paths;
+use crate::supervisor::deployment::{DeployError, Options};
+use crate::supervisor::event::TimelineEvent;
+use crate::supervisor::heartbeat::HeartbeatRule;
+
+/// Reads and checks the service.
+pub fn load(args: &ServiceArgs) -> Result<ServiceModel, CliError> {
+    Ok(crate::service::load(&args.service, args.config.as_deref())?)
+}
+
+/// The data directory, as a path that does not depend on where we are.
+pub fn data_dir() -> PathBuf {
+    let directory = paths::data_dir();
+    std::path::absolute(&directory).unwrap_or(directory)
+}
+
+/// Looks at the host.
+pub fn host() -> HostReport {
+    doctor::check(&data_dir())
+}
+
+/// The options of a deployment on `host`.
+pub fn options(
+    host: &HostReport,
+    keep: bool,
+    heartbeat_limit: Option<Duration>,
+) -> Result<Options, CliError> {
+    let mut options = Options::new(data_dir());
+    options.timeout_scale = f64::from(host.timeout_scale());
+    options.keep = keep;
+    if let Some(limit) = heartbeat_limit {
+        // The time to boot has nothing to do with the limit that is tried out.
+        let boot_limit = HeartbeatRule::DEFAULT.limit();
+        options.rule = HeartbeatRule::with_limit(limit, boot_limit)
+            .map_err(|error| CliError::chain(Code::Usage, &error))?;
+    }
+    Ok(options)
+}
+
+/// Why a deployment could not begin, and what helps.
+pub fn refused(error: &DeployError) -> CliError {
+    match error {
+        DeployError::Image(error) => image(error),
+        DeployError::Listen(error) => listen(error),
+        DeployError::Guest { .. } | DeployError::Directory { .. } | DeployError::Internal(_) => {
+            let this = CliError::chain(Code::Start, error);
+            match system_error(error) {
+                Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                    CliError::chain(Code::HostFull, error)
+                        .hint("export HOST_AGENT_DATA_DIR=/directory/with/more/space")
+                }
+                Some(io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) => this
+                    .exit_with(Exit::Permission)
+                    .hint("export HOST_AGENT_DATA_DIR=/directory/you/can/write"),
+                _ => this,
+            }
+        }
+    }
+}
+
+fn image(error: &ImageError) -> CliError {
+    match error {
+        ImageError::Missing { name, .. } => {
+            CliError::chain(Code::ImageMissing, error).hint(format!("images/build {name}"))
+        }
+        ImageError::Read { source, .. } => {
+            let this = CliError::chain(Code::ImageDamaged, error);
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => this.exit_with(Exit::Permission),
+                _ => this.hint("build the image again: images/build NAME"),
+            }
+        }
+        ImageError::Manifest { .. } | ImageError::Incomplete { .. } | ImageError::Digest { .. } => {
+            CliError::chain(Code::ImageDamaged, error)
+                .hint("build the image again: images/build NAME")
+        }
+    }
+}
+
+fn listen(error: &ListenError) -> CliError {
+    let ListenError {
+        endpoint,
+        address,
+        source,
+    } = error;
+    let what = format!("endpoint {endpoint} cannot be published at {address}");
+    let port = address.port();
+    match source.kind() {
+        io::ErrorKind::AddrInUse => CliError::new(Code::PortInUse, what)
+            .cause(format!("port {port} is in use"))
+            .hint(format!(
+                "ss -ltnp 'sport = :{port}'   (shows who has it), or another port in the definition"
+            )),
+        io::ErrorKind::PermissionDenied => CliError::new(Code::Start, what)
+            .cause(source.to_string())
+            .exit_with(Exit::Permission)
+            .hint("use a port from 1024 up in the definition, or give CAP_NET_BIND_SERVICE"),
+        _ => CliError::new(Code::Start, what).cause(source.to_string()),
+    }
+}
+
+/// The kind of the system's error at the root of `error`.
+fn system_error(error: &DeployError) -> Option<io::ErrorKind> {
+    let mut last: &dyn std::error::Error = error;
+    let mut kind = None;
+    while let Some(source) = last.source() {
+        kind = source
+            .downcast_ref::<io::Error>()
+            .map(io::Error::kind)
+            .or(kind);
+        last = source;
+    }
+    kind
+}
+
+/// A line of the timeline.
+pub fn timeline_line(event: &TimelineEvent, width: usize) -> String {
+    let seconds = event.at.as_secs();
+    let instance = event.instance.as_deref().unwrap_or("");
+    let text = format!(
+        "[{:02}:{:02}.{}] {instance:<width$} {}",
+        seconds / 60,
+        seconds % 60,
+        event.at.subsec_millis() / 100,
+        event.kind
+    );
+    // What a guest wrote must not reach the terminal as control sequences.
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+/// A file could not be written.
+pub fn cannot_write(path: &Path, error: &io::Error) -> CliError {
+    let mut this = CliError::new(Code::Output, format!("cannot write {}", path.display()))
+        .cause(error.to_string());
+    for cause in sources(error) {
+        this = this.cause(cause);
+    }
+    this
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::supervisor::event::EventKind;
+
+    #[test]
+    fn a_port_in_use_is_a_conflict_that_names_endpoint_and_port() {
+        let error = DeployError::Listen(ListenError {
+            endpoint: "redis".into(),
+            address: ([127, 0, 0, 1], 6379).into(),
+            source: io::Error::from(io::ErrorKind::AddrInUse),
+        });
+        let error = refused(&error);
+        assert_eq!(error.exit(), Exit::Conflict);
+        let text = error.human(false);
+        assert!(text.contains("redis") && text.contains("sport = :6379"));
+    }
+
+    #[test]
+    fn a_full_disk_is_found_at_the_root_of_the_chain() {
+        let error = DeployError::Directory {
+            what: "a deployment",
+            path: "/data".into(),
+            source: io::Error::from(io::ErrorKind::StorageFull),
+        };
+        let error = refused(&error);
+        assert_eq!(error.exit(), Exit::Host);
+        assert!(error.hint_text().unwrap().contains("HOST_AGENT_DATA_DIR"));
+    }
+
+    #[test]
+    fn an_image_that_is_not_there_says_how_to_make_it() {
+        let error = DeployError::Image(ImageError::Missing {
+            name: "web".into(),
+            path: "/data/images/web".into(),
+        });
+        let error = refused(&error);
+        assert_eq!(error.exit(), Exit::NotFound);
+        assert_eq!(error.hint_text(), Some("images/build web"));
+    }
+
+    #[test]
+    fn a_line_of_the_timeline_has_time_instance_and_change() {
+        let event = TimelineEvent {
+            at: Duration::from_millis(83_960),
+            instance: Some("A_IN_0".into()),
+            kind: EventKind::Warning {
+                text: "odd \u{1b}[2J".into(),
+            },
+        };
+        assert_eq!(
+            timeline_line(&event, 8),
+            "[01:23.9] A_IN_0   warning: odd \u{fffd}[2J"
+        );
+    }
+}

@@ -1,0 +1,161 @@
+//! `host-agent run`: deploys a service and stays with it.
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::args::{RunArgs, Until};
+use super::error::{CliError, Code};
+use super::evidence;
+use super::exit::Exit;
+use super::output::Output;
+use super::running::{Ended, Running, interrupted};
+use super::watch::{News, Trouble};
+use super::{deploy, runtime};
+use crate::supervisor::event::TimelineEvent;
+
+/// Lines of each log shown with an error.
+const TAIL: usize = 15;
+
+/// Runs the service; 0 when it was stopped on request.
+pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
+    let model = deploy::load(&args.service)?;
+    let host = deploy::host();
+    if !host.is_usable() {
+        return Err(CliError::host(&host));
+    }
+    output.progress(&format!("host-agent: {}", host.summary()));
+    let options = deploy::options(&host, args.keep, args.heartbeat_limit)?;
+    let timeout = args.timeout.map(|timeout| host.scaled(timeout));
+    let runtime = runtime()?;
+    let result = runtime.block_on(async {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let mut running = Running::start(model, options, output).await?;
+        let result = follow(&mut running, args, deadline, output).await;
+        // What a failure left is looked at before the files go.
+        let result = result.map_err(|error| with_logs(error, &running, args.keep));
+        if args.keep {
+            let place = running.deployment().directory().display();
+            output.progress(&format!("disks and logs are kept in {place}"));
+        }
+        running.finish().await;
+        result.map_err(|(error, _)| error)
+    });
+    runtime.shutdown_background();
+    result
+}
+
+type Failure = (CliError, Option<String>);
+
+async fn follow(
+    running: &mut Running,
+    args: &RunArgs,
+    deadline: Option<Instant>,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let tell = |event: &TimelineEvent, line: String| {
+        output.line(&line, || serde_json::to_value(event).unwrap_or(json!(null)))
+    };
+    let plain = |error: CliError| (error, None);
+    let mut deadline = deadline;
+    let mut last = None;
+    let outcome = loop {
+        match running.wait(deadline, tell).await.map_err(plain)? {
+            Ended::News(News::Ready) => {
+                deadline = None;
+                if args.until == Until::Ready {
+                    break Ok(Exit::Success);
+                }
+                output.progress(&format!(
+                    "Ready. Ctrl-C stops it; host-agent exec {} -- sh looks inside",
+                    running.names[0]
+                ));
+            }
+            Ended::News(News::Trouble(trouble)) => {
+                if args.until == Until::Ready {
+                    break Err(failure(trouble));
+                }
+                // The supervisor goes on; if this was the end, it is the cause.
+                last = Some(trouble);
+            }
+            Ended::News(News::Nothing) => {}
+            Ended::Finished => {
+                return match last {
+                    Some(trouble) => Err(failure(trouble)),
+                    None => Ok(Exit::Success),
+                };
+            }
+            Ended::Deadline => break Err((not_ready(running), Some(running.names[0].clone()))),
+            Ended::Signal(number) => {
+                output.progress("stopping; once more kills");
+                running.stop(output, tell).await.map_err(plain)?;
+                return if running.was_killed() || args.until == Until::Ready {
+                    Err(plain(interrupted(number)))
+                } else {
+                    unclean(running)
+                };
+            }
+        }
+    };
+    running.stop(output, tell).await.map_err(plain)?;
+    outcome?;
+    unclean(running)
+}
+
+fn unclean(running: &Running) -> Result<Exit, Failure> {
+    let left = running.watch.unclean();
+    let Some(first) = left.first() else {
+        return Ok(Exit::Success);
+    };
+    let what = format!("{} had to be stopped by force", left.join(", "));
+    Err((CliError::new(Code::Unclean, what), Some(first.clone())))
+}
+
+fn failure(trouble: Trouble) -> Failure {
+    let mut error = CliError::new(trouble.code, trouble.what);
+    if let Some(cause) = trouble.cause {
+        error = error.cause(cause);
+    }
+    (error, Some(trouble.instance))
+}
+
+/// The time is up before every instance is Ready.
+pub fn not_ready(running: &Running) -> CliError {
+    let mut error = CliError::new(Code::Timeout, "the service was not Ready in time");
+    for waiting in running.watch.waiting() {
+        error = error.cause(waiting);
+    }
+    error.hint("give it longer: --timeout S")
+}
+
+/// Adds the end of the logs of the instance at fault.
+fn with_logs((error, instance): Failure, running: &Running, keep: bool) -> Failure {
+    let Some(name) = instance else {
+        return (error, None);
+    };
+    let directory = running.deployment().directory().join(&name);
+    let mut error = tails(error, &directory, &name);
+    if keep {
+        error = error.logs(directory.display().to_string());
+    } else {
+        error = error.hint("the same with --keep leaves disks and logs to look at");
+    }
+    (error, Some(name))
+}
+
+/// The last lines of the role's log and of the serial console in `directory`.
+pub fn tails(error: CliError, directory: &std::path::Path, name: &str) -> CliError {
+    let tail = |file: &str| evidence::tail(&directory.join(file), TAIL);
+    error
+        .tail(
+            format!("lines of the role's log of {name}"),
+            tail("role.log"),
+        )
+        .tail(
+            format!("lines of the agents' log of {name}"),
+            tail("agent.log"),
+        )
+        .tail(
+            format!("lines of the serial console of {name}"),
+            tail("serial.log"),
+        )
+}

@@ -1,0 +1,406 @@
+//! `host-agent test`: deploys a service, probes it, stops it, and reports.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::args::{OnNoKvm, TestArgs};
+use super::error::{CliError, Code};
+use super::exit::Exit;
+use super::output::Output;
+use super::probe::Probe;
+use super::report::{
+    self, HostFacts, InstanceReport, Outcome, ReportFile, Step, TestReport, rfc3339, stages,
+};
+use super::run::{not_ready, tails};
+use super::running::{Ended, Running, interrupted};
+use super::watch::{News, Trouble};
+use super::{deploy, evidence, runtime};
+use crate::doctor::HostReport;
+use crate::service::model::ServiceModel;
+use crate::supervisor::event::TimelineEvent;
+
+/// Lines of the serial console in a report.
+const SERIAL_TAIL: usize = 20;
+
+/// Runs the test, writes the reports whatever came of it, and prints the
+/// verdict.
+pub fn run(args: &TestArgs, output: &Output) -> Result<Exit, CliError> {
+    let started = (SystemTime::now(), Instant::now());
+    let mut report = blank(args, started.0);
+    let result = attempt(args, output, &mut report);
+    report.duration_ms = millis(started.1.elapsed());
+    let exit = match &result {
+        Ok(()) => Exit::Success,
+        Err(error) => error.exit(),
+    };
+    report.exit_code = exit.code();
+    report.result = match exit {
+        Exit::Success => Outcome::Ok,
+        Exit::Skipped => Outcome::Skip,
+        _ => Outcome::Fail,
+    };
+    report.error = result.as_ref().err().map(CliError::json);
+    for file in &args.reports {
+        write_report(file, &report)?;
+    }
+    if let Err(error) = result {
+        output.error(&error);
+    }
+    output.answer(&report.verdict(), || report.json())?;
+    Ok(exit)
+}
+
+fn blank(args: &TestArgs, started: SystemTime) -> TestReport {
+    TestReport {
+        result: Outcome::Fail,
+        exit_code: Exit::Unclassified.code(),
+        service: args.service.service.display().to_string(),
+        started: rfc3339(started),
+        duration_ms: 0,
+        host: HostFacts {
+            kvm: None,
+            exit_us: None,
+            timeout_scale: 1,
+        },
+        instances: Vec::new(),
+        probes: Vec::new(),
+        stop: None,
+        error: None,
+    }
+}
+
+fn write_report(file: &ReportFile, report: &TestReport) -> Result<(), CliError> {
+    let path = file.path();
+    let written = match path.parent() {
+        Some(parent) => std::fs::create_dir_all(parent),
+        None => Ok(()),
+    };
+    written
+        .and_then(|()| std::fs::write(path, file.render(report)))
+        .map_err(|error| deploy::cannot_write(path, &error))
+}
+
+fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<(), CliError> {
+    let model = deploy::load(&args.service)?;
+    report.service.clone_from(&model.name);
+    check_probes(&args.probes, &model)?;
+    let host = deploy::host();
+    report.host = HostFacts {
+        kvm: host.kind.map(str::to_owned),
+        exit_us: host.exit_us,
+        timeout_scale: host.timeout_scale(),
+    };
+    if !host.is_usable() {
+        let error = CliError::host(&host);
+        return Err(match args.on_no_kvm {
+            OnNoKvm::Fail => error,
+            OnNoKvm::Skip => error.exit_with(Exit::Skipped),
+        });
+    }
+    output.progress(&format!("host-agent: {}", host.summary()));
+    let options = deploy::options(&host, false, None)?;
+    let data_dir = options.data_dir.clone();
+    let runtime = runtime()?;
+    let result = runtime.block_on(async {
+        let deadline = Instant::now() + host.scaled(args.timeout);
+        let mut running = Running::start(model, options, output).await?;
+        let mut result = drive(&mut running, args, &host, deadline, output, report).await;
+        describe(&running, &mut result, report);
+        result = preserve(&running, args, &data_dir, result, report);
+        running.finish().await;
+        result.map_err(|failure| failure.error)
+    });
+    runtime.shutdown_background();
+    result
+}
+
+/// Why the test failed.
+struct Failure {
+    error: CliError,
+    /// The instance at fault.
+    instance: Option<String>,
+}
+
+impl From<CliError> for Failure {
+    fn from(error: CliError) -> Self {
+        Self {
+            error,
+            instance: None,
+        }
+    }
+}
+
+/// A probe that names no endpoint of the service is bad usage, told before
+/// anything is started.
+fn check_probes(probes: &[Probe], model: &ServiceModel) -> Result<(), CliError> {
+    let names: Vec<_> = model
+        .roles
+        .iter()
+        .flat_map(|role| role.endpoints.iter().map(|endpoint| endpoint.name.as_str()))
+        .collect();
+    for probe in probes {
+        if !names.contains(&probe.endpoint.as_str()) {
+            let what = format!(
+                "probe {probe}: the service has no endpoint {}",
+                probe.endpoint
+            );
+            return Err(
+                CliError::new(Code::Usage, what).hint(match names.as_slice() {
+                    [] => "the definition declares no InputEndpoint".to_owned(),
+                    names => format!("endpoints: {}", names.join(", ")),
+                }),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Ready, probes, clean stop.
+async fn drive(
+    running: &mut Running,
+    args: &TestArgs,
+    host: &HostReport,
+    deadline: Instant,
+    output: &Output,
+    report: &mut TestReport,
+) -> Result<(), Failure> {
+    let tell = |_: &TimelineEvent, line: String| {
+        output.progress(&line);
+        Ok(())
+    };
+    let mut result = ready(running, deadline, tell).await;
+    for probe in &args.probes {
+        let name = probe.to_string();
+        if result.is_err() {
+            report.probes.push(Step::new(name, Outcome::Skip, 0));
+            continue;
+        }
+        let step = run_probe(running, probe, host.timeout_scale(), deadline, tell).await;
+        let step = match step {
+            Ok(step) => step,
+            Err(failure) => {
+                report.probes.push(Step::new(name, Outcome::Fail, 0));
+                result = Err(failure);
+                continue;
+            }
+        };
+        let detail = step.detail.clone().unwrap_or_default();
+        output.progress(&format!(
+            "probe {name}  {}  {detail} in {} ms",
+            step.result, step.ms
+        ));
+        if step.result == Outcome::Fail {
+            let error = CliError::new(Code::Probe, format!("probe {name} failed"));
+            result = Err(Failure {
+                error: error.cause(detail),
+                instance: running.names.first().cloned(),
+            });
+        }
+        report.probes.push(step);
+    }
+    let took = running.stop(output, tell).await?;
+    let left = running.watch.unclean();
+    let mut stop = Step::new("stop", Outcome::Ok, millis(took));
+    if let Some(first) = left.first() {
+        let what = format!("{} had to be stopped by force", left.join(", "));
+        stop.result = Outcome::Fail;
+        stop.code = Some(Code::Unclean.name());
+        stop.detail = Some(what.clone());
+        if result.is_ok() {
+            result = Err(Failure {
+                error: CliError::new(Code::Unclean, what),
+                instance: Some(first.clone()),
+            });
+        }
+    }
+    report.stop = Some(stop);
+    result
+}
+
+async fn ready(
+    running: &mut Running,
+    deadline: Instant,
+    tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+) -> Result<(), Failure> {
+    match running.wait(Some(deadline), tell).await? {
+        Ended::News(News::Ready) => Ok(()),
+        Ended::News(News::Trouble(trouble)) => Err(failed(trouble)),
+        Ended::Deadline => Err(Failure {
+            error: not_ready(running),
+            instance: running
+                .names
+                .iter()
+                .find(|name| running.watch.state(name) != "Ready")
+                .cloned(),
+        }),
+        Ended::Signal(number) => Err(interrupted(number).into()),
+        Ended::Finished | Ended::News(News::Nothing) => {
+            Err(CliError::new(Code::Start, "the service ended before it was Ready").into())
+        }
+    }
+}
+
+/// Probes while the service is watched: if it breaks, the probe need not wait.
+async fn run_probe(
+    running: &mut Running,
+    probe: &Probe,
+    scale: u32,
+    deadline: Instant,
+    tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+) -> Result<Step, Failure> {
+    let published = running.deployment().published();
+    let address = *published
+        .get(&probe.endpoint)
+        .expect("probes were checked against the definition");
+    let outcome = tokio::select! {
+        outcome = probe.run(address, deadline, scale) => outcome,
+        ended = running.wait(None, tell) => {
+            return Err(match ended? {
+                Ended::News(News::Trouble(trouble)) => failed(trouble),
+                Ended::Signal(number) => interrupted(number).into(),
+                _ => CliError::new(Code::Role, "the service ended while it was probed").into(),
+            });
+        }
+    };
+    let (result, detail, code) = match outcome.result {
+        Ok(seen) => (Outcome::Ok, seen, None),
+        Err(why) => (
+            Outcome::Fail,
+            format!("{why} ({} attempts)", outcome.attempts),
+            Some(Code::Probe.name()),
+        ),
+    };
+    Ok(Step {
+        detail: Some(detail),
+        code,
+        ..Step::new(probe.to_string(), result, millis(outcome.took))
+    })
+}
+
+fn failed(trouble: Trouble) -> Failure {
+    let mut error = CliError::new(trouble.code, trouble.what);
+    if let Some(cause) = trouble.cause {
+        error = error.cause(cause);
+    }
+    Failure {
+        error,
+        instance: Some(trouble.instance),
+    }
+}
+
+/// The instances and their steps, and the last lines of the one at fault.
+fn describe(running: &Running, result: &mut Result<(), Failure>, report: &mut TestReport) {
+    let directory = running.deployment().directory();
+    let failure = result.as_ref().err();
+    let at_fault = failure.and_then(|failure| failure.instance.clone());
+    for name in &running.names {
+        let mine = failure
+            .filter(|failure| failure.instance.as_ref() == Some(name))
+            .map(|failure| report::Failure {
+                detail: failure.error.what().to_owned(),
+                code: failure.error.code().name(),
+            });
+        let serial = directory.join(name).join("serial.log");
+        report.instances.push(InstanceReport {
+            name: name.clone(),
+            state: running.watch.state(name).to_owned(),
+            stages: stages(&running.events, name, mine.as_ref()),
+            logs: Vec::new(),
+            serial_tail: match mine {
+                Some(_) => evidence::tail(&serial, SERIAL_TAIL),
+                None => Vec::new(),
+            },
+        });
+    }
+    if let (Err(failure), Some(name)) = (result, at_fault) {
+        let error = std::mem::replace(&mut failure.error, CliError::new(Code::Unclassified, ""));
+        failure.error = tails(error, &directory.join(&name), &name);
+    }
+}
+
+/// Copies the logs to where they outlive the deployment: the user's directory,
+/// or after a failure one of our own.
+fn preserve(
+    running: &Running,
+    args: &TestArgs,
+    data_dir: &Path,
+    result: Result<(), Failure>,
+    report: &mut TestReport,
+) -> Result<(), Failure> {
+    let deployment = running.deployment();
+    let target: PathBuf = match (&args.artifacts, &result) {
+        (Some(directory), _) => directory.clone(),
+        (None, Ok(())) => return result,
+        (None, Err(_)) => evidence::failed_dir(data_dir, deployment.id()),
+    };
+    let mut trouble = None;
+    for instance in &mut report.instances {
+        let from = deployment.directory().join(&instance.name);
+        match evidence::copy_logs(&from, &target.join(&instance.name)) {
+            Ok(copies) => instance.logs = copies,
+            Err(error) => trouble = Some(error),
+        }
+    }
+    match (result, trouble) {
+        (Ok(()), None) => Ok(()),
+        (Ok(()), Some(error)) => Err(deploy::cannot_write(&target, &error).into()),
+        (Err(mut failure), trouble) => {
+            let mut error = failure.error.logs(target.display().to_string());
+            if let Some(trouble) = trouble {
+                error = error.cause(format!("not all logs could be copied: {trouble}"));
+            }
+            if error.hint_text().is_none() {
+                let service = args.service.service.display();
+                error = error.hint(format!("host-agent run {service} --keep"));
+            }
+            failure.error = error;
+            Err(failure)
+        }
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{CommandLine, Verb};
+    use crate::cli::report::TestReport;
+    use clap::Parser as _;
+
+    fn args(line: &[&str]) -> TestArgs {
+        let line = ["host-agent", "test"].iter().chain(line);
+        match CommandLine::try_parse_from(line).unwrap().verb {
+            Verb::Test(args) => args,
+            _ => panic!("not test"),
+        }
+    }
+
+    #[test]
+    fn a_service_that_is_not_there_still_gives_reports() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let json = format!("json={}", path("new/a.json").display());
+        let junit = format!("junit={}", path("a.xml").display());
+        let args = args(&["/no/such/service", "--report", &json, "--report", &junit]);
+        let output = Output::before_flags(true);
+        assert_eq!(run(&args, &output).unwrap(), Exit::NotFound);
+        let text = std::fs::read_to_string(path("new/a.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(report["exit_code"], 4);
+        assert_eq!(report["error"]["code"], "HA-0102");
+        let xml = std::fs::read_to_string(path("a.xml")).unwrap();
+        assert!(xml.contains("<failure message=\"HA-0102"), "{xml}");
+    }
+
+    #[test]
+    fn a_report_is_blank_until_something_is_known() {
+        let report: TestReport = blank(&args(&["x"]), SystemTime::UNIX_EPOCH);
+        assert_eq!(report.started, "1970-01-01T00:00:00Z");
+        assert_eq!(report.result, Outcome::Fail);
+    }
+}

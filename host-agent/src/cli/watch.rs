@@ -1,0 +1,325 @@
+//! From the timeline to a judgement: is the service Ready, or can it not be?
+//! Pure.
+
+use std::collections::BTreeMap;
+
+use vmbus::message::{ExitCause, RoleState};
+
+use super::error::Code;
+use crate::service::model::ServiceModel;
+use crate::supervisor::event::{EventKind, TimelineEvent, Verdict, exit_text, state_name};
+use crate::vmm::control::ExitReason;
+
+/// What an event means for the whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// Nothing is decided.
+    Nothing,
+    /// Every instance is Ready, for the first time.
+    Ready,
+    /// Not on the way to Ready, or no longer Ready.
+    Trouble(Trouble),
+}
+
+/// Why a service is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// The instance.
+    pub instance: String,
+    /// Class.
+    pub code: Code,
+    /// What happened.
+    pub what: String,
+    /// Why, as far as it is known.
+    pub cause: Option<String>,
+}
+
+/// Follows one deployment.
+#[derive(Debug)]
+pub struct Watch {
+    instances: BTreeMap<String, Instance>,
+    told_ready: bool,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+struct Instance {
+    state: String,
+    ready: bool,
+    clean: Option<bool>,
+}
+
+impl Watch {
+    /// Nothing has happened yet to the instances called `names`.
+    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
+        let fresh = |name| {
+            let instance = Instance {
+                state: "Accepted".into(),
+                ready: false,
+                clean: None,
+            };
+            (name, instance)
+        };
+        Self {
+            instances: names.into_iter().map(fresh).collect(),
+            told_ready: false,
+            stopping: false,
+        }
+    }
+
+    /// From here on the service is being stopped: what ends, ends on request.
+    pub fn stopping(&mut self) {
+        self.stopping = true;
+    }
+
+    /// State of an instance, in a word.
+    pub fn state(&self, name: &str) -> &str {
+        self.instances
+            .get(name)
+            .map_or("Unknown", |instance| &instance.state)
+    }
+
+    /// Instances that are not Ready, with their state.
+    pub fn waiting(&self) -> Vec<String> {
+        let waiting = self
+            .instances
+            .iter()
+            .filter(|(_, instance)| !instance.ready);
+        waiting
+            .map(|(name, instance)| format!("{name} is {}", instance.state))
+            .collect()
+    }
+
+    /// Instances that did not end by themselves when they were stopped.
+    pub fn unclean(&self) -> Vec<String> {
+        let unclean = self
+            .instances
+            .iter()
+            .filter(|(_, instance)| instance.clean != Some(true));
+        unclean.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Takes one event.
+    pub fn take(&mut self, event: &TimelineEvent) -> News {
+        let Some((name, instance)) = event
+            .instance
+            .as_ref()
+            .and_then(|name| self.instances.get_mut(name).map(|found| (name, found)))
+        else {
+            return News::Nothing;
+        };
+        if let Some(state) = state_after(&event.kind) {
+            instance.state = state.into();
+            instance.ready = state == state_name(RoleState::Ready);
+        }
+        if let EventKind::Stopped { clean } = event.kind {
+            instance.clean = Some(clean);
+        }
+        if self.stopping {
+            return News::Nothing;
+        }
+        if let Some((code, what, cause)) = trouble(name, &event.kind) {
+            return News::Trouble(Trouble {
+                instance: name.clone(),
+                code,
+                what,
+                cause,
+            });
+        }
+        if !self.told_ready && self.instances.values().all(|instance| instance.ready) {
+            self.told_ready = true;
+            return News::Ready;
+        }
+        News::Nothing
+    }
+}
+
+/// The state that an event puts an instance in, if it changes it.
+fn state_after(kind: &EventKind) -> Option<&'static str> {
+    Some(match kind {
+        EventKind::GuestStarting { .. } => "Booting",
+        EventKind::AgentConnected { .. } => "Booted",
+        EventKind::Role { state, .. } => state_name(*state),
+        EventKind::GuestExited { .. } => "Ended",
+        EventKind::Restarting { .. } => "Restarting",
+        EventKind::Faulted { .. } => "Faulted",
+        EventKind::Stopping => "Stopping",
+        EventKind::Stopped { .. } => "Stopped",
+        EventKind::Failed { .. } => "Failed",
+        _ => return None,
+    })
+}
+
+/// What is wrong with `name` after an event that a sound service never has.
+fn trouble(name: &str, kind: &EventKind) -> Option<(Code, String, Option<String>)> {
+    Some(match kind {
+        EventKind::Role {
+            state: state @ (RoleState::Failed | RoleState::Cycling),
+            detail,
+            recycles,
+            last_exit,
+            ..
+        } => {
+            let what = match (state, last_exit) {
+                (RoleState::Failed, _) => format!("role of {name} cannot be started"),
+                (_, Some(exit)) => {
+                    format!(
+                        "role of {name} ended {recycles} times, {}",
+                        exit_cause(*exit)
+                    )
+                }
+                (_, None) => format!("role of {name} ended {recycles} times"),
+            };
+            (Code::Role, what, some(detail))
+        }
+        EventKind::GuestAgent { error: Some(error) } => (
+            Code::Boot,
+            format!("guest agent of {name} does not run"),
+            some(error),
+        ),
+        EventKind::Verdict { verdict, evidence } => {
+            let code = match verdict {
+                Verdict::NoContact { .. } => Code::Boot,
+                _ => Code::Role,
+            };
+            (code, format!("guest of {name}: {verdict}"), some(evidence))
+        }
+        EventKind::GuestExited { reason } => {
+            let hint = match reason {
+                ExitReason::Panic | ExitReason::TripleFault => {
+                    Some("the serial console says more".into())
+                }
+                _ => None,
+            };
+            let what = format!("guest of {name} ended: {}", exit_text(reason));
+            (Code::Boot, what, hint)
+        }
+        EventKind::Faulted { because, .. } => {
+            (Code::Boot, format!("{name} does not boot"), some(because))
+        }
+        EventKind::Failed { error } => (
+            Code::Start,
+            format!("the host cannot run {name}"),
+            some(error),
+        ),
+        _ => return None,
+    })
+}
+
+fn exit_cause(exit: ExitCause) -> String {
+    match exit {
+        ExitCause::Code(code) => format!("last with exit code {code}"),
+        ExitCause::Signal(number) => format!("last by signal {number}"),
+    }
+}
+
+fn some(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Names of every instance of `model`, in the order of the definition.
+pub fn instance_names(model: &ServiceModel) -> Vec<String> {
+    let roles = model.roles.iter();
+    roles
+        .flat_map(|role| {
+            (0..role.instances).map(|number| crate::supervisor::goal::instance_name(role, number))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn watch() -> Watch {
+        Watch::new(["A_IN_0".into(), "A_IN_1".into()])
+    }
+
+    fn event(instance: &str, kind: EventKind) -> TimelineEvent {
+        TimelineEvent {
+            at: Duration::ZERO,
+            instance: Some(instance.into()),
+            kind,
+        }
+    }
+
+    fn role(state: RoleState) -> EventKind {
+        EventKind::Role {
+            state,
+            detail: "run.sh: not executable".into(),
+            recycles: 3,
+            last_exit: Some(ExitCause::Code(1)),
+            retry_in_ms: None,
+        }
+    }
+
+    #[test]
+    fn ready_is_said_once_and_only_when_all_are() {
+        let mut watch = watch();
+        let mut take = |name| watch.take(&event(name, role(RoleState::Ready)));
+        assert_eq!(take("A_IN_0"), News::Nothing);
+        assert_eq!(take("A_IN_0"), News::Nothing);
+        assert_eq!(take("A_IN_1"), News::Ready);
+        assert_eq!(take("A_IN_1"), News::Nothing);
+        assert!(watch.waiting().is_empty());
+    }
+
+    #[test]
+    fn an_instance_that_restarts_is_not_ready_any_more() {
+        let mut watch = watch();
+        watch.take(&event("A_IN_0", role(RoleState::Ready)));
+        let starting = EventKind::GuestStarting {
+            generation: 2,
+            pid: 1,
+        };
+        watch.take(&event("A_IN_0", starting));
+        let last = watch.take(&event("A_IN_1", role(RoleState::Ready)));
+        assert_eq!(last, News::Nothing);
+        assert_eq!(watch.waiting(), ["A_IN_0 is Booting"]);
+    }
+
+    #[test]
+    fn what_ends_the_way_to_ready_is_told_at_once_with_its_class() {
+        let exited = |reason| EventKind::GuestExited { reason };
+        let verdict = |verdict| EventKind::Verdict {
+            verdict,
+            evidence: "serial silent".into(),
+        };
+        let cases = [
+            (role(RoleState::Failed), Code::Role, "cannot be started"),
+            (role(RoleState::Cycling), Code::Role, "3 times, last with"),
+            (exited(ExitReason::Panic), Code::Boot, "kernel panic"),
+            (exited(ExitReason::TripleFault), Code::Boot, "triple fault"),
+            (exited(ExitReason::PowerOff), Code::Boot, "power-off"),
+            (
+                verdict(Verdict::NoContact { waited_ms: 9 }),
+                Code::Boot,
+                "no contact",
+            ),
+            (verdict(Verdict::VmmDied), Code::Role, "died"),
+        ];
+        for (kind, code, words) in cases {
+            let News::Trouble(trouble) = watch().take(&event("A_IN_1", kind.clone())) else {
+                panic!("no trouble: {kind:?}");
+            };
+            assert_eq!((trouble.code, trouble.instance.as_str()), (code, "A_IN_1"));
+            assert!(trouble.what.contains(words), "{}", trouble.what);
+        }
+        let once = watch().take(&event("A_IN_0", role(RoleState::Recycling)));
+        assert_eq!(once, News::Nothing);
+    }
+
+    #[test]
+    fn a_guest_that_ends_on_request_is_no_trouble_and_force_is_remembered() {
+        let mut watch = watch();
+        watch.stopping();
+        let ended = EventKind::GuestExited {
+            reason: ExitReason::PowerOff,
+        };
+        assert_eq!(watch.take(&event("A_IN_0", ended)), News::Nothing);
+        watch.take(&event("A_IN_0", EventKind::Stopped { clean: true }));
+        watch.take(&event("A_IN_1", EventKind::Stopped { clean: false }));
+        assert_eq!(watch.unclean(), ["A_IN_1"]);
+    }
+}
