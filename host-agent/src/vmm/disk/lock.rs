@@ -3,8 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+/// How long a lock may be held by a process that has just ended, or by one that
+/// is just being started: between fork and exec a child has copies of all its
+/// parent's descriptors, and with them the locks.
+const GRACE: Duration = Duration::from_millis(500);
+/// Time between two tries; there is no lock call with a time limit.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// How a file is going to be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +38,8 @@ pub enum LockError {
     Io(#[source] io::Error),
 }
 
-/// Checks that `file` is a regular file and locks all of it without waiting.
+/// Checks that `file` is a regular file and locks all of it. Waits for half a
+/// second at most, so not for a thread that has something else to do.
 ///
 /// The lock is an open-file-description lock (`fcntl(2)`, `F_OFD_SETLK`): it goes
 /// with the descriptor to another process, is gone when the last copy of the
@@ -52,10 +61,16 @@ pub fn lock(file: &File, access: Access) -> Result<(), LockError> {
         l_len: 0, // to the end, wherever that will be
         l_pid: 0,
     };
-    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&range)) {
-        Ok(_) => Ok(()),
-        Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(LockError::InUse),
-        Err(error) => Err(LockError::Io(error.into())),
+    let start = Instant::now();
+    loop {
+        match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&range)) {
+            Ok(_) => return Ok(()),
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) if start.elapsed() < GRACE => {
+                std::thread::sleep(PAUSE);
+            }
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) => return Err(LockError::InUse),
+            Err(error) => return Err(LockError::Io(error.into())),
+        }
     }
 }
 

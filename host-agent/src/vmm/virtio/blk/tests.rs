@@ -493,12 +493,16 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     }
     driver.kick(0);
     entered.recv().unwrap();
+    let stop = Arc::clone(&block.stop);
     let (done, reset) = mpsc::channel();
     let resetter = std::thread::spawn(move || {
         block.reset();
         done.send(()).unwrap();
         block
     });
+    while !stop.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
     // The thread is inside of the read, so the reset cannot be over.
     assert!(reset.try_recv().is_err());
     release.send(()).unwrap();
