@@ -17,21 +17,23 @@ since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f s", b - a }'; }
 
 # step TITLE COMMAND...: runs COMMAND with its output in a log file, shows what
 # is running and how long it took; on failure shows the end of the log.
-# VERBOSE=1 shows the output itself.
+# VERBOSE=1 shows the output itself. A COMMAND that is a function stops at its
+# first error only if `step` is not itself part of a condition (bash ignores
+# `set -e` in all that a condition calls): end such a script by `step`, don't test it.
 step() {
-  local title=$1 start log rc=0 ticker=
+  local title=$1 start log rc ticker=
   shift
   start=$(now)
   log=$target/logs/$(tr -cs 'a-zA-Z0-9\n' - <<<"${title,,}").log
   if [ -n "${VERBOSE:-}" ]; then
     say "-- $title"
-    ( "$@" ) >&2 || rc=$?
+    set +e; ( set -e; "$@" ) >&2; rc=$?; set -e
   else
     if [ -t 2 ]; then
       ( while :; do printf '\r\033[K%s ... %s' "$title" "$(since "$start")" >&2; sleep 1; done ) &
       ticker=$!
     fi
-    ( set -e; "$@" ) >"$log" 2>&1 </dev/null || rc=$?
+    set +e; ( set -e; "$@" ) >"$log" 2>&1 </dev/null; rc=$?; set -e
     if [ -n "$ticker" ]; then
       kill "$ticker" 2>/dev/null || :
       wait "$ticker" 2>/dev/null || :
@@ -72,6 +74,8 @@ need() {
 install_missing() {
   [ ${#missing[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || die "no apt-get here; install these yourself: ${missing[*]}"
+  # Ask for the password before the progress line is drawn.
+  if [ "$(id -u)" != 0 ] && [ -t 0 ] && command -v sudo >/dev/null; then sudo -v; fi
   step "install ${missing[*]}" install_packages "${missing[@]}"
   missing=()
 }
