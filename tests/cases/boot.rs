@@ -78,7 +78,7 @@ fn exec_gives_the_guests_true_exit_code_and_logs_show_the_role() -> Result<()> {
 }
 
 #[test]
-fn a_killed_command_takes_its_guest_with_it_and_the_next_one_sweeps_up() -> Result<()> {
+fn a_killed_command_leaves_no_guest_no_disk_and_no_socket_behind() -> Result<()> {
     let place = Place::new()?;
     let service =
         Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;

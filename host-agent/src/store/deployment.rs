@@ -90,17 +90,35 @@ pub fn sweep(data_dir: &Path) -> io::Result<Vec<String>> {
     };
     for entry in entries {
         let path = entry?.path();
-        if path.join(KEEP).exists() || !path.join(LOCK).exists() {
-            continue;
+        if remove_if_dead(&path)? && !path.exists() {
+            swept.extend(path.file_name().map(|n| n.to_string_lossy().into_owned()));
         }
-        let Ok(lock) = Flock::lock(lock_file(&path)?, FlockArg::LockExclusiveNonblock) else {
-            continue;
-        };
-        fs::remove_dir_all(&path)?;
-        drop(lock);
-        swept.extend(path.file_name().map(|n| n.to_string_lossy().into_owned()));
     }
     Ok(swept)
+}
+
+/// Removes a deployment's directory if its owner is gone and it was not to be
+/// kept; whether there is nothing left to do.
+pub fn remove_if_dead(path: &Path) -> io::Result<bool> {
+    if path.join(KEEP).exists() {
+        return Ok(true);
+    }
+    if !path.join(LOCK).exists() {
+        return Ok(false);
+    }
+    let Ok(lock) = Flock::lock(lock_file(path)?, FlockArg::LockExclusiveNonblock) else {
+        return Ok(false);
+    };
+    fs::remove_dir_all(path)?;
+    drop(lock);
+    Ok(true)
+}
+
+/// The first digits of the id of the deployment in `directory`, by which its
+/// socket is named.
+pub fn short_id(directory: &Path) -> String {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    name.chars().take(8).collect()
 }
 
 fn lock_file(dir: &Path) -> io::Result<File> {

@@ -2,5 +2,6 @@
 
 pub mod deployment;
 pub mod image;
+pub mod janitor;
 pub mod log_file;
 pub mod paths;

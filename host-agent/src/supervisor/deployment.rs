@@ -20,6 +20,8 @@ use crate::endpoints::{self, ListenError, Rotation};
 use crate::service::model::ServiceModel;
 use crate::store::deployment::{DeploymentDir, sweep};
 use crate::store::image::{self, ImageError};
+use crate::store::janitor::{self, Janitor};
+use crate::store::paths;
 
 /// How a deployment is run.
 #[derive(Debug, Clone)]
@@ -92,6 +94,7 @@ pub struct Deployment {
     listeners: Vec<JoinHandle<()>>,
     published: BTreeMap<String, SocketAddr>,
     dir: DeploymentDir,
+    _janitor: Janitor,
 }
 
 /// A handle for stopping and asking while the events are being read.
@@ -149,6 +152,8 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
     };
     let dir = DeploymentDir::create(&options.data_dir, options.keep)
         .map_err(directory("a deployment", &options.data_dir))?;
+    let janitor = janitor::start(dir.path(), &paths::runtime_dir())
+        .map_err(directory("a janitor", dir.path()))?;
     let scaled = |seconds: u64| Duration::from_secs(seconds).mul_f64(options.timeout_scale);
     let limits = Limits {
         role_stop: scaled(30),
@@ -219,6 +224,7 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
         listeners,
         published,
         dir,
+        _janitor: janitor,
     })
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -299,7 +299,7 @@ impl Instance {
             }
             Effect::StopVmm => {
                 self.monitor.settle();
-                if self.command(&Command::Stop {}, &[]).is_err() {
+                if self.command(&Command::Stop {}, Vec::new()).is_err() {
                     self.kill();
                 }
             }
@@ -520,7 +520,9 @@ impl Instance {
                 let id = self.dial_id();
                 self.probe_deadline = Some((Instant::now() + PROBE_LIMIT, verdict));
                 let port = EXEC_PORT;
-                if self.command(&Command::Probe { id, port }, &[]).is_ok()
+                if self
+                    .command(&Command::Probe { id, port }, Vec::new())
+                    .is_ok()
                     && let Some(boot) = &mut self.boot
                 {
                     boot.dials.insert(id, Dialed::Probe(verdict));
@@ -553,7 +555,7 @@ impl Instance {
                 false,
             );
         }
-        let _ = self.command(&Command::Ping { id }, &[]);
+        let _ = self.command(&Command::Ping { id }, Vec::new());
         true
     }
 
@@ -567,10 +569,13 @@ impl Instance {
                 } else {
                     Command::Resume {}
                 };
-                let _ = answer.send(self.command(&command, &[]).map_err(|e| e.to_string()));
+                let _ = answer.send(
+                    self.command(&command, Vec::new())
+                        .map_err(|e| e.to_string()),
+                );
             }
             Request::Exec(answer) => self.exec(answer),
-            Request::Stats(answer) => match self.command(&Command::Stats {}, &[]) {
+            Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {
                 Ok(()) => {
                     if let Some(boot) = &mut self.boot {
                         boot.stats.push_back(answer);
@@ -590,7 +595,7 @@ impl Instance {
             let theirs = OwnedFd::from(theirs.into_std()?);
             let id = self.dial_id();
             let port = EXEC_PORT;
-            self.command(&Command::Dial { id, port }, &[theirs])?;
+            self.command(&Command::Dial { id, port }, vec![theirs])?;
             Ok::<_, io::Error>((id, ours))
         })();
         match (result, &mut self.boot) {
@@ -609,7 +614,7 @@ impl Instance {
     fn connect(&mut self, connection: Incoming) {
         let id = self.dial_id();
         let port = tunnel_port(connection.local_port);
-        let sent = self.command(&Command::Dial { id, port }, &[connection.socket]);
+        let sent = self.command(&Command::Dial { id, port }, vec![connection.socket]);
         if sent.is_ok()
             && let Some(boot) = &mut self.boot
         {
@@ -617,10 +622,9 @@ impl Instance {
         }
     }
 
-    fn command(&self, command: &Command, files: &[OwnedFd]) -> io::Result<()> {
-        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        match &self.boot {
-            Some(boot) => boot.process.send(command, &files),
+    fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
+        match &mut self.boot {
+            Some(boot) => boot.process.send(command, files),
             None => Err(io::Error::new(io::ErrorKind::NotConnected, "no guest runs")),
         }
     }

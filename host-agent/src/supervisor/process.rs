@@ -1,6 +1,7 @@
 //! The VMM process of one boot: started with descriptors only, spoken to over
 //! its control socket, reaped.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,6 +16,9 @@ use tokio::process::{Child, Command as Program};
 use crate::vmm::control::{Command, Event, ExitReason};
 use crate::vmm::spec::GuestSpec;
 use crate::vmm::wire;
+
+/// Commands kept for a socket that is full at the moment.
+const MOST_WAITING: usize = 1024;
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +35,7 @@ pub struct VmmProcess {
     child: Child,
     pid: u32,
     control: UnixStream,
+    waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
 }
 
 impl VmmProcess {
@@ -63,6 +68,7 @@ impl VmmProcess {
             child,
             pid,
             control,
+            waiting: VecDeque::new(),
         })
     }
 
@@ -71,15 +77,49 @@ impl VmmProcess {
         self.pid
     }
 
-    /// Sends a command. A process that takes none for so long that its socket
-    /// is full is hung: the caller's pings find out, so this never waits.
-    pub fn send(&self, command: &Command, files: &[BorrowedFd<'_>]) -> io::Result<()> {
-        wire::send(self.control.as_fd(), command, files)
+    /// Sends a command, or keeps it until the socket takes it again: the kernel
+    /// queues few packets. Never waits; fails when too many are kept.
+    pub fn send(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
+        let bytes = wire::encode(command)?;
+        if self.waiting.len() >= MOST_WAITING {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.waiting.push_back((bytes, files));
+        self.flush()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while let Some((bytes, files)) = self.waiting.front() {
+            let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+            let sent = self.control.try_io(Interest::WRITABLE, || {
+                wire::send_bytes(self.control.as_fd(), bytes, &borrowed)
+            });
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                other => other?,
+            }
+            self.waiting.pop_front();
+        }
+        Ok(())
     }
 
     /// The next event with its files, or how the process ended. Cancelling
     /// loses nothing.
     pub async fn next(&mut self) -> Happening {
+        while !self.waiting.is_empty() {
+            tokio::select! {
+                biased;
+                ready = self.control.readable() => {
+                    let _ = ready;
+                    break;
+                }
+                ready = self.control.writable() => {
+                    if let Err(error) = ready.and_then(|()| self.flush()) {
+                        return Happening::Garbled(error);
+                    }
+                }
+            }
+        }
         tokio::select! {
             biased;
             event = receive::<Event>(&self.control) => match event {

@@ -1,0 +1,66 @@
+//! Removes what a killed command left: a process that outlives it for a moment.
+//!
+//! The janitor holds the reading end of a pipe. When the command ends, whatever
+//! ended it, the pipe closes; then the VMM processes end by themselves, and the
+//! janitor removes the deployment's directory and socket if they are still there.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::deployment::{remove_if_dead, short_id};
+
+/// First argument of a janitor process.
+pub const VERB: &str = "janitor";
+/// Time for VMM processes to let go of a deployment.
+const LET_GO: Duration = Duration::from_secs(30);
+/// Time between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// The command's side: while it lives, so does the janitor.
+#[derive(Debug)]
+pub struct Janitor {
+    _alive: OwnedFd,
+}
+
+/// Starts a janitor for the deployment in `directory`, with its socket in
+/// `runtime_dir`.
+pub fn start(directory: &Path, runtime_dir: &Path) -> io::Result<Janitor> {
+    use std::os::unix::process::CommandExt;
+    let (reader, writer) = io::pipe()?;
+    // Its end is not waited for: it outlives this process by design, and a
+    // command that ends by itself leaves it to init.
+    Command::new("/proc/self/exe")
+        .arg(VERB)
+        .arg(directory)
+        .arg(runtime_dir)
+        .env_clear()
+        .stdin(Stdio::from(reader))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()?;
+    Ok(Janitor {
+        _alive: writer.into(),
+    })
+}
+
+/// The janitor process: waits for the end of its standard input.
+pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
+    let (Some(directory), Some(runtime_dir)) = (arguments.next(), arguments.next()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    io::stdin().read_to_end(&mut Vec::new())?;
+    let deadline = Instant::now() + LET_GO;
+    while directory.exists() && !remove_if_dead(&directory)? && Instant::now() < deadline {
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    let socket = runtime_dir.join(format!("{}.sock", short_id(&directory)));
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
