@@ -1,13 +1,13 @@
 //! The guest end of channels: dial from a privileged port, say hello.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, VsockAddr, bind, connect, getpeername, socket,
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, getpeername, socket,
 };
-use tokio_vsock::{OwnedReadHalf, OwnedWriteHalf, VsockStream};
+use tokio_vsock::{OwnedReadHalf, OwnedWriteHalf, VsockListener, VsockStream};
 use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
 use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::version::{Hello, SUPPORTED, Welcome};
@@ -90,6 +90,23 @@ pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
     }
 }
 
+/// Connections that may wait to be accepted: as many as a device carries. With
+/// fewer, a crowd of clients would be refused by the guest's kernel.
+const BACKLOG: i32 = 1023;
+
+/// Listens on `port` for connections of the host.
+pub fn listen(port: u32) -> io::Result<VsockListener> {
+    let socket = socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    bind(socket.as_raw_fd(), &VsockAddr::new(ANY_CID, port))?;
+    nix::sys::socket::listen(&socket, Backlog::new(BACKLOG)?)?;
+    Ok(VsockListener::from(socket))
+}
+
 /// A connection to `port` of the host from a source port that only root has.
 fn connect_privileged(port: u32) -> io::Result<OwnedFd> {
     let socket = socket(
@@ -98,7 +115,6 @@ fn connect_privileged(port: u32) -> io::Result<OwnedFd> {
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    use std::os::fd::AsRawFd;
     let free = (1..PRIVILEGED_PORTS)
         .rev()
         .find(|source| bind(socket.as_raw_fd(), &VsockAddr::new(ANY_CID, *source)).is_ok());

@@ -10,10 +10,12 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+use tokio_vsock::VsockStream;
 use vmbus::channel::{EXEC_PORT, HOST_CID};
 use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
 use vmbus::stream::{FrameReader, StreamError, send};
+
+use crate::bus;
 
 /// Bytes of output per frame.
 const CHUNK: usize = 16 * 1024;
@@ -23,7 +25,7 @@ pub type Environment = Arc<RwLock<Vec<(String, String)>>>;
 
 /// Serves exec requests for the life of the process.
 pub fn serve(environment: Environment) -> io::Result<()> {
-    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, EXEC_PORT))?;
+    let listener = bus::listen(EXEC_PORT)?;
     tokio::spawn(async move {
         loop {
             match listener.accept().await {

@@ -90,10 +90,7 @@ async fn ship(mut records: mpsc::Receiver<LogRecord>, program: &'static str) {
 pub async fn lines(stream: impl AsyncRead + Unpin, sink: mpsc::Sender<String>) {
     let mut reader = BufReader::with_capacity(MAX_LINE, stream);
     let mut line = Vec::new();
-    loop {
-        let Ok(bytes) = reader.fill_buf().await else {
-            break;
-        };
+    while let Ok(bytes) = reader.fill_buf().await {
         if bytes.is_empty() {
             break;
         }

@@ -7,15 +7,16 @@ use std::net::Ipv4Addr;
 use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 use vmbus::channel::{HOST_CID, tunnel_port};
+
+use crate::bus;
 
 /// Bytes copied at once, each way.
 const BUFFER: usize = 64 * 1024;
 
 /// Serves the tunnel of `local_port` until the task is dropped.
 pub fn serve(local_port: u16) -> io::Result<JoinHandle<()>> {
-    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, tunnel_port(local_port)))?;
+    let listener = bus::listen(tunnel_port(local_port))?;
     Ok(tokio::spawn(async move {
         loop {
             match listener.accept().await {

@@ -68,7 +68,7 @@ impl Decoder {
         Self::default()
     }
 
-    /// Takes bytes as they arrive. Call [`Decoder::next`] until it is `None`
+    /// Takes bytes as they arrive. Call [`Decoder::take_frame`] until it is `None`
     /// before pushing more, so that what is buffered stays bounded.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
@@ -76,7 +76,7 @@ impl Decoder {
 
     /// The next whole frame, parsed, or `None` when more bytes are needed.
     /// After an error the stream has no frame boundary left: close it.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn take_frame<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(header) = self.buffer.first_chunk::<HEADER>() else {
             return Ok(None);
         };
@@ -102,7 +102,7 @@ impl Decoder {
         count
     }
 
-    /// What was pushed and is not part of a frame taken by [`Decoder::next`]:
+    /// What was pushed and is not part of a frame taken by [`Decoder::take_frame`]:
     /// the first raw bytes, on a channel that changes from frames to bytes.
     pub fn into_rest(self) -> Vec<u8> {
         self.buffer
@@ -119,7 +119,7 @@ mod tests {
         let mut decoder = Decoder::new();
         decoder.push(&u32::MAX.to_le_bytes());
         assert!(matches!(
-            decoder.next::<String>(),
+            decoder.take_frame::<String>(),
             Err(FrameError::TooLong { .. })
         ));
         let exact = "x".repeat(MAX_BODY - 2);
@@ -150,7 +150,7 @@ mod tests {
                 if rest.is_empty() { break; }
                 let (now, later) = rest.split_at((*cut).min(rest.len()));
                 decoder.push(now);
-                while let Some(message) = decoder.next().unwrap() {
+                while let Some(message) = decoder.take_frame().unwrap() {
                     seen.push(message);
                 }
                 rest = later;
@@ -162,7 +162,7 @@ mod tests {
         fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
             let mut decoder = Decoder::new();
             decoder.push(&bytes);
-            while let Ok(Some(_)) = decoder.next::<crate::message::ToHost>() {}
+            while let Ok(Some(_)) = decoder.take_frame::<crate::message::ToHost>() {}
         }
     }
 }

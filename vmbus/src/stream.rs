@@ -42,7 +42,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// The next message, or `None` when the peer closed between frames.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, StreamError> {
         loop {
-            if let Some(message) = self.decoder.next()? {
+            if let Some(message) = self.decoder.take_frame()? {
                 return Ok(Some(message));
             }
             let mut bytes = [0; READ_SIZE];

@@ -240,13 +240,13 @@ async fn logs(
             return send(stream, &Response::LogEnd {}).await;
         }
         tokio::time::sleep(FOLLOW_EVERY).await;
-        log = current(log, &path).await?;
+        log = current(log, &path)?;
     }
 }
 
 /// The file to go on with: another one when the log turned over, the same
 /// from its beginning when it was emptied.
-async fn current(log: Option<File>, path: &Path) -> io::Result<Option<File>> {
+fn current(log: Option<File>, path: &Path) -> io::Result<Option<File>> {
     let Ok(now) = fs::metadata(path) else {
         return Ok(log);
     };

@@ -161,7 +161,7 @@ pub fn vmm_log(dir: &Path) -> Result<File, GuestError> {
 
 fn make(path: &Path) -> Result<File, GuestError> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(true);
+    options.read(true).write(true).create_new(true);
     with(&mut options, "create", path)
 }
 

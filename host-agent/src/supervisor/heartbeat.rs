@@ -228,7 +228,7 @@ impl Monitor {
         }
         let forgiven = self.grace.min(counted);
         self.grace -= forgiven;
-        self.silence += counted - forgiven;
+        self.silence += counted.saturating_sub(forgiven);
         let verdict = match self.phase {
             Phase::Alive if self.silence >= self.rule.limit => Verdict::Silent {
                 silence_ms: whole_ms(self.silence),

@@ -31,7 +31,7 @@ impl Device for Rng {
         VIRTIO_ID_RNG
     }
 
-    fn name(&self) -> &str {
+    fn name(&self) -> &'static str {
         "rng"
     }
 
