@@ -140,7 +140,7 @@ Examples:
     /// Smoke test: Ready, probes, clean stop; ends with an exit code
     #[command(after_help = "\
 Examples:
-  host-agent test ./redis --probe tcp://redis --report junit=report.xml
+  host-agent test ./redis --probe tcp://Redis --report junit=report.xml
   host-agent test ./web --probe http://www/health=200 --artifacts out")]
     Test(TestArgs),
     /// Run a command in a guest and end with its exit code

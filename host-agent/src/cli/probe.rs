@@ -11,8 +11,11 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// A TCP connection that is open and silent this long is a success: many
 /// protocols let the client speak first. The host accepts before the guest
-/// does, so a refusal shows as an early end. Times the timeout scale.
+/// does, so a refusal shows as an early end. Times the timeout scale, to a
+/// limit: a refusal takes one round trip to the guest.
 const TCP_OPEN: Duration = Duration::from_millis(500);
+/// The longest silence waited for.
+const TCP_OPEN_MOST: Duration = Duration::from_secs(2);
 /// Most time of one HTTP attempt, times the timeout scale.
 const HTTP_LIMIT: Duration = Duration::from_secs(5);
 /// Between two attempts.
@@ -127,7 +130,7 @@ impl Probe {
 
     async fn attempt(&self, address: SocketAddr, scale: u32) -> Result<String, String> {
         match &self.kind {
-            Kind::Tcp => tcp(address, TCP_OPEN * scale).await,
+            Kind::Tcp => tcp(address, (TCP_OPEN * scale).min(TCP_OPEN_MOST)).await,
             Kind::Http { path, code } => {
                 let limit = HTTP_LIMIT * scale;
                 let status = timeout(limit, http(address, &self.endpoint, path))

@@ -61,6 +61,13 @@ impl Running {
         let mut interrupts = Interrupts::listen()?;
         let names = instance_names(&model);
         let about = model.clone();
+        output.progress(&format!(
+            "deploying {}: image {}, {} instance{}",
+            model.name,
+            model.image,
+            names.len(),
+            if names.len() == 1 { "" } else { "s" }
+        ));
         let deployment = tokio::select! {
             deployment = deploy(model, options) => deployment.map_err(|error| refused(&error))?,
             number = interrupts.next() => return Err(interrupted(number)),

@@ -72,7 +72,7 @@ impl Watch {
         self.stopping = true;
     }
 
-    /// State of an instance, in a word.
+    /// State of an instance in a word, the last one before the stop.
     pub fn state(&self, name: &str) -> &str {
         self.instances
             .get(name)
@@ -108,7 +108,10 @@ impl Watch {
         else {
             return News::Nothing;
         };
-        if let Some(state) = state_after(&event.kind) {
+        // The state before the stop is what a report wants.
+        if !self.stopping
+            && let Some(state) = state_after(&event.kind)
+        {
             instance.state = state.into();
             instance.ready = state == state_name(RoleState::Ready);
         }

@@ -7,14 +7,17 @@ use vmbus::message::RoleState;
 use super::{Outcome, Step};
 use crate::supervisor::event::{EventKind, TimelineEvent};
 
-/// Disks, boot, agent, role: the steps from accepted to Ready.
-const NAMES: [&str; 4] = ["disks", "boot", "agent", "role"];
+/// The steps from accepted to Ready. The image is verified once for all.
+const NAMES: [&str; 5] = ["image", "disks", "boot", "agent", "role"];
 
 /// The steps of `instance` until it was Ready for the first time. `failure`
 /// is what ended the instance before that: then the step it was in failed,
 /// and later ones were skipped.
 pub fn stages(events: &[TimelineEvent], instance: &str, failure: Option<&Failure>) -> Vec<Step> {
-    let own = |event: &&TimelineEvent| event.instance.as_deref() == Some(instance);
+    let own = |event: &&TimelineEvent| {
+        event.instance.as_deref() == Some(instance)
+            || matches!(event.kind, EventKind::ImageVerified { .. })
+    };
     let mut ends: Vec<Duration> = Vec::new();
     let mut last = Duration::ZERO;
     for event in events.iter().filter(own) {
@@ -55,9 +58,10 @@ pub struct Failure {
 
 fn ends_stage(kind: &EventKind, stage: usize) -> bool {
     match stage {
-        0 => matches!(kind, EventKind::DisksReady { .. }),
-        1 => matches!(kind, EventKind::AgentConnected { .. }),
-        2 => matches!(kind, EventKind::GuestAgent { error: None }),
+        0 => matches!(kind, EventKind::ImageVerified { .. }),
+        1 => matches!(kind, EventKind::DisksReady { .. }),
+        2 => matches!(kind, EventKind::AgentConnected { .. }),
+        3 => matches!(kind, EventKind::GuestAgent { error: None }),
         _ => matches!(
             kind,
             EventKind::Role {
@@ -96,6 +100,17 @@ mod tests {
 
     fn story() -> Vec<TimelineEvent> {
         vec![
+            TimelineEvent {
+                instance: None,
+                ..event(
+                    5,
+                    "",
+                    EventKind::ImageVerified {
+                        image: "minimal".into(),
+                        cached: true,
+                    },
+                )
+            },
             event(20, "A_IN_0", EventKind::DisksReady { kept: false }),
             event(25, "B_IN_0", EventKind::DisksReady { kept: false }),
             event(
@@ -120,7 +135,13 @@ mod tests {
         let seen: Vec<_> = steps.iter().map(|s| (s.name.as_str(), s.ms)).collect();
         assert_eq!(
             seen,
-            [("disks", 20), ("boot", 1000), ("agent", 80), ("role", 100)]
+            [
+                ("image", 5),
+                ("disks", 15),
+                ("boot", 1000),
+                ("agent", 80),
+                ("role", 100)
+            ]
         );
         assert!(steps.iter().all(|step| step.result == Outcome::Ok));
     }
@@ -135,9 +156,15 @@ mod tests {
         let seen: Vec<_> = steps.iter().map(|step| step.result).collect();
         assert_eq!(
             seen,
-            [Outcome::Ok, Outcome::Fail, Outcome::Skip, Outcome::Skip]
+            [
+                Outcome::Ok,
+                Outcome::Ok,
+                Outcome::Fail,
+                Outcome::Skip,
+                Outcome::Skip
+            ]
         );
-        assert_eq!(steps[1].ms, 2975);
-        assert_eq!(steps[1].detail.as_deref(), Some("kernel panic"));
+        assert_eq!(steps[2].ms, 2975);
+        assert_eq!(steps[2].detail.as_deref(), Some("kernel panic"));
     }
 }
