@@ -10,9 +10,9 @@ use super::args::ExecArgs;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::interrupt::Interrupts;
-use super::terminal::{self, RawMode};
+use super::terminal::{RawMode, window_size};
 use super::{instances, output, runtime};
-use crate::api::client::Connection;
+use crate::api::client::{Connection, Target};
 use crate::api::types::Request;
 
 /// Bytes of standard input in one frame, the protocol's limit.
@@ -37,19 +37,47 @@ pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
 
 async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     let target = instances::find(&args.instance).await?;
-    let interactive = !no_input && io::stdin().is_terminal() && io::stdout().is_terminal();
+    let terminal = !no_input && io::stdin().is_terminal() && io::stdout().is_terminal();
+    let mut input = (!no_input).then(read_stdin);
+    let mut last = session(&target, args, terminal, &mut input).await?;
+    if terminal && matches!(last, Last::Frame(ExecOutput::NotStarted { code: 125, .. })) {
+        // A guest agent may have no terminals to give; a command without one
+        // is of more use than none.
+        last = session(&target, args, false, &mut input).await?;
+    }
+    match last {
+        Last::Frame(frame) => finish(frame, &args.command[0]),
+        Last::Signal(number) => Ok(Exit::Signal(number)),
+    }
+}
+
+/// How a session ended.
+enum Last {
+    /// With this frame, which is not output.
+    Frame(ExecOutput),
+    /// We were told to end, and the guest could not be told.
+    Signal(u8),
+}
+
+async fn session(
+    target: &Target,
+    args: &ExecArgs,
+    terminal: bool,
+    input: &mut Option<mpsc::Receiver<ExecInput>>,
+) -> Result<Last, CliError> {
     let request = Request::Exec {
         instance: target.instance.clone(),
         exec: ExecRequest {
             command: args.command.clone(),
-            environment: environment(interactive),
-            terminal: interactive.then(terminal::size),
+            environment: environment(terminal),
+            terminal: terminal.then(window_size),
         },
     };
     let mut connection = Connection::open(&target.socket, &request).await?;
     connection.accepted().await?;
     let (mut reader, mut writer) = connection.into_parts();
-    let raw = if interactive {
+    // Until this returns: errors are printed on a terminal in its own mode.
+    let _raw = if terminal {
         Some(RawMode::enter().map_err(|errno| {
             CliError::new(Code::ExecHost, "cannot set up the terminal").cause(errno.to_string())
         })?)
@@ -57,8 +85,7 @@ async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
         None
     };
     let mut interrupts = Interrupts::listen()?;
-    let mut input = if no_input { None } else { Some(read_stdin()) };
-    if no_input {
+    if input.is_none() {
         let _ = send(&mut writer, &ExecInput::StdinEnd {}).await;
     }
     let lost = |cause: String| {
@@ -67,22 +94,22 @@ async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
             .cause(cause)
             .hint("host-agent ps")
     };
-    let ended = loop {
+    loop {
         let frame = tokio::select! {
             frame = reader.next::<ExecOutput>() => frame,
-            piece = next_piece(&mut input) => {
+            piece = next_piece(input) => {
                 let last = piece == ExecInput::StdinEnd {};
                 // The program may have ended without reading: its exit code
                 // then waits to be read.
                 if send(&mut writer, &piece).await.is_err() || last {
-                    input = None;
+                    *input = None;
                 }
                 continue;
             }
             number = interrupts.next() => {
                 let signal = ExecInput::Signal { number: i32::from(number) };
                 if send(&mut writer, &signal).await.is_err() {
-                    return Ok(Exit::Signal(number));
+                    return Ok(Last::Signal(number));
                 }
                 continue;
             }
@@ -94,13 +121,11 @@ async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
                 // Nothing can be told when standard error is gone.
                 let _ = stderr.write_all(&bytes);
             }
-            Ok(Some(last)) => break last,
+            Ok(Some(last)) => return Ok(Last::Frame(last)),
             Ok(None) => return Err(lost("the connection was closed".into())),
             Err(error) => return Err(lost(crate::vmm::chain(&error))),
         }
-    };
-    drop(raw);
-    finish(ended, &args.command[0])
+    }
 }
 
 /// From the last frame to the exit code.

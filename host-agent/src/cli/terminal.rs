@@ -29,7 +29,7 @@ impl Drop for RawMode {
 
 /// Rows and columns of the terminal on standard input, 24 by 80 if it does
 /// not say.
-pub fn size() -> (u16, u16) {
+pub fn window_size() -> (u16, u16) {
     let mut size = libc::winsize {
         ws_row: 0,
         ws_col: 0,
