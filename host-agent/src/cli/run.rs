@@ -136,7 +136,7 @@ fn with_logs((error, instance): Failure, running: &Running, keep: bool) -> Failu
     let mut error = tails(error, &directory, &name);
     if keep {
         error = error.logs(directory.display().to_string());
-    } else {
+    } else if error.hint_text().is_none() {
         error = error.hint("the same with --keep leaves disks and logs to look at");
     }
     (error, Some(name))
