@@ -312,7 +312,7 @@ pub struct InstanceArg {
 }
 
 /// A longer time is a mistake, and a sum with the present may overflow.
-const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+const LONGEST: Duration = Duration::from_hours(366 * 24);
 
 /// A time: seconds, or a number with `ms`, `s`, `m` or `h`.
 fn duration(text: &str) -> Result<Duration, String> {
