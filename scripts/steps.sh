@@ -17,7 +17,7 @@ since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f s", b - a }'; }
 
 # step TITLE COMMAND...: runs COMMAND with its output in a log file, shows what
 # is running and how long it took; on failure shows the end of the log.
-# VERBOSE=1 shows the output itself. A COMMAND that is a function stops at its
+# VERBOSE=1 shows the output as well. A COMMAND that is a function stops at its
 # first error only if `step` is not itself part of a condition (bash ignores
 # `set -e` in all that a condition calls): end such a script by `step`, don't test it.
 step() {
@@ -27,7 +27,7 @@ step() {
   log=$target/logs/$(tr -cs 'a-zA-Z0-9\n' - <<<"${title,,}").log
   if [ -n "${VERBOSE:-}" ]; then
     say "-- $title"
-    set +e; ( set -e; "$@" ) >&2; rc=$?; set -e
+    set +e; ( set -e; "$@" ) </dev/null 2>&1 | tee "$log" >&2; rc=${PIPESTATUS[0]}; set -e
   else
     if [ -t 2 ]; then
       ( while :; do printf '\r\033[K%s ... %s' "$title" "$(since "$start")" >&2; sleep 1; done ) &
