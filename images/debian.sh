@@ -44,7 +44,7 @@ fetch_kernel() {
   mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
   debian_sources >"$cache/apt/sources.list"
   private_apt apt-get update
-  package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }')
+  package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ && !n++ { print $2 }')
   [ -n "$package" ] || die "$meta names no kernel package"
   rm -rf "$dir" "$dir.partial"
   mkdir -p "$dir.partial"
@@ -79,7 +79,8 @@ extract_vmlinux() {
   esac
   # All but gzip are followed by the unpacked size, which the tools take for garbage.
   [ "${decompress[0]}" = gzip ] || length=$((length - 4))
-  tail -c "+$((offset + 1))" "$image" | head -c "$length" | "${decompress[@]}" >"$out"
+  dd if="$image" iflag=skip_bytes,count_bytes skip="$offset" count="$length" bs=1M status=none |
+    "${decompress[@]}" >"$out"
   [ "$(od -An -tx1 -N4 "$out" | tr -d ' ')" = 7f454c46 ] || die "$image: the payload is no ELF file"
 }
 
