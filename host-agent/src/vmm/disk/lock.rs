@@ -58,7 +58,14 @@ pub fn lock(file: &File, access: Access) -> Result<(), LockError> {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
-        l_len: 0, // to the end, wherever that will be
+        // A writer takes everything (0: to the end, wherever that will be). A
+        // reader takes one byte, which is enough against a writer and leaves
+        // alone those from 100 on by which qemu-img sees other users: with
+        // them, nobody could check a diff while any guest runs on its base.
+        l_len: match access {
+            Access::Exclusive => 0,
+            Access::Shared => 1,
+        },
         l_pid: 0,
     };
     let start = Instant::now();
