@@ -13,6 +13,9 @@ mod socket;
 mod switch;
 mod worker;
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Sender, channel};

@@ -188,6 +188,10 @@ impl<T> Muxer<T> {
         if let Some(deadline) = entry.deadline {
             self.deadlines.remove(&(deadline, id));
         }
+        if entry.queued {
+            // The line may not move for long, when the guest is stuck.
+            self.ready.retain(|queued| *queued != id);
+        }
         Some(entry)
     }
 
@@ -196,6 +200,9 @@ impl<T> Muxer<T> {
     pub fn detach(&mut self, id: Id) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.connection.drain();
+            if std::mem::take(&mut entry.queued) {
+                self.ready.retain(|queued| *queued != id);
+            }
             let ports = entry.connection.ports();
             self.free_ports(ports, id);
         }
@@ -230,13 +237,11 @@ impl<T> Muxer<T> {
 
     /// The connection whose turn it is, taken out of the line.
     pub fn next_ready(&mut self) -> Option<Id> {
-        while let Some(id) = self.ready.pop_front() {
-            if let Some(entry) = self.entries.get_mut(&id) {
-                entry.queued = false;
-                return Some(id);
-            }
+        let id = self.ready.pop_front()?;
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.queued = false;
         }
-        None
+        Some(id)
     }
 
     /// Puts back at the head of the line what [`Self::next_ready`] gave: no

@@ -125,8 +125,13 @@ impl Switch {
                     Verdict::Finished => self.settle(id, poll, now),
                     Verdict::Reset => self.reset_by_guest(id, poll, now),
                     Verdict::Violation(why) => {
+                        let dialing = entry.connection.phase() == Phase::Dialing;
+                        let origin = entry.endpoint.origin;
                         self.note_dropped(why);
                         self.abort(id, poll);
+                        if dialing {
+                            self.answer(origin, DialOutcome::Refused);
+                        }
                     }
                 }
             }
@@ -233,6 +238,12 @@ impl Switch {
         let (connection, endpoint) = (&mut entry.connection, &mut entry.endpoint);
         let guest = connection.guest_done();
         let drained = endpoint.backlog() == 0;
+        if connection.phase() == Phase::Draining {
+            if drained {
+                self.drop_connection(id, poll);
+            }
+            return;
+        }
         if guest.send && drained {
             endpoint.finish_writing();
         }
@@ -277,12 +288,8 @@ impl Switch {
             return;
         };
         if entry.endpoint.backlog() == 0 {
-            if entry.connection.phase() == Phase::Draining {
-                self.drop_connection(id, poll);
-            } else {
-                self.abort(id, poll);
-            }
-        } else if entry.connection.phase() != Phase::Draining {
+            self.abort(id, poll);
+        } else {
             let reset = entry.connection.reset_header();
             self.muxer.reply(reset);
             self.muxer.detach(id);

@@ -235,8 +235,7 @@ impl Worker {
             let Some(chain) = rings.next_packet()? else {
                 break;
             };
-            let memory = rings.memory().clone();
-            self.switch.packet(&chain, &memory, &self.poll, now);
+            self.switch.packet(&chain, rings.memory(), &self.poll, now);
             rings.return_packet(chain)?;
         }
         self.switch.output(rings, &self.poll, now, BATCH)?;

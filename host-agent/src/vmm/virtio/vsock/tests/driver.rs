@@ -1,0 +1,317 @@
+//! The guest's end of the device: packets on rings in memory, honest or not.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::vmm::virtio::Device;
+use crate::vmm::virtio::queue::EVENT_IDX;
+use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, RAM, TestDriver, WRITE};
+use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation, TYPE_STREAM};
+use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE, Vsock};
+
+pub(crate) const RX: usize = 0;
+pub(crate) const TX: usize = 1;
+pub(crate) const CID: u64 = 3;
+/// Longer than anything here takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Packets of the guest begin here; below are its receive buffers.
+const TX_BUFFERS: u64 = 4 << 20;
+/// Room for one packet of the guest.
+const TX_SLOT: u64 = 0x1_2000;
+/// Most packets of the guest in flight: fewer than there are slots.
+const TX_IN_FLIGHT: u16 = 128;
+/// Where the test driver puts a queue's used ring.
+const USED: u64 = 0xc000;
+
+/// How receive buffers are laid out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Buffers {
+    pub(crate) count: u16,
+    pub(crate) payload: u32,
+    /// Header and payload in two descriptors, as before Linux 6.3.
+    pub(crate) split: bool,
+}
+
+impl Default for Buffers {
+    /// As in Linux 6.1 with a queue of 256.
+    fn default() -> Self {
+        Self {
+            count: 128,
+            payload: 4096,
+            split: true,
+        }
+    }
+}
+
+impl Buffers {
+    fn slot(self, index: u16) -> u64 {
+        let stride = u64::from(self.payload) + 0x100;
+        let at = BUFFERS + stride * u64::from(index);
+        assert!(at + stride <= TX_BUFFERS);
+        at
+    }
+}
+
+/// A guest with a driver and its device.
+pub(crate) struct Guest {
+    pub(crate) device: Vsock,
+    pub(crate) effects: Receiver<Effect>,
+    pub(crate) driver: TestDriver,
+    features: u64,
+    buffers: Buffers,
+    free: Vec<u16>,
+    slot: u64,
+    /// Chains offered, and how many of them at the last kick, for each queue.
+    offered: [u16; 2],
+    kicked: [u16; 2],
+}
+
+impl Guest {
+    /// A guest as Linux 6.1 is one, without event indices.
+    pub(crate) fn new() -> Self {
+        Self::with(Buffers::default(), 0)
+    }
+
+    pub(crate) fn with(buffers: Buffers, features: u64) -> Self {
+        let (sender, effects) = channel();
+        let sink = Box::new(move |effect| {
+            let _ = sender.send(effect);
+        });
+        let mut guest = Self {
+            device: Vsock::new(CID, sink).unwrap(),
+            effects,
+            driver: TestDriver::new(&[QUEUE_SIZE; 3]),
+            features,
+            buffers,
+            free: Vec::new(),
+            slot: 0,
+            offered: [0; 2],
+            kicked: [0; 2],
+        };
+        guest.start();
+        guest
+    }
+
+    /// Starts the driver, after a reset if there was one before.
+    pub(crate) fn start(&mut self) {
+        (self.offered, self.kicked) = ([0; 2], [0; 2]);
+        let activation = self.driver.activation(self.features);
+        self.device.activate(activation).unwrap();
+        for queue in [RX, TX] {
+            self.driver.kick(queue);
+        }
+        self.free = (0..QUEUE_SIZE).collect();
+        for index in 0..self.buffers.count {
+            self.post(index);
+        }
+    }
+
+    fn offer(&mut self, queue: usize, head: u16) {
+        self.driver.offer(queue, head);
+        self.offered[queue] = self.offered[queue].wrapping_add(1);
+    }
+
+    /// Kicks if the device asked for it (virtio 1.2, 2.7.10), so that a kick
+    /// which it needs and forgets to ask for shows as a test that hangs.
+    pub(crate) fn kick(&mut self, queue: usize) {
+        fence(Ordering::SeqCst);
+        let used = 0x1_0000 * queue as u64 + USED;
+        let load = |at| {
+            let memory = &self.driver.memory;
+            memory
+                .load::<u16>(GuestAddress(at), Ordering::SeqCst)
+                .unwrap()
+        };
+        let offered = self.offered[queue];
+        let before = std::mem::replace(&mut self.kicked[queue], offered);
+        let asked = if self.features & EVENT_IDX == 0 {
+            load(used) & 1 == 0
+        } else {
+            let event = load(used + 4 + 8 * u64::from(QUEUE_SIZE));
+            offered.wrapping_sub(event).wrapping_sub(1) < offered.wrapping_sub(before)
+        };
+        if asked {
+            self.driver.kick(queue);
+        }
+    }
+
+    /// Offers receive buffer `index`.
+    fn post(&mut self, index: u16) {
+        let at = self.buffers.slot(index);
+        let (header, payload) = (HEADER_SIZE as u32, self.buffers.payload);
+        let describe = |index, part, flags| {
+            self.driver.describe(RX, index, part, flags, index + 1);
+        };
+        if self.buffers.split {
+            let head = index * 2;
+            describe(head, (at, header), WRITE | NEXT);
+            describe(head + 1, (at + 44, payload), WRITE);
+            self.offer(RX, head);
+        } else {
+            describe(index, (at, header + payload), WRITE);
+            self.offer(RX, index);
+        }
+        self.kick(RX);
+    }
+
+    /// A packet on the connection of `host` and `guest` ports, from a guest
+    /// with the buffer that Linux has.
+    pub(crate) fn header(operation: Operation, host: u32, guest: u32) -> Header {
+        Header {
+            src_cid: CID,
+            dst_cid: 2,
+            src_port: guest,
+            dst_port: host,
+            kind: TYPE_STREAM,
+            op: operation.code(),
+            buf_alloc: 256 * 1024,
+            ..Header::default()
+        }
+    }
+
+    /// Sends a packet in two descriptors, or in one without payload.
+    pub(crate) fn send(&mut self, header: &Header, payload: &[u8]) {
+        if payload.is_empty() {
+            self.send_in(header, payload, &[HEADER_SIZE]);
+        } else {
+            self.send_in(header, payload, &[HEADER_SIZE, payload.len()]);
+        }
+    }
+
+    /// Sends a packet cut into descriptors of these lengths. The address of
+    /// its header.
+    pub(crate) fn send_in(&mut self, header: &Header, payload: &[u8], lens: &[usize]) -> u64 {
+        assert_eq!(lens.iter().sum::<usize>(), HEADER_SIZE + payload.len());
+        self.reclaim(lens.len().max(usize::from(QUEUE_SIZE - TX_IN_FLIGHT)));
+        let slots = (RAM - TX_BUFFERS) / TX_SLOT;
+        let at = TX_BUFFERS + self.slot % slots * TX_SLOT;
+        self.slot += 1;
+        let memory = &self.driver.memory;
+        memory
+            .write_slice(&header.to_bytes(), GuestAddress(at))
+            .unwrap();
+        memory.write_slice(payload, GuestAddress(at + 44)).unwrap();
+        let indices = self.free.split_off(self.free.len() - lens.len());
+        let mut from = at;
+        for (n, len) in lens.iter().enumerate() {
+            let next = indices.get(n + 1);
+            let flags = if next.is_some() { NEXT } else { 0 };
+            let next = next.copied().unwrap_or_default();
+            let part = (from, *len as u32);
+            self.driver.describe(TX, indices[n], part, flags, next);
+            from += *len as u64;
+        }
+        self.offer(TX, indices[0]);
+        self.kick(TX);
+        at
+    }
+
+    /// Waits until the device has taken every packet.
+    pub(crate) fn settle(&mut self) {
+        self.reclaim(usize::from(QUEUE_SIZE));
+    }
+
+    fn reclaim(&mut self, count: usize) {
+        let free = &mut self.free;
+        self.driver.wait_until("packets back", |driver| {
+            while free.len() < count {
+                let Some((head, _)) = driver.used(TX) else {
+                    return false;
+                };
+                let mut index = head as u16;
+                loop {
+                    free.push(index);
+                    let at = 0x1_0000 * TX as u64 + 16 * u64::from(index) + 12;
+                    let [flags, next]: [u16; 2] = driver.memory.read_obj(GuestAddress(at)).unwrap();
+                    if flags & NEXT == 0 {
+                        break;
+                    }
+                    index = next;
+                }
+            }
+            true
+        });
+    }
+
+    /// The next packet of the device, if there is one now.
+    pub(crate) fn try_receive(&mut self) -> Option<(Header, Vec<u8>)> {
+        let used = self.driver.used(RX)?;
+        Some(self.take(used))
+    }
+
+    /// The next packet of the device.
+    pub(crate) fn receive(&mut self) -> (Header, Vec<u8>) {
+        let used = self.driver.wait_used(RX);
+        self.take(used)
+    }
+
+    fn take(&mut self, (head, len): (u32, u32)) -> (Header, Vec<u8>) {
+        let head = head as u16;
+        let index = if self.buffers.split { head / 2 } else { head };
+        let at = self.buffers.slot(index);
+        let mut raw = [0; HEADER_SIZE];
+        let memory = &self.driver.memory;
+        memory.read_slice(&mut raw, GuestAddress(at)).unwrap();
+        let header = Header::parse(&raw);
+        assert_eq!(len, HEADER_SIZE as u32 + header.len);
+        let mut payload = vec![0; header.len as usize];
+        memory
+            .read_slice(&mut payload, GuestAddress(at + 44))
+            .unwrap();
+        self.post(index);
+        (header, payload)
+    }
+
+    /// The next packet, which must be `operation` for the connection.
+    pub(crate) fn expect(&mut self, operation: Operation, host: u32, guest: u32) -> Header {
+        let (header, _) = self.receive();
+        assert_eq!(header.operation(), Some(operation), "{header:?}");
+        assert_eq!((header.src_port, header.dst_port), (host, guest));
+        assert_eq!((header.src_cid, header.dst_cid), (2, CID));
+        header
+    }
+
+    /// The next effect.
+    pub(crate) fn effect(&self) -> Effect {
+        self.effects.recv_timeout(PATIENCE).unwrap()
+    }
+
+    /// Dials host port `host` and gives the host's end of it.
+    pub(crate) fn connect(&mut self, host: u32, guest: u32) -> UnixStream {
+        self.send(&Self::header(Operation::Request, host, guest), &[]);
+        self.expect(Operation::Response, host, guest);
+        self.opened()
+    }
+
+    /// The host's end of a connection that the guest dialed.
+    pub(crate) fn opened(&self) -> UnixStream {
+        match self.effect() {
+            Effect::Opened { fd, .. } => {
+                let stream = UnixStream::from(fd);
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_write_timeout(Some(PATIENCE)).unwrap();
+                stream
+            }
+            other @ Effect::Dialed { .. } => panic!("{other:?}"),
+        }
+    }
+
+    /// Sends data on a connection.
+    pub(crate) fn data(&mut self, host: u32, guest: u32, payload: &[u8]) {
+        let mut header = Self::header(Operation::Data, host, guest);
+        header.len = payload.len() as u32;
+        self.send(&header, payload);
+    }
+
+    /// Shuts directions of a connection down.
+    pub(crate) fn shutdown(&mut self, host: u32, guest: u32, flags: u32) {
+        let mut header = Self::header(Operation::Shutdown, host, guest);
+        header.flags = flags;
+        self.send(&header, &[]);
+    }
+}

@@ -1,0 +1,393 @@
+//! What the device says and does, packet by packet.
+
+use std::io::{Read, Write};
+use std::net::Shutdown as Half;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::driver::*;
+use crate::vmm::control::DialOutcome;
+use crate::vmm::virtio::Device;
+use crate::vmm::virtio::vsock::Effect;
+use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
+use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Operation};
+use crate::vmm::virtio::vsock::switch::{CLOSE_LIMIT, HANDSHAKE_LIMIT};
+
+/// A channel's host port.
+const PORT: u32 = 10;
+
+fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+fn pair() -> (UnixStream, OwnedFd) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    (ours, theirs.into())
+}
+
+#[test]
+fn a_connection_carries_bytes_both_ways_and_reports_its_ports() {
+    let mut guest = Guest::new();
+    guest.send(&Guest::header(Operation::Request, PORT, 700), &[]);
+    let response = guest.expect(Operation::Response, PORT, 700);
+    assert_eq!((response.buf_alloc, response.fwd_cnt), (HOST_BUFFER, 0));
+    let Effect::Opened {
+        port,
+        source_port,
+        fd,
+    } = guest.effect()
+    else {
+        panic!("not opened");
+    };
+    assert_eq!((port, source_port), (PORT, 700));
+    let mut host = UnixStream::from(fd);
+    guest.data(PORT, 700, b"up");
+    assert_eq!(read_exactly(&mut host, 2), b"up");
+    host.write_all(b"down").unwrap();
+    let (header, payload) = guest.receive();
+    assert_eq!(header.operation(), Some(Operation::Data));
+    assert_eq!((payload.as_slice(), header.fwd_cnt), (&b"down"[..], 2));
+}
+
+#[test]
+fn a_packet_is_the_same_however_its_bytes_are_split_over_descriptors() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    let payload: Vec<u8> = (0..150_u8).collect();
+    let whole = HEADER_SIZE + payload.len();
+    let mut layouts: Vec<Vec<usize>> = (0..=whole).map(|cut| vec![cut, whole - cut]).collect();
+    for pieces in 1..=16 {
+        // Even pieces, then a chain of single bytes with the rest at the end,
+        // then empty descriptors in between.
+        let mut even = vec![whole / pieces; pieces];
+        even[pieces - 1] += whole % pieces;
+        let mut bytes = vec![1; pieces];
+        bytes[pieces - 1] = whole - (pieces - 1);
+        let gaps = even.iter().flat_map(|len| [0, *len, 0]).collect();
+        layouts.extend([even, bytes, gaps]);
+    }
+    layouts.push(vec![1; whole]);
+    for lens in layouts {
+        let mut header = Guest::header(Operation::Data, PORT, 1);
+        header.len = payload.len() as u32;
+        guest.send_in(&header, &payload, &lens);
+        assert_eq!(read_exactly(&mut host, payload.len()), payload, "{lens:?}");
+        while guest.try_receive().is_some() {}
+    }
+}
+
+#[test]
+fn a_payload_of_any_length_up_to_the_credit_arrives_whole() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    for len in [1, 4095, 4096, 4097, 65_535, 65_536] {
+        let payload: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
+        guest.data(PORT, 1, &payload);
+        assert_eq!(read_exactly(&mut host, len), payload);
+    }
+}
+
+#[test]
+fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 5);
+    let good = Guest::header(Operation::Data, PORT, 5);
+    let mut dropped = Vec::new();
+    for src_cid in [0, 1, 2, 4, u64::from(u32::MAX), CID | 1 << 32] {
+        let mut forged = good;
+        forged.src_cid = src_cid;
+        dropped.push(forged);
+    }
+    for dst_cid in [0, 1, 3, u64::from(u32::MAX), 2 | 1 << 32] {
+        let mut forged = good;
+        forged.dst_cid = dst_cid;
+        dropped.push(forged);
+    }
+    let mut stray_reset = Guest::header(Operation::Reset, PORT, 6);
+    dropped.push(stray_reset);
+    stray_reset.kind = 2;
+    dropped.push(stray_reset);
+    for mut forged in dropped {
+        forged.len = 3;
+        guest.send(&forged, b"bad");
+    }
+    let mut refused = Vec::new();
+    for kind in [0, 2, 3, u16::MAX] {
+        let mut forged = good;
+        forged.kind = kind;
+        refused.push(forged);
+    }
+    for (host_port, guest_port) in [(PORT, 6), (11, 5), (0, 0), (u32::MAX, u32::MAX)] {
+        for operation in [
+            Operation::Response,
+            Operation::Shutdown,
+            Operation::Data,
+            Operation::CreditUpdate,
+            Operation::CreditRequest,
+        ] {
+            refused.push(Guest::header(operation, host_port, guest_port));
+        }
+    }
+    // Nothing served there, or a channel from an unprivileged port.
+    for (host_port, guest_port) in [
+        (9, 6),
+        (17, 6),
+        (0, 6),
+        (1024, 6),
+        (PORT, 1024),
+        (PORT, 1 << 31),
+    ] {
+        refused.push(Guest::header(Operation::Request, host_port, guest_port));
+    }
+    let mut unknown = Guest::header(Operation::Request, PORT, 6);
+    for op in [0, 8, u16::MAX] {
+        unknown.op = op;
+        refused.push(unknown);
+    }
+    for forged in refused {
+        guest.send(&forged, &[]);
+        let (reset, _) = guest.receive();
+        assert_eq!(reset, forged.reset());
+    }
+    // The connection that they were aimed at is as it was.
+    guest.data(PORT, 5, b"good");
+    assert_eq!(read_exactly(&mut host, 4), b"good");
+    host.set_nonblocking(true).unwrap();
+    assert!(host.read(&mut [0]).is_err());
+    assert!(guest.effects.try_recv().is_err());
+}
+
+#[test]
+fn a_violation_on_a_connection_resets_that_connection_and_no_other() {
+    let mut guest = Guest::new();
+    let mut bystander = guest.connect(PORT, 1);
+    let mut lie = Guest::header(Operation::Data, PORT, 2);
+    lie.len = 5;
+    let mut huge = lie;
+    huge.len = u32::MAX;
+    let mut unknown = lie;
+    unknown.op = 99;
+    let again = Guest::header(Operation::Request, PORT, 2);
+    let response = Guest::header(Operation::Response, PORT, 2);
+    for violation in [lie, huge, unknown, again, response] {
+        let mut host = guest.connect(PORT, 2);
+        guest.send(&violation, b"four");
+        guest.expect(Operation::Reset, PORT, 2);
+        assert_eq!(host.read(&mut [0; 8]).unwrap(), 0);
+    }
+    guest.data(PORT, 1, b"fine");
+    assert_eq!(read_exactly(&mut bystander, 4), b"fine");
+}
+
+#[test]
+fn a_guest_that_ends_one_direction_still_gets_the_other() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    guest.data(PORT, 1, b"last words");
+    guest.shutdown(PORT, 1, 2);
+    let mut all = Vec::new();
+    host.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"last words");
+    host.write_all(b"answer").unwrap();
+    let (_, payload) = guest.receive();
+    assert_eq!(payload, b"answer");
+    // The host ends the other direction: now nothing is left of it.
+    host.shutdown(Half::Write).unwrap();
+    let end = guest.expect(Operation::Shutdown, PORT, 1);
+    assert_eq!(end.flags & 2, 2);
+    guest.send(&Guest::header(Operation::Reset, PORT, 1), &[]);
+    drop(host);
+    guest.connect(PORT, 1);
+}
+
+#[test]
+fn a_host_that_ends_one_direction_still_gets_the_other() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    host.write_all(b"question").unwrap();
+    host.shutdown(Half::Write).unwrap();
+    let (_, payload) = guest.receive();
+    assert_eq!(payload, b"question");
+    let end = guest.expect(Operation::Shutdown, PORT, 1);
+    assert_eq!(end.flags, 2);
+    guest.data(PORT, 1, b"answer");
+    assert_eq!(read_exactly(&mut host, 6), b"answer");
+    guest.shutdown(PORT, 1, 3);
+    guest.expect(Operation::Reset, PORT, 1);
+    assert_eq!(host.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_guest_that_takes_no_more_stops_the_writer() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    guest.shutdown(PORT, 1, 1);
+    guest.data(PORT, 1, b"still talking");
+    assert_eq!(read_exactly(&mut host, 13), b"still talking");
+    assert_eq!(
+        host.write(b"x").unwrap_err().kind(),
+        std::io::ErrorKind::BrokenPipe
+    );
+}
+
+#[test]
+fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    host.write_all(&[7; 10_000]).unwrap();
+    drop(host);
+    let mut got = 0;
+    let end = loop {
+        let (header, payload) = guest.receive();
+        if header.operation() != Some(Operation::Data) {
+            break header;
+        }
+        got += payload.len();
+    };
+    assert_eq!(got, 10_000);
+    assert_eq!((end.operation(), end.flags), (Some(Operation::Shutdown), 3));
+    // The guest does not answer: it is told that this is over.
+    let started = Instant::now();
+    guest.expect(Operation::Reset, PORT, 1);
+    assert!(started.elapsed() + Duration::from_millis(100) > CLOSE_LIMIT);
+    assert_eq!(guest.device.handle().connections(), 0);
+}
+
+#[test]
+fn what_a_guest_sent_before_it_closed_reaches_a_slow_reader() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    let mut sent = 0;
+    // Fill the socket, then the buffer of the device.
+    let mut credit = i64::from(HOST_BUFFER);
+    while credit > 0 {
+        let part = vec![(sent / 4096 % 256) as u8; 4096];
+        guest.data(PORT, 1, &part);
+        sent += 4096;
+        guest.settle();
+        let mut told = None;
+        while let Some((header, _)) = guest.try_receive() {
+            told = Some(header.fwd_cnt);
+        }
+        credit -= 4096;
+        if let Some(forwarded) = told {
+            credit = i64::from(HOST_BUFFER) - (sent as i64 - i64::from(forwarded));
+        }
+    }
+    guest.shutdown(PORT, 1, 3);
+    guest.expect(Operation::Reset, PORT, 1);
+    // The ports are free although the data still drains.
+    guest.connect(PORT, 1);
+    let mut all = Vec::new();
+    host.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), sent);
+    assert!(
+        all.iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == (at / 4096 % 256) as u8)
+    );
+}
+
+#[test]
+fn a_dial_joins_a_socket_with_a_port_of_the_guest() {
+    let mut guest = Guest::new();
+    let (mut host, theirs) = pair();
+    host.write_all(b"early").unwrap();
+    guest.device.handle().dial(41, 0x1_0050, theirs);
+    let (request, _) = guest.receive();
+    assert_eq!(request.operation(), Some(Operation::Request));
+    assert_eq!(request.dst_port, 0x1_0050);
+    let (ours, peer) = (request.src_port, request.dst_port);
+    guest.send(&Guest::header(Operation::Response, ours, peer), &[]);
+    let (_, payload) = guest.receive();
+    assert_eq!(payload, b"early");
+    assert!(matches!(
+        guest.effect(),
+        Effect::Dialed {
+            id: 41,
+            outcome: DialOutcome::Connected
+        }
+    ));
+    guest.data(ours, peer, b"hello");
+    assert_eq!(read_exactly(&mut host, 5), b"hello");
+}
+
+#[test]
+fn a_dial_is_answered_whatever_the_guest_does() {
+    let mut guest = Guest::new();
+    let handle = guest.device.handle();
+    let outcome = |guest: &Guest| match guest.effect() {
+        Effect::Dialed { id, outcome } => (id, outcome),
+        other @ Effect::Opened { .. } => panic!("{other:?}"),
+    };
+    // It refuses.
+    handle.dial(1, 80, pair().1);
+    let (request, _) = guest.receive();
+    guest.send(&request.reset(), &[]);
+    assert_eq!(outcome(&guest), (1, DialOutcome::Refused));
+    // It talks before it accepts.
+    handle.dial(2, 80, pair().1);
+    let (request, _) = guest.receive();
+    guest.data(request.src_port, 80, b"x");
+    guest.expect(Operation::Reset, request.src_port, 80);
+    assert_eq!(outcome(&guest), (2, DialOutcome::Refused));
+    // A probe is satisfied, and over.
+    handle.probe(3, 80);
+    let (request, _) = guest.receive();
+    guest.send(
+        &Guest::header(Operation::Response, request.src_port, 80),
+        &[],
+    );
+    guest.expect(Operation::Reset, request.src_port, 80);
+    assert_eq!(outcome(&guest), (3, DialOutcome::Connected));
+    // It says nothing: a timer ends it, though nothing else happens.
+    let started = Instant::now();
+    handle.probe(4, 80);
+    let (request, _) = guest.receive();
+    assert_eq!(outcome(&guest), (4, DialOutcome::TimedOut));
+    assert!(started.elapsed() >= HANDSHAKE_LIMIT);
+    assert!(started.elapsed() < HANDSHAKE_LIMIT * 3);
+    guest.expect(Operation::Reset, request.src_port, 80);
+    // Too late.
+    guest.send(
+        &Guest::header(Operation::Response, request.src_port, 80),
+        &[],
+    );
+    guest.expect(Operation::Reset, request.src_port, 80);
+    // It resets the device meanwhile; then there is no driver.
+    handle.dial(5, 80, pair().1);
+    guest.receive();
+    guest.device.reset();
+    assert_eq!(outcome(&guest), (5, DialOutcome::Unavailable));
+    handle.dial(6, 80, pair().1);
+    assert_eq!(outcome(&guest), (6, DialOutcome::Unavailable));
+}
+
+#[test]
+fn credit_is_given_when_asked_for_and_asked_for_when_there_is_none() {
+    let mut guest = Guest::new();
+    let mut host = guest.connect(PORT, 1);
+    guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+    guest.expect(Operation::CreditUpdate, PORT, 1);
+    let mut update = Guest::header(Operation::CreditUpdate, PORT, 1);
+    update.buf_alloc = 10;
+    guest.send(&update, &[]);
+    guest.settle();
+    host.write_all(&[1; 25]).unwrap();
+    let mut counts = Vec::new();
+    for consumed in [10, 20, 25] {
+        let (header, payload) = guest.receive();
+        assert_eq!(header.operation(), Some(Operation::Data));
+        counts.push(payload.len());
+        if consumed < 25 {
+            guest.expect(Operation::CreditRequest, PORT, 1);
+        }
+        update.fwd_cnt = consumed;
+        guest.send(&update, &[]);
+    }
+    assert_eq!(counts, [10, 10, 5]);
+}
