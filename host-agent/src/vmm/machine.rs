@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -16,6 +16,7 @@ use super::control::Event;
 use super::cpu::regs::{self, RegsError};
 use super::disk::{self, Backing};
 use super::memory::{self, MemoryError};
+use super::outbox::Outbox;
 use super::serial::{Line, Output, Port};
 use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
 use super::vcpu::{KickError, Processors, Report};
@@ -26,7 +27,7 @@ use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
 use super::virtio::vsock::{self, Effect, Vsock};
 use super::vm::{Vm, VmError};
-use super::{acpi, layout, wire};
+use super::{acpi, layout};
 
 /// Least guest RAM in MiB: kernel, initrd and a little to work with.
 const LEAST_MEMORY: u32 = 64;
@@ -106,7 +107,7 @@ impl Machine {
     pub fn build(
         spec: &GuestSpec,
         mut files: Files,
-        control: &Arc<OwnedFd>,
+        outbox: &Outbox,
         wake: &EventFd,
         reports: mpsc::Sender<Report>,
         started: Instant,
@@ -130,7 +131,7 @@ impl Machine {
         for (index, disk) in spec.disks.iter().enumerate() {
             devices.push(Box::new(open_disk(index, disk, &mut files)?));
         }
-        let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(control))
+        let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(outbox.clone()))
             .map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
         devices.push(Box::new(vsock));
@@ -215,25 +216,17 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// Passes what the vsock device does to the supervisor.
-fn tell_effects(control: &Arc<OwnedFd>) -> vsock::Sink {
-    let control = Arc::clone(control);
+/// Passes what the vsock device does to the supervisor. If it is gone or too
+/// far behind, the guest sees its connection close.
+fn tell_effects(outbox: Outbox) -> vsock::Sink {
     Box::new(move |effect| {
-        // A supervisor that is gone or hung loses connections; the guest sees
-        // them close.
-        let _ = match effect {
+        match effect {
             Effect::Opened {
                 port,
                 source_port,
                 fd,
-            } => wire::send(
-                control.as_fd(),
-                &Event::Opened { port, source_port },
-                &[fd.as_fd()],
-            ),
-            Effect::Dialed { id, outcome } => {
-                wire::send(control.as_fd(), &Event::Dialed { id, outcome }, &[])
-            }
+            } => outbox.send(&Event::Opened { port, source_port }, vec![fd]),
+            Effect::Dialed { id, outcome } => outbox.send(&Event::Dialed { id, outcome }, vec![]),
         };
     })
 }

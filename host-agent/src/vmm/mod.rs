@@ -12,6 +12,7 @@ pub mod disk;
 mod layout;
 mod machine;
 mod memory;
+mod outbox;
 pub mod process;
 mod serial;
 pub mod spec;

@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain;
 use super::control::{Command, Event, ExitReason, Stats};
 use super::machine::{Files, Machine, MachineError};
+use super::outbox::Outbox;
 use super::serial::Log;
 use super::spec::GuestSpec;
 use super::vcpu::Report;
@@ -30,6 +31,10 @@ const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
 /// Serial output kept for finding it, in bytes.
 const TAIL: usize = 64 * 1024;
 
+/// Time for the supervisor to take the last events, before the process ends
+/// without them.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// Why the process ends without a guest.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
@@ -46,50 +51,95 @@ enum StartError {
 /// The whole process: standard input is the control socket.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    let control = match io::stdin().as_fd().try_clone_to_owned() {
-        Ok(control) => Arc::new(control),
-        Err(error) => {
-            eprintln!("host-agent vmm: no control socket: {error}");
-            return ExitCode::from(2);
-        }
+    close_strays();
+    let control = io::stdin().as_fd().try_clone_to_owned();
+    let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+    let (control, wake, waker) = match (control, wake) {
+        (Ok(control), Ok(wake)) => match wake.try_clone() {
+            Ok(waker) => (control, wake, waker),
+            Err(error) => return hopeless(&error),
+        },
+        (Err(error), _) | (_, Err(error)) => return hopeless(&error),
     };
-    let reason = match run(&control, started) {
+    // The first command is waited for; from then on the socket does not block.
+    let start = wire::recv::<Command>(control.as_fd());
+    let outbox = match Outbox::new(control, waker) {
+        Ok(outbox) => outbox,
+        Err(error) => return hopeless(&error),
+    };
+    report_panics(outbox.clone());
+    let ran = match start.map_err(StartError::Socket) {
+        Ok(Some((Command::Start(spec), files))) => run(*spec, files, &outbox, wake, started),
+        Ok(_) => Err(StartError::NoStart),
+        Err(error) => Err(error),
+    };
+    let reason = match ran {
         Ok(reason) => reason,
         Err(error) => {
             let reason = chain(&error);
             eprintln!("host-agent vmm: {reason}");
-            tell(
-                &control,
-                &Event::StartFailed {
-                    reason: reason.clone(),
-                },
-            );
-            ExitReason::Failed { detail: reason }
+            let detail = reason.clone();
+            outbox.send(&Event::StartFailed { reason }, vec![]);
+            ExitReason::Failed { detail }
         }
     };
     let code = reason.code();
-    tell(&control, &Event::Exited(reason));
+    outbox.send(&Event::Exited(reason), vec![]);
+    outbox.drain(FAREWELL);
     ExitCode::from(code)
 }
 
-fn run(control: &Arc<OwnedFd>, started: Instant) -> Result<ExitReason, StartError> {
-    let start = wire::recv::<Command>(control.as_fd()).map_err(StartError::Socket)?;
-    let Some((Command::Start(spec), files)) = start else {
-        return Err(StartError::NoStart);
-    };
+fn hopeless(error: &io::Error) -> ExitCode {
+    eprintln!("host-agent vmm: no control socket: {error}");
+    ExitCode::from(2)
+}
+
+/// Closes what the supervisor's own parent may have left open: a descriptor
+/// held here would outlive both.
+#[allow(unsafe_code)]
+fn close_strays() {
+    // SAFETY: this is the first act of the process. Nothing in it has opened
+    // a descriptor besides the three standard ones, which are kept.
+    unsafe {
+        libc::close_range(3, libc::c_uint::MAX, 0);
+    }
+}
+
+/// A thread that ends by a bug of ours must not leave a guest that hangs: the
+/// process ends with it, and says why.
+fn report_panics(outbox: Outbox) {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        let reason = ExitReason::Failed {
+            detail: format!("bug: {panic}"),
+        };
+        let code = reason.code();
+        outbox.send(&Event::Exited(reason), vec![]);
+        outbox.drain(FAREWELL);
+        std::process::exit(i32::from(code));
+    }));
+}
+
+fn run(
+    spec: GuestSpec,
+    files: Vec<OwnedFd>,
+    outbox: &Outbox,
+    wake: EventFd,
+    started: Instant,
+) -> Result<ExitReason, StartError> {
     let outlive = spec.outlive_supervisor;
     let name: String = spec.name.chars().take(15).collect();
     // Only what a process list shows depends on it.
     let _ = std::fs::write("/proc/self/comm", name);
     let mut files = Files::new(files);
     let log = serial_log(&spec, &mut files)?;
-    let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Serial)?;
     let (reports, reported) = mpsc::channel();
-    let machine = Machine::build(&spec, files, control, &wake, reports, started)?;
+    let machine = Machine::build(&spec, files, outbox, &wake, reports, started)?;
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    tell(control, &Event::Running { setup_us });
+    outbox.send(&Event::Running { setup_us }, vec![]);
     Ok(Loop {
-        control,
+        outbox,
         machine,
         console: Console {
             log,
@@ -111,14 +161,9 @@ fn serial_log(spec: &GuestSpec, files: &mut Files) -> Result<Log, StartError> {
     Log::new(current, previous, spec.serial.max_bytes).map_err(StartError::Serial)
 }
 
-/// A supervisor that is gone or hung loses events; the guest goes on.
-fn tell(control: &OwnedFd, event: &Event) {
-    let _ = wire::send(control.as_fd(), event, &[]);
-}
-
 /// The main thread: commands, reports of processors, serial output.
 struct Loop<'a> {
-    control: &'a Arc<OwnedFd>,
+    outbox: &'a Outbox,
     machine: Machine,
     console: Console,
     wake: EventFd,
@@ -190,21 +235,34 @@ impl Loop<'_> {
         }
     }
 
-    /// Waits for a command or a wake-up; which of them came.
+    /// Waits for a command or a wake-up; which of them came. Sends events that
+    /// had to wait as soon as there is room.
     fn wait(&self) -> nix::Result<(bool, bool)> {
-        let control: BorrowedFd<'_> = self.control.as_fd();
         let mut fds = vec![PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
         if self.supervised {
-            fds.push(PollFd::new(control, PollFlags::POLLIN));
+            let mut interest = PollFlags::POLLIN;
+            interest.set(PollFlags::POLLOUT, self.outbox.is_behind());
+            fds.push(PollFd::new(self.outbox.socket(), interest));
         }
         match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
             Err(nix::errno::Errno::EINTR) => Ok((false, false)),
             Err(errno) => Err(errno),
             Ok(_) => {
-                let came = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
-                Ok((fds.get(1).is_some_and(came), came(&fds[0])))
+                let got = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
+                let control = fds.get(1).map_or(PollFlags::empty(), got);
+                if control.contains(PollFlags::POLLOUT) {
+                    self.outbox.flush();
+                }
+                // The end of the stream and errors count as readable.
+                let command = !(control - PollFlags::POLLOUT).is_empty();
+                Ok((command, !got(&fds[0]).is_empty()))
             }
         }
+    }
+
+    /// A supervisor that is gone or hung loses events; the guest goes on.
+    fn tell(&self, event: &Event) {
+        self.outbox.send(event, vec![]);
     }
 
     fn write_serial(&mut self) {
@@ -218,20 +276,21 @@ impl Loop<'_> {
         while let Ok(report) = self.reported.try_recv() {
             match report {
                 Report::Exit(reason) => return Some(reason),
-                Report::Panicked => tell(self.control, &Event::GuestPanicked {}),
+                Report::Panicked => self.tell(&Event::GuestPanicked {}),
             }
         }
         None
     }
 
     fn command(&mut self) -> Option<ExitReason> {
-        match wire::recv::<Command>(self.control.as_fd()) {
+        match wire::recv::<Command>(self.outbox.socket()) {
             Ok(Some((command, files))) => self.obey(command, files),
             Ok(None) if self.outlive => {
                 self.supervised = false;
                 None
             }
             Ok(None) => Some(ExitReason::Stopped),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => Some(ExitReason::Failed {
                 detail: format!("control socket: {error}"),
             }),
@@ -249,7 +308,7 @@ impl Loop<'_> {
             }
             Command::Probe { id, port } => self.machine.vsock().probe(id, port),
             Command::Pause {} => match self.machine.processors().pause() {
-                Ok(()) => tell(self.control, &Event::Paused { paused: true }),
+                Ok(()) => self.tell(&Event::Paused { paused: true }),
                 Err(error) => {
                     return Some(ExitReason::Failed {
                         detail: error.to_string(),
@@ -258,10 +317,10 @@ impl Loop<'_> {
             },
             Command::Resume {} => {
                 self.machine.processors().resume();
-                tell(self.control, &Event::Paused { paused: false });
+                self.tell(&Event::Paused { paused: false });
             }
-            Command::Ping { id } => tell(self.control, &Event::Pong { id }),
-            Command::Stats {} => tell(self.control, &Event::Stats(self.stats())),
+            Command::Ping { id } => self.tell(&Event::Pong { id }),
+            Command::Stats {} => self.tell(&Event::Stats(self.stats())),
             Command::Stop {} => return Some(ExitReason::Stopped),
         }
         None
@@ -295,7 +354,7 @@ impl Loop<'_> {
                     device: transport.name(),
                     reason: "the driver broke the queue protocol".into(),
                 };
-                tell(self.control, &event);
+                self.outbox.send(&event, vec![]);
             }
             *told = broken;
         }
