@@ -1,11 +1,15 @@
 //! Services written to a directory on the spot.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use nix::sys::socket::sockopt::ReuseAddr;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket,
+};
 
 /// Perl is essential in Debian and speaks TCP: an echo server for any image.
 pub const ECHO: &str = r#"#!/usr/bin/perl
@@ -106,9 +110,17 @@ impl Service {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago. It is bound and not listened on, so that
+/// the copy of the socket which a process just forked by another test still
+/// has, until it calls exec, is in nobody's way.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
-        .local_addr()?
-        .port())
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    setsockopt(&socket, ReuseAddr, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0))?;
+    Ok(getsockname::<SockaddrIn>(socket.as_raw_fd())?.port())
 }
