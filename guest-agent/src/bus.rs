@@ -83,7 +83,7 @@ pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
     loop {
         match dial(channel, program).await {
             Ok(open) => return open,
-            Err(error) => eprintln!("{program}: {}", crate::chain(&error)),
+            Err(error) => eprintln!("{program}: {}", vmbus::text::chain(&error)),
         }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(LONGEST_WAIT);

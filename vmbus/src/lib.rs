@@ -12,4 +12,5 @@ pub mod frame;
 pub mod message;
 #[cfg(feature = "tokio")]
 pub mod stream;
+pub mod text;
 pub mod version;

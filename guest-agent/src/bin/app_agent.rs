@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use guest_agent::log::uptime_ms;
 use guest_agent::os::{boot, disk, loopback};
 use guest_agent::report::{self, Report};
-use guest_agent::{RUN_DIR, bus, chain, delivery};
+use guest_agent::{RUN_DIR, bus, delivery};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, watch};
 use vmbus::channel::Channel;
 use vmbus::message::{AgentState, Beat, Health, PowerAction, RoleState, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, send};
+use vmbus::text::chain;
 
 const NAME: &str = "app-agent";
 /// Where the delivered program is kept, in memory.

@@ -13,7 +13,7 @@ use guest_agent::exec::{self, Environment};
 use guest_agent::log::Logger;
 use guest_agent::report::{self, Report};
 use guest_agent::setup::{self, Prepared};
-use guest_agent::{chain, tunnel};
+use guest_agent::tunnel;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use vmbus::channel::Channel;
 use vmbus::message::{ExpectedState, Goal, LogSource, RoleState, Status, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, send};
+use vmbus::text::chain;
 
 const NAME: &str = "guest-agent";
 /// Wait before a bootstrapper that died is started again.

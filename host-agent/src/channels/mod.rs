@@ -17,11 +17,11 @@ use tokio::sync::{mpsc, watch};
 use vmbus::channel::{Channel, PRIVILEGED_PORTS};
 use vmbus::message::{Beat, Goal, LogSource, PowerAction, Status};
 use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::text::chain;
 use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
 
 use crate::store::image::AgentProgram;
 use crate::store::log_file::LogFile;
-use crate::vmm::chain;
 
 /// What a guest's channels tell the instance's actor.
 #[derive(Debug, Clone, PartialEq)]

@@ -123,7 +123,7 @@ async fn session(
             }
             Ok(Some(last)) => return Ok(Last::Frame(last)),
             Ok(None) => return Err(lost("the connection was closed".into())),
-            Err(error) => return Err(lost(crate::vmm::chain(&error))),
+            Err(error) => return Err(lost(vmbus::text::chain(&error))),
         }
     }
 }

@@ -1,33 +1,33 @@
 //! The actor of one instance: takes in what its VMM process, its channels and
 //! its owner say, asks the pure policy, and performs the effects.
 
-use std::collections::{BTreeMap, VecDeque};
+mod boot;
+mod dial;
+mod handle;
+
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
-use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
-use vmbus::channel::{Channel, EXEC_PORT, tunnel_port};
+use vmbus::channel::Channel;
 use vmbus::message::{Goal, Health};
 
 use super::event::{EventKind, TimelineEvent, Verdict, state_name};
-use super::guest;
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
-use super::process::{Happening, VmmProcess};
-use crate::channels::{ChannelEvent, GuestChannels, ShutdownRequest};
+use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::service::model::Role;
 use crate::store::image::Image;
 use crate::store::log_file::LogFile;
-use crate::vmm::chain;
-use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, Stats};
+use crate::vmm::control::Command;
+use boot::{Boot, next_happening};
+pub use handle::{InstanceHandle, Request, View};
 
 /// Events of channels that may wait for the actor.
 const CHANNEL_BACKLOG: usize = 256;
@@ -69,102 +69,6 @@ pub struct InstanceParts {
     pub accepted: Instant,
 }
 
-/// What an owner may ask of an instance.
-#[derive(Debug)]
-pub enum Request {
-    /// Stop cleanly.
-    Stop,
-    /// Stop now.
-    Kill,
-    /// Stop or resume the vCPUs.
-    Pause(bool, oneshot::Sender<Result<(), String>>),
-    /// A connection to the guest agent's exec service.
-    Exec(oneshot::Sender<Result<UnixStream, String>>),
-    /// Counters of the VMM process.
-    Stats(oneshot::Sender<Result<Stats, String>>),
-}
-
-/// What can be seen of an instance at any time.
-#[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct View {
-    /// Number of the boot.
-    pub generation: u64,
-    /// Process id of the VMM, 0 when none runs.
-    pub pid: u32,
-    /// State in one word.
-    pub state: String,
-}
-
-/// A handle to a running actor.
-#[derive(Debug, Clone)]
-pub struct InstanceHandle {
-    /// Instance name.
-    pub name: String,
-    /// Directory with its logs.
-    pub dir: PathBuf,
-    requests: mpsc::Sender<Request>,
-    view: watch::Receiver<View>,
-}
-
-impl InstanceHandle {
-    /// Puts a request; an actor that is gone has nothing left to stop.
-    pub async fn send(&self, request: Request) {
-        let _ = self.requests.send(request).await;
-    }
-
-    /// The instance as it is now.
-    pub fn view(&self) -> View {
-        self.view.borrow().clone()
-    }
-
-    /// Connects to the guest agent's exec service.
-    pub async fn exec(&self) -> Result<UnixStream, String> {
-        self.ask(Request::Exec).await
-    }
-
-    /// Stops or resumes the vCPUs.
-    pub async fn pause(&self, paused: bool) -> Result<(), String> {
-        self.ask(|answer| Request::Pause(paused, answer)).await
-    }
-
-    /// Counters of the VMM process.
-    pub async fn stats(&self) -> Result<Stats, String> {
-        self.ask(Request::Stats).await
-    }
-
-    async fn ask<T>(
-        &self,
-        request: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Request,
-    ) -> Result<T, String> {
-        let (answer, answered) = oneshot::channel();
-        self.send(request(answer)).await;
-        answered
-            .await
-            .unwrap_or_else(|_| Err("the instance ended".into()))
-    }
-}
-
-/// What an answer to a dial is for.
-#[derive(Debug)]
-enum Dialed {
-    Endpoint,
-    Exec(UnixStream, oneshot::Sender<Result<UnixStream, String>>),
-    Probe(Verdict),
-}
-
-/// One boot of the guest.
-#[derive(Debug)]
-struct Boot {
-    process: VmmProcess,
-    channels: Arc<GuestChannels>,
-    shutdown: watch::Sender<Option<ShutdownRequest>>,
-    exit: Option<ExitReason>,
-    pings: u32,
-    violations: u32,
-    dials: BTreeMap<u64, Dialed>,
-    stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
-}
-
 struct Instance {
     parts: InstanceParts,
     life: Lifecycle,
@@ -192,12 +96,7 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
     let (view, view_receiver) = watch::channel(View::default());
     let role_log = Arc::new(Mutex::new(LogFile::open(&parts.dir.join("role.log"))?));
     let agent_log = Arc::new(Mutex::new(LogFile::open(&parts.dir.join("agent.log"))?));
-    let handle = InstanceHandle {
-        name: parts.name.clone(),
-        dir: parts.dir.clone(),
-        requests,
-        view: view_receiver,
-    };
+    let handle = InstanceHandle::new(&parts.name, &parts.dir, requests, view_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
         monitor: Monitor::new(parts.rule),
@@ -318,137 +217,6 @@ impl Instance {
         Performed::Done
     }
 
-    fn spawn(&mut self, generation: u64) -> Result<u32, String> {
-        self.monitor.booting();
-        self.paused = false;
-        self.wait = None;
-        self.probe_deadline = None;
-        let (shutdown, shutdown_receiver) = watch::channel(None);
-        let parts = &self.parts;
-        let (spec, files) = guest::prepare(&parts.dir, &parts.name, &parts.role, &parts.image)
-            .map_err(|e| chain(&e))?;
-        let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
-        let process = VmmProcess::spawn(spec, &files, log).map_err(|e| chain(&e))?;
-        let pid = process.pid();
-        let channels = Arc::new(GuestChannels {
-            generation,
-            interval: parts.rule.interval(),
-            hello_limit: parts.hello_limit,
-            events: self.channel_sender.clone(),
-            goal: self.goal.subscribe(),
-            shutdown: shutdown_receiver,
-            program: Arc::new(parts.image.agent.clone()),
-            role_log: Arc::clone(&self.role_log),
-            agent_log: Arc::clone(&self.agent_log),
-            sequence: AtomicU64::new(0),
-        });
-        self.monitor = Monitor::new(parts.rule);
-        self.boot = Some(Boot {
-            process,
-            channels,
-            shutdown,
-            exit: None,
-            pings: 0,
-            violations: 0,
-            dials: BTreeMap::new(),
-            stats: VecDeque::new(),
-        });
-        self.view.send_modify(|view| {
-            view.generation = generation;
-            view.pid = pid;
-            "Booting".clone_into(&mut view.state);
-        });
-        Ok(pid)
-    }
-
-    fn happened(&mut self, happening: Happening) -> bool {
-        let Some(boot) = &mut self.boot else {
-            return true;
-        };
-        match happening {
-            Happening::Event(event, files) => self.event(event, files),
-            Happening::Garbled(error) => {
-                self.tell(EventKind::Warning {
-                    text: format!("VMM process sent what is no event: {}", chain(&error)),
-                });
-                self.kill();
-                true
-            }
-            Happening::Ended(how) => {
-                let reason = boot.exit.take().unwrap_or_else(|| Happening::died(how));
-                self.boot = None;
-                self.wait = None;
-                self.probe_deadline = None;
-                self.last_health = None;
-                self.view.send_modify(|view| {
-                    view.pid = 0;
-                    "Down".clone_into(&mut view.state);
-                });
-                self.feed(Input::Ended(reason))
-            }
-        }
-    }
-
-    fn event(&mut self, event: Event, files: Vec<OwnedFd>) -> bool {
-        let Some(boot) = &mut self.boot else {
-            return true;
-        };
-        match event {
-            Event::Running { setup_us } => self.tell(EventKind::GuestRunning { setup_us }),
-            Event::StartFailed { reason } => {
-                boot.exit = Some(ExitReason::Failed { detail: reason });
-            }
-            Event::Opened { port, source_port } => {
-                if let Some(socket) = files.into_iter().next() {
-                    boot.channels.accept(port, source_port, socket);
-                }
-            }
-            Event::Dialed { id, outcome } => match boot.dials.remove(&id) {
-                None | Some(Dialed::Endpoint) => {}
-                Some(Dialed::Exec(stream, answer)) => {
-                    let result = match outcome {
-                        DialOutcome::Connected => Ok(stream),
-                        other => Err(format!("guest agent does not take exec: {other:?}")),
-                    };
-                    let _ = answer.send(result);
-                }
-                Some(Dialed::Probe(verdict)) => {
-                    if self.probe_deadline.take().is_some() {
-                        let alive =
-                            matches!(outcome, DialOutcome::Connected | DialOutcome::Refused);
-                        let evidence = if alive {
-                            "the guest's kernel answers: its agent is dead or hung"
-                        } else {
-                            "the guest's kernel does not answer a probe"
-                        };
-                        return self.condemn(verdict, evidence, alive);
-                    }
-                }
-            },
-            Event::Paused { paused } => {
-                self.paused = paused;
-                self.tell(EventKind::Paused { paused });
-            }
-            Event::Pong { .. } => boot.pings = 0,
-            Event::Stats(stats) => {
-                if let Some(answer) = boot.stats.pop_front() {
-                    let _ = answer.send(Ok(stats));
-                }
-            }
-            Event::DeviceNeedsReset { device, reason } => {
-                self.violation(EventKind::DeviceNeedsReset { device, reason });
-            }
-            Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
-            Event::Exited(reason) => {
-                let panicked = boot.exit == Some(ExitReason::Panic);
-                if !(panicked && reason == ExitReason::Reboot) {
-                    boot.exit = Some(reason);
-                }
-            }
-        }
-        true
-    }
-
     fn channel(&mut self, generation: u64, event: ChannelEvent) -> bool {
         if generation != self.life.generation() || self.boot.is_none() {
             return true;
@@ -513,22 +281,7 @@ impl Instance {
                 self.tell(EventKind::Resumed);
                 true
             }
-            Some(Finding::Condemned(verdict)) => {
-                if self.paused {
-                    return self.condemn(verdict, "its vCPUs are stopped", false);
-                }
-                let id = self.dial_id();
-                self.probe_deadline = Some((Instant::now() + PROBE_LIMIT, verdict));
-                let port = EXEC_PORT;
-                if self
-                    .command(&Command::Probe { id, port }, Vec::new())
-                    .is_ok()
-                    && let Some(boot) = &mut self.boot
-                {
-                    boot.dials.insert(id, Dialed::Probe(verdict));
-                }
-                true
-            }
+            Some(Finding::Condemned(verdict)) => self.look_closer(verdict),
         }
     }
 
@@ -559,86 +312,11 @@ impl Instance {
         true
     }
 
-    fn request(&mut self, request: Request) -> bool {
-        match request {
-            Request::Stop => return self.feed(Input::Stop),
-            Request::Kill => return self.feed(Input::Kill),
-            Request::Pause(paused, answer) => {
-                let command = if paused {
-                    Command::Pause {}
-                } else {
-                    Command::Resume {}
-                };
-                let _ = answer.send(
-                    self.command(&command, Vec::new())
-                        .map_err(|e| e.to_string()),
-                );
-            }
-            Request::Exec(answer) => self.exec(answer),
-            Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {
-                Ok(()) => {
-                    if let Some(boot) = &mut self.boot {
-                        boot.stats.push_back(answer);
-                    }
-                }
-                Err(error) => {
-                    let _ = answer.send(Err(error.to_string()));
-                }
-            },
-        }
-        true
-    }
-
-    fn exec(&mut self, answer: oneshot::Sender<Result<UnixStream, String>>) {
-        let result = (|| {
-            let (ours, theirs) = UnixStream::pair()?;
-            let theirs = OwnedFd::from(theirs.into_std()?);
-            let id = self.dial_id();
-            let port = EXEC_PORT;
-            self.command(&Command::Dial { id, port }, vec![theirs])?;
-            Ok::<_, io::Error>((id, ours))
-        })();
-        match (result, &mut self.boot) {
-            (Ok((id, stream)), Some(boot)) => {
-                boot.dials.insert(id, Dialed::Exec(stream, answer));
-            }
-            (Err(error), _) => {
-                let _ = answer.send(Err(error.to_string()));
-            }
-            (Ok(_), None) => {
-                let _ = answer.send(Err("no guest runs".into()));
-            }
-        }
-    }
-
-    fn connect(&mut self, connection: Incoming) {
-        let id = self.dial_id();
-        let port = tunnel_port(connection.local_port);
-        let sent = self.command(&Command::Dial { id, port }, vec![connection.socket]);
-        if sent.is_ok()
-            && let Some(boot) = &mut self.boot
-        {
-            boot.dials.insert(id, Dialed::Endpoint);
-        }
-    }
-
-    fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
-        match &mut self.boot {
-            Some(boot) => boot.process.send(command, files),
-            None => Err(io::Error::new(io::ErrorKind::NotConnected, "no guest runs")),
-        }
-    }
-
     fn kill(&mut self) {
         self.monitor.settle();
         if let Some(boot) = &mut self.boot {
             boot.process.kill();
         }
-    }
-
-    fn dial_id(&mut self) -> u64 {
-        self.next_dial += 1;
-        self.next_dial
     }
 
     /// Tells of something that a guest can cause at will: a few times a boot.
@@ -665,13 +343,6 @@ enum Performed {
     Done,
     Then(Input),
     Finished,
-}
-
-async fn next_happening(boot: &mut Option<Boot>) -> Happening {
-    match boot {
-        Some(boot) => boot.process.next().await,
-        None => std::future::pending().await,
-    }
 }
 
 async fn until(at: Option<Instant>) {

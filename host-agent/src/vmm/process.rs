@@ -8,9 +8,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain;
 use super::control::{Command, Event, ExitReason, Stats};
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;

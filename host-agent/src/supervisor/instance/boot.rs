@@ -1,0 +1,152 @@
+//! One boot of an instance's guest: its VMM process is started, its events are
+//! taken in.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use tokio::sync::{oneshot, watch};
+use vmbus::text::chain;
+
+use super::super::event::EventKind;
+use super::super::guest;
+use super::super::heartbeat::Monitor;
+use super::super::lifecycle::Input;
+use super::super::process::{Happening, VmmProcess};
+use super::Instance;
+use super::dial::Dialed;
+use crate::channels::{GuestChannels, ShutdownRequest};
+use crate::vmm::control::{Event, ExitReason, Stats};
+
+/// One boot of the guest.
+#[derive(Debug)]
+pub(super) struct Boot {
+    pub(super) process: VmmProcess,
+    pub(super) channels: Arc<GuestChannels>,
+    pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
+    pub(super) exit: Option<ExitReason>,
+    pub(super) pings: u32,
+    pub(super) violations: u32,
+    pub(super) dials: BTreeMap<u64, Dialed>,
+    pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
+}
+
+impl Instance {
+    pub(super) fn spawn(&mut self, generation: u64) -> Result<u32, String> {
+        self.monitor.booting();
+        self.paused = false;
+        self.wait = None;
+        self.probe_deadline = None;
+        let (shutdown, shutdown_receiver) = watch::channel(None);
+        let parts = &self.parts;
+        let (spec, files) = guest::prepare(&parts.dir, &parts.name, &parts.role, &parts.image)
+            .map_err(|e| chain(&e))?;
+        let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
+        let process = VmmProcess::spawn(spec, &files, log).map_err(|e| chain(&e))?;
+        let pid = process.pid();
+        let channels = Arc::new(GuestChannels {
+            generation,
+            interval: parts.rule.interval(),
+            hello_limit: parts.hello_limit,
+            events: self.channel_sender.clone(),
+            goal: self.goal.subscribe(),
+            shutdown: shutdown_receiver,
+            program: Arc::new(parts.image.agent.clone()),
+            role_log: Arc::clone(&self.role_log),
+            agent_log: Arc::clone(&self.agent_log),
+            sequence: AtomicU64::new(0),
+        });
+        self.monitor = Monitor::new(parts.rule);
+        self.boot = Some(Boot {
+            process,
+            channels,
+            shutdown,
+            exit: None,
+            pings: 0,
+            violations: 0,
+            dials: BTreeMap::new(),
+            stats: VecDeque::new(),
+        });
+        self.view.send_modify(|view| {
+            view.generation = generation;
+            view.pid = pid;
+            "Booting".clone_into(&mut view.state);
+        });
+        Ok(pid)
+    }
+
+    pub(super) fn happened(&mut self, happening: Happening) -> bool {
+        let Some(boot) = &mut self.boot else {
+            return true;
+        };
+        match happening {
+            Happening::Event(event, files) => self.event(event, files),
+            Happening::Garbled(error) => {
+                self.tell(EventKind::Warning {
+                    text: format!("VMM process sent what is no event: {}", chain(&error)),
+                });
+                self.kill();
+                true
+            }
+            Happening::Ended(how) => {
+                let reason = boot.exit.take().unwrap_or_else(|| Happening::died(how));
+                self.boot = None;
+                self.wait = None;
+                self.probe_deadline = None;
+                self.last_health = None;
+                self.view.send_modify(|view| {
+                    view.pid = 0;
+                    "Down".clone_into(&mut view.state);
+                });
+                self.feed(Input::Ended(reason))
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event, files: Vec<OwnedFd>) -> bool {
+        let Some(boot) = &mut self.boot else {
+            return true;
+        };
+        match event {
+            Event::Running { setup_us } => self.tell(EventKind::GuestRunning { setup_us }),
+            Event::StartFailed { reason } => {
+                boot.exit = Some(ExitReason::Failed { detail: reason });
+            }
+            Event::Opened { port, source_port } => {
+                if let Some(socket) = files.into_iter().next() {
+                    boot.channels.accept(port, source_port, socket);
+                }
+            }
+            Event::Dialed { id, outcome } => return self.dialed(id, outcome),
+            Event::Paused { paused } => {
+                self.paused = paused;
+                self.tell(EventKind::Paused { paused });
+            }
+            Event::Pong { .. } => boot.pings = 0,
+            Event::Stats(stats) => {
+                if let Some(answer) = boot.stats.pop_front() {
+                    let _ = answer.send(Ok(stats));
+                }
+            }
+            Event::DeviceNeedsReset { device, reason } => {
+                self.violation(EventKind::DeviceNeedsReset { device, reason });
+            }
+            Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
+            Event::Exited(reason) => {
+                let panicked = boot.exit == Some(ExitReason::Panic);
+                if !(panicked && reason == ExitReason::Reboot) {
+                    boot.exit = Some(reason);
+                }
+            }
+        }
+        true
+    }
+}
+
+pub(super) async fn next_happening(boot: &mut Option<Boot>) -> Happening {
+    match boot {
+        Some(boot) => boot.process.next().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,147 @@
+//! What is asked of the VMM process of an instance: on behalf of its owner, of
+//! clients of its endpoints, and of the heartbeat rule.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use vmbus::channel::{EXEC_PORT, tunnel_port};
+
+use super::super::event::Verdict;
+use super::super::lifecycle::Input;
+use super::{Instance, PROBE_LIMIT, Request};
+use crate::endpoints::Incoming;
+use crate::vmm::control::{Command, DialOutcome};
+
+/// What an answer to a dial is for.
+#[derive(Debug)]
+pub(super) enum Dialed {
+    Endpoint,
+    Exec(UnixStream, oneshot::Sender<Result<UnixStream, String>>),
+    Probe(Verdict),
+}
+
+impl Instance {
+    pub(super) fn request(&mut self, request: Request) -> bool {
+        match request {
+            Request::Stop => return self.feed(Input::Stop),
+            Request::Kill => return self.feed(Input::Kill),
+            Request::Pause(paused, answer) => {
+                let command = if paused {
+                    Command::Pause {}
+                } else {
+                    Command::Resume {}
+                };
+                let _ = answer.send(
+                    self.command(&command, Vec::new())
+                        .map_err(|e| e.to_string()),
+                );
+            }
+            Request::Exec(answer) => self.exec(answer),
+            Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {
+                Ok(()) => {
+                    if let Some(boot) = &mut self.boot {
+                        boot.stats.push_back(answer);
+                    }
+                }
+                Err(error) => {
+                    let _ = answer.send(Err(error.to_string()));
+                }
+            },
+        }
+        true
+    }
+
+    fn exec(&mut self, answer: oneshot::Sender<Result<UnixStream, String>>) {
+        let result = (|| {
+            let (ours, theirs) = UnixStream::pair()?;
+            let theirs = OwnedFd::from(theirs.into_std()?);
+            let id = self.dial_id();
+            let port = EXEC_PORT;
+            self.command(&Command::Dial { id, port }, vec![theirs])?;
+            Ok::<_, io::Error>((id, ours))
+        })();
+        match (result, &mut self.boot) {
+            (Ok((id, stream)), Some(boot)) => {
+                boot.dials.insert(id, Dialed::Exec(stream, answer));
+            }
+            (Err(error), _) => {
+                let _ = answer.send(Err(error.to_string()));
+            }
+            (Ok(_), None) => {
+                let _ = answer.send(Err("no guest runs".into()));
+            }
+        }
+    }
+
+    pub(super) fn connect(&mut self, connection: Incoming) {
+        let id = self.dial_id();
+        let port = tunnel_port(connection.local_port);
+        let sent = self.command(&Command::Dial { id, port }, vec![connection.socket]);
+        if sent.is_ok()
+            && let Some(boot) = &mut self.boot
+        {
+            boot.dials.insert(id, Dialed::Endpoint);
+        }
+    }
+
+    pub(super) fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
+        match &mut self.boot {
+            Some(boot) => boot.process.send(command, files),
+            None => Err(io::Error::new(io::ErrorKind::NotConnected, "no guest runs")),
+        }
+    }
+
+    /// Before a verdict: does the guest's kernel answer? The answer, or its
+    /// absence, is the evidence.
+    pub(super) fn look_closer(&mut self, verdict: Verdict) -> bool {
+        if self.paused {
+            return self.condemn(verdict, "its vCPUs are stopped", false);
+        }
+        let id = self.dial_id();
+        self.probe_deadline = Some((Instant::now() + PROBE_LIMIT, verdict));
+        let port = EXEC_PORT;
+        if self
+            .command(&Command::Probe { id, port }, Vec::new())
+            .is_ok()
+            && let Some(boot) = &mut self.boot
+        {
+            boot.dials.insert(id, Dialed::Probe(verdict));
+        }
+        true
+    }
+
+    /// The guest answered, or not.
+    pub(super) fn dialed(&mut self, id: u64, outcome: DialOutcome) -> bool {
+        let dialed = self.boot.as_mut().and_then(|boot| boot.dials.remove(&id));
+        match dialed {
+            None | Some(Dialed::Endpoint) => {}
+            Some(Dialed::Exec(stream, answer)) => {
+                let result = match outcome {
+                    DialOutcome::Connected => Ok(stream),
+                    other => Err(format!("guest agent does not take exec: {other:?}")),
+                };
+                let _ = answer.send(result);
+            }
+            Some(Dialed::Probe(verdict)) => {
+                if self.probe_deadline.take().is_some() {
+                    let alive = matches!(outcome, DialOutcome::Connected | DialOutcome::Refused);
+                    let evidence = if alive {
+                        "the guest's kernel answers: its agent is dead or hung"
+                    } else {
+                        "the guest's kernel does not answer a probe"
+                    };
+                    return self.condemn(verdict, evidence, alive);
+                }
+            }
+        }
+        true
+    }
+
+    pub(super) fn dial_id(&mut self) -> u64 {
+        self.next_dial += 1;
+        self.next_dial
+    }
+}

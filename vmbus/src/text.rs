@@ -1,0 +1,33 @@
+//! How an error becomes the one line of text that a message carries.
+
+/// An error and its sources in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Link(&'static str, #[source] Option<Box<Link>>);
+
+    #[test]
+    fn each_cause_follows_a_colon_once() {
+        let root = Link("no such file", None);
+        let same = Link("cannot open x: no such file", Some(Box::new(root)));
+        let top = Link("disk", Some(Box::new(same)));
+        assert_eq!(chain(&top), "disk: cannot open x: no such file");
+    }
+}
