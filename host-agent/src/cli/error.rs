@@ -346,12 +346,16 @@ impl From<ServiceError> for CliError {
             None => (Code::Service, Exit::Invalid),
             Some(ErrorKind::NotFound) => (Code::ServiceFile, Exit::NotFound),
             Some(ErrorKind::PermissionDenied) => (Code::ServiceFile, Exit::Permission),
+            Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => (Code::HostFull, Exit::Host),
             Some(_) => (Code::ServiceFile, Exit::Invalid),
         };
         let mut this = Self::new(code, error.what()).exit_with(exit);
         this.0.place = Some((error.file().display().to_string(), error.position()));
         this.0.snippet = error.snippet().map(Into::into);
         this.0.hint = error.hint().map(Into::into);
+        if code == Code::HostFull && this.0.hint.is_none() {
+            this.0.hint = Some("make room there, or name a file on another disk".into());
+        }
         this.0.causes = sources(&error);
         this
     }

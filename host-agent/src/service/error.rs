@@ -66,6 +66,13 @@ impl ServiceError {
         self
     }
 
+    /// Adds what to do about it where nothing more precise was said.
+    #[must_use]
+    pub fn or_hint(mut self, hint: &str) -> Self {
+        self.0.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
     /// The file that was refused.
     pub fn file(&self) -> &Path {
         &self.0.file

@@ -134,6 +134,13 @@ const RELATIONSHIP: Schema = Schema {
 impl Package {
     /// Opens the package `file` and checks everything but the contents.
     pub fn open(file: &Path) -> Result<Self, ServiceError> {
+        // Whatever is wrong with a package was put there by another program.
+        Self::read_structure(file).map_err(|error| {
+            error.or_hint("make the package again: host-agent pack DIR -o FILE.cspkg")
+        })
+    }
+
+    fn read_structure(file: &Path) -> Result<Self, ServiceError> {
         let archive = Archive::open(file)?;
         check_content_types(&archive)?;
         let manifest_name = manifest_name(&archive)?;
