@@ -17,7 +17,7 @@ use super::run::{not_ready, tails};
 use super::running::{Ended, Running, interrupted};
 use super::watch::{News, Trouble};
 use super::{deploy, evidence, runtime};
-use crate::doctor::HostReport;
+use crate::doctor::{HostReport, Verdict};
 use crate::service::model::ServiceModel;
 use crate::supervisor::event::TimelineEvent;
 
@@ -42,14 +42,22 @@ pub fn run(args: &TestArgs, output: &Output) -> Result<Exit, CliError> {
         _ => Outcome::Fail,
     };
     report.error = result.as_ref().err().map(CliError::json);
+    // A report that cannot be written hides neither the others nor the verdict.
+    let mut unwritten = None;
     for file in &args.reports {
-        write_report(file, &report)?;
+        if let Err(error) = write_report(file, &report) {
+            output.error(&error);
+            unwritten.get_or_insert(error.exit());
+        }
     }
     if let Err(error) = result {
         output.error(&error);
     }
     output.answer(&report.verdict(), || report.json())?;
-    Ok(exit)
+    Ok(match (exit, unwritten) {
+        (Exit::Success, Some(unwritten)) => unwritten,
+        _ => exit,
+    })
 }
 
 fn blank(args: &TestArgs, started: SystemTime) -> TestReport {
@@ -94,9 +102,11 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
     };
     if !host.is_usable() {
         let error = CliError::host(&host);
+        // Memory and disk can be freed: that is no machine without KVM.
+        let no_kvm = !matches!(host.verdict, Verdict::NoMemory | Verdict::NoDisk);
         return Err(match args.on_no_kvm {
-            OnNoKvm::Fail => error,
-            OnNoKvm::Skip => error.exit_with(Exit::Skipped),
+            OnNoKvm::Skip if no_kvm => error.exit_with(Exit::Skipped),
+            OnNoKvm::Fail | OnNoKvm::Skip => error,
         });
     }
     output.progress(&format!("host-agent: {}", host.summary()));
