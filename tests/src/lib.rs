@@ -1,11 +1,12 @@
 //! Harness of the end-to-end tests: services made on the spot, the program
 //! run as a user runs it, and nothing but its public interface.
 
+pub mod mounts;
 pub mod run;
 pub mod service;
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -66,13 +67,18 @@ impl Place {
     /// The program with this place's directories.
     pub fn command(&self) -> Command {
         let mut command = Command::new(program());
+        self.surround(&mut command);
+        command
+    }
+
+    /// Gives `command` the environment of this place.
+    pub fn surround(&self, command: &mut Command) {
         command
             .env("HOST_AGENT_DATA_DIR", self.data())
             .env("XDG_RUNTIME_DIR", self.dir.path().join("run"))
             .env("HOME", self.dir.path())
             .env_remove("CI")
             .env("NO_COLOR", "1");
-        command
     }
 
     /// Runs the program to its end.
@@ -106,6 +112,25 @@ impl Place {
         }
         Ok(())
     }
+}
+
+/// Every file below `dir` with its length, sorted: what a command must leave
+/// as it was.
+pub fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
+    let mut found = Vec::new();
+    let mut left = vec![dir.to_owned()];
+    while let Some(path) = left.pop() {
+        let metadata = std::fs::symlink_metadata(&path)?;
+        if metadata.is_dir() {
+            for entry in std::fs::read_dir(&path)? {
+                left.push(entry?.path());
+            }
+        }
+        let length = if metadata.is_dir() { 0 } else { metadata.len() };
+        found.push((path, length));
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Standard output and error of a command, for messages.

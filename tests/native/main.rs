@@ -1,0 +1,6 @@
+//! Tests of the program that need no guest: they run on any machine.
+
+mod disk_full;
+mod no_kvm;
+mod packages;
+mod unsupported;
