@@ -11,6 +11,7 @@ pub mod channels;
 pub mod cli;
 pub mod doctor;
 pub mod endpoints;
+pub mod progress;
 pub mod service;
 pub mod store;
 pub mod supervisor;

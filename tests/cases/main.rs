@@ -5,4 +5,5 @@ mod boot;
 mod disk;
 mod exits;
 mod heartbeat;
+mod output;
 mod tunnel;

@@ -8,6 +8,8 @@ use std::time::Duration;
 use super::args::ServiceArgs;
 use super::error::{CliError, Code, sources};
 use super::exit::Exit;
+use super::meter::Meter;
+use super::output::Output;
 use crate::doctor::{self, HostReport};
 use crate::endpoints::ListenError;
 use crate::service::model::ServiceModel;
@@ -18,8 +20,14 @@ use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::heartbeat::HeartbeatRule;
 
 /// Reads and checks the service.
-pub fn load(args: &ServiceArgs) -> Result<ServiceModel, CliError> {
-    Ok(crate::service::load(&args.service, args.config.as_deref())?)
+pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliError> {
+    let meter = Meter::start(output);
+    let config = args.config.as_deref();
+    Ok(crate::service::load(
+        &args.service,
+        config,
+        meter.progress(),
+    )?)
 }
 
 /// The data directory, as a path that does not depend on where we are.

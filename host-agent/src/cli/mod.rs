@@ -10,12 +10,14 @@ mod exit;
 mod instances;
 mod interrupt;
 mod logs;
+mod meter;
 mod output;
 mod probe;
 mod report;
 mod run;
 mod running;
 mod service;
+mod stream;
 mod terminal;
 mod test;
 mod watch;
@@ -54,7 +56,7 @@ pub fn main() -> ExitCode {
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => test::run(&args, &output),
     };
-    match result {
+    let code: ExitCode = match result {
         Ok(exit) => exit.into(),
         Err(error) => {
             // A reader that went away does not want to hear about it.
@@ -63,7 +65,9 @@ pub fn main() -> ExitCode {
             }
             error.exit().into()
         }
-    }
+    };
+    output.finish();
+    code
 }
 
 fn version(output: &Output) -> Result<Exit, CliError> {

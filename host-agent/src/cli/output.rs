@@ -2,24 +2,51 @@
 //! standard error.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::args::{Color, ErrorFormat, Format, Global, Progress};
 use super::error::{CliError, Code};
 use super::exit::Exit;
+use super::stream::Stream;
 
 /// `SIGPIPE`: the end of a program whose reader went away.
 const SIGPIPE: u8 = 13;
+
+/// Most time for a slow reader to take what is left when the command ends.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How this command prints.
 #[derive(Debug, Clone)]
 pub struct Output {
     format: Format,
     error_format: ErrorFormat,
-    progress: bool,
+    progress: Style,
     warnings: bool,
     color: bool,
+    screen: Arc<Screen>,
+}
+
+/// How a long step is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// One line that changes.
+    Live,
+    /// A line now and then.
+    Plain,
+    /// Not at all.
+    None,
+}
+
+/// What the parts of a command that print share.
+#[derive(Debug, Default)]
+struct Screen {
+    /// Whether the last line on standard error is one that will change.
+    live: Mutex<bool>,
+    /// Standard output and error with threads of their own.
+    behind: OnceLock<(Stream, Stream)>,
 }
 
 impl Output {
@@ -37,9 +64,15 @@ impl Output {
         Self {
             format,
             error_format: global.error_format.unwrap_or(derived),
-            progress: !global.quiet && global.progress != Progress::None,
+            progress: match global.progress {
+                _ if global.quiet => Style::None,
+                Progress::None => Style::None,
+                Progress::Auto if is_screen() => Style::Live,
+                Progress::Auto | Progress::Plain => Style::Plain,
+            },
             warnings: !global.quiet,
             color: colored(global.color),
+            screen: Arc::default(),
         }
     }
 
@@ -52,9 +85,10 @@ impl Output {
             } else {
                 ErrorFormat::Human
             },
-            progress: true,
+            progress: Style::Plain,
             warnings: true,
             color: colored(Color::Auto),
+            screen: Arc::default(),
         }
     }
 
@@ -70,17 +104,94 @@ impl Output {
     /// One piece of an answer that grows: a line for people, a JSON line for
     /// machines.
     pub fn line(&self, text: &str, json: impl FnOnce() -> Value) -> Result<(), CliError> {
-        match self.format {
-            Format::Table => write(format!("{text}\n").as_bytes()),
-            Format::Json | Format::Jsonl => write(format!("{}\n", json()).as_bytes()),
+        let line = match self.format {
+            Format::Table => format!("{text}\n"),
+            Format::Json | Format::Jsonl => format!("{}\n", json()),
+        };
+        self.clear();
+        let Some((stdout, _)) = self.screen.behind.get() else {
+            return write(line.as_bytes());
+        };
+        let gap = |count| match self.format {
+            Format::Table => format!("[{count} lines dropped: the reader is too slow]\n"),
+            Format::Json | Format::Jsonl => {
+                format!("{}\n", json!({"event": "lines-dropped", "count": count}))
+            }
+        };
+        let queued = stdout.push(line.into_bytes(), |count| gap(count).into_bytes());
+        queued.map_err(|error| cannot_write(&error))
+    }
+
+    /// From here on [`Output::line`] and everything on standard error is
+    /// written by threads: a reader that pauses holds up nobody.
+    ///
+    /// # Errors
+    /// No thread is to be had.
+    pub fn never_block(&self) -> io::Result<()> {
+        let streams = (Stream::to(io::stdout())?, Stream::to(io::stderr())?);
+        // Once is enough.
+        let _ = self.screen.behind.set(streams);
+        Ok(())
+    }
+
+    /// Gives slow readers a moment to take what is left.
+    pub fn finish(&self) {
+        let Some((stdout, stderr)) = self.screen.behind.get() else {
+            return;
+        };
+        let left = stdout.flush(FAREWELL);
+        if left > 0 {
+            self.warn(&format!(
+                "{left} lines were not written: the reader of standard output is too slow"
+            ));
         }
+        stderr.flush(FAREWELL);
     }
 
     /// A step was taken.
     pub fn progress(&self, text: &str) {
-        if self.progress {
-            say(text);
+        if self.progress != Style::None {
+            self.say(text);
         }
+    }
+
+    /// How a long step is to be shown.
+    pub const fn style(&self) -> Style {
+        self.progress
+    }
+
+    /// Shows `text` until the next line of any kind.
+    pub fn live(&self, text: &str) {
+        self.to_stderr(&format!("\r{text}\u{1b}[K"));
+        *self.live_line() = true;
+    }
+
+    /// Takes the changing line away, if there is one.
+    pub fn clear(&self) {
+        if std::mem::take(&mut *self.live_line()) {
+            self.to_stderr("\r\u{1b}[K");
+        }
+    }
+
+    fn live_line(&self) -> MutexGuard<'_, bool> {
+        let live = self.screen.live.lock();
+        live.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A line for people on standard error.
+    fn say(&self, text: &str) {
+        self.clear();
+        self.to_stderr(&format!("{text}\n"));
+    }
+
+    /// Nothing can be done if standard error is gone.
+    fn to_stderr(&self, text: &str) {
+        let _ = match self.screen.behind.get() {
+            None => io::stderr().lock().write_all(text.as_bytes()),
+            Some((_, stderr)) => stderr.push(text.into(), |count| {
+                format!("[{count} lines dropped: the reader is too slow]\n").into_bytes()
+            }),
+        };
     }
 
     /// Something the user should know.
@@ -91,15 +202,15 @@ impl Output {
             } else {
                 ("", "")
             };
-            say(&format!("{on}warning{off}: {text}"));
+            self.say(&format!("{on}warning{off}: {text}"));
         }
     }
 
     /// The error that ends the command.
     pub fn error(&self, error: &CliError) {
         match self.error_format {
-            ErrorFormat::Human => say(&error.human(self.color)),
-            ErrorFormat::Json => say(&error.json().to_string()),
+            ErrorFormat::Human => self.say(&error.human(self.color)),
+            ErrorFormat::Json => self.say(&error.json().to_string()),
         }
     }
 }
@@ -108,21 +219,24 @@ impl Output {
 pub fn write(bytes: &[u8]) -> Result<(), CliError> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
-    written.map_err(|error| {
-        let gone = error.kind() == io::ErrorKind::BrokenPipe;
-        let failure = CliError::new(Code::Output, "cannot write to standard output");
-        let failure = failure.cause(error.to_string());
-        if gone {
-            failure.exit_with(Exit::Signal(SIGPIPE))
-        } else {
-            failure
-        }
-    })
+    written.map_err(|error| cannot_write(&error))
 }
 
-/// A line for people on standard error. Nothing can be done if it is gone.
-fn say(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+fn cannot_write(error: &io::Error) -> CliError {
+    let failure = CliError::new(Code::Output, "cannot write to standard output");
+    let failure = failure.cause(error.to_string());
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        failure.exit_with(Exit::Signal(SIGPIPE))
+    } else {
+        failure
+    }
+}
+
+/// Whether standard error is a terminal that can change a line.
+fn is_screen() -> bool {
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+    io::stderr().is_terminal() && !dumb && !set("NO_COLOR") && !set("CI")
 }
 
 fn colored(choice: Color) -> bool {

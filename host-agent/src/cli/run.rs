@@ -18,18 +18,21 @@ const TAIL: usize = 15;
 
 /// Runs the service; 0 when it was stopped on request.
 pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
-    let model = deploy::load(&args.service)?;
+    let model = deploy::load(&args.service, output)?;
     let host = deploy::host();
     if !host.is_usable() {
         return Err(CliError::host(&host));
     }
+    let unblocked = output.never_block();
+    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, args.keep, args.heartbeat_limit)?;
     let timeout = args.timeout.map(|timeout| host.scaled(timeout));
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let mut running = Running::start(model, options, output).await?;
+        let tell = |event: &TimelineEvent, line| tell(output, event, line);
+        let mut running = Running::start(model, options, output, tell).await?;
         let result = follow(&mut running, args, deadline, output).await;
         // What a failure left is looked at before the files go.
         let result = result.map_err(|error| with_logs(error, &running, args.keep));
@@ -37,11 +40,15 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
             let place = running.deployment().directory().display();
             output.progress(&format!("disks and logs are kept in {place}"));
         }
-        running.finish().await;
+        running.finish(output).await;
         result.map_err(|(error, _)| error)
     });
     runtime.shutdown_background();
     result
+}
+
+fn tell(output: &Output, event: &TimelineEvent, line: String) -> Result<(), CliError> {
+    output.line(&line, || serde_json::to_value(event).unwrap_or(json!(null)))
 }
 
 type Failure = (CliError, Option<String>);
@@ -52,9 +59,7 @@ async fn follow(
     deadline: Option<Instant>,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    let tell = |event: &TimelineEvent, line: String| {
-        output.line(&line, || serde_json::to_value(event).unwrap_or(json!(null)))
-    };
+    let tell = |event: &TimelineEvent, line| tell(output, event, line);
     let plain = |error: CliError| (error, None);
     let mut deadline = deadline;
     let mut last = None;

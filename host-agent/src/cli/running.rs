@@ -9,6 +9,7 @@ use super::deploy::{refused, timeline_line};
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::interrupt::Interrupts;
+use super::meter::Meter;
 use super::output::Output;
 use super::watch::{News, Watch, instance_names};
 use crate::api::server::{self, About, Server};
@@ -16,6 +17,7 @@ use crate::service::model::ServiceModel;
 use crate::store::paths;
 use crate::supervisor::deployment::{Deployment, DeploymentHandle, Options, deploy};
 use crate::supervisor::event::TimelineEvent;
+use crate::supervisor::timeline::{Events, timeline};
 
 /// A deployment in the hands of this command.
 #[derive(Debug)]
@@ -24,13 +26,15 @@ pub struct Running {
     handle: DeploymentHandle,
     // Its socket goes when this is dropped.
     _server: Option<Server>,
+    events: Events,
+    ended: bool,
     interrupts: Interrupts,
     /// What the events say so far.
     pub watch: Watch,
     /// Names of the instances, in the order of the definition.
     pub names: Vec<String>,
     /// Every event so far.
-    pub events: Vec<TimelineEvent>,
+    pub seen: Vec<TimelineEvent>,
     width: usize,
     stops: u32,
 }
@@ -48,18 +52,24 @@ pub enum Ended {
     Signal(u8),
 }
 
+/// Time for the step in hand to give up when the command is interrupted.
+const GIVE_UP: Duration = Duration::from_secs(5);
+
 /// Events that are remembered for the report of a test.
 const MOST_EVENTS: usize = 10_000;
 
 impl Running {
-    /// Deploys `model`. A signal meanwhile ends it.
+    /// Deploys `model`, passing events to `tell`. A signal meanwhile ends it.
     pub async fn start(
         model: ServiceModel,
         options: Options,
         output: &Output,
+        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
     ) -> Result<Self, CliError> {
         let mut interrupts = Interrupts::listen()?;
         let names = instance_names(&model);
+        let width = names.iter().map(String::len).max().unwrap_or(0);
+        let mut watch = Watch::new(names.iter().cloned());
         let about = model.clone();
         output.progress(&format!(
             "deploying {}: image {}, {} instance{}",
@@ -68,38 +78,47 @@ impl Running {
             names.len(),
             if names.len() == 1 { "" } else { "s" }
         ));
-        let deployment = tokio::select! {
-            deployment = deploy(model, options) => deployment.map_err(|error| refused(&error))?,
-            number = interrupts.next() => return Err(interrupted(number)),
-        };
-        let handle = deployment.handle();
-        let about = About {
-            service: about.name.clone(),
-            endpoints: server::endpoints(&about, deployment.published()),
-        };
-        let runtime_dir = paths::runtime_dir();
-        let server = match server::serve(&runtime_dir, handle.clone(), about) {
-            Ok(server) => Some(server),
-            Err(error) => {
-                let place = runtime_dir.display();
-                output.warn(&format!(
-                    "exec and logs will not find this deployment: no socket in {place}: {error}"
-                ));
-                None
+        let meter = Meter::start(output);
+        let (timeline, mut events) = timeline();
+        let mut seen = Vec::new();
+        let deploying = deploy(model, options, timeline, meter.progress().clone());
+        let mut deploying = std::pin::pin!(deploying);
+        let stopped = loop {
+            tokio::select! {
+                biased;
+                number = interrupts.next() => break interrupted(number),
+                Some(event) = events.next() => {
+                    watch.take(&event);
+                    if let Err(error) = tell(&event, timeline_line(&event, width)) {
+                        break error;
+                    }
+                    seen.push(event);
+                }
+                deployment = &mut deploying => {
+                    let deployment = deployment.map_err(|error| refused(&error))?;
+                    drop(meter);
+                    let server = serve(&deployment, &about, output);
+                    return Ok(Self {
+                        handle: deployment.handle(),
+                        deployment,
+                        _server: server,
+                        events,
+                        ended: false,
+                        interrupts,
+                        watch,
+                        names,
+                        seen,
+                        width,
+                        stops: 0,
+                    });
+                }
             }
         };
-        let width = names.iter().map(String::len).max().unwrap_or(0);
-        Ok(Self {
-            watch: Watch::new(names.iter().cloned()),
-            deployment,
-            handle,
-            _server: server,
-            interrupts,
-            names,
-            events: Vec::new(),
-            width,
-            stops: 0,
-        })
+        // What the step in hand has made goes when it gives up. What is not
+        // gone in time is left to the janitor.
+        meter.progress().cancel();
+        let _ = tokio::time::timeout(GIVE_UP, deploying).await;
+        Err(stopped)
     }
 
     /// The deployment.
@@ -116,17 +135,18 @@ impl Running {
     ) -> Result<Ended, CliError> {
         loop {
             let event = tokio::select! {
-                event = self.deployment.next_event() => event,
+                event = self.events.next() => event,
                 number = self.interrupts.next() => return Ok(Ended::Signal(number)),
                 () = until(deadline) => return Ok(Ended::Deadline),
             };
             let Some(event) = event else {
+                self.ended = true;
                 return Ok(Ended::Finished);
             };
             let news = self.watch.take(&event);
             tell(&event, timeline_line(&event, self.width))?;
-            if self.events.len() < MOST_EVENTS {
-                self.events.push(event);
+            if self.seen.len() < MOST_EVENTS {
+                self.seen.push(event);
             }
             if news != News::Nothing {
                 return Ok(Ended::News(news));
@@ -143,14 +163,21 @@ impl Running {
     ) -> Result<Duration, CliError> {
         let started = Instant::now();
         self.ask_to_stop().await;
+        let mut result = Ok(());
         loop {
-            match self.wait(None, &mut tell).await? {
-                Ended::Finished => return Ok(started.elapsed()),
-                Ended::Signal(_) => {
+            // A reader that went away keeps no guest running.
+            let told = |event: &TimelineEvent, line: String| match &result {
+                Ok(()) => tell(event, line),
+                Err(_) => Ok(()),
+            };
+            match self.wait(None, told).await {
+                Ok(Ended::Finished) => return result.map(|()| started.elapsed()),
+                Ok(Ended::Signal(_)) => {
                     output.progress("killing the guests");
                     self.ask_to_stop().await;
                 }
-                Ended::News(_) | Ended::Deadline => {}
+                Ok(Ended::News(_) | Ended::Deadline) => {}
+                Err(error) => result = Err(error),
             }
         }
     }
@@ -171,9 +198,33 @@ impl Running {
         self.stops > 1
     }
 
-    /// Waits for the last tasks; files go unless they are kept.
-    pub async fn finish(self) {
+    /// The end, whatever came before: stops what still runs and waits for the
+    /// last tasks. Files go unless they are kept.
+    pub async fn finish(mut self, output: &Output) {
+        if !self.ended {
+            // Whatever made this necessary has been told already.
+            let _ = self.stop(output, |_, _| Ok(())).await;
+        }
         self.deployment.finished().await;
+    }
+}
+
+/// The socket of `deployment`; without it only other commands are worse off.
+fn serve(deployment: &Deployment, model: &ServiceModel, output: &Output) -> Option<Server> {
+    let about = About {
+        service: model.name.clone(),
+        endpoints: server::endpoints(model, deployment.published()),
+    };
+    let runtime_dir = paths::runtime_dir();
+    match server::serve(&runtime_dir, deployment.handle(), about) {
+        Ok(server) => Some(server),
+        Err(error) => {
+            let place = runtime_dir.display();
+            output.warn(&format!(
+                "exec and logs will not find this deployment: no socket in {place}: {error}"
+            ));
+            None
+        }
     }
 }
 

@@ -11,19 +11,23 @@ use sha2::{Digest as _, Sha256};
 use super::args::{PackArgs, ValidateArgs};
 use super::error::{CliError, Code};
 use super::exit::Exit;
+use super::meter::Meter;
 use super::output::Output;
 use crate::doctor::iec;
+use crate::progress::Progress;
 use crate::service::{self, Validated};
 use crate::store::image::hex;
 
 /// Packs a directory.
 pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     let started = Instant::now();
-    let packed = service::pack(&args.dir, &args.output)?;
-    let digest = digest_of(&args.output).map_err(|error| {
+    let meter = Meter::start(output);
+    let packed = service::pack(&args.dir, &args.output, meter.progress())?;
+    let digest = digest_of(&args.output, meter.progress()).map_err(|error| {
         let what = format!("cannot read {} again", args.output.display());
         CliError::new(Code::Output, what).cause(error.to_string())
     })?;
+    drop(meter);
     let text = format!(
         "packed {}  {} role{}  {} file{}  {}  sha256:{digest}  in {:.1} s",
         args.output.display(),
@@ -54,8 +58,9 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     let mut lines = Vec::new();
     let mut results = Vec::new();
     let mut exit = Exit::Success;
+    let meter = Meter::start(output);
     for file in &args.files {
-        match service::validate(file) {
+        match service::validate(file, meter.progress()) {
             Ok(found) => {
                 lines.push(format!("ok    {}  {}", file.display(), words(found)));
                 results.push(json!({"file": file, "valid": true, "what": words(found)}));
@@ -71,6 +76,7 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
             }
         }
     }
+    drop(meter);
     output.answer(&lines.join("\n"), || {
         json!({
             "schema": "host-agent.validate/1",
@@ -95,10 +101,12 @@ fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
-fn digest_of(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+fn digest_of(path: &Path, progress: &Progress) -> io::Result<String> {
+    let file = File::open(path)?;
+    let what = format!("hashing {}", path.display());
+    let _step = progress.step(what, Some(file.metadata()?.len()));
     let mut hasher = HashWriter(Sha256::new());
-    io::copy(&mut file, &mut hasher)?;
+    io::copy(&mut progress.watch(file), &mut hasher)?;
     Ok(hex(&hasher.0.finalize()))
 }
 

@@ -91,7 +91,7 @@ fn write_report(file: &ReportFile, report: &TestReport) -> Result<(), CliError> 
 }
 
 fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<(), CliError> {
-    let model = deploy::load(&args.service)?;
+    let model = deploy::load(&args.service, output)?;
     report.service.clone_from(&model.name);
     check_probes(&args.probes, &model)?;
     let host = deploy::host();
@@ -109,17 +109,23 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
             OnNoKvm::Fail | OnNoKvm::Skip => error,
         });
     }
+    let unblocked = output.never_block();
+    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, false, None)?;
     let data_dir = options.data_dir.clone();
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let deadline = Instant::now() + host.scaled(args.timeout);
-        let mut running = Running::start(model, options, output).await?;
+        let mut running = Running::start(model, options, output, |_, line| {
+            output.progress(&line);
+            Ok(())
+        })
+        .await?;
         let mut result = drive(&mut running, args, &host, deadline, output, report).await;
         describe(&running, &mut result, report);
         result = preserve(&running, args, &data_dir, result, report);
-        running.finish().await;
+        running.finish(output).await;
         result.map_err(|failure| failure.error)
     });
     runtime.shutdown_background();
@@ -316,7 +322,7 @@ fn describe(running: &Running, result: &mut Result<(), Failure>, report: &mut Te
         report.instances.push(InstanceReport {
             name: name.clone(),
             state: running.watch.state(name).to_owned(),
-            stages: stages(&running.events, name, mine.as_ref()),
+            stages: stages(&running.seen, name, mine.as_ref()),
             logs: Vec::new(),
             serial_tail: match mine {
                 Some(_) => evidence::tail(&serial, SERIAL_TAIL),

@@ -18,6 +18,7 @@ use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel};
 use super::package::Package;
 use super::payload::Files;
+use crate::progress::Progress;
 
 /// The configuration taken when a directory holds several.
 const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
@@ -28,7 +29,12 @@ const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
 ///
 /// # Errors
 /// The first thing that is wrong with it.
-pub fn load(service: &Path, config: Option<&Path>) -> Result<ServiceModel, ServiceError> {
+pub fn load(
+    service: &Path,
+    config: Option<&Path>,
+    progress: &Progress,
+) -> Result<ServiceModel, ServiceError> {
+    let step = progress.step(format!("reading {}", service.display()), None);
     let metadata = std::fs::metadata(service)
         .map_err(|source| ServiceError::io(service, "cannot open the service", source))?;
     if metadata.is_dir() {
@@ -39,13 +45,18 @@ pub fn load(service: &Path, config: Option<&Path>) -> Result<ServiceModel, Servi
         Some(config) => config.to_owned(),
         None => find_configuration(directory_of(service))?,
     };
-    load_package(package, &config)
+    drop(step);
+    load_package(package, &config, progress)
 }
 
 /// Loads `package` with the configuration `config`.
-pub(super) fn load_package(package: Package, config: &Path) -> Result<ServiceModel, ServiceError> {
+pub(super) fn load_package(
+    package: Package,
+    config: &Path,
+    progress: &Progress,
+) -> Result<ServiceModel, ServiceError> {
     let configuration = configuration::read(config, package.definition())?;
-    let package = verified(package)?;
+    let package = verified(package, progress)?;
     let payload = |role: &RoleDefinition| Payload::Package {
         file: package.path().to_owned(),
         role: role.name.clone(),
@@ -54,8 +65,11 @@ pub(super) fn load_package(package: Package, config: &Path) -> Result<ServiceMod
 }
 
 /// Checks the contents of `package` and the entry point of each role.
-pub(super) fn verified(package: Package) -> Result<Arc<Package>, ServiceError> {
-    package.verify()?;
+pub(super) fn verified(
+    package: Package,
+    progress: &Progress,
+) -> Result<Arc<Package>, ServiceError> {
+    package.verify(progress)?;
     let package = Arc::new(package);
     let definition = package.definition();
     for role in &definition.roles {

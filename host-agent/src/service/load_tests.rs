@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::error::ServiceError;
 use super::model::{InputEndpoint, InstanceValue, LocalStorage, Payload, Value};
 use super::{configuration, definition, load};
+use crate::progress::Progress;
 
 /// A definition in which every supported thing occurs, one a line.
 const CSDEF: &str = r#"<?xml version="1.0" encoding="utf-8"?>
@@ -72,7 +73,7 @@ fn refused(text: &str) -> ServiceError {
 #[test]
 fn a_definition_with_everything_supported_is_read_as_written() {
     let directory = service_directory();
-    let model = load(directory.path(), None).unwrap();
+    let model = load(directory.path(), None, &Progress::default()).unwrap();
     assert_eq!((model.name.as_str(), model.image.as_str()), ("Shop", "web"));
     let [cart, mail] = model.roles.as_slice() else {
         panic!("two roles");
@@ -464,7 +465,7 @@ fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
     for (fault, place, what, hint) in faults {
         let directory = service_directory();
         fault(directory.path());
-        let error = load(directory.path(), None).unwrap_err();
+        let error = load(directory.path(), None, &Progress::default()).unwrap_err();
         let text = error.to_string();
         let expected = directory.path().join(place).display().to_string();
         let expected = expected.trim_end_matches('/');

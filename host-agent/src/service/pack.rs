@@ -17,6 +17,7 @@ use super::package::{
 };
 use super::payload::{Entry, Files, MAX_FILES};
 use super::xml::escape;
+use crate::progress::Progress;
 
 /// Largest sum of metadata that every handler of packages must take (manifest
 /// format, `PackageMetaData`).
@@ -40,11 +41,18 @@ pub struct Packed {
 ///
 /// # Errors
 /// What is wrong with the service, or with writing `out`.
-pub fn pack(directory: &Path, out: &Path) -> Result<Packed, ServiceError> {
-    pack_at(directory, out, Stamp::from_environment()?)
+pub fn pack(directory: &Path, out: &Path, progress: &Progress) -> Result<Packed, ServiceError> {
+    pack_at(directory, out, Stamp::from_environment()?, progress)
 }
 
-fn pack_at(directory: &Path, out: &Path, stamp: Stamp) -> Result<Packed, ServiceError> {
+fn pack_at(
+    directory: &Path,
+    out: &Path,
+    stamp: Stamp,
+    progress: &Progress,
+) -> Result<Packed, ServiceError> {
+    let what = format!("listing {}", directory.display());
+    let step = progress.step(what, None);
     let definition = definition::read(&find_definition(directory)?)?;
     let mut roles = Vec::new();
     for role in &definition.roles {
@@ -56,7 +64,8 @@ fn pack_at(directory: &Path, out: &Path, stamp: Stamp) -> Result<Packed, Service
         let what = format!("the roles hold more than {MAX_FILES} files together");
         return Err(ServiceError::new(directory, what));
     }
-    let plan = Plan::of(&definition, &roles)?;
+    drop(step);
+    let plan = Plan::of(&definition, &roles, progress)?;
     let manifest = plan.manifest(stamp);
     if manifest.len() as u64 > MAX_MANIFEST {
         return Err(ServiceError::new(
@@ -85,9 +94,12 @@ fn pack_at(directory: &Path, out: &Path, stamp: Stamp) -> Result<Packed, Service
     for (name, text) in &texts {
         archive.add(name, || Ok(text.as_bytes())).map_err(cannot)?;
     }
+    let total = plan.contents.values().map(|content| content.entry.size);
+    let what = format!("packing {}", out.display());
+    let _step = progress.step(what, Some(total.sum()));
     for (digest, content) in &plan.contents {
         let open = || {
-            let content = content.files.read(content.entry)?;
+            let content = progress.watch(content.files.read(content.entry)?);
             Ok(Verified::new(content, *digest))
         };
         archive.add(&content_name(digest), open).map_err(|source| {
@@ -126,7 +138,14 @@ struct Content<'a> {
 
 impl<'a> Plan<'a> {
     /// Reads every file once, to know it by its digest.
-    fn of(definition: &'a Definition, roles: &'a [(&'a str, Files)]) -> Result<Self, ServiceError> {
+    fn of(
+        definition: &'a Definition,
+        roles: &'a [(&'a str, Files)],
+        progress: &Progress,
+    ) -> Result<Self, ServiceError> {
+        let entries = roles.iter().flat_map(|(_, files)| files.entries());
+        let total = entries.map(|entry| entry.size).sum();
+        let _step = progress.step("reading the files to pack", Some(total));
         let mut contents = BTreeMap::new();
         let mut layouts = Vec::new();
         let mut metadata = 0;
@@ -136,7 +155,7 @@ impl<'a> Plan<'a> {
                 let place = files.locate(&entry.path);
                 let (digest, _) = files
                     .read(entry)
-                    .and_then(Digest::of)
+                    .and_then(|content| Digest::of(progress.watch(content)))
                     .map_err(|source| ServiceError::io(&place, "cannot read the file", source))?;
                 contents.entry(digest).or_insert(Content { files, entry });
                 layout.push((entry, digest));

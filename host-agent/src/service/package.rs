@@ -11,6 +11,7 @@ use super::digest::{Digest, Verified};
 use super::error::ServiceError;
 use super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
 use super::xml::{self, EMPTY, Element, Schema};
+use crate::progress::Progress;
 
 /// Part that gives each other part its media type.
 pub(super) const CONTENT_TYPES: &str = "[Content_Types].xml";
@@ -179,9 +180,13 @@ impl Package {
     }
 
     /// Unpacks every content and checks its size, checksum and digest.
-    pub fn verify(&self) -> Result<(), ServiceError> {
+    pub fn verify(&self, progress: &Progress) -> Result<(), ServiceError> {
+        let total = self.contents.iter().map(|content| content.part.size);
+        let what = format!("checking {}", self.path().display());
+        let _step = progress.step(what, Some(total.sum()));
         for content in &self.contents {
-            std::io::copy(&mut self.read(content), &mut std::io::sink()).map_err(|source| {
+            let mut read = progress.watch(self.read(content));
+            std::io::copy(&mut read, &mut std::io::sink()).map_err(|source| {
                 let place = self.archive.path().join(&content.part.name);
                 ServiceError::io(&place, "the content is damaged", source)
                     .with_hint("get the package again, or pack it again")

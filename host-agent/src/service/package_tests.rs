@@ -10,12 +10,13 @@ use super::archive_writer::ArchiveWriter;
 use super::load_tests::service_directory;
 use super::model::{Payload, ServiceModel};
 use super::{ServiceError, Validated, build_application_image, load, pack, validate};
+use crate::progress::Progress;
 
 const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
 
 fn image(model: &ServiceModel, role: usize) -> Vec<u8> {
     let out = tempfile::NamedTempFile::new().unwrap();
-    build_application_image(&model.roles[role], out.as_file()).unwrap();
+    build_application_image(&model.roles[role], out.as_file(), &Progress::default()).unwrap();
     fs::read(out.path()).unwrap()
 }
 
@@ -24,7 +25,7 @@ fn a_packed_service_is_the_same_as_its_directory() {
     let directory = service_directory();
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("shop.cspkg");
-    let packed = pack(directory.path(), &file).unwrap();
+    let packed = pack(directory.path(), &file, &Progress::default()).unwrap();
     assert_eq!(
         (packed.service.as_str(), packed.roles, packed.files),
         ("Shop", 2, 6)
@@ -37,8 +38,8 @@ fn a_packed_service_is_the_same_as_its_directory() {
     );
 
     let config = directory.path().join("ServiceConfiguration.cscfg");
-    let original = load(directory.path(), None).unwrap();
-    let mut read = load(&file, Some(&config)).unwrap();
+    let original = load(directory.path(), None, &Progress::default()).unwrap();
+    let mut read = load(&file, Some(&config), &Progress::default()).unwrap();
     for (index, role) in original.roles.iter().enumerate() {
         assert!(
             image(&original, index) == image(&read, index),
@@ -55,17 +56,32 @@ fn a_packed_service_is_the_same_as_its_directory() {
     assert_eq!(read, original);
 
     // Beside it, a configuration is found; without one it is asked for.
-    let error = load(&file, None).unwrap_err();
+    let error = load(&file, None, &Progress::default()).unwrap_err();
     assert!(error.hint().unwrap().contains("--config"), "{error}");
-    assert_eq!(validate(&file).unwrap(), Validated::Package);
+    assert_eq!(
+        validate(&file, &Progress::default()).unwrap(),
+        Validated::Package
+    );
     fs::copy(&config, out.path().join("any.cscfg")).unwrap();
-    load(&file, None).unwrap();
-    assert_eq!(validate(&file).unwrap(), Validated::PackagedService);
-    assert_eq!(validate(directory.path()).unwrap(), Validated::Service);
-    assert_eq!(validate(&config).unwrap(), Validated::Configuration);
+    load(&file, None, &Progress::default()).unwrap();
+    assert_eq!(
+        validate(&file, &Progress::default()).unwrap(),
+        Validated::PackagedService
+    );
+    assert_eq!(
+        validate(directory.path(), &Progress::default()).unwrap(),
+        Validated::Service
+    );
+    assert_eq!(
+        validate(&config, &Progress::default()).unwrap(),
+        Validated::Configuration
+    );
     let definition = directory.path().join("ServiceDefinition.csdef");
-    assert_eq!(validate(&definition).unwrap(), Validated::Definition);
-    assert!(validate(&directory.path().join("Cart/data")).is_err());
+    assert_eq!(
+        validate(&definition, &Progress::default()).unwrap(),
+        Validated::Definition
+    );
+    assert!(validate(&directory.path().join("Cart/data"), &Progress::default()).is_err());
 }
 
 #[test]
@@ -74,7 +90,7 @@ fn the_same_files_give_the_same_package_and_each_content_is_in_it_once() {
     let packed = |name: &str| {
         let directory = service_directory();
         let file = out.path().join(name);
-        pack(directory.path(), &file).unwrap();
+        pack(directory.path(), &file, &Progress::default()).unwrap();
         fs::read(file).unwrap()
     };
     assert!(packed("a") == packed("b"));
@@ -93,10 +109,15 @@ fn a_service_that_is_refused_leaves_no_package() {
     fs::remove_file(directory.path().join("Mail/run")).unwrap();
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("x.cspkg");
-    let error = pack(directory.path(), &file).unwrap_err();
+    let error = pack(directory.path(), &file, &Progress::default()).unwrap_err();
     assert!(error.what().contains("\"run\" does not exist"), "{error}");
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
-    let error = pack(Path::new(REDIS), Path::new("/nowhere/x.cspkg")).unwrap_err();
+    let error = pack(
+        Path::new(REDIS),
+        Path::new("/nowhere/x.cspkg"),
+        &Progress::default(),
+    )
+    .unwrap_err();
     assert!(error.what().contains("cannot write the package"), "{error}");
 }
 
@@ -104,7 +125,7 @@ fn a_service_that_is_refused_leaves_no_package() {
 fn parts() -> Vec<(String, Vec<u8>)> {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("redis.cspkg");
-    pack(Path::new(REDIS), &file).unwrap();
+    pack(Path::new(REDIS), &file, &Progress::default()).unwrap();
     let archive = Archive::open(&file).unwrap();
     let read = |part| archive.read_all(part, 1 << 20).unwrap();
     archive
@@ -122,7 +143,7 @@ fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError>
         writer.add(name, || Ok(content.as_slice())).unwrap();
     }
     writer.finish().unwrap();
-    load(out.path(), Some(&config()))
+    load(out.path(), Some(&config()), &Progress::default())
 }
 
 fn config() -> PathBuf {
@@ -252,8 +273,8 @@ proptest! {
         let (good, disk) = GOOD.get_or_init(|| {
             let out = tempfile::tempdir().unwrap();
             let file = out.path().join("redis.cspkg");
-            pack(Path::new(REDIS), &file).unwrap();
-            (fs::read(&file).unwrap(), image(&load(Path::new(REDIS), None).unwrap(), 0))
+            pack(Path::new(REDIS), &file, &Progress::default()).unwrap();
+            (fs::read(&file).unwrap(), image(&load(Path::new(REDIS), None, &Progress::default()).unwrap(), 0))
         });
         let mut bytes = good.clone();
         let at = at.index(bytes.len());
@@ -262,7 +283,7 @@ proptest! {
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), &bytes).unwrap();
-        if let Ok(model) = load(file.path(), Some(&config())) {
+        if let Ok(model) = load(file.path(), Some(&config()), &Progress::default()) {
             prop_assert!(image(&model, 0) == *disk);
         }
     }

@@ -16,6 +16,7 @@ use super::model::{Role, Value};
 use super::payload::{Entry, Files};
 use super::xml::escape;
 use super::{definition, xpath};
+use crate::progress::Progress;
 
 /// Fast to write, and a third to a half of the size for programs and text.
 const ZSTD_LEVEL: u32 = 3;
@@ -73,11 +74,18 @@ pub enum ImageError {
 ///
 /// # Errors
 /// [`ImageError`]; `out` then holds an unusable part of the image.
-pub fn build_application_image(role: &Role, out: &File) -> Result<u64, ImageError> {
+pub fn build_application_image(
+    role: &Role,
+    out: &File,
+    progress: &Progress,
+) -> Result<u64, ImageError> {
     let files = Files::open(&role.payload).map_err(|source| ImageError::Payload {
         role: role.name.clone(),
         source,
     })?;
+    let total = files.entries().iter().map(|entry| entry.size).sum();
+    let what = format!("building the application disk of role {}", role.name);
+    let _step = progress.step(what, Some(total));
     let failed = |source| ImageError::Build {
         role: role.name.clone(),
         source,
@@ -115,6 +123,7 @@ pub fn build_application_image(role: &Role, out: &File) -> Result<u64, ImageErro
             entry,
             open: None,
             broken: Rc::clone(&broken),
+            progress,
         };
         let mode = if entry.executable { 0o755 } else { 0o644 };
         image
@@ -145,16 +154,17 @@ struct Lazy<'a> {
     entry: &'a Entry,
     open: Option<Box<dyn Read + 'a>>,
     broken: Broken,
+    progress: &'a Progress,
 }
 
 impl Read for Lazy<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = match &mut self.open {
             Some(open) => open.read(buffer),
-            None => self
-                .files
-                .read(self.entry)
-                .and_then(|open| self.open.insert(open).read(buffer)),
+            None => self.files.read(self.entry).and_then(|open| {
+                let open = self.progress.watch(open);
+                self.open.insert(Box::new(open)).read(buffer)
+            }),
         };
         match read {
             Ok(0) if !buffer.is_empty() => {
@@ -233,9 +243,12 @@ mod tests {
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/services/redis"
         ));
-        let role = load(service, None).unwrap().roles.remove(0);
+        let role = load(service, None, &Progress::default())
+            .unwrap()
+            .roles
+            .remove(0);
         let mut out = tempfile::tempfile().unwrap();
-        let length = build_application_image(&role, &out).unwrap();
+        let length = build_application_image(&role, &out, &Progress::default()).unwrap();
         assert_eq!(length, out.metadata().unwrap().len());
 
         out.seek(SeekFrom::Start(0)).unwrap();
@@ -290,6 +303,7 @@ mod tests {
                 entry: &files.entries()[0],
                 open: None,
                 broken: Rc::clone(&broken),
+                progress: &Progress::default(),
             };
             assert!(reader.read_to_end(&mut Vec::new()).is_err());
             assert_eq!(broken.borrow().as_ref().unwrap().0, path);

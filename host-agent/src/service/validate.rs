@@ -6,6 +6,7 @@ use super::error::ServiceError;
 use super::load::{directory_of, find_configuration, load, load_package, verified, with_extension};
 use super::package::Package;
 use super::{configuration, definition};
+use crate::progress::Progress;
 
 /// What was found to be right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,11 +27,11 @@ pub enum Validated {
 ///
 /// # Errors
 /// The first thing that is wrong with it.
-pub fn validate(path: &Path) -> Result<Validated, ServiceError> {
+pub fn validate(path: &Path, progress: &Progress) -> Result<Validated, ServiceError> {
     let metadata = std::fs::metadata(path)
         .map_err(|source| ServiceError::io(path, "cannot open the file", source))?;
     if metadata.is_dir() {
-        return load(path, None).map(|_| Validated::Service);
+        return load(path, None, progress).map(|_| Validated::Service);
     }
     let extension = path.extension().and_then(|extension| extension.to_str());
     match extension.map(str::to_ascii_lowercase).as_deref() {
@@ -44,9 +45,9 @@ pub fn validate(path: &Path) -> Result<Validated, ServiceError> {
             let package = Package::open(path)?;
             let directory = directory_of(path);
             if with_extension(directory, "cscfg")?.is_empty() {
-                return verified(package).map(|_| Validated::Package);
+                return verified(package, progress).map(|_| Validated::Package);
             }
-            load_package(package, &find_configuration(directory)?)
+            load_package(package, &find_configuration(directory)?, progress)
                 .map(|_| Validated::PackagedService)
         }
         _ => Err(ServiceError::new(path, "is not a file of a service")

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -15,6 +16,9 @@ use super::image::hex;
 const LOCK: &str = "lock";
 /// Present in a directory that its owner wants kept.
 const KEEP: &str = "keep";
+
+/// A directory without a lock that did not change for this long is nobody's.
+const SETTLED: Duration = Duration::from_mins(1);
 
 /// A deployment's directory, in use.
 #[derive(Debug)]
@@ -90,7 +94,7 @@ pub fn sweep(data_dir: &Path) -> io::Result<Vec<String>> {
     };
     for entry in entries {
         let path = entry?.path();
-        if remove_if_dead(&path)? && !path.exists() {
+        if remove_if_dead(&path, forgotten(&path))? && !path.exists() {
             swept.extend(path.file_name().map(|n| n.to_string_lossy().into_owned()));
         }
     }
@@ -98,12 +102,13 @@ pub fn sweep(data_dir: &Path) -> io::Result<Vec<String>> {
 }
 
 /// Removes a deployment's directory if its owner is gone and it was not to be
-/// kept; whether there is nothing left to do.
-pub fn remove_if_dead(path: &Path) -> io::Result<bool> {
+/// kept; whether there is nothing left to do. One without a lock is being made
+/// or removed, unless its owner is known to be `gone`.
+pub fn remove_if_dead(path: &Path, gone: bool) -> io::Result<bool> {
     if path.join(KEEP).exists() {
         return Ok(true);
     }
-    if !path.join(LOCK).exists() {
+    if !gone && !path.join(LOCK).exists() {
         return Ok(false);
     }
     let Ok(lock) = Flock::lock(lock_file(path)?, FlockArg::LockExclusiveNonblock) else {
@@ -112,6 +117,13 @@ pub fn remove_if_dead(path: &Path) -> io::Result<bool> {
     fs::remove_dir_all(path)?;
     drop(lock);
     Ok(true)
+}
+
+/// Whether nothing was made or removed in the directory for a while.
+fn forgotten(path: &Path) -> bool {
+    let changed = fs::metadata(path).and_then(|metadata| metadata.modified());
+    // A clock that was set back only puts the sweep off.
+    changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > SETTLED))
 }
 
 /// The first digits of the id of the deployment in `directory`, by which its

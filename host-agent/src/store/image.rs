@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::progress::Progress;
+
 /// Files that every image has.
 const FILES: [&str; 4] = ["kernel", "initrd", "base.ext4", "guest-agent"];
 /// Manifest schema that this build reads.
@@ -132,7 +134,7 @@ struct Stamp {
 
 /// Opens and checks image `name` in `data_dir`. Reads whole files: not for an
 /// asynchronous thread.
-pub fn open(data_dir: &Path, name: &str) -> Result<Image, ImageError> {
+pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, ImageError> {
     let dir = data_dir.join("images").join(name);
     let path = dir.join("manifest.json");
     let bytes = match read_bounded(&path, MAX_MANIFEST) {
@@ -160,6 +162,11 @@ pub fn open(data_dir: &Path, name: &str) -> Result<Image, ImageError> {
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .unwrap_or_default();
+    let lengths = FILES
+        .iter()
+        .filter_map(|file| fs::metadata(dir.join(file)).ok());
+    let total = lengths.map(|metadata| metadata.len()).sum();
+    let _step = progress.step(format!("checking image {name}"), Some(total));
     let mut stamps = BTreeMap::new();
     let mut opened = Vec::new();
     for file in FILES {
@@ -170,7 +177,7 @@ pub fn open(data_dir: &Path, name: &str) -> Result<Image, ImageError> {
                 path: path.clone(),
                 what: format!("lists no file {file}"),
             })?;
-        let (handle, stamp) = check(&dir.join(file), &expected.sha256, known.get(file))?;
+        let (handle, stamp) = check(&dir.join(file), &expected.sha256, known.get(file), progress)?;
         stamps.insert(file.to_owned(), stamp);
         opened.push(handle);
     }
@@ -204,7 +211,12 @@ pub fn open(data_dir: &Path, name: &str) -> Result<Image, ImageError> {
     })
 }
 
-fn check(path: &Path, expected: &str, known: Option<&Stamp>) -> Result<(File, Stamp), ImageError> {
+fn check(
+    path: &Path,
+    expected: &str,
+    known: Option<&Stamp>,
+    progress: &Progress,
+) -> Result<(File, Stamp), ImageError> {
     let read = |source| ImageError::Read {
         path: path.to_owned(),
         source,
@@ -219,9 +231,10 @@ fn check(path: &Path, expected: &str, known: Option<&Stamp>) -> Result<(File, St
         changed: (metadata.ctime(), metadata.ctime_nsec()),
     };
     if known == Some(&stamp) {
+        progress.advance(stamp.size);
         return Ok((file, stamp));
     }
-    let actual = digest(&mut file).map_err(read)?;
+    let actual = digest(progress.watch(&mut file)).map_err(read)?;
     if actual != expected {
         return Err(ImageError::Digest {
             path: path.to_owned(),
@@ -234,7 +247,7 @@ fn check(path: &Path, expected: &str, known: Option<&Stamp>) -> Result<(File, St
     Ok((file, stamp))
 }
 
-fn digest(file: &mut File) -> io::Result<String> {
+fn digest(mut file: impl Read) -> io::Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -286,22 +299,30 @@ mod tests {
     fn a_changed_byte_is_found_even_after_an_earlier_check_and_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
         image(dir.path());
-        assert!(!open(dir.path(), "minimal").unwrap().cached);
-        assert!(open(dir.path(), "minimal").unwrap().cached);
+        assert!(
+            !open(dir.path(), "minimal", &Progress::default())
+                .unwrap()
+                .cached
+        );
+        assert!(
+            open(dir.path(), "minimal", &Progress::default())
+                .unwrap()
+                .cached
+        );
         let base = dir.path().join("images/minimal/base.ext4");
         fs::write(&base, "base.exT4").unwrap();
-        let error = open(dir.path(), "minimal").unwrap_err();
+        let error = open(dir.path(), "minimal", &Progress::default()).unwrap_err();
         assert!(matches!(&error, ImageError::Digest { path, .. } if *path == base));
     }
 
     #[test]
     fn an_image_that_is_missing_or_incomplete_is_refused_with_its_path() {
         let dir = tempfile::tempdir().unwrap();
-        let error = open(dir.path(), "nothere").unwrap_err();
+        let error = open(dir.path(), "nothere", &Progress::default()).unwrap_err();
         assert!(error.to_string().contains("images/nothere/manifest.json"));
         image(dir.path());
         fs::remove_file(dir.path().join("images/minimal/initrd")).unwrap();
-        let error = open(dir.path(), "minimal").unwrap_err();
+        let error = open(dir.path(), "minimal", &Progress::default()).unwrap_err();
         assert!(error.to_string().contains("initrd"));
     }
 }

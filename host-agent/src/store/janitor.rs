@@ -55,7 +55,11 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
     };
     io::stdin().read_to_end(&mut Vec::new())?;
     let deadline = Instant::now() + LET_GO;
-    while directory.exists() && !remove_if_dead(&directory)? && Instant::now() < deadline {
+    while directory.exists()
+        // A file that a VMM process made meanwhile is gone at the next look.
+        && !remove_if_dead(&directory, true).unwrap_or(false)
+        && Instant::now() < deadline
+    {
         std::thread::sleep(LOOK_AGAIN);
     }
     let socket = runtime_dir.join(format!("{}.sock", short_id(&directory)));

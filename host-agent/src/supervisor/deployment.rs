@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
-use super::event::{EventKind, TimelineEvent};
+use super::event::EventKind;
 use super::goal::{goal, instance_name};
 use super::guest::{self, GuestError};
 use super::heartbeat::HeartbeatRule;
 use super::instance::{self, InstanceHandle, InstanceParts, Request};
 use super::lifecycle::Limits;
+use super::timeline::Timeline;
 use crate::endpoints::{self, ListenError, Rotation};
+use crate::progress::Progress;
 use crate::service::model::ServiceModel;
 use crate::store::deployment::{DeploymentDir, sweep};
 use crate::store::image::{self, ImageError};
@@ -88,7 +88,6 @@ pub enum DeployError {
 /// A running deployment. Its disks go when it is dropped, unless kept.
 #[derive(Debug)]
 pub struct Deployment {
-    events: mpsc::UnboundedReceiver<TimelineEvent>,
     instances: Vec<InstanceHandle>,
     tasks: Vec<JoinHandle<()>>,
     listeners: Vec<JoinHandle<()>>,
@@ -104,17 +103,14 @@ pub struct DeploymentHandle {
     instances: Vec<InstanceHandle>,
 }
 
-/// Deploys a service and returns as soon as its instances are starting.
-pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment, DeployError> {
-    let accepted = Instant::now();
-    let (timeline, events) = mpsc::unbounded_channel();
-    let say = |instance: Option<&str>, kind| {
-        let _ = timeline.send(TimelineEvent {
-            at: accepted.elapsed(),
-            instance: instance.map(str::to_owned),
-            kind,
-        });
-    };
+/// Deploys a service and returns as soon as its instances are starting. Tells
+/// `timeline` of what is done, and `progress` of what takes long.
+pub async fn deploy(
+    model: ServiceModel,
+    options: Options,
+    timeline: Timeline,
+    progress: Progress,
+) -> Result<Deployment, DeployError> {
     let mut listeners = Vec::new();
     let mut published = BTreeMap::new();
     let mut rotations = Vec::new();
@@ -131,15 +127,16 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
 
     let data_dir = options.data_dir.clone();
     let name = model.image.clone();
+    let checking = progress.clone();
     let image = blocking(move || {
         // Remains of a command that was killed; failing to remove them is no
         // reason not to run.
         let _ = sweep(&data_dir);
-        image::open(&data_dir, &name)
+        image::open(&data_dir, &name, &checking)
     })
     .await??;
     let image = Arc::new(image);
-    say(
+    timeline.tell(
         None,
         EventKind::ImageVerified {
             image: model.image.clone(),
@@ -168,15 +165,19 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
             let path = dir
                 .instance(&name)
                 .map_err(directory("an instance", dir.path()))?;
-            let (for_disks, disk_role, disk_image) =
-                (path.clone(), role.clone(), Arc::clone(&image));
-            blocking(move || guest::create_disks(&for_disks, &disk_role, &disk_image))
+            let (for_disks, disk_role, disk_image, building) = (
+                path.clone(),
+                role.clone(),
+                Arc::clone(&image),
+                progress.clone(),
+            );
+            blocking(move || guest::create_disks(&for_disks, &disk_role, &disk_image, &building))
                 .await?
                 .map_err(|source| DeployError::Guest {
                     instance: name.clone(),
                     source,
                 })?;
-            say(Some(&name), EventKind::DisksReady { kept: false });
+            timeline.tell(Some(&name), EventKind::DisksReady { kept: false });
             let stop_ms = u64::try_from(limits.role_stop.as_millis()).unwrap_or(u64::MAX);
             prepared.push(InstanceParts {
                 goal: goal(role, number, dir.id(), 1, stop_ms),
@@ -189,7 +190,6 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
                 hello_limit: scaled(10),
                 rotation: rotation.clone(),
                 timeline: timeline.clone(),
-                accepted,
             });
         }
     }
@@ -207,7 +207,7 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
         .collect();
     for role in &model.roles {
         for endpoint in &role.endpoints {
-            say(
+            timeline.tell(
                 None,
                 EventKind::EndpointPublished {
                     endpoint: endpoint.name.clone(),
@@ -218,7 +218,6 @@ pub async fn deploy(model: ServiceModel, options: Options) -> Result<Deployment,
         }
     }
     Ok(Deployment {
-        events,
         instances,
         tasks,
         listeners,
@@ -250,12 +249,6 @@ impl Deployment {
     /// Public address of each endpoint.
     pub const fn published(&self) -> &BTreeMap<String, SocketAddr> {
         &self.published
-    }
-
-    /// The next event of the timeline; `None` when every instance has ended
-    /// and everything was told.
-    pub async fn next_event(&mut self) -> Option<TimelineEvent> {
-        self.events.recv().await
     }
 
     /// A handle that can be used while events are read.

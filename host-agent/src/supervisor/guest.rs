@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
+use crate::progress::Progress;
 use crate::service::build_application_image;
 use crate::service::model::Role;
 use crate::store::image::Image;
@@ -60,7 +61,12 @@ pub enum GuestError {
 }
 
 /// Makes the disks of an instance in `dir`. Blocking.
-pub fn create_disks(dir: &Path, role: &Role, image: &Image) -> Result<(), GuestError> {
+pub fn create_disks(
+    dir: &Path,
+    role: &Role,
+    image: &Image,
+    progress: &Progress,
+) -> Result<(), GuestError> {
     let path = dir.join("diff.qcow2");
     let diff = make(&path)?;
     disk::create_diff(diff, image.base_size, &image.base_path.to_string_lossy()).map_err(
@@ -81,7 +87,7 @@ pub fn create_disks(dir: &Path, role: &Role, image: &Image) -> Result<(), GuestE
         })?;
     let path = dir.join("app.squashfs");
     let out = make(&path)?;
-    build_application_image(role, &out).map_err(|source| GuestError::Application {
+    build_application_image(role, &out, progress).map_err(|source| GuestError::Application {
         path,
         source: source.into(),
     })?;

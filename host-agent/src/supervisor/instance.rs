@@ -17,9 +17,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 use vmbus::channel::Channel;
 use vmbus::message::{Goal, Health};
 
-use super::event::{EventKind, TimelineEvent, Verdict, state_name};
+use super::event::{EventKind, Verdict, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
+use super::timeline::Timeline;
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::service::model::Role;
@@ -64,9 +65,7 @@ pub struct InstanceParts {
     /// One rotation per endpoint of the role, all the same.
     pub rotation: Rotation,
     /// The deployment's timeline.
-    pub timeline: mpsc::UnboundedSender<TimelineEvent>,
-    /// When the deployment was accepted.
-    pub accepted: Instant,
+    pub timeline: Timeline,
 }
 
 struct Instance {
@@ -329,13 +328,7 @@ impl Instance {
     }
 
     fn tell(&self, kind: EventKind) {
-        let event = TimelineEvent {
-            at: self.parts.accepted.elapsed(),
-            instance: Some(self.parts.name.clone()),
-            kind,
-        };
-        // Nobody listens only when the command is ending.
-        let _ = self.parts.timeline.send(event);
+        self.parts.timeline.tell(Some(&self.parts.name), kind);
     }
 }
 

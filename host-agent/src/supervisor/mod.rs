@@ -12,3 +12,4 @@ pub mod instance;
 pub mod lifecycle;
 pub mod process;
 pub mod restart;
+pub mod timeline;
