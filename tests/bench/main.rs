@@ -1,0 +1,177 @@
+//! Measures the product and prints each figure beside its budget; `scripts/bench`
+//! makes ready what it needs.
+//!
+//! `bench --initrd FILE --guest-program FILE --json FILE [--image NAME] [--where TEXT] [--quick]
+//! [--only SECTION] [--enforce]`
+
+mod boot;
+mod disk;
+mod machine;
+mod measure;
+mod process;
+mod service;
+mod table;
+mod tunnel;
+mod vmm;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use crate::measure::{Found, Measure, Verdict};
+
+/// Why a line of a section that went well has no figure.
+const NO_PEER_GUEST: &str = "no guest of the benchmark does this in a peer yet";
+
+/// What the benchmark was asked.
+#[derive(Debug)]
+pub struct Setting {
+    initrd: PathBuf,
+    guest_program: PathBuf,
+    json: PathBuf,
+    image_name: String,
+    place: String,
+    quick: bool,
+    only: Option<String>,
+    enforce: bool,
+    started: Instant,
+}
+
+impl Setting {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let mut setting = Self {
+            initrd: PathBuf::new(),
+            guest_program: PathBuf::new(),
+            json: PathBuf::from("bench.json"),
+            image_name: "bench".into(),
+            place: "this machine".into(),
+            quick: false,
+            only: None,
+            enforce: false,
+            started: Instant::now(),
+        };
+        while let Some(flag) = arguments.next() {
+            let mut value = || {
+                arguments
+                    .next()
+                    .with_context(|| format!("{flag} needs a value"))
+            };
+            match flag.as_str() {
+                "--initrd" => setting.initrd = value()?.into(),
+                "--guest-program" => setting.guest_program = value()?.into(),
+                "--json" => setting.json = value()?.into(),
+                "--image" => setting.image_name = value()?,
+                "--where" => setting.place = value()?,
+                "--only" => setting.only = Some(value()?),
+                "--quick" => setting.quick = true,
+                "--enforce" => setting.enforce = true,
+                _ => bail!("unknown argument {flag}"),
+            }
+        }
+        Ok(setting)
+    }
+
+    fn image(&self) -> PathBuf {
+        e2e::images().join(&self.image_name)
+    }
+
+    /// `usual`, or `quick` when asked to be quick.
+    fn pick(&self, usual: u64, quick: u64) -> u64 {
+        if self.quick { quick } else { usual }
+    }
+
+    fn progress(&self, text: &str) {
+        eprintln!("{:7.1} s  {text}", self.started.elapsed().as_secs_f64());
+    }
+}
+
+/// What the sections found, by the line's name.
+#[derive(Debug, Default)]
+pub struct Findings(BTreeMap<String, Result<Found, String>>);
+
+impl Findings {
+    fn add(&mut self, id: &str, found: Result<Found, String>) {
+        self.0.insert(id.to_owned(), found);
+    }
+
+    /// The samples of an earlier section, or why there are none.
+    fn samples(&self, id: &str) -> Result<Vec<f64>, String> {
+        match self.0.get(id) {
+            Some(Ok(found)) => Ok(found.samples.clone()),
+            Some(Err(reason)) => Err(reason.clone()),
+            None => Err(format!("{id} was not measured")),
+        }
+    }
+}
+
+fn main() -> Result<ExitCode> {
+    let setting = Setting::parse(std::env::args().skip(1))?;
+    let mut findings = Findings::default();
+    let mut whole = true;
+    let mut measures = vec![];
+    for section in table::SECTIONS {
+        let missing = if setting
+            .only
+            .as_deref()
+            .is_some_and(|only| only != section.name)
+        {
+            "left out by --only".to_owned()
+        } else {
+            let done = match section.name {
+                "boot" => boot::measure(&setting, &mut findings),
+                "service" => service::measure(&setting, &mut findings),
+                "tunnel" => tunnel::measure(&setting, &mut findings),
+                "disk" => disk::measure(&setting, &mut findings),
+                name => Err(anyhow::anyhow!("no section {name}")),
+            };
+            if let Err(error) = &done {
+                whole = false;
+                setting.progress(&format!("{}: {error:#}", section.name));
+            }
+            done.err().map_or_else(
+                || NO_PEER_GUEST.into(),
+                |error| {
+                    format!("{error:#}")
+                        .lines()
+                        .next()
+                        .unwrap_or_default()
+                        .to_owned()
+                },
+            )
+        };
+        for definition in section.lines {
+            let found = findings.0.get(definition.id).cloned();
+            let found = found.unwrap_or_else(|| Err(missing.clone()));
+            measures.push(Measure::new(*definition, found));
+        }
+    }
+    let machine = machine::facts(&setting.place);
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let report = json!({
+        "schema": "host-agent.bench/1",
+        "at_unix_seconds": since_1970.as_secs(),
+        "took_seconds": setting.started.elapsed().as_secs_f64(),
+        "quick": setting.quick,
+        "machine": machine,
+        "measures": measures,
+    });
+    std::fs::write(&setting.json, format!("{report:#}\n"))
+        .with_context(|| format!("write {}", setting.json.display()))?;
+    print!(
+        "{}\n{}",
+        machine::headline(&machine),
+        table::render(&measures)
+    );
+    let broken = measures
+        .iter()
+        .any(|measure| measure.verdict == Verdict::NotMet);
+    Ok(if !whole || (setting.enforce && broken) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
