@@ -5,5 +5,6 @@ mod boot;
 mod disk;
 mod exits;
 mod heartbeat;
+mod machine;
 mod output;
 mod tunnel;

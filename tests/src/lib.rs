@@ -1,6 +1,7 @@
 //! Harness of the end-to-end tests: services made on the spot, the program
 //! run as a user runs it, and nothing but its public interface.
 
+pub mod bare;
 pub mod mounts;
 pub mod run;
 pub mod service;

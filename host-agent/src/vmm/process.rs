@@ -148,7 +148,7 @@ fn run(
         wake,
         reported,
         outlive,
-        told_broken: Vec::new(),
+        told_violations: Vec::new(),
         supervised: true,
     }
     .run())
@@ -169,7 +169,7 @@ struct Loop<'a> {
     wake: EventFd,
     reported: mpsc::Receiver<Report>,
     outlive: bool,
-    told_broken: Vec<bool>,
+    told_violations: Vec<u64>,
     supervised: bool,
 }
 
@@ -343,20 +343,21 @@ impl Loop<'_> {
         }
     }
 
-    /// Tells of each device that broke since it was last whole.
+    /// Tells of each device that broke since the last look, though a reset may
+    /// have mended it meanwhile.
     fn look_at_devices(&mut self) {
         let devices = self.machine.bus().virtio();
-        self.told_broken.resize(devices.len(), false);
-        for (transport, told) in devices.iter().zip(&mut self.told_broken) {
-            let broken = transport.interrupt().is_broken();
-            if broken && !*told {
+        self.told_violations.resize(devices.len(), 0);
+        for (transport, told) in devices.iter().zip(&mut self.told_violations) {
+            let violations = transport.interrupt().violations();
+            if violations > *told {
                 let event = Event::DeviceNeedsReset {
                     device: transport.name(),
                     reason: "the driver broke the queue protocol".into(),
                 };
                 self.outbox.send(&event, vec![]);
             }
-            *told = broken;
+            *told = violations;
         }
     }
 }

@@ -1,0 +1,199 @@
+//! The virtual machine itself: guests that are no services, some of them hostile.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use e2e::bare::{Bare, Guest, initrd};
+use e2e::{images, program};
+use host_agent::vmm::control::{Command, Event, ExitReason};
+
+/// Quiet, and a panic resets at once.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi 8250.nr_uarts=1";
+
+fn built(name: &str) -> Result<PathBuf> {
+    let dir = program();
+    Ok(dir
+        .parent()
+        .context("the program is in a directory")?
+        .join(name))
+}
+
+/// A guest whose PID 1 is the hostile program.
+fn evil(dir: &std::path::Path, kernel: PathBuf, vcpus: u8, memory_mib: u32) -> Result<Bare> {
+    let file = dir.join("initrd");
+    fs::write(&file, initrd(&built("evil-guest")?)?)?;
+    let disk = dir.join("disk");
+    fs::write(&disk, "honest!!".repeat(1 << 17))?;
+    // 16 MiB at the end of RAM are kept from the kernel for rings and buffers.
+    let window = u64::from(memory_mib.min(3 << 10) - 16) << 20;
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)?
+        .as_micros();
+    Ok(Bare {
+        kernel,
+        initrd: file,
+        command_line: format!(
+            "{COMMAND_LINE} iomem=relaxed memmap=16M${window:#x} window={window:#x} \
+             registers=0xd0000000 seed={seed} rounds=300"
+        ),
+        vcpus,
+        memory_mib,
+        disks: vec![disk],
+    })
+}
+
+fn violations(guest: &mut Guest) -> Result<u64> {
+    guest.tell(&Command::Stats {})?;
+    match guest.event("statistics", |event| matches!(event, Event::Stats(_)))? {
+        Event::Stats(stats) => Ok(stats.violations),
+        other => anyhow::bail!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_hostile_driver_breaks_only_its_device_and_a_reset_mends_it() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let kernel = images().join("minimal/kernel");
+    let mut guest = evil(dir.path(), kernel, 1, 128)?.start(dir.path())?;
+    // One event for each device that broke, whatever else the guest does.
+    let mut broken = BTreeSet::new();
+    while broken.len() < 3 {
+        let event = guest.event("broken device", |event| {
+            matches!(event, Event::DeviceNeedsReset { .. })
+        })?;
+        if let Event::DeviceNeedsReset { device, .. } = event {
+            broken.insert(device);
+        }
+    }
+    ensure!(
+        broken
+            .iter()
+            .map(String::as_str)
+            .eq(["blk-0", "rng", "vsock"]),
+        "{broken:?}"
+    );
+    ensure!(violations(&mut guest)? >= 3);
+    // The process answers while the guest goes on.
+    guest.tell(&Command::Ping { id: 7 })?;
+    guest.event("answer", |event| matches!(event, Event::Pong { id: 7 }))?;
+    let (reason, status) = guest.end()?;
+    let console = guest.console();
+    ensure!(
+        reason == ExitReason::PowerOff && status.success(),
+        "{reason:?}\n{console}"
+    );
+    for kind in [2, 4, 19] {
+        let answered = format!("evil: device {kind}: 8 of 8 violations answered");
+        ensure!(console.contains(&answered), "{console}");
+        let honest = format!("evil: device {kind}: honest request answered");
+        ensure!(console.matches(&honest).count() == 2, "{console}");
+    }
+    ensure!(
+        console.matches("honest request answered honest!!").count() == 2,
+        "{console}"
+    );
+    ensure!(console.contains("300 random rounds over"), "{console}");
+    // Thousands of violations, and a log that is none the longer.
+    ensure!(
+        guest.messages().lines().count() < 100,
+        "{}",
+        guest.messages()
+    );
+    let told = guest.events.len();
+    ensure!(told < 1000, "{told} events");
+    Ok(())
+}
+
+#[test]
+fn a_triple_fault_is_an_exit_of_its_own() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    // lidt [rip+1]; int3; an interrupt table of no length.
+    let code = [
+        0x0f, 0x01, 0x1d, 1, 0, 0, 0, 0xcc, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    let kernel = dir.path().join("kernel");
+    fs::write(&kernel, elf(&code))?;
+    let file = dir.path().join("initrd");
+    fs::write(&file, [0; 4096])?;
+    let bare = Bare {
+        kernel,
+        initrd: file,
+        command_line: COMMAND_LINE.into(),
+        vcpus: 1,
+        memory_mib: 64,
+        disks: vec![],
+    };
+    let mut guest = bare.start(dir.path())?;
+    let (reason, status) = guest.end()?;
+    ensure!(reason == ExitReason::TripleFault, "{reason:?}");
+    ensure!(status.code() == Some(11), "{status}");
+    Ok(())
+}
+
+#[test]
+fn a_compressed_kernel_boots_on_eight_processors_and_takes_only_the_ram_it_touches() -> Result<()> {
+    let kernel = std::env::var_os("HOST_AGENT_TEST_BZIMAGE")
+        .context("HOST_AGENT_TEST_BZIMAGE names no kernel: run scripts/test")?;
+    let dir = tempfile::tempdir()?;
+    let mut bare = evil(dir.path(), kernel.into(), 8, 14 << 10)?;
+    bare.command_line = bare.command_line.replace("quiet", "loglevel=7");
+    let mut guest = bare.start(dir.path())?;
+    guest.event("broken device", |event| {
+        matches!(event, Event::DeviceNeedsReset { .. })
+    })?;
+    let resident = guest.resident_mib()?;
+    let (reason, _) = guest.end()?;
+    let console = guest.console();
+    ensure!(reason == ExitReason::PowerOff, "{reason:?}\n{console}");
+    ensure!(console.contains("Brought up 1 node, 8 CPUs"), "{console}");
+    // The kernel describes each page of RAM by 64 bytes: 224 MiB of 14 GiB.
+    ensure!(resident < 1024, "{resident} MiB are resident");
+    Ok(())
+}
+
+/// An ELF file whose one segment is `code`, at 16 MiB, entered in 64-bit mode.
+fn elf(code: &[u8]) -> Vec<u8> {
+    const AT: u64 = 16 << 20;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let word = |file: &mut Vec<u8>, value: u64, size: usize| {
+        file.extend_from_slice(&value.to_le_bytes()[..size]);
+    };
+    // type, machine, version, entry, program headers at, section headers at,
+    // flags, sizes and counts of the headers
+    for (value, size) in [
+        (2, 2),
+        (62, 2),
+        (1, 4),
+        (AT, 8),
+        (64, 8),
+        (0, 8),
+        (0, 4),
+        (64, 2),
+        (56, 2),
+        (1, 2),
+        (64, 2),
+        (0, 2),
+        (0, 2),
+    ] {
+        word(&mut file, value, size);
+    }
+    // PT_LOAD, readable and executable, at 0x1000 of the file
+    let length = code.len() as u64;
+    for (value, size) in [
+        (1, 4),
+        (5, 4),
+        (0x1000, 8),
+        (AT, 8),
+        (AT, 8),
+        (length, 8),
+        (length, 8),
+        (0x1000, 8),
+    ] {
+        word(&mut file, value, size);
+    }
+    file.resize(0x1000, 0);
+    file.extend_from_slice(code);
+    file
+}

@@ -1,0 +1,174 @@
+//! A hostile guest: PID 1 on a stock kernel without drivers, which drives the
+//! virtio devices itself, by every rule and against them. It says on the console
+//! what the devices made of it and powers off.
+//!
+//! The kernel gives it `window=ADDRESS` (16 MiB of RAM kept from the kernel by
+//! `memmap=`), `registers=ADDRESS`, `seed=N` and `rounds=N` as environment.
+
+mod device;
+mod physical;
+mod random;
+
+use std::time::Duration;
+
+use device::{Device, INDIRECT, NEXT, WRITE, wait};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use physical::Physical;
+
+const WINDOW: u64 = 16 << 20;
+/// Registers of so many devices, a page each.
+const DEVICES: u64 = 16;
+/// Far more than a device needs on an emulated machine.
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn main() {
+    if let Err(error) = run() {
+        println!("evil: failed: {error}");
+    }
+    let error = reboot(RebootMode::RB_POWER_OFF);
+    println!("evil: still here: {error:?}");
+}
+
+fn run() -> std::io::Result<()> {
+    std::fs::create_dir_all("/dev")?;
+    let no_data = None::<&str>;
+    mount(no_data, "/dev", Some("devtmpfs"), MsFlags::empty(), no_data)?;
+    let window = Physical::map(number("window"), WINDOW, false)?;
+    let start = number("registers");
+    let registers = Physical::map(start, DEVICES << 12, true)?;
+    let mut devices: Vec<_> = (0..DEVICES)
+        .filter_map(|n| Device::find(&registers, &window, start + (n << 12)))
+        .collect();
+    println!(
+        "evil: devices {:?}",
+        devices.iter().map(|d| d.kind).collect::<Vec<_>>()
+    );
+    for device in &mut devices {
+        violate(device);
+    }
+    honest(&mut devices, &window);
+    let rounds = number("rounds");
+    let mut random = random::Random::new(number("seed"));
+    for _ in 0..rounds {
+        let chosen = random.below(devices.len() as u64) as usize;
+        random::round(&mut devices[chosen], &window, &mut random);
+    }
+    println!("evil: {rounds} random rounds over");
+    honest(&mut devices, &window);
+    Ok(())
+}
+
+/// A number of the environment, hexadecimal after `0x`.
+fn number(name: &str) -> u64 {
+    let text = std::env::var(name).unwrap_or_default();
+    let parsed = text
+        .strip_prefix("0x")
+        .map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
+    parsed.unwrap_or_else(|_| panic!("{name}={text} is no number"))
+}
+
+/// Each violation has to break the device, and a reset has to mend it.
+fn violate(device: &mut Device<'_>) {
+    let queue = device.busy_queue();
+    let far = 1_u64 << 40;
+    type Act = fn(&Device<'_>, u32, u16);
+    let acts: [(&str, Act); 7] = [
+        ("a chain that is a loop", |d, q, _| {
+            d.describe(q, 0, d.buffer(0), 16, NEXT, 0);
+            d.offer(q, 0, 0, 1);
+        }),
+        ("a head beyond the queue", |d, q, size| {
+            d.offer(q, 0, size, 1);
+        }),
+        ("a next beyond the queue", |d, q, size| {
+            d.describe(q, 0, d.buffer(0), 16, NEXT, size);
+            d.offer(q, 0, 0, 1);
+        }),
+        ("an index that jumps", |d, q, size| {
+            d.offer(q, 0, 0, size + 1);
+        }),
+        ("a buffer beyond RAM", |d, q, _| {
+            for index in 0..3 {
+                let flags = if index < 2 { NEXT } else { WRITE };
+                d.describe(q, index, 1 << 40, 64, flags, index + 1);
+            }
+            d.offer(q, 0, 0, 1);
+        }),
+        ("a buffer that wraps around", |d, q, _| {
+            for index in 0..3 {
+                let flags = if index < 2 { NEXT } else { WRITE };
+                d.describe(q, index, u64::MAX - 8, 64, flags, index + 1);
+            }
+            d.offer(q, 0, 0, 1);
+        }),
+        ("an indirect table not negotiated", |d, q, _| {
+            d.describe(q, 0, d.buffer(0), 64, INDIRECT, 0);
+            d.offer(q, 0, 0, 1);
+        }),
+    ];
+    let mut answered = 0;
+    for (name, act) in acts {
+        device.start(|at| at);
+        let size = device.queues[queue as usize];
+        act(device, queue, size);
+        if device.broke(LIMIT) && device.reset() {
+            answered += 1;
+        } else {
+            println!("evil: device {}: {name}: no answer", device.kind);
+        }
+    }
+    device.start(|_| far);
+    if device.broke(LIMIT) && device.reset() {
+        answered += 1;
+    } else {
+        println!("evil: device {}: rings beyond RAM: no answer", device.kind);
+    }
+    println!(
+        "evil: device {}: {answered} of 8 violations answered",
+        device.kind
+    );
+}
+
+/// After all that, a driver that keeps the rules gets what it asks for.
+fn honest(devices: &mut [Device<'_>], window: &Physical) {
+    for device in devices {
+        device.start(|at| at);
+        let queue = device.busy_queue();
+        let data = device.buffer(1);
+        window.write(data, 0_u64);
+        match device.kind {
+            // Read sector 0 (5.2.6).
+            2 => {
+                let request = device.buffer(0);
+                window.write(request, 0_u64);
+                window.write(request + 8, 0_u64);
+                device.describe(queue, 0, request, 16, NEXT, 1);
+                device.describe(queue, 1, data, 512, NEXT | WRITE, 2);
+                device.describe(queue, 2, device.buffer(2), 1, WRITE, 0);
+            }
+            // Entropy (5.4.6).
+            4 => device.describe(queue, 0, data, 8, WRITE, 0),
+            // A reset for a connection that does not exist (5.10.6): from this
+            // guest (3) to the host (2), a stream, operation 3.
+            _ => {
+                let packet = device.buffer(0);
+                let words: [u64; 6] = [3, 2, 0, 1 << 32 | 3 << 48, 0, 0];
+                for (word, at) in words.iter().zip((packet..).step_by(8)) {
+                    window.write(at, *word);
+                }
+                device.describe(queue, 0, packet, 44, 0, 0);
+                window.write(data, u64::MAX);
+            }
+        }
+        device.offer(queue, 0, 0, 1);
+        let done = wait(LIMIT, || device.used(queue) == 1);
+        let text = if device.kind == 2 {
+            String::from_utf8_lossy(&window.read::<u64>(data).to_le_bytes()).into_owned()
+        } else {
+            String::new()
+        };
+        let word = if done { "answered" } else { "ignored" };
+        println!("evil: device {}: honest request {word} {text}", device.kind);
+    }
+}

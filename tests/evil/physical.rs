@@ -1,0 +1,73 @@
+//! Physical memory of the guest, by way of /dev/mem.
+#![allow(unsafe_code)]
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+/// A stretch of physical addresses. Every access is one of the width asked for.
+#[derive(Debug)]
+pub struct Physical {
+    base: *mut u8,
+    /// First physical address.
+    pub start: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+impl Physical {
+    /// Maps device registers or, not `uncached`, memory that the kernel does
+    /// not use.
+    pub fn map(start: u64, length: u64, uncached: bool) -> io::Result<Self> {
+        let flags = if uncached { libc::O_SYNC } else { 0 };
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open("/dev/mem")?;
+        let offset = i64::try_from(start).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches
+        // nothing that exists; it is never unmapped.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                memory.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            base: base.cast(),
+            start,
+            length,
+        })
+    }
+
+    /// Reads at physical address `at`.
+    pub fn read<T: Copy>(&self, at: u64) -> T {
+        // SAFETY: `pointer` checked range and alignment; the types used are
+        // integers, for which every bit pattern is a value.
+        unsafe { self.pointer::<T>(at).read_volatile() }
+    }
+
+    /// Writes at physical address `at`.
+    pub fn write<T: Copy>(&self, at: u64, value: T) {
+        // SAFETY: `pointer` checked range and alignment. That a device may
+        // access the memory meanwhile is the purpose, hence volatile.
+        unsafe { self.pointer::<T>(at).write_volatile(value) }
+    }
+
+    fn pointer<T>(&self, at: u64) -> *mut T {
+        let size = size_of::<T>() as u64;
+        let offset = at.checked_sub(self.start).expect("address in the mapping");
+        assert!(offset + size <= self.length && offset.is_multiple_of(size));
+        // SAFETY: the offset was just found to lie within the mapping.
+        unsafe { self.base.add(offset as usize) }.cast()
+    }
+}
