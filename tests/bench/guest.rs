@@ -1,50 +1,144 @@
-//! The benchmark's program in a guest. As PID 1 it says that it runs and waits;
-//! as a role it serves bytes: `s` swallows them and says at the end how many
-//! came, `z` sends without end, `e` sends back what comes.
+//! The benchmark's program in a guest.
+//!
+//! As PID 1 of an initrd without modules it says that it runs, and waits. With
+//! modules it loads them, makes the first disk its root and serves on vsock; as
+//! a role it serves on its endpoint. Each connection begins with a letter:
+//!
+//! - `s`, a length: swallows so many bytes and says when it has them
+//! - `z`: sends without end
+//! - `e`: sends back what comes
+//! - `x`, a length, a shell line of that length: runs it and sends its output
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
 use std::thread;
+
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, listen, socket,
+};
 
 /// What PID 1 writes to the console; the benchmark waits for it.
 const MARK: &str = "bench: init runs\n";
+/// Where it serves.
+const PORT: u32 = 7000;
 
-fn main() -> std::io::Result<()> {
-    if std::process::id() == 1 {
-        std::io::stdout().write_all(MARK.as_bytes())?;
-        loop {
-            thread::park();
-        }
+fn main() -> io::Result<()> {
+    if std::process::id() != 1 {
+        return serve_role();
     }
+    if !Path::new("/modules").exists() {
+        say_and_wait()
+    }
+    if let Err(error) = serve_guest() {
+        println!("bench: {error}");
+    }
+    loop {
+        thread::park();
+    }
+}
+
+fn say_and_wait() -> ! {
+    // Without a console there is nobody to tell.
+    let _ = io::stdout().write_all(MARK.as_bytes());
+    loop {
+        thread::park();
+    }
+}
+
+fn serve_role() -> io::Result<()> {
     let port = std::env::var("ECHO_PORT").ok();
     let port = port.and_then(|port| port.parse().ok()).unwrap_or(7000);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-    for stream in listener.incoming() {
+    for stream in TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.incoming() {
         let stream = stream?;
+        stream.set_nodelay(true)?;
+        let stream = OwnedFd::from(stream);
         // A client that goes away ends its own connection.
-        thread::spawn(move || serve(stream));
+        thread::spawn(move || serve(stream.into()));
     }
     Ok(())
 }
 
-fn serve(mut stream: TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
+fn serve_guest() -> io::Result<()> {
+    let none = None::<&str>;
+    mount(none, "/dev", Some("devtmpfs"), MsFlags::empty(), none)?;
+    for name in fs::read_to_string("/modules/order")?.lines() {
+        let module = File::open(Path::new("/modules").join(name))?;
+        finit_module(module, c"", ModuleInitFlags::empty())?;
+    }
+    fs::create_dir_all("/disk")?;
+    mount(
+        Some("/dev/vda"),
+        "/disk",
+        Some("ext4"),
+        MsFlags::MS_NOATIME,
+        none,
+    )?;
+    // No sysfs: fio would take the size of a cache line from it and fail where a
+    // VMM describes no caches; without one it assumes 64 bytes.
+    for (kind, at) in [("proc", "/disk/proc"), ("devtmpfs", "/disk/dev")] {
+        mount(none, at, Some(kind), MsFlags::empty(), none)?;
+    }
+    nix::unistd::chroot("/disk")?;
+    nix::unistd::chdir("/")?;
+    let listener = socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    bind(
+        listener.as_raw_fd(),
+        &VsockAddr::new(libc::VMADDR_CID_ANY, PORT),
+    )?;
+    listen(&listener, Backlog::new(16)?)?;
+    io::stdout().write_all(MARK.as_bytes())?;
+    loop {
+        let stream = take(accept(listener.as_raw_fd())?);
+        thread::spawn(move || serve(stream.into()));
+    }
+}
+
+#[allow(unsafe_code)]
+fn take(fd: i32) -> OwnedFd {
+    // SAFETY: `accept` just made the descriptor and nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn serve(mut stream: File) -> io::Result<()> {
     let mut mode = [0];
     stream.read_exact(&mut mode)?;
     let mut block = vec![0; 256 * 1024];
     match mode[0] {
         b's' => {
-            let mut total = 0u64;
-            loop {
+            let mut left = length(&mut stream)?;
+            while left > 0 {
                 match stream.read(&mut block)? {
-                    0 => return stream.write_all(&total.to_le_bytes()),
-                    count => total += count as u64,
+                    0 => return Ok(()),
+                    count => left = left.saturating_sub(count as u64),
                 }
             }
+            stream.write_all(b"!")
         }
         b'z' => loop {
             stream.write_all(&block)?;
         },
+        b'x' => {
+            let mut line = vec![0; usize::try_from(length(&mut stream)?).unwrap_or(0)];
+            stream.read_exact(&mut line)?;
+            let line = String::from_utf8_lossy(&line).into_owned();
+            let output = Command::new("/bin/sh")
+                .args(["-c", &line])
+                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+                .output()?;
+            stream.write_all(&output.stdout)?;
+            stream.write_all(&output.stderr)
+        }
         _ => loop {
             match stream.read(&mut block)? {
                 0 => return Ok(()),
@@ -52,4 +146,10 @@ fn serve(mut stream: TcpStream) -> std::io::Result<()> {
             }
         },
     }
+}
+
+fn length(stream: &mut File) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    stream.read_exact(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
 }

@@ -5,7 +5,8 @@
 //! [--only SECTION] [--enforce]`
 
 mod boot;
-mod disk;
+mod client;
+mod io;
 mod machine;
 mod measure;
 mod process;
@@ -23,9 +24,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::measure::{Found, Measure, Verdict};
-
-/// Why a line of a section that went well has no figure.
-const NO_PEER_GUEST: &str = "no guest of the benchmark does this in a peer yet";
 
 /// What the benchmark was asked.
 #[derive(Debug)]
@@ -114,35 +112,34 @@ fn main() -> Result<ExitCode> {
     let mut whole = true;
     let mut measures = vec![];
     for section in table::SECTIONS {
-        let missing = if setting
+        if setting
             .only
             .as_deref()
             .is_some_and(|only| only != section.name)
         {
-            "left out by --only".to_owned()
-        } else {
-            let done = match section.name {
-                "boot" => boot::measure(&setting, &mut findings),
-                "service" => service::measure(&setting, &mut findings),
-                "tunnel" => tunnel::measure(&setting, &mut findings),
-                "disk" => disk::measure(&setting, &mut findings),
-                name => Err(anyhow::anyhow!("no section {name}")),
-            };
-            if let Err(error) = &done {
-                whole = false;
-                setting.progress(&format!("{}: {error:#}", section.name));
-            }
-            done.err().map_or_else(
-                || NO_PEER_GUEST.into(),
-                |error| {
-                    format!("{error:#}")
-                        .lines()
-                        .next()
-                        .unwrap_or_default()
-                        .to_owned()
-                },
-            )
+            continue;
+        }
+        let done = match section.name {
+            "boot" => boot::measure(&setting, &mut findings),
+            "service" => service::measure(&setting, &mut findings),
+            "tunnel" => tunnel::measure(&setting, &mut findings),
+            "io" => io::measure(&setting, &mut findings),
+            name => Err(anyhow::anyhow!("no section {name}")),
         };
+        if let Err(error) = &done {
+            whole = false;
+            setting.progress(&format!("{}: {error:#}", section.name));
+        }
+        let missing = done.err().map_or_else(
+            || "no figure".into(),
+            |error| {
+                format!("{error:#}")
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned()
+            },
+        );
         for definition in section.lines {
             let found = findings.0.get(definition.id).cloned();
             let found = found.unwrap_or_else(|| Err(missing.clone()));

@@ -115,23 +115,32 @@ pub const SECTIONS: &[Section] = &[
                 None,
             ),
             line("tunnel-rtt-p99", "  99th percentile", "us", None),
-            line(
-                "vsock-vs-firecracker",
-                "vsock throughput, against Firecracker",
-                "ratio",
-                Some(AtLeast(1.2)),
-            ),
-            line(
-                "vsock-rtt-vs-firecracker",
-                "vsock 64 B round trip, against Firecracker",
-                "ratio",
-                Some(AtMost(1.0)),
-            ),
         ],
     },
     Section {
-        name: "disk",
+        name: "io",
         lines: &[
+            line("vsock-in", "vsock, host to guest", "MiB/s", None),
+            line(
+                "vsock-in-vs-firecracker",
+                "  against Firecracker",
+                "ratio",
+                Some(AtLeast(1.2)),
+            ),
+            line("vsock-out", "vsock, guest to host", "MiB/s", None),
+            line(
+                "vsock-out-vs-firecracker",
+                "  against Firecracker",
+                "ratio",
+                Some(AtLeast(1.2)),
+            ),
+            line("vsock-rtt", "vsock, 64 B round trip, median", "us", None),
+            line(
+                "vsock-rtt-vs-firecracker",
+                "  against Firecracker",
+                "ratio",
+                Some(AtMost(1.0)),
+            ),
             line("randread", "4 KiB random read, diff disk", "IOPS", None),
             line("randread-vs-raw", "  against a raw file", "ratio", None),
             line(

@@ -1,25 +1,17 @@
 //! Section `tunnel`: bytes through a published endpoint, by way of the host's
 //! listener, the VMM, the guest agent and the role's own socket.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::time::Instant;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use e2e::Place;
 use e2e::run::{Run, eventually};
 use e2e::service::Service;
 use serde_json::json;
 
 use crate::measure::{Found, percentile};
-use crate::{Findings, Setting};
-
-const MIB: usize = 1 << 20;
-/// Bytes per throughput sample.
-const AMOUNT: usize = 64 * MIB;
-/// Bytes per round trip.
-const MESSAGE: usize = 64;
+use crate::{Findings, Setting, client};
 
 /// Measures.
 pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
@@ -36,12 +28,15 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     let mut run = Run::start(&place, &service, &[])?;
     run.ready()?;
     eventually("the role answers", || {
-        let answer = connect(port, b'e').and_then(|mut stream| round_trip(&mut stream));
+        let answer = connect(port).and_then(|stream| client::round_trips(stream, 1));
         Ok(answer.is_ok())
     })?;
     let (mut inward, mut outward) = (vec![], vec![]);
     for round in 0..=setting.pick(5, 2) {
-        let (to, from) = (send(port)?, receive(port)?);
+        let (to, from) = (
+            client::send(connect(port)?)?,
+            client::receive(connect(port)?)?,
+        );
         if round > 0 {
             inward.push(to);
             outward.push(from);
@@ -50,16 +45,10 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
             "tunnel: round {round}, {to:.1} and {from:.1} MiB/s"
         ));
     }
-    let mut stream = connect(port, b'e')?;
-    let mut trips = vec![];
-    for round in 0..setting.pick(2000, 500) + 50 {
-        let time = round_trip(&mut stream)?;
-        if round >= 50 {
-            trips.push(time);
-        }
-    }
+    let count = usize::try_from(setting.pick(2000, 500))?;
+    let trips = client::round_trips(connect(port)?, count)?;
     run.stop()?;
-    let amount = json!({ "bytes_per_sample": AMOUNT });
+    let amount = json!({ "bytes_per_sample": client::AMOUNT });
     findings.add("tunnel-in", Ok(Found::samples(inward).with(amount.clone())));
     findings.add("tunnel-out", Ok(Found::samples(outward).with(amount)));
     let worst = Found {
@@ -72,52 +61,11 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// A connection in one mode of `tests/bench/guest.rs`.
-fn connect(port: u16, mode: u8) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+fn connect(port: u16) -> Result<TcpStream> {
+    let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     let limit = Some(e2e::limit(30));
     stream.set_read_timeout(limit)?;
     stream.set_write_timeout(limit)?;
     stream.set_nodelay(true)?;
-    stream.write_all(&[mode])?;
     Ok(stream)
-}
-
-/// MiB per second into the guest, counted when its program has them all.
-fn send(port: u16) -> Result<f64> {
-    let block = vec![0xa5; MIB];
-    let mut stream = connect(port, b's')?;
-    let started = Instant::now();
-    for _ in 0..AMOUNT / MIB {
-        stream.write_all(&block)?;
-    }
-    stream.shutdown(Shutdown::Write)?;
-    let mut came = [0; 8];
-    stream.read_exact(&mut came)?;
-    let seconds = started.elapsed().as_secs_f64();
-    let came = u64::from_le_bytes(came);
-    ensure!(came == AMOUNT as u64, "{came} of {AMOUNT} bytes came");
-    Ok((AMOUNT / MIB) as f64 / seconds)
-}
-
-/// MiB per second out of the guest.
-fn receive(port: u16) -> Result<f64> {
-    let mut block = vec![0; MIB];
-    let mut stream = connect(port, b'z')?;
-    // What the guest had ready before the clock started is not counted.
-    stream.read_exact(&mut block)?;
-    let started = Instant::now();
-    for _ in 0..AMOUNT / MIB {
-        stream.read_exact(&mut block)?;
-    }
-    Ok((AMOUNT / MIB) as f64 / started.elapsed().as_secs_f64())
-}
-
-/// Microseconds until a small message is back.
-fn round_trip(stream: &mut TcpStream) -> Result<f64> {
-    let mut message = [0x5a; MESSAGE];
-    let started = Instant::now();
-    stream.write_all(&message)?;
-    stream.read_exact(&mut message)?;
-    Ok(started.elapsed().as_secs_f64() * 1e6)
 }

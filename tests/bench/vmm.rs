@@ -1,14 +1,15 @@
 //! Starts one bare guest in a VMM: ours, or a peer found on `PATH`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Program, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use host_agent::vmm::control::Command;
+use anyhow::{Result, bail, ensure};
+use host_agent::vmm::control::{Command, DialOutcome, Event};
 use host_agent::vmm::disk::create_diff;
 use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
@@ -21,21 +22,35 @@ use serde_json::json;
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi pci=off tsc=reliable \
     no_timer_check 8250.nr_uarts=1 random.trust_cpu=on i8042.noaux i8042.nomux i8042.dumbkbd";
 
-/// RAM of the guest.
-pub const MEMORY_MIB: u32 = 128;
+/// What the init of `tests/bench/guest.rs` writes.
+const MARK: &str = "bench: init runs";
+
+/// Most time for a boot on a fast machine, times the scale of the suite.
+const BOOT_SECONDS: u64 = 30;
 
 /// Serial output turns over far beyond what a boot writes.
 const SERIAL_BYTES: u64 = 1 << 20;
 
-/// What is booted, by all alike.
-#[derive(Debug)]
+/// What is booted.
+#[derive(Debug, Clone)]
 pub struct Guest {
     /// ELF kernel.
     pub kernel: PathBuf,
-    /// Its `/init` writes the mark.
+    /// Its `/init` is `tests/bench/guest.rs`.
     pub initrd: PathBuf,
-    /// Base of a diff disk. Ours only: a guest of the product always has disks.
-    pub base: PathBuf,
+    /// RAM.
+    pub memory_mib: u32,
+    /// Disks in order.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a guest.
+#[derive(Debug, Clone)]
+pub enum Disk {
+    /// A fresh diff over this base. Only we have it.
+    Diff(PathBuf),
+    /// This file.
+    Raw(PathBuf),
 }
 
 /// Who boots it.
@@ -63,11 +78,53 @@ impl Vmm {
 #[derive(Debug)]
 pub struct Running {
     child: Child,
-    /// Keeps our VMM alive: it ends with its control socket.
-    _control: Option<OwnedFd>,
+    /// How connections into the guest are asked for.
+    dialer: Dialer,
+}
+
+#[derive(Debug)]
+enum Dialer {
+    /// Control socket of our VMM, which also ends with it.
+    Control(OwnedFd),
+    /// Firecracker's Unix socket for vsock.
+    Socket(PathBuf),
+    None,
 }
 
 impl Running {
+    /// Connects to a vsock port of the guest.
+    pub fn connect(&self, port: u32) -> Result<UnixStream> {
+        match &self.dialer {
+            Dialer::Control(control) => {
+                let (ours, theirs) = UnixStream::pair()?;
+                let dial = Command::Dial { id: 1, port };
+                wire::send(control.as_fd(), &dial, &[theirs.as_fd()])?;
+                drop(theirs);
+                while let Some((event, _)) = wire::recv::<Event>(control.as_fd())? {
+                    if let Event::Dialed { outcome, .. } = event {
+                        ensure!(outcome == DialOutcome::Connected, "dial: {outcome:?}");
+                        return Ok(ours);
+                    }
+                }
+                bail!("the VMM ended");
+            }
+            Dialer::Socket(path) => {
+                let mut stream = UnixStream::connect(path)?;
+                stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+                // `OK <port>`, byte by byte: what follows belongs to the guest.
+                let mut answer = vec![];
+                while answer.last() != Some(&b'\n') {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte)?;
+                    answer.push(byte[0]);
+                }
+                ensure!(answer.starts_with(b"OK "), "Firecracker's vsock refused");
+                Ok(stream)
+            }
+            Dialer::None => bail!("this VMM has no vsock here"),
+        }
+    }
+
     /// Process id of the VMM.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -82,14 +139,10 @@ impl Drop for Running {
 }
 
 /// Boots `guest` with its files in `dir`; the guest, and the time from the
-/// start of the VMM process until the guest's init wrote `mark`.
-pub fn boot(
-    vmm: &Vmm,
-    guest: &Guest,
-    dir: &Path,
-    mark: &str,
-    limit: Duration,
-) -> Result<(Running, Duration)> {
+/// start of the VMM process until the guest's init wrote its mark.
+pub fn boot(vmm: &Vmm, guest: &Guest, dir: &Path) -> Result<(Running, Duration)> {
+    let limit = e2e::limit(BOOT_SECONDS);
+    fs::create_dir_all(dir)?;
     let console = dir.join("console");
     fs::write(&console, "")?;
     let notify = Inotify::init(InitFlags::IN_CLOEXEC)?;
@@ -100,8 +153,8 @@ pub fn boot(
     loop {
         let passed = started.elapsed();
         if fs::read(&console)?
-            .windows(mark.len())
-            .any(|part| part == mark.as_bytes())
+            .windows(MARK.len())
+            .any(|part| part == MARK.as_bytes())
         {
             return Ok((running, passed));
         }
@@ -130,120 +183,135 @@ type Start = Box<dyn FnOnce() -> Result<Running>>;
 
 /// Everything that is ready before the clock starts.
 fn prepare(vmm: &Vmm, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
-    let mut program = match vmm {
-        Vmm::Ours(program) => return prepare_ours(program, guest, dir, console),
-        Vmm::Firecracker(program) => {
-            let file = dir.join("firecracker.json");
-            let config = json!({
-                "boot-source": {
-                    "kernel_image_path": guest.kernel, "initrd_path": guest.initrd,
-                    "boot_args": COMMAND_LINE,
-                },
-                "drives": [],
-                "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
-            });
-            fs::write(&file, config.to_string())?;
-            let mut command = Program::new(program);
-            command.args(["--no-api", "--config-file"]).arg(file);
-            command.stdout(OpenOptions::new().append(true).open(console)?);
-            command
-        }
-        Vmm::Qemu(program) => {
-            let mut command = Program::new(program);
-            command
-                .args([
-                    "-M",
-                    "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on",
-                ])
-                .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m"])
-                .arg(MEMORY_MIB.to_string())
-                .args([
-                    "-nodefaults",
-                    "-no-user-config",
-                    "-display",
-                    "none",
-                    "-no-reboot",
-                ])
-                .arg("-kernel")
-                .arg(&guest.kernel)
-                .arg("-initrd")
-                .arg(&guest.initrd)
-                .args(["-append", COMMAND_LINE, "-serial"])
-                .arg(format!("file:{}", console.display()));
-            command
-        }
-    };
-    program.stdin(Stdio::null());
-    if !matches!(vmm, Vmm::Firecracker(_)) {
-        program.stdout(Stdio::null());
+    match vmm {
+        Vmm::Ours(program) => prepare_ours(program, guest, dir, console),
+        Vmm::Firecracker(program) => prepare_firecracker(program, guest, dir, console),
+        Vmm::Qemu(program) => prepare_qemu(program, guest, console),
     }
+}
+
+fn prepare_qemu(program: &Path, guest: &Guest, console: &Path) -> Result<Start> {
+    ensure!(guest.disks.is_empty(), "QEMU boots without disks here");
+    let machine = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on";
+    let memory = guest.memory_mib.to_string();
+    let mut command = Program::new(program);
+    command
+        .args([
+            "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &memory,
+        ])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .arg("-kernel")
+        .arg(&guest.kernel)
+        .arg("-initrd")
+        .arg(&guest.initrd)
+        .args(["-append", COMMAND_LINE, "-serial"])
+        .arg(format!("file:{}", console.display()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
     Ok(Box::new(move || {
         Ok(Running {
-            child: program.spawn()?,
-            _control: None,
+            child: command.spawn()?,
+            dialer: Dialer::None,
+        })
+    }))
+}
+
+fn prepare_firecracker(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
+    let mut drives = vec![];
+    for (number, disk) in guest.disks.iter().enumerate() {
+        let Disk::Raw(file) = disk else {
+            bail!("Firecracker has no diff disks");
+        };
+        // With flushes, as ours has them.
+        drives.push(
+            json!({ "drive_id": format!("disk{number}"), "path_on_host": file,
+            "is_root_device": false, "is_read_only": false, "cache_type": "Writeback" }),
+        );
+    }
+    let mut config = json!({
+        "boot-source": { "kernel_image_path": guest.kernel, "initrd_path": guest.initrd,
+            "boot_args": COMMAND_LINE },
+        "drives": drives,
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
+    });
+    let socket = dir.join("vsock");
+    if !guest.disks.is_empty() {
+        config["vsock"] = json!({ "guest_cid": 3, "uds_path": socket });
+    }
+    let file = dir.join("firecracker.json");
+    fs::write(&file, config.to_string())?;
+    let mut command = Program::new(program);
+    command
+        .args(["--no-api", "--config-file"])
+        .arg(file)
+        .stdin(Stdio::null())
+        .stdout(OpenOptions::new().append(true).open(console)?);
+    Ok(Box::new(move || {
+        Ok(Running {
+            child: command.spawn()?,
+            dialer: Dialer::Socket(socket),
         })
     }))
 }
 
 fn prepare_ours(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
-    let write = |path: &Path| {
-        OpenOptions::new()
+    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let fresh = |name: &str| {
+        let mut options = OpenOptions::new();
+        options
             .read(true)
             .write(true)
             .create(true)
-            .truncate(false)
-            .open(path)
+            .truncate(true)
+            .open(dir.join(name))
     };
-    let diff = dir.join("diff.qcow2");
-    if !diff.exists() {
-        let size = fs::metadata(&guest.base)?.len();
-        create_diff(write(&diff)?, size, &guest.base.to_string_lossy())?;
+    let mut files: Vec<OwnedFd> = vec![];
+    let mut add = |file: File| -> Result<FileIndex> {
+        files.push(file.into());
+        Ok(FileIndex(u8::try_from(files.len() - 1)?))
+    };
+    let mut disks = vec![];
+    for (number, disk) in guest.disks.iter().enumerate() {
+        let backing = match disk {
+            Disk::Diff(base) => {
+                let name = format!("diff{number}.qcow2");
+                let size = fs::metadata(base)?.len();
+                create_diff(fresh(&name)?, size, &base.to_string_lossy())?;
+                DiskBacking::Diff {
+                    diff: add(open(&dir.join(name))?)?,
+                    base: add(File::open(base)?)?,
+                }
+            }
+            Disk::Raw(file) => DiskBacking::Raw {
+                file: add(open(file)?)?,
+                read_only: false,
+            },
+        };
+        disks.push(DiskSpec {
+            serial: format!("disk{number}"),
+            backing,
+        });
     }
-    let resource = write(&dir.join("resource.raw"))?;
-    resource.set_len(512 << 20)?;
-    let files: Vec<OwnedFd> = vec![
-        write(Path::new("/dev/kvm"))?.into(),
-        File::open(&guest.kernel)?.into(),
-        File::open(&guest.initrd)?.into(),
-        OpenOptions::new()
-            .read(true)
-            .append(true)
-            .open(console)?
-            .into(),
-        write(&dir.join("console.1"))?.into(),
-        write(&diff)?.into(),
-        File::open(&guest.base).context("base")?.into(),
-        resource.into(),
-    ];
     let spec = GuestSpec {
         name: "bench".into(),
         vcpus: 1,
-        memory_mib: MEMORY_MIB,
+        memory_mib: guest.memory_mib,
         cmdline: COMMAND_LINE.into(),
-        kvm: FileIndex(0),
-        kernel: FileIndex(1),
-        initrd: FileIndex(2),
+        kvm: add(open(Path::new("/dev/kvm"))?)?,
+        kernel: add(File::open(&guest.kernel)?)?,
+        initrd: add(File::open(&guest.initrd)?)?,
         serial: SerialSpec {
-            current: FileIndex(3),
-            previous: FileIndex(4),
+            current: add(open(console)?)?,
+            previous: add(fresh("console.1")?)?,
             max_bytes: SERIAL_BYTES,
         },
-        disks: vec![
-            DiskSpec {
-                serial: "os".into(),
-                backing: DiskBacking::Diff {
-                    diff: FileIndex(5),
-                    base: FileIndex(6),
-                },
-            },
-            DiskSpec {
-                serial: "resource".into(),
-                backing: DiskBacking::Raw {
-                    file: FileIndex(7),
-                    read_only: false,
-                },
-            },
-        ],
+        disks,
         outlive_supervisor: false,
     };
     let mut command = Program::new(program);
@@ -257,7 +325,7 @@ fn prepare_ours(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Re
         wire::send(ours.as_fd(), &Command::Start(Box::new(spec)), &passed)?;
         Ok(Running {
             child,
-            _control: Some(ours),
+            dialer: Dialer::Control(ours),
         })
     }))
 }
