@@ -9,6 +9,7 @@
 pub mod api;
 pub mod channels;
 pub mod cli;
+pub mod descriptors;
 pub mod doctor;
 pub mod endpoints;
 pub mod progress;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use host_agent::store::janitor;
 
 fn main() -> ExitCode {
+    host_agent::descriptors::raise_limit();
     // A VMM process has no argument parser and no asynchronous run-time.
     if std::env::args_os().nth(1).is_some_and(|verb| verb == "vmm") {
         return host_agent::vmm::process::main();

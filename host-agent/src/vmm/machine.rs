@@ -259,8 +259,8 @@ fn plug(
     let host = |what| move |source| MachineError::Host { what, source };
     let line = event().map_err(host("eventfd"))?;
     vm.interrupt(&line, layout::VIRTIO_GSI + number as u32)?;
-    let transport =
-        Transport::new(device, memory.clone(), Interrupt::new(line)).map_err(host("eventfd"))?;
+    let interrupt = Interrupt::new(line, device.name());
+    let transport = Transport::new(device, memory.clone(), interrupt).map_err(host("eventfd"))?;
     let base = layout::MMIO_START + number as u64 * layout::VIRTIO_STRIDE;
     let kicks = transport.kicks().map_err(host("eventfd"))?;
     for (queue, kick) in kicks.iter().enumerate() {

@@ -68,6 +68,7 @@ pub fn main() -> ExitCode {
         Err(error) => return hopeless(&error),
     };
     report_panics(outbox.clone());
+    start_log();
     let ran = match start.map_err(StartError::Socket) {
         Ok(Some((Command::Start(spec), files))) => run(*spec, files, &outbox, wake, started),
         Ok(_) => Err(StartError::NoStart),
@@ -103,6 +104,19 @@ fn close_strays() {
     unsafe {
         libc::close_range(3, libc::c_uint::MAX, 0);
     }
+}
+
+/// Warnings go to standard error, which the supervisor keeps as a file. Those
+/// that a guest can cause come at a limited rate.
+fn start_log() {
+    let lines = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .finish();
+    // There is no other: this is the only call in the process.
+    let _ = tracing::subscriber::set_global_default(lines);
 }
 
 /// A thread that ends by a bug of ours must not leave a guest that hangs: the
@@ -353,7 +367,7 @@ impl Loop<'_> {
             if violations > *told {
                 let event = Event::DeviceNeedsReset {
                     device: transport.name(),
-                    reason: "the driver broke the queue protocol".into(),
+                    reason: transport.interrupt().reason(),
                 };
                 self.outbox.send(&event, vec![]);
             }

@@ -1,9 +1,15 @@
-//! A device's interrupt: status bits that the driver reads, and the irqfd.
+//! A device's interrupt: status bits that the driver reads, the irqfd, and what
+//! is known of a driver that broke the rules.
 
-use std::sync::Arc;
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
+
+use super::throttle::Throttle;
 
 /// Used buffer notification (virtio 1.2, 4.2.2, InterruptStatus bit 0).
 pub const USED_BUFFER: u32 = 1;
@@ -21,16 +27,31 @@ struct Shared {
     status: AtomicU32,
     needs_reset: AtomicBool,
     violations: AtomicU64,
+    name: String,
+    broken: Mutex<Broken>,
+}
+
+/// The last violation, and how often they are logged.
+#[derive(Debug)]
+struct Broken {
+    reason: String,
+    log: Throttle,
 }
 
 impl Interrupt {
-    /// An interrupt that KVM injects when `line` is signalled.
-    pub fn new(line: EventFd) -> Self {
+    /// An interrupt of the device `name` that KVM injects when `line` is
+    /// signalled.
+    pub fn new(line: EventFd, name: &str) -> Self {
         Self(Arc::new(Shared {
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             violations: AtomicU64::new(0),
+            name: name.to_owned(),
+            broken: Mutex::new(Broken {
+                reason: String::new(),
+                log: Throttle::new(),
+            }),
         }))
     }
 
@@ -39,10 +60,19 @@ impl Interrupt {
         self.raise(USED_BUFFER);
     }
 
-    /// Marks the device as broken until the driver resets it, and counts the
-    /// violation. The transport shows `DEVICE_NEEDS_RESET` in its status.
-    pub fn needs_reset(&self) {
-        self.0.violations.fetch_add(1, Ordering::Relaxed);
+    /// Marks the device as broken until the driver resets it; counts the
+    /// violation and logs it at a limited rate. The transport shows
+    /// `DEVICE_NEEDS_RESET` in its status.
+    pub fn needs_reset(&self, why: &(dyn Error + 'static)) {
+        let reason = chain(why);
+        let mut broken = self.broken();
+        if let Some(suppressed) = broken.log.pass(Instant::now()) {
+            let device = &self.0.name;
+            tracing::warn!(device, reason, suppressed, "device needs a reset");
+        }
+        broken.reason = reason;
+        drop(broken);
+        self.0.violations.fetch_add(1, Ordering::Release);
         self.0.needs_reset.store(true, Ordering::Release);
         self.raise(CONFIG_CHANGE);
     }
@@ -54,7 +84,16 @@ impl Interrupt {
 
     /// Violations since the device was made; a reset does not clear them.
     pub fn violations(&self) -> u64 {
-        self.0.violations.load(Ordering::Relaxed)
+        self.0.violations.load(Ordering::Acquire)
+    }
+
+    /// What the last violation was; empty if there was none.
+    pub fn reason(&self) -> String {
+        self.broken().reason.clone()
+    }
+
+    fn broken(&self) -> MutexGuard<'_, Broken> {
+        self.0.broken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The status bits, for the transport.

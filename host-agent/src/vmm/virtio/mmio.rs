@@ -12,11 +12,11 @@ use virtio_bindings::virtio_config::{
     VIRTIO_F_VERSION_1,
 };
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
-use super::{Activation, ActiveQueue, Device};
+use super::{ActivateError, Activation, ActiveQueue, Device};
 
 /// Register offsets (virtio 1.2, table 4.1).
 mod register {
@@ -42,6 +42,8 @@ mod register {
     pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
     pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
     pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub const SHM_LEN_LOW: u64 = 0xb0;
+    pub const SHM_BASE_HIGH: u64 = 0xbc;
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -50,6 +52,19 @@ mod register {
 pub const NOTIFY: u64 = register::QUEUE_NOTIFY;
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
+
+/// What the driver set up cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum SetupError {
+    #[error("queue {queue} is not ready")]
+    NotReady { queue: usize },
+    #[error("rings of queue {queue} are not aligned or outside of RAM")]
+    Rings { queue: usize },
+    #[error("no descriptor for the kick of a queue")]
+    Kick(#[source] std::io::Error),
+    #[error(transparent)]
+    Device(#[from] ActivateError),
+}
 
 /// One device behind its registers.
 pub struct Transport {
@@ -213,6 +228,9 @@ impl Transport {
                 };
                 state.status | broken
             }
+            // There is no shared memory: length and base are all ones (4.2.2).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            // Configuration never changes.
             register::CONFIG_GENERATION => 0,
             _ => 0,
         }
@@ -257,8 +275,10 @@ impl Transport {
             }
         }
         state.status = value;
-        if value & DRIVER_OK != 0 && !state.activate(&self.interrupt) {
-            self.interrupt.needs_reset();
+        if value & DRIVER_OK != 0
+            && let Err(error) = state.activate(&self.interrupt)
+        {
+            self.interrupt.needs_reset(&error);
         }
     }
 
@@ -299,15 +319,16 @@ impl State {
         }
     }
 
-    fn activate(&mut self, interrupt: &Interrupt) -> bool {
+    fn activate(&mut self, interrupt: &Interrupt) -> Result<(), SetupError> {
         let mut queues = Vec::new();
-        for setup in &self.queues {
-            let Some(queue) = setup.build(&self.memory) else {
-                return false;
-            };
-            let Ok(kick) = setup.kick.try_clone() else {
-                return false;
-            };
+        for (number, setup) in self.queues.iter().enumerate() {
+            if !setup.ready {
+                return Err(SetupError::NotReady { queue: number });
+            }
+            let queue = setup
+                .build(&self.memory)
+                .ok_or(SetupError::Rings { queue: number })?;
+            let kick = setup.kick.try_clone().map_err(SetupError::Kick)?;
             queues.push(ActiveQueue { queue, kick });
         }
         let activation = Activation {
@@ -316,14 +337,12 @@ impl State {
             queues,
             interrupt: interrupt.clone(),
         };
-        if self.device.activate(activation).is_err() {
-            return false;
-        }
+        self.device.activate(activation)?;
         for queue in &self.queues {
             // A driver may have kicked before the device looked.
             let _ = queue.kick.write(1);
         }
-        true
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -377,16 +396,18 @@ impl QueueSetup {
     }
 
     fn build(&self, memory: &GuestMemoryMmap) -> Option<Queue> {
-        let halves = |value: u64| (Some(value as u32), Some((value >> 32) as u32));
         let mut queue = Queue::new(self.max).ok()?;
         queue.set_size(self.size);
-        let (low, high) = halves(self.desc);
-        queue.set_desc_table_address(low, high);
-        let (low, high) = halves(self.driver);
-        queue.set_avail_ring_address(low, high);
-        let (low, high) = halves(self.device);
-        queue.set_used_ring_address(low, high);
-        queue.set_ready(self.ready);
+        queue
+            .try_set_desc_table_address(GuestAddress(self.desc))
+            .ok()?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.driver))
+            .ok()?;
+        queue
+            .try_set_used_ring_address(GuestAddress(self.device))
+            .ok()?;
+        queue.set_ready(true);
         queue.is_valid(memory).then_some(queue)
     }
 }

@@ -12,6 +12,7 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_driver;
+mod throttle;
 pub mod vsock;
 
 use virtio_queue::Queue;

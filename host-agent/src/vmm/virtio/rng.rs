@@ -99,8 +99,8 @@ fn run(mut queue: CheckedQueue, interrupt: &Interrupt, stop: &EventFd, mut sourc
         // Draining the counter fails only when another kick raced: then the
         // queue is looked at anyway.
         let _ = queue.kick().read();
-        if serve(&mut queue, interrupt, &mut source, &mut buffer).is_err() {
-            interrupt.needs_reset();
+        if let Err(error) = serve(&mut queue, interrupt, &mut source, &mut buffer) {
+            interrupt.needs_reset(&error);
             let _ = wait(&[stop]);
             return;
         }

@@ -63,7 +63,7 @@ impl TestDriver {
         };
         Self {
             memory,
-            interrupt: Interrupt::new(line.try_clone().unwrap()),
+            interrupt: Interrupt::new(line.try_clone().unwrap(), "test"),
             line,
             epoll,
             rings: sizes.iter().map(ring).collect(),

@@ -18,18 +18,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Counters;
 use super::request::{self, Geometry, HEADER, Refusal, Request};
-use super::throttle::Throttle;
 use crate::vmm::disk::Disk;
 use crate::vmm::virtio::Activation;
 use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
+use crate::vmm::virtio::throttle::Throttle;
 
 /// Most bytes in one system call, so that a reset never waits for more.
 const PIECE: u32 = 1 << 20;
 /// Longest time that a finished request waits for the interrupt of its batch.
 const BATCH_TIME: Duration = Duration::from_micros(200);
-/// Least time between two log lines of one kind.
-const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What the front asks of the thread.
 #[derive(Debug)]
@@ -60,7 +58,6 @@ pub struct Back {
     stop: Arc<AtomicBool>,
     refusals: Throttle,
     host_errors: Throttle,
-    violations: Throttle,
 }
 
 /// Why a chain was not answered.
@@ -111,9 +108,8 @@ impl Back {
             geometry,
             counters,
             stop,
-            refusals: Throttle::new(LOG_INTERVAL),
-            host_errors: Throttle::new(LOG_INTERVAL),
-            violations: Throttle::new(LOG_INTERVAL),
+            refusals: Throttle::new(),
+            host_errors: Throttle::new(),
         }
     }
 
@@ -132,8 +128,7 @@ impl Back {
                     if let Some(current) = &mut active
                         && let Err(Unanswered::Violation(error)) = self.serve(current)
                     {
-                        self.report_violation(&error);
-                        current.interrupt.needs_reset();
+                        current.interrupt.needs_reset(&error);
                         Self::let_go(&mut active, sleep);
                     }
                     sleep.wait(active.as_ref().map(|active| active.queue.kick()));
@@ -151,7 +146,7 @@ impl Back {
             Ok(()) => Some(active),
             Err(error) => {
                 self.host_error(&error);
-                active.interrupt.needs_reset();
+                active.interrupt.needs_reset(&error);
                 None
             }
         }
@@ -298,12 +293,6 @@ impl Back {
         count(&self.counters.host_errors, 1);
         if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
             tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
-        }
-    }
-
-    fn report_violation(&mut self, error: &QueueError) {
-        if let Some(suppressed) = self.violations.pass(Instant::now()) {
-            tracing::warn!(disk = self.name, %error, suppressed, "driver broke the queue");
         }
     }
 }

@@ -2,7 +2,6 @@
 
 mod back;
 mod request;
-mod throttle;
 
 use std::io;
 use std::sync::Arc;

@@ -108,6 +108,13 @@ impl Vsock {
     }
 }
 
+impl Drop for Vsock {
+    /// Ends the thread; handles that are left dial in vain.
+    fn drop(&mut self) {
+        self.handle.send(Order::End);
+    }
+}
+
 impl Handle {
     /// Dials `port` of the guest and joins it with `stream`.
     pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {

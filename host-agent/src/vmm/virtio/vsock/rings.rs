@@ -217,7 +217,7 @@ impl Rings {
     }
 
     /// The driver broke the ring protocol.
-    pub fn needs_reset(&self) {
-        self.interrupt.needs_reset();
+    pub fn needs_reset(&self, error: &QueueError) {
+        self.interrupt.needs_reset(error);
     }
 }

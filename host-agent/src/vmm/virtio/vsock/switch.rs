@@ -18,6 +18,7 @@ use super::socket;
 use super::{Effect, Sink};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
+use crate::vmm::virtio::throttle::Throttle;
 
 /// The guest must answer a dial within this.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(2);
@@ -40,6 +41,7 @@ pub struct Switch {
     sink: Sink,
     dropped: u64,
     refused: u64,
+    host_errors: Throttle,
 }
 
 impl Switch {
@@ -51,6 +53,7 @@ impl Switch {
             sink,
             dropped: 0,
             refused: 0,
+            host_errors: Throttle::new(),
         }
     }
 
@@ -147,7 +150,7 @@ impl Switch {
         let (ours, theirs) = match pair {
             Ok(pair) => pair,
             Err(error) => {
-                warn!(%error, port = header.dst_port, "vsock: no socket for a connection");
+                self.host_error(&error);
                 self.refuse(header, "the host has no socket");
                 return;
             }
@@ -175,7 +178,7 @@ impl Switch {
             // A probe has its answer.
             None => self.abort(id, poll),
             Some(Err(error)) => {
-                warn!(%error, "vsock: socket of a dial cannot be watched");
+                self.host_error(&error);
                 self.abort(id, poll);
                 self.answer(origin, DialOutcome::Unavailable);
                 return;
@@ -202,6 +205,10 @@ impl Switch {
                     receive: true,
                     send: false,
                 });
+            }
+            // The guest knows that it is over, and may use the ports again.
+            Err(_) if entry.connection.phase() == Phase::Draining => {
+                return self.drop_connection(id, poll);
             }
             Err(_) => return self.abort(id, poll),
         }
@@ -461,6 +468,13 @@ impl Switch {
             );
         }
         self.muxer.reply(header.reset());
+    }
+
+    /// The guest sets the rate of connections, and so of this.
+    fn host_error(&mut self, error: &io::Error) {
+        if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
+            warn!(%error, suppressed, "vsock: the host has no socket for a connection");
+        }
     }
 
     /// Counts, and logs less and less often, as a guest can do it at will.

@@ -34,6 +34,8 @@ pub enum Order {
     Activate(Box<Activation>),
     /// Let go of the queues; dropped when done.
     Reset(Sender<()>),
+    /// The device is gone: end.
+    End,
     /// Dial and join.
     Dial {
         /// For the answer.
@@ -87,7 +89,7 @@ impl Worker {
         })
     }
 
-    /// Runs until every handle is gone.
+    /// Runs until the device is gone.
     pub fn run(mut self) {
         let mut events = vec![EpollEvent::default(); EVENTS];
         loop {
@@ -100,24 +102,28 @@ impl Worker {
                 }
             };
             let now = Instant::now();
-            let mut result = Ok(());
             for event in &events[..count] {
-                let step = self.event(event, now);
-                result = result.and(step);
+                let result = self.event(event, now);
+                self.check(result);
             }
             if !self.take_orders(now) {
                 return;
             }
             self.switch.expire(now, &self.poll);
-            if let Err(error) = result.and_then(|()| self.work(now)) {
-                warn!(%error, "vsock: the driver broke the queue protocol");
-                if let Some(rings) = &self.rings {
-                    rings.needs_reset();
-                }
-                self.drop_rings();
-            }
+            let result = self.work(now);
+            self.check(result);
             let held = u32::try_from(self.switch.len()).unwrap_or(u32::MAX);
             self.connections.store(held, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets go of the queues of a driver that broke their rules.
+    fn check(&mut self, result: Result<(), QueueError>) {
+        if let Err(error) = result {
+            if let Some(rings) = &self.rings {
+                rings.needs_reset(&error);
+            }
+            self.drop_rings();
         }
     }
 
@@ -160,7 +166,7 @@ impl Worker {
         }
     }
 
-    /// False when nobody is left to give orders.
+    /// False when the thread shall end.
     fn take_orders(&mut self, now: Instant) -> bool {
         loop {
             let order = match self.orders.try_recv() {
@@ -169,6 +175,10 @@ impl Worker {
                 Err(TryRecvError::Disconnected) => return false,
             };
             match order {
+                Order::End => {
+                    self.drop_rings();
+                    return false;
+                }
                 Order::Activate(activation) => self.activate(*activation),
                 Order::Reset(done) => {
                     self.drop_rings();
@@ -195,20 +205,18 @@ impl Worker {
         let interrupt = activation.interrupt.clone();
         match Rings::new(activation) {
             Ok(rings) => {
-                for (token, kick) in (0..).zip(rings.kicks()) {
+                let kicks = rings.kicks();
+                self.rings = Some(rings);
+                for (token, kick) in (0..).zip(kicks) {
                     let event = EpollEvent::new(EventSet::IN, token);
                     if let Err(error) = self.poll.ctl(ControlOperation::Add, kick, event) {
-                        warn!(%error, "vsock: a queue cannot be watched");
-                        interrupt.needs_reset();
+                        interrupt.needs_reset(&error);
+                        self.drop_rings();
                         return;
                     }
                 }
-                self.rings = Some(rings);
             }
-            Err(error) => {
-                warn!(%error, "vsock: not activated");
-                interrupt.needs_reset();
-            }
+            Err(error) => interrupt.needs_reset(&error),
         }
     }
 
