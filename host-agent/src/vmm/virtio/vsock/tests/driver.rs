@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -55,6 +55,26 @@ impl Buffers {
         assert!(at + stride <= TX_BUFFERS);
         at
     }
+}
+
+/// Whether the test `name` (under `vmm::virtio::`) is the only one in its
+/// process. If not, it has now passed in a process of its own.
+pub(crate) fn alone(name: &str) -> bool {
+    const ALONE: &str = "HOST_AGENT_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--test-threads=1", "--nocapture"])
+        .arg(format!("vmm::virtio::{name}"))
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let passed = output.status.success() && text.contains("1 passed");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(passed, "{text}{errors}");
+    false
 }
 
 /// A guest with a driver and its device.
@@ -137,6 +157,15 @@ impl Guest {
         };
         if asked {
             self.driver.kick(queue);
+        }
+    }
+
+    /// Offers receive buffers for the first time, to a guest made without any.
+    pub(crate) fn offer_buffers(&mut self, buffers: Buffers) {
+        assert_eq!(self.buffers.count, 0);
+        self.buffers = buffers;
+        for index in 0..buffers.count {
+            self.post(index);
         }
     }
 
@@ -274,6 +303,17 @@ impl Guest {
         assert_eq!((header.src_port, header.dst_port), (host, guest));
         assert_eq!((header.src_cid, header.dst_cid), (2, CID));
         header
+    }
+
+    /// Waits until the device holds `count` connections.
+    pub(crate) fn wait_connections(&self, count: u32) {
+        let handle = self.device.handle();
+        let start = Instant::now();
+        while handle.connections() != count {
+            let held = handle.connections();
+            assert!(start.elapsed() < PATIENCE, "{held} and not {count}");
+            std::thread::yield_now();
+        }
     }
 
     /// The next effect.

@@ -1,4 +1,6 @@
 //! The device against a driver that fills real rings.
 
+mod credit;
 mod driver;
+mod limits;
 mod protocol;

@@ -254,7 +254,7 @@ fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
     let started = Instant::now();
     guest.expect(Operation::Reset, PORT, 1);
     assert!(started.elapsed() + Duration::from_millis(100) > CLOSE_LIMIT);
-    assert_eq!(guest.device.handle().connections(), 0);
+    guest.wait_connections(0);
 }
 
 #[test]

@@ -1,0 +1,346 @@
+//! Bounds: connections, memory, receive buffers, descriptors of the process.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown as Half;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use super::driver::*;
+use crate::vmm::control::DialOutcome;
+use crate::vmm::virtio::Device;
+use crate::vmm::virtio::queue::EVENT_IDX;
+use crate::vmm::virtio::vsock::Effect;
+use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
+use crate::vmm::virtio::vsock::muxer::{MAX_CONNECTIONS, MAX_REPLIES};
+use crate::vmm::virtio::vsock::packet::Operation;
+
+/// A channel's host port.
+const PORT: u32 = 10;
+
+/// No receive buffers.
+const NONE: Buffers = Buffers {
+    count: 0,
+    payload: 4096,
+    split: true,
+};
+
+fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+fn assert_ended(stream: &mut UnixStream) {
+    let mut part = [0; 4096];
+    loop {
+        match stream.read(&mut part) {
+            Ok(0) => return,
+            Ok(_) => {}
+            // The device had not read what was written.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Writes until the socket takes no more; how much it took.
+fn fill(mut stream: &UnixStream, limit: usize) -> usize {
+    stream.set_nonblocking(true).unwrap();
+    let mut total = 0;
+    while total < limit {
+        match stream.write(&[7; 4096]) {
+            Ok(count) => total += count,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                break;
+            }
+        }
+    }
+    stream.set_nonblocking(false).unwrap();
+    total
+}
+
+/// What a pair of sockets holds when nobody reads.
+fn socket_room() -> usize {
+    let (near, _far) = UnixStream::pair().unwrap();
+    fill(&near, usize::MAX)
+}
+
+fn open_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_again() {
+    crate::descriptors::raise_limit();
+    let mut guest = Guest::with(Buffers::default(), EVENT_IDX);
+    let ports = |n: usize| (PORT + n as u32 % 7, n as u32 / 7);
+    let mut hosts: Vec<UnixStream> = (0..MAX_CONNECTIONS)
+        .map(|n| guest.connect(ports(n).0, ports(n).1))
+        .collect();
+    assert_eq!(hosts.len(), 1023);
+    for (n, host) in hosts.iter_mut().enumerate() {
+        let text = n.to_le_bytes();
+        guest.data(ports(n).0, ports(n).1, &text);
+        assert_eq!(read_exactly(host, 8), text);
+        host.write_all(&text).unwrap();
+        let (header, payload) = guest.receive();
+        assert_eq!((header.src_port, header.dst_port), ports(n));
+        assert_eq!(payload, text);
+    }
+    let refused = |guest: &mut Guest| {
+        guest.send(&Guest::header(Operation::Request, PORT, 1000), &[]);
+        guest.expect(Operation::Reset, PORT, 1000);
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        guest.device.handle().dial(1, 80, theirs.into());
+        let outcome = guest.effect();
+        assert!(matches!(
+            outcome,
+            Effect::Dialed {
+                id: 1,
+                outcome: DialOutcome::Unavailable
+            }
+        ));
+    };
+    refused(&mut guest);
+    // Whichever end frees a place, it is one place.
+    let (host_port, guest_port) = ports(500);
+    guest.send(&Guest::header(Operation::Reset, host_port, guest_port), &[]);
+    assert_ended(&mut hosts[500]);
+    let mut again = guest.connect(PORT, 1000);
+    guest.data(PORT, 1000, b"new");
+    assert_eq!(read_exactly(&mut again, 3), b"new");
+    let more = Guest::header(Operation::Request, PORT, 1001);
+    guest.send(&more, &[]);
+    guest.expect(Operation::Reset, PORT, 1001);
+    drop(again);
+    assert_eq!(guest.expect(Operation::Shutdown, PORT, 1000).flags, 3);
+    guest.send(&Guest::header(Operation::Reset, PORT, 1000), &[]);
+    hosts[500] = guest.connect(host_port, guest_port);
+    refused(&mut guest);
+    guest.wait_connections(MAX_CONNECTIONS as u32);
+}
+
+#[test]
+fn a_guest_that_promises_the_world_costs_a_slow_host_no_memory() {
+    let room = socket_room();
+    // Towards the guest: it has credit for 4 GiB and buffers for two packets.
+    let mut guest = Guest::with(NONE, 0);
+    let mut request = Guest::header(Operation::Request, PORT, 1);
+    request.buf_alloc = u32::MAX;
+    guest.send(&request, &[]);
+    let host = guest.opened();
+    guest.settle();
+    let taken = fill(&host, 64 << 20);
+    assert!(taken <= room, "{taken} bytes where a socket holds {room}");
+    // From the guest: it sends on, whatever it was told, on many connections.
+    let mut guest = Guest::new();
+    for port in 1..=16 {
+        let mut host = guest.connect(PORT, port);
+        let mut sent = 0_usize;
+        let ended = 'sending: loop {
+            guest.data(PORT, port, &[7; 16 * 1024]);
+            guest.settle();
+            sent += 16 * 1024;
+            while let Some((header, _)) = guest.try_receive() {
+                if header.operation() == Some(Operation::Reset) {
+                    break 'sending header;
+                }
+            }
+            let bound = room + 2 * HOST_BUFFER as usize;
+            assert!(sent <= bound, "{sent} bytes taken, {bound} is the bound");
+        };
+        assert_eq!((ended.src_port, ended.dst_port), (PORT, port));
+        // The host gets what its socket took, in order, and then the end.
+        let mut all = Vec::new();
+        host.read_to_end(&mut all).unwrap();
+        assert!(all.len() < sent && all.iter().all(|byte| *byte == 7));
+    }
+    guest.wait_connections(0);
+}
+
+#[test]
+fn a_guest_without_receive_buffers_gets_everything_when_it_offers_some() {
+    for features in [0, EVENT_IDX] {
+        let mut guest = Guest::with(NONE, features);
+        guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+        let mut host = guest.opened();
+        // What it sends arrives meanwhile; what it is sent waits.
+        for n in 0..100_u8 {
+            guest.data(PORT, 1, &[n; 100]);
+            assert_eq!(read_exactly(&mut host, 100), [n; 100]);
+        }
+        let text: Vec<u8> = (0..150_000_u32).map(|n| (n % 251) as u8).collect();
+        let mut written = 0;
+        host.set_nonblocking(true).unwrap();
+        while let Ok(count) = host.write(&text[written..]) {
+            written += count;
+            if written == text.len() {
+                break;
+            }
+        }
+        // Refusals wait as well, so many and no more.
+        for n in 0..2 * MAX_REPLIES {
+            guest.send(&Guest::header(Operation::Request, 9, n as u32), &[]);
+        }
+        guest.settle();
+        guest.offer_buffers(Buffers {
+            count: 3,
+            payload: 50,
+            split: false,
+        });
+        let mut refused = 0;
+        let mut got = Vec::new();
+        let mut response = false;
+        while got.len() < written || refused < MAX_REPLIES {
+            let (header, payload) = guest.receive();
+            match header.operation().unwrap() {
+                Operation::Reset => {
+                    assert_eq!((header.src_port, header.dst_port), (9, refused as u32));
+                    refused += 1;
+                }
+                Operation::Response => response = true,
+                Operation::Data => {
+                    assert!(response, "data before the response");
+                    assert!(payload.len() <= 50);
+                    assert_eq!(header.fwd_cnt, 10_000);
+                    got.extend(payload);
+                }
+                Operation::CreditUpdate => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(got == text[..written]);
+        // And nothing else.
+        guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+        guest.expect(Operation::CreditUpdate, PORT, 1);
+    }
+}
+
+#[test]
+fn receive_buffers_too_small_for_a_byte_come_back_empty_and_harm_nothing() {
+    let mut guest = Guest::with(NONE, 0);
+    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    let mut host = guest.opened();
+    host.write_all(b"patience").unwrap();
+    // One descriptor each, of which the last can hold a header and no byte.
+    for round in 0..100 {
+        for len in [0, 1, 43, 44] {
+            let index = 4 * (round % 10) + len as u16 % 4;
+            let at = 0x20_0000 + 64 * u64::from(index);
+            let flags = crate::vmm::virtio::test_driver::WRITE;
+            guest.driver.describe(RX, index, (at, len), flags, 0);
+            guest.driver.offer(RX, index);
+            guest.driver.kick(RX);
+            assert_eq!(guest.driver.wait_used(RX), (u32::from(index), 0));
+        }
+    }
+    guest.offer_buffers(Buffers {
+        count: 2,
+        payload: 1,
+        split: false,
+    });
+    guest.expect(Operation::Response, PORT, 1);
+    for byte in b"patience" {
+        let (header, payload) = guest.receive();
+        assert_eq!(header.operation(), Some(Operation::Data));
+        assert_eq!(payload, [*byte]);
+    }
+}
+
+#[test]
+fn what_becomes_of_an_old_connection_does_not_touch_its_successor() {
+    let mut guest = Guest::new();
+    let host = guest.connect(PORT, 1);
+    // The reader is so slow that the device holds the end of it.
+    let mut sent = 0;
+    while sent < socket_room() + 32 * 1024 {
+        guest.data(PORT, 1, &[1; 4096]);
+        sent += 4096;
+    }
+    guest.shutdown(PORT, 1, 3);
+    loop {
+        let (header, _) = guest.receive();
+        if header.operation() == Some(Operation::Reset) {
+            break;
+        }
+    }
+    let mut successor = guest.connect(PORT, 1);
+    guest.wait_connections(2);
+    // It closes with bytes unread, which is an error of the device's end.
+    drop(host);
+    guest.wait_connections(1);
+    guest.data(PORT, 1, b"still");
+    assert_eq!(read_exactly(&mut successor, 5), b"still");
+    successor.write_all(b"here").unwrap();
+    let (header, payload) = guest.receive();
+    assert_eq!(header.operation(), Some(Operation::Data), "{header:?}");
+    assert_eq!(payload, b"here");
+}
+
+#[test]
+fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
+    // The process must be quiet to be counted.
+    if !alone(
+        "vsock::tests::limits::a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread",
+    ) {
+        return;
+    }
+    let before = open_files();
+    let mut guest = Guest::new();
+    let mut idle = None;
+    for _ in 0..20 {
+        let quiet = open_files();
+        assert_eq!(*idle.get_or_insert(quiet), quiet, "descriptors leak");
+        let mut hosts: Vec<UnixStream> = (0..60).map(|n| guest.connect(PORT, n)).collect();
+        let dialed = UnixStream::pair().unwrap();
+        guest.device.handle().dial(7, 80, dialed.1.into());
+        guest.device.handle().probe(8, 81);
+        guest.receive();
+        guest.receive();
+        for (n, host) in (0..).zip(&mut hosts) {
+            match n % 6 {
+                // Untouched; unread by the host; unread by the guest.
+                0 => {}
+                1 => guest.data(PORT, n, &vec![1; 60_000]),
+                2 => host.write_all(&vec![2; 100_000]).unwrap(),
+                // Half closed by either; drained after the end.
+                3 => guest.shutdown(PORT, n, 2),
+                4 => host.shutdown(Half::Write).unwrap(),
+                _ => {
+                    for _ in 0..socket_room() / 4096 + 8 {
+                        guest.data(PORT, n, &[1; 4096]);
+                    }
+                    guest.shutdown(PORT, n, 3);
+                }
+            }
+        }
+        guest.settle();
+        guest.device.reset();
+        let mut outcomes = Vec::new();
+        for _ in 0..2 {
+            match guest.effect() {
+                Effect::Dialed { id, outcome } => outcomes.push((id, outcome)),
+                other @ Effect::Opened { .. } => panic!("{other:?}"),
+            }
+        }
+        outcomes.sort_by_key(|(id, _)| *id);
+        let unavailable = DialOutcome::Unavailable;
+        assert_eq!(outcomes, [(7, unavailable), (8, unavailable)]);
+        for host in &mut hosts {
+            assert_ended(host);
+        }
+        assert_ended(&mut { dialed.0 });
+        guest.wait_connections(0);
+        guest.start();
+    }
+    guest.connect(PORT, 1);
+    drop(guest);
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    let start = Instant::now();
+    while open_files() != before || threads() > 2 {
+        let left = (open_files(), before, threads());
+        assert!(start.elapsed() < PATIENCE, "{left:?}");
+        std::thread::yield_now();
+    }
+}
