@@ -416,3 +416,6 @@ fn set_half(target: &mut u64, high: bool, value: u32) {
     let shift = if high { 32 } else { 0 };
     *target = (*target & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,5 +2,6 @@
 
 mod credit;
 mod driver;
+mod hostile;
 mod limits;
 mod protocol;
