@@ -158,11 +158,34 @@ mod tests {
             prop_assert_eq!(seen, messages);
         }
 
+        /// What the stream reader does, with a peer that sends anything.
         #[test]
-        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+        fn no_bytes_make_the_decoder_panic_or_keep_more_than_a_frame(
+            parts in proptest::collection::vec((0..200_u32, any::<u8>(), 0..3_usize), 0..40),
+        ) {
             let mut decoder = Decoder::new();
-            decoder.push(&bytes);
-            while let Ok(Some(_)) = decoder.take_frame::<crate::message::ToHost>() {}
+            for (length, byte, kind) in parts {
+                let bytes = match kind {
+                    0 => length.to_le_bytes().to_vec(),
+                    1 => vec![byte; length as usize],
+                    _ => encode(&crate::message::ToHost::ShutdownBegun {}).unwrap(),
+                };
+                decoder.push(&bytes);
+                loop {
+                    match decoder.take_frame::<crate::message::ToHost>() {
+                        Ok(Some(_)) | Err(FrameError::Malformed(_)) => {}
+                        Ok(None) => break,
+                        Err(FrameError::TooLong { length }) => {
+                            prop_assert!(length > MAX_BODY);
+                            return Ok(());
+                        }
+                    }
+                }
+                prop_assert!(decoder.buffer.len() < HEADER + MAX_BODY);
+                let left = decoder.buffer.first_chunk::<HEADER>();
+                let whole = left.map(|header| HEADER + body_length(*header).unwrap());
+                prop_assert!(whole.is_none_or(|whole| decoder.buffer.len() < whole));
+            }
         }
     }
 }

@@ -341,3 +341,6 @@ pub enum ExecOutput {
         code: i32,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -146,8 +146,10 @@ mod tests {
 
     use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::vmm::control::{Command, Event};
+    use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, Stats};
 
     #[test]
     fn a_message_arrives_with_its_files_which_are_close_on_exec() {
@@ -198,5 +200,82 @@ mod tests {
         nix::sys::socket::send(a.as_raw_fd(), &long, MsgFlags::empty()).unwrap();
         let error = recv::<Command>(b.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let outcome = prop::sample::select(vec![
+            DialOutcome::Connected,
+            DialOutcome::Refused,
+            DialOutcome::TimedOut,
+            DialOutcome::Unavailable,
+        ]);
+        let text = || prop::collection::vec(any::<char>(), 0..20).prop_map(String::from_iter);
+        let reason = prop_oneof![
+            prop::sample::select(vec![
+                ExitReason::PowerOff,
+                ExitReason::Reboot,
+                ExitReason::TripleFault,
+                ExitReason::Panic,
+                ExitReason::Stopped,
+            ]),
+            text().prop_map(|detail| ExitReason::Failed { detail }),
+        ];
+        let stats = (
+            prop::collection::vec(any::<u64>(), 0..8),
+            any::<Option<u64>>(),
+            any::<(u64, u64, u32)>(),
+        );
+        prop_oneof![
+            any::<u64>().prop_map(|setup_us| Event::Running { setup_us }),
+            text().prop_map(|reason| Event::StartFailed { reason }),
+            any::<(u32, u32)>().prop_map(|(port, source_port)| Event::Opened { port, source_port }),
+            (any::<u64>(), outcome).prop_map(|(id, outcome)| Event::Dialed { id, outcome }),
+            any::<bool>().prop_map(|paused| Event::Paused { paused }),
+            any::<u64>().prop_map(|id| Event::Pong { id }),
+            stats.prop_map(|(exits, first_serial_us, counts)| {
+                Event::Stats(Stats {
+                    exits,
+                    first_serial_us,
+                    serial_dropped: counts.0,
+                    violations: counts.1,
+                    vsock_connections: counts.2,
+                })
+            }),
+            (text(), text())
+                .prop_map(|(device, reason)| Event::DeviceNeedsReset { device, reason }),
+            Just(Event::GuestPanicked {}),
+            reason.prop_map(Event::Exited),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_event_arrives_as_it_was_and_a_damaged_one_is_an_error_or_another(
+            event in event(),
+            files in 0..=MAX_FILES,
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
+        ) {
+            let (a, b) = pair().unwrap();
+            let sent = vec![a.as_fd(); files];
+            send(a.as_fd(), &event, &sent).unwrap();
+            let (taken, carried) = recv::<Event>(b.as_fd()).unwrap().unwrap();
+            prop_assert_eq!(&taken, &event);
+            prop_assert_eq!(carried.len(), files);
+            drop(carried);
+
+            let mut bytes = encode(&event).unwrap();
+            for (at, value) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            send_bytes(a.as_fd(), &bytes, &sent).unwrap();
+            match recv::<Event>(b.as_fd()) {
+                Ok(taken) => prop_assert!(taken.is_some_and(|(_, carried)| carried.len() == files)),
+                Err(error) => prop_assert_eq!(error.kind(), io::ErrorKind::InvalidData),
+            }
+            // Nothing keeps the carried files open: the end is seen.
+            drop(a);
+            prop_assert!(recv::<Event>(b.as_fd()).unwrap().is_none());
+        }
     }
 }

@@ -1,0 +1,336 @@
+//! Every message, whatever is in it, on its way through frames.
+
+use proptest::collection::{btree_map, vec};
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+use crate::frame::{self, Decoder, FrameError, HEADER, MAX_BODY};
+
+/// Text as it comes: every plane, control characters, quotes.
+fn text() -> impl Strategy<Value = String> {
+    prop_oneof![
+        4 => ".{0,30}",
+        2 => vec(any::<char>(), 0..20).prop_map(String::from_iter),
+        1 => Just("\0\"\\\u{7f}\u{2028}\n".to_owned()),
+    ]
+}
+
+fn pairs() -> impl Strategy<Value = Vec<(String, String)>> {
+    vec((text(), text()), 0..4)
+}
+
+fn role_state() -> impl Strategy<Value = RoleState> {
+    prop::sample::select(vec![
+        RoleState::Unknown,
+        RoleState::Creating,
+        RoleState::Starting,
+        RoleState::Ready,
+        RoleState::Busy,
+        RoleState::Recycling,
+        RoleState::Cycling,
+        RoleState::Stopping,
+        RoleState::Stopped,
+        RoleState::Failed,
+    ])
+}
+
+fn exit_cause() -> impl Strategy<Value = ExitCause> {
+    prop_oneof![
+        any::<i32>().prop_map(ExitCause::Code),
+        any::<i32>().prop_map(ExitCause::Signal),
+    ]
+}
+
+fn beat() -> impl Strategy<Value = Beat> {
+    let health = prop::sample::select(vec![
+        Health::Unknown,
+        Health::Healthy,
+        Health::Critical,
+        Health::Stopped,
+    ]);
+    let agent = (role_state(), any::<u32>()).prop_map(|(role, starts)| AgentState { role, starts });
+    (any::<[u64; 3]>(), text(), health, option::of(agent)).prop_map(
+        |(numbers, boot_id, health, agent)| Beat {
+            sequence: numbers[0],
+            boot_id,
+            health,
+            applied_incarnation: numbers[1],
+            agent,
+            agent_age_ms: numbers[2],
+        },
+    )
+}
+
+fn status() -> impl Strategy<Value = Status> {
+    let rest = (option::of(exit_cause()), option::of(any::<u64>()));
+    (any::<u64>(), role_state(), text(), any::<u32>(), rest).prop_map(
+        |(incarnation, state, detail, recycles, (last_exit, retry_in_ms))| Status {
+            incarnation,
+            state,
+            detail,
+            recycles,
+            last_exit,
+            retry_in_ms,
+        },
+    )
+}
+
+fn log_record() -> impl Strategy<Value = LogRecord> {
+    let source = prop::sample::select(vec![LogSource::Role, LogSource::Agent]);
+    (source, text(), any::<[u64; 2]>(), text()).prop_map(
+        |(source, stream, [uptime_ms, dropped], text)| LogRecord {
+            source,
+            stream,
+            uptime_ms,
+            dropped,
+            text,
+        },
+    )
+}
+
+fn to_host() -> impl Strategy<Value = ToHost> {
+    prop_oneof![
+        beat().prop_map(ToHost::Beat),
+        status().prop_map(ToHost::Status),
+        Just(ToHost::AgentRequest {}),
+        option::of(text()).prop_map(|error| ToHost::AgentResult { error }),
+        log_record().prop_map(ToHost::Log),
+        Just(ToHost::ShutdownBegun {}),
+        any::<(u64, u64)>().prop_map(|(init_ms, now_ms)| ToHost::Booted { init_ms, now_ms }),
+    ]
+}
+
+fn goal() -> impl Strategy<Value = Goal> {
+    let expected = prop::sample::select(vec![ExpectedState::Started, ExpectedState::Stopped]);
+    let value = prop_oneof![
+        text().prop_map(EnvironmentValue::Literal),
+        text().prop_map(EnvironmentValue::LocalStoragePath),
+    ];
+    let storage =
+        (text(), any::<u64>(), any::<bool>()).prop_map(|(name, size_mib, clean)| LocalStorage {
+            name,
+            size_mib,
+            clean_on_role_recycle: clean,
+        });
+    let endpoint =
+        (text(), text(), any::<u16>()).prop_map(|(name, protocol, local_port)| Endpoint {
+            name,
+            protocol,
+            local_port,
+        });
+    let entry_point = (vec(text(), 0..4), any::<bool>());
+    (
+        (any::<[u64; 2]>(), expected, any::<bool>(), entry_point),
+        vec(text(), 5),
+        btree_map(text(), text(), 0..4),
+        vec((text(), value), 0..4),
+        (vec(storage, 0..3), vec(endpoint, 0..3)),
+    )
+        .prop_map(
+            |(first, names, settings, environment, (local_storage, endpoints))| {
+                let ([incarnation, stop_timeout_ms], expected, elevated, entry_point) = first;
+                let mut names = names.into_iter();
+                let mut name = || names.next().unwrap();
+                Goal {
+                    incarnation,
+                    expected,
+                    deployment_id: name(),
+                    instance: name(),
+                    role: name(),
+                    entry_point: EntryPoint::Program {
+                        command: entry_point.0,
+                        ready_on_start: entry_point.1,
+                    },
+                    elevated,
+                    settings,
+                    environment,
+                    local_storage,
+                    endpoints,
+                    application_disk: name(),
+                    resource_disk: name(),
+                    stop_timeout_ms,
+                }
+            },
+        )
+}
+
+fn to_guest() -> impl Strategy<Value = ToGuest> {
+    let power = prop::sample::select(vec![PowerAction::PowerOff, PowerAction::Reboot]);
+    prop_oneof![
+        any::<u64>().prop_map(|sequence| ToGuest::Ask { sequence }),
+        goal().prop_map(|goal| ToGuest::Goal(Box::new(goal))),
+        (text(), any::<u64>(), text()).prop_map(|(version, size, sha256)| {
+            ToGuest::AgentProgram {
+                version,
+                size,
+                sha256,
+            }
+        }),
+        (power, any::<u64>())
+            .prop_map(|(then, deadline_ms)| ToGuest::Shutdown { then, deadline_ms }),
+    ]
+}
+
+fn exec_request() -> impl Strategy<Value = ExecRequest> {
+    let terminal = option::of(any::<(u16, u16)>());
+    (vec(text(), 0..4), pairs(), terminal).prop_map(|(command, environment, terminal)| {
+        ExecRequest {
+            command,
+            environment,
+            terminal,
+        }
+    })
+}
+
+fn exec_input() -> impl Strategy<Value = ExecInput> {
+    prop_oneof![
+        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecInput::Stdin { bytes }),
+        Just(ExecInput::StdinEnd {}),
+        any::<i32>().prop_map(|number| ExecInput::Signal { number }),
+    ]
+}
+
+fn exec_output() -> impl Strategy<Value = ExecOutput> {
+    prop_oneof![
+        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stdout { bytes }),
+        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stderr { bytes }),
+        exit_cause().prop_map(|cause| ExecOutput::Exited { cause }),
+        (text(), any::<i32>()).prop_map(|(reason, code)| ExecOutput::NotStarted { reason, code }),
+    ]
+}
+
+/// A message of any of the sets, so that a frame of one meets the decoder of
+/// each.
+#[derive(Debug, Clone)]
+enum Any {
+    Host(ToHost),
+    Guest(ToGuest),
+    Request(ExecRequest),
+    Input(ExecInput),
+    Output(ExecOutput),
+}
+
+fn any_message() -> impl Strategy<Value = Any> {
+    prop_oneof![
+        to_host().prop_map(Any::Host),
+        to_guest().prop_map(Any::Guest),
+        exec_request().prop_map(Any::Request),
+        exec_input().prop_map(Any::Input),
+        exec_output().prop_map(Any::Output),
+    ]
+}
+
+impl Any {
+    fn encode(&self) -> Vec<u8> {
+        match self {
+            Self::Host(message) => frame::encode(message),
+            Self::Guest(message) => frame::encode(message),
+            Self::Request(message) => frame::encode(message),
+            Self::Input(message) => frame::encode(message),
+            Self::Output(message) => frame::encode(message),
+        }
+        .unwrap()
+    }
+
+    /// Takes the next frame as a message of the same set; whether it is equal.
+    fn returns(&self, decoder: &mut Decoder) -> bool {
+        match self {
+            Self::Host(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+            Self::Guest(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+            Self::Request(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+            Self::Input(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+            Self::Output(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_message_returns_from_its_frame_as_it_was_and_takes_what_the_header_says(
+        messages in vec(any_message(), 1..5),
+    ) {
+        let mut decoder = Decoder::new();
+        for message in &messages {
+            let bytes = message.encode();
+            let header = *bytes.first_chunk::<HEADER>().unwrap();
+            prop_assert_eq!(frame::body_length(header).unwrap(), bytes.len() - HEADER);
+            decoder.push(&bytes);
+        }
+        for message in &messages {
+            prop_assert!(message.returns(&mut decoder), "{:?}", message);
+        }
+        prop_assert!(decoder.is_empty());
+    }
+
+    /// A peer that is nearly honest gets further into a parser than noise.
+    #[test]
+    fn a_damaged_frame_is_an_error_or_another_message_and_never_a_panic(
+        message in any_message(),
+        damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        cut in option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut bytes = message.encode();
+        for (at, value) in damage {
+            let at = HEADER + at.index(bytes.len() - HEADER);
+            bytes[at] = value;
+        }
+        if let Some(cut) = cut {
+            let len = cut.index(bytes.len() - HEADER);
+            bytes.truncate(HEADER + len);
+            let len = u32::try_from(len).unwrap();
+            bytes[..HEADER].copy_from_slice(&len.to_le_bytes());
+        }
+        fn take<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<Option<T>, FrameError> {
+            let mut decoder = Decoder::new();
+            decoder.push(bytes);
+            let taken = decoder.take_frame();
+            assert!(decoder.is_empty(), "a whole frame is gone, whatever it was");
+            taken
+        }
+        // What is taken is a message like any other: it can be sent again.
+        if let Ok(Some(taken)) = take::<ToHost>(&bytes) {
+            prop_assert!(Any::Host(taken.clone()).encode().len() <= HEADER + MAX_BODY);
+        }
+        let _ = take::<ToGuest>(&bytes);
+        let _ = take::<ExecRequest>(&bytes);
+        let _ = take::<ExecInput>(&bytes);
+        let _ = take::<ExecOutput>(&bytes);
+        let _ = take::<crate::version::Hello>(&bytes);
+        let _ = take::<crate::version::Welcome>(&bytes);
+    }
+
+    #[test]
+    fn fields_of_a_later_version_are_ignored(message in to_host(), value in text()) {
+        let mut json = serde_json::to_value(&message).unwrap();
+        json.as_object_mut().unwrap().insert("later".into(), value.into());
+        let taken: ToHost = frame::parse(json.to_string().as_bytes()).unwrap();
+        prop_assert_eq!(taken, message);
+    }
+}
+
+#[test]
+fn the_longest_piece_of_each_kind_fits_into_a_frame_however_it_is_written() {
+    // JSON writes a byte in four characters and a control character in six.
+    let bytes = vec![255; 16 * 1024];
+    Any::Output(ExecOutput::Stdout {
+        bytes: bytes.clone(),
+    })
+    .encode();
+    Any::Input(ExecInput::Stdin { bytes }).encode();
+    Any::Host(ToHost::Log(LogRecord {
+        source: LogSource::Role,
+        stream: "out".into(),
+        uptime_ms: u64::MAX,
+        dropped: u64::MAX,
+        text: "\u{1}".repeat(8 * 1024),
+    }))
+    .encode();
+    let long = ToHost::AgentResult {
+        error: Some("\u{1}".repeat(MAX_BODY / 6)),
+    };
+    assert!(matches!(
+        frame::encode(&long),
+        Err(FrameError::TooLong { .. })
+    ));
+}
