@@ -94,6 +94,10 @@ pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
 /// fewer, a crowd of clients would be refused by the guest's kernel.
 const BACKLOG: i32 = 1023;
 
+/// Wait after a failed accept: it fails when the guest has no memory or no file
+/// descriptors left, and would fail again at once.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
 /// Listens on `port` for connections of the host.
 pub fn listen(port: u32) -> io::Result<VsockListener> {
     let socket = socket(

@@ -4,10 +4,11 @@
 use std::io;
 use std::net::Ipv4Addr;
 
-use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio_vsock::VsockStream;
 use vmbus::channel::{HOST_CID, tunnel_port};
+use vmbus::stream;
 
 use crate::bus;
 
@@ -20,22 +21,22 @@ pub fn serve(local_port: u16) -> io::Result<JoinHandle<()>> {
     Ok(tokio::spawn(async move {
         loop {
             match listener.accept().await {
-                Ok((stream, peer)) if peer.cid() == HOST_CID => {
-                    tokio::spawn(join(stream, local_port));
+                Ok((host, peer)) if peer.cid() == HOST_CID => {
+                    tokio::spawn(join(host, local_port));
                 }
                 Ok(_) => {}
-                Err(_) => tokio::task::yield_now().await,
+                Err(_) => tokio::time::sleep(bus::ACCEPT_PAUSE).await,
             }
         }
     }))
 }
 
-async fn join(mut host: tokio_vsock::VsockStream, local_port: u16) {
+async fn join(host: VsockStream, local_port: u16) {
     // A role that does not listen refuses: the host's client sees a close.
-    let Ok(mut role) = TcpStream::connect((Ipv4Addr::LOCALHOST, local_port)).await else {
+    let Ok(role) = TcpStream::connect((Ipv4Addr::LOCALHOST, local_port)).await else {
         return;
     };
     // Small messages must not wait for acknowledgements that never come alone.
     let _ = role.set_nodelay(true);
-    let _ = copy_bidirectional_with_sizes(&mut host, &mut role, BUFFER, BUFFER).await;
+    stream::join(host.into_split(), role.into_split(), BUFFER).await;
 }

@@ -1,10 +1,10 @@
-//! Frames over an asynchronous byte stream.
+//! Frames over an asynchronous byte stream, and streams joined with each other.
 
 use std::io;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, copy_buf};
 
 use crate::frame::{self, Decoder, FrameError};
 
@@ -79,4 +79,85 @@ pub async fn send<W: AsyncWrite + Unpin, T: Serialize>(
     stream.write_all(&bytes).await?;
     stream.flush().await?;
     Ok(())
+}
+
+/// Joins a client with its server until both directions have ended, or nobody
+/// takes what the server says. Each is given as what is read from it and what
+/// is written to it; `buffer` bytes are copied at once.
+///
+/// A server that takes no more, since it ended, has not been heard out: its last
+/// words reach the client all the same.
+pub async fn join<C, D, S, T>(mut client: (C, D), mut server: (S, T), buffer: usize)
+where
+    C: AsyncRead + Unpin,
+    D: AsyncWrite + Unpin,
+    S: AsyncRead + Unpin,
+    T: AsyncWrite + Unpin,
+{
+    let asked = async {
+        let mut reader = BufReader::with_capacity(buffer, &mut client.0);
+        let _ = copy_buf(&mut reader, &mut server.1).await;
+        let _ = server.1.shutdown().await;
+    };
+    let answered = async {
+        let mut reader = BufReader::with_capacity(buffer, &mut server.0);
+        copy_buf(&mut reader, &mut client.1).await?;
+        client.1.shutdown().await
+    };
+    tokio::pin!(asked, answered);
+    tokio::select! {
+        () = &mut asked => {
+            let _ = answered.await;
+        }
+        result = &mut answered => {
+            if result.is_ok() {
+                asked.await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixStream;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn the_last_words_of_a_server_that_takes_no_more_reach_its_client() {
+        let (mut client, ours) = UnixStream::pair().unwrap();
+        let (theirs, mut server) = UnixStream::pair().unwrap();
+        // It has said everything, and is gone without having read.
+        server.write_all(b"last words").await.unwrap();
+        drop(server);
+        client.write_all(b"more").await.unwrap();
+        join(ours.into_split(), theirs.into_split(), 1024).await;
+        let mut heard = [0; 10];
+        client.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"last words");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn either_side_may_close_its_half_first() {
+        for client_first in [true, false] {
+            let (client, ours) = UnixStream::pair().unwrap();
+            let (theirs, server) = UnixStream::pair().unwrap();
+            let (mut first, mut second) = if client_first {
+                (client, server)
+            } else {
+                (server, client)
+            };
+            let joined = tokio::spawn(join(ours.into_split(), theirs.into_split(), 16));
+            first.write_all(&[1; 1000]).await.unwrap();
+            first.shutdown().await.unwrap();
+            let mut seen = Vec::new();
+            second.read_to_end(&mut seen).await.unwrap();
+            assert_eq!(seen, [1; 1000]);
+            second.write_all(&[2; 1000]).await.unwrap();
+            second.shutdown().await.unwrap();
+            seen.clear();
+            first.read_to_end(&mut seen).await.unwrap();
+            assert_eq!(seen, [2; 1000]);
+            joined.await.unwrap();
+        }
+    }
 }

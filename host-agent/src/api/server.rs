@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmbus::message::ExecRequest;
-use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::stream::{FrameReader, StreamError, join, send};
 
 use super::types::{
     DeploymentInfo, EndpointInfo, Failure, InstanceInfo, LogFile, MAX_CHUNK, Request, Response,
@@ -218,7 +218,7 @@ async fn exec_in(
     send(&mut guest, &request).await?;
     guest.write_all(&early).await?;
     send(stream, &Response::Ok {}).await?;
-    copy_bidirectional(stream, &mut guest).await?;
+    join(stream.split(), guest.split(), MAX_CHUNK).await;
     Ok(())
 }
 
