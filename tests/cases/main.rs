@@ -7,4 +7,5 @@ mod exits;
 mod heartbeat;
 mod machine;
 mod output;
+mod terminal;
 mod tunnel;

@@ -19,9 +19,10 @@ pub enum ToHost {
     Status(Status),
     /// Channel `agent`: ready to receive the program.
     AgentRequest {},
-    /// Channel `agent`: the program was checked and started, or was not.
+    /// Channel `agent`: the program was checked and started, or was not, or has
+    /// ended.
     AgentResult {
-        /// Absent when the program runs; else why it does not.
+        /// Absent when the program runs; else why it does not any more.
         error: Option<String>,
     },
     /// Channel `log`.
@@ -296,6 +297,11 @@ pub struct ExecRequest {
     pub terminal: Option<(u16, u16)>,
 }
 
+/// Most bytes of standard input that may be on their way to a program that does
+/// not read: the host sends more as they are [`ExecOutput::Consumed`], so that a
+/// signal is never stuck behind them.
+pub const EXEC_WINDOW: usize = 256 * 1024;
+
 /// Host to guest, after the request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
@@ -312,6 +318,13 @@ pub enum ExecInput {
         /// Signal number.
         number: i32,
     },
+    /// The terminal has another size.
+    Resize {
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        columns: u16,
+    },
 }
 
 /// Guest to host.
@@ -327,6 +340,11 @@ pub enum ExecOutput {
     Stderr {
         /// The bytes.
         bytes: Vec<u8>,
+    },
+    /// The program took so many more bytes of standard input, or never will.
+    Consumed {
+        /// How many.
+        bytes: usize,
     },
     /// The program ended; the last frame.
     Exited {

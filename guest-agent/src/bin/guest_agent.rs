@@ -86,7 +86,7 @@ async fn agent() -> std::io::Result<()> {
     tokio::spawn(report_to_app_agent(seen.clone()));
     tokio::spawn(report_to_host(seen));
     let environment = Environment::new(RwLock::new(Vec::new()));
-    exec::serve(Arc::clone(&environment))?;
+    exec::serve(Arc::clone(&environment)).await?;
     let (goals, mut wanted) = mpsc::channel(1);
     tokio::spawn(receive_goals(goals));
     let (said, mut heard) = mpsc::channel(64);

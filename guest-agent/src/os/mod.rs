@@ -1,7 +1,10 @@
 //! The guest's operating system: mounts, modules, disks, users, quotas.
 
 pub mod boot;
+pub mod cgroup;
+pub mod child;
 pub mod disk;
 pub mod loopback;
 pub mod quota;
+pub mod terminal;
 pub mod user;

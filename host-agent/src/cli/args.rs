@@ -146,8 +146,8 @@ Examples:
     /// Run a command in a guest and end with its exit code
     #[command(after_help = "\
 Examples:
-  host-agent exec Cache_IN_0 -- ps ax
-  host-agent exec Cache_IN_0 -- sh")]
+  host-agent exec -i Cache_IN_0 -- redis-cli --pipe < keys
+  host-agent exec -it Cache_IN_0 -- sh")]
     Exec(ExecArgs),
     /// Print a log of an instance
     #[command(after_help = "\
@@ -266,6 +266,12 @@ pub enum OnNoKvm {
 /// `exec`.
 #[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
+    /// Pass standard input on [default: on a terminal]
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal [default: on a terminal]
+    #[arg(short, long)]
+    pub tty: bool,
     /// Instance, or DEPLOYMENT/INSTANCE
     pub instance: String,
     /// Command and its arguments
@@ -390,7 +396,14 @@ mod tests {
             panic!("not exec");
         };
         assert_eq!(args.command, ["ls", "--json", "-q"]);
+        assert!(!args.interactive && !args.tty);
         assert!(!parsed.global.json && !parsed.global.quiet);
+        let line = ["host-agent", "exec", "-it", "A_IN_0", "--", "sh", "-i"];
+        let Verb::Exec(args) = CommandLine::try_parse_from(line).unwrap().verb else {
+            panic!("not exec");
+        };
+        assert!(args.interactive && args.tty);
+        assert_eq!(args.command, ["sh", "-i"]);
     }
 
     #[test]

@@ -1,29 +1,41 @@
 //! `host-agent exec`: a program in a guest as if it ran here.
 
-use std::io::{self, IsTerminal as _, Read as _, Write as _};
+mod keys;
 
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
 use vmbus::stream::send;
 
 use super::args::ExecArgs;
 use super::error::{CliError, Code};
 use super::exit::Exit;
-use super::interrupt::Interrupts;
 use super::terminal::{RawMode, window_size};
 use super::{instances, output, runtime};
 use crate::api::client::{Connection, Target};
 use crate::api::types::Request;
+use keys::{Keys, Signals};
 
-/// Bytes of standard input in one frame, the protocol's limit.
-const PIECE: usize = 16 * 1024;
-/// Pieces of standard input that wait for the guest.
-const BACKLOG: usize = 4;
+/// Frames that wait to be sent: only when the guest takes nothing.
+const BACKLOG: usize = 16;
+/// Time for a program to end after a signal that ends us too.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Runs the command; its exit code is ours.
 pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
+    let mode = mode(
+        args,
+        no_input,
+        io::stdin().is_terminal(),
+        io::stdout().is_terminal(),
+    )
+    .map_err(|(what, hint)| CliError::new(Code::Usage, what).hint(hint))?;
     let runtime = runtime()?;
-    let result = runtime.block_on(execute(args, no_input));
+    let result = runtime.block_on(execute(args, mode));
     // A thread may still wait for standard input: it ends with the process.
     runtime.shutdown_background();
     // That the instance does not exist is told apart from what the program
@@ -35,17 +47,49 @@ pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     })
 }
 
-async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
-    let target = instances::find(&args.instance).await?;
-    let terminal = !no_input && io::stdin().is_terminal() && io::stdout().is_terminal();
-    let mut input = (!no_input).then(read_stdin);
-    let mut last = session(&target, args, terminal, &mut input).await?;
-    if terminal && matches!(last, Last::Frame(ExecOutput::NotStarted { code: 125, .. })) {
-        // A guest agent may have no terminals to give; a command without one
-        // is of more use than none.
-        last = session(&target, args, false, &mut input).await?;
+/// What the program is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Mode {
+    /// Our standard input.
+    input: bool,
+    /// A terminal.
+    terminal: bool,
+}
+
+/// From the flags and what standard input and output are; else what is wrong
+/// and what to do.
+fn mode(
+    args: &ExecArgs,
+    no_input: bool,
+    input_is_terminal: bool,
+    output_is_terminal: bool,
+) -> Result<Mode, (&'static str, &'static str)> {
+    let (input, terminal) = (args.interactive, args.tty);
+    match (input, terminal) {
+        // As if it ran here: on a terminal it has the terminal. Elsewhere it
+        // must not eat the input of the script that calls us.
+        (false, false) => {
+            let both = input_is_terminal && output_is_terminal && !no_input;
+            Ok(Mode {
+                input: both,
+                terminal: both,
+            })
+        }
+        (true, _) if input_is_terminal && no_input => Err((
+            "-i reads standard input, which is a terminal, and --no-input forbids that",
+            "leave out -i or --no-input (HOST_AGENT_NO_INPUT)",
+        )),
+        (true, true) if !input_is_terminal => Err((
+            "-it needs a terminal on standard input",
+            "leave out -t: the command then reads from a pipe",
+        )),
+        _ => Ok(Mode { input, terminal }),
     }
-    match last {
+}
+
+async fn execute(args: &ExecArgs, mode: Mode) -> Result<Exit, CliError> {
+    let target = instances::find(&args.instance).await?;
+    match session(&target, args, mode).await? {
         Last::Frame(frame) => finish(frame, &args.command[0]),
         Last::Signal(number) => Ok(Exit::Signal(number)),
     }
@@ -55,38 +99,39 @@ async fn execute(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
 enum Last {
     /// With this frame, which is not output.
     Frame(ExecOutput),
-    /// We were told to end, and the guest could not be told.
+    /// We were told to end, and the program did not.
     Signal(u8),
 }
 
-async fn session(
-    target: &Target,
-    args: &ExecArgs,
-    terminal: bool,
-    input: &mut Option<mpsc::Receiver<ExecInput>>,
-) -> Result<Last, CliError> {
+async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, CliError> {
     let request = Request::Exec {
         instance: target.instance.clone(),
         exec: ExecRequest {
             command: args.command.clone(),
-            environment: environment(terminal),
-            terminal: terminal.then(window_size),
+            environment: environment(mode.terminal),
+            terminal: mode.terminal.then(window_size),
         },
     };
     let mut connection = Connection::open(&target.socket, &request).await?;
     connection.accepted().await?;
-    let (mut reader, mut writer) = connection.into_parts();
-    // Until this returns: errors are printed on a terminal in its own mode.
-    let _raw = if terminal {
+    let (mut reader, writer) = connection.into_parts();
+    let mut signals = Signals::listen()?;
+    // Until this returns, or panics: errors are printed on a terminal in its
+    // own mode.
+    let _raw = if mode.input && mode.terminal {
         Some(RawMode::enter().map_err(|errno| {
             CliError::new(Code::ExecHost, "cannot set up the terminal").cause(errno.to_string())
         })?)
     } else {
         None
     };
-    let mut interrupts = Interrupts::listen()?;
-    if input.is_none() {
-        let _ = send(&mut writer, &ExecInput::StdinEnd {}).await;
+    // A guest that takes nothing must not keep us from what it says.
+    let (input, pieces) = mpsc::channel(BACKLOG);
+    let (urgent, commands) = mpsc::channel(BACKLOG);
+    tokio::spawn(pass_on(commands, pieces, writer));
+    let mut keys = mode.input.then(Keys::read);
+    if !mode.input {
+        let _ = input.try_send(ExecInput::StdinEnd {});
     }
     let lost = |cause: String| {
         let what = format!("lost {} while the command ran", target.instance);
@@ -94,25 +139,37 @@ async fn session(
             .cause(cause)
             .hint("host-agent ps")
     };
+    let mut told_to_end: Option<(u8, Instant)> = None;
     loop {
         let frame = tokio::select! {
             frame = reader.next::<ExecOutput>() => frame,
-            piece = next_piece(input) => {
-                let last = piece == ExecInput::StdinEnd {};
-                // The program may have ended without reading: its exit code
-                // then waits to be read.
-                if send(&mut writer, &piece).await.is_err() || last {
-                    *input = None;
+            (place, piece) = next_piece(&input, &mut keys) => {
+                if piece == (ExecInput::StdinEnd {}) {
+                    keys = None;
                 }
+                place.send(piece);
                 continue;
             }
-            number = interrupts.next() => {
-                let signal = ExecInput::Signal { number: i32::from(number) };
-                if send(&mut writer, &signal).await.is_err() {
+            number = signals.next() => {
+                if number == libc::SIGWINCH {
+                    if mode.terminal {
+                        let (rows, columns) = window_size();
+                        let _ = urgent.try_send(ExecInput::Resize { rows, columns });
+                    }
+                    continue;
+                }
+                let told = urgent.try_send(ExecInput::Signal { number });
+                let number = u8::try_from(number).expect("Linux has 64 signals");
+                if told.is_err() {
                     return Ok(Last::Signal(number));
                 }
+                // The others may be for the program alone; these are for us.
+                if matches!(i32::from(number), libc::SIGTERM | libc::SIGHUP) {
+                    told_to_end.get_or_insert((number, Instant::now() + LAST_WORDS));
+                }
                 continue;
             }
+            number = overdue(told_to_end) => return Ok(Last::Signal(number)),
         };
         match frame {
             Ok(Some(ExecOutput::Stdout { bytes })) => output::write(&bytes)?,
@@ -121,10 +178,58 @@ async fn session(
                 // Nothing can be told when standard error is gone.
                 let _ = stderr.write_all(&bytes);
             }
+            Ok(Some(ExecOutput::Consumed { bytes })) => {
+                if let Some(keys) = &mut keys {
+                    keys.consumed(bytes);
+                }
+            }
             Ok(Some(last)) => return Ok(Last::Frame(last)),
             Ok(None) => return Err(lost("the connection was closed".into())),
             Err(error) => return Err(lost(vmbus::text::chain(&error))),
         }
+    }
+}
+
+/// Sends frames, `urgent` ones first, until the guest is gone, which the reader
+/// tells: the program may have ended without reading, and its exit code then
+/// waits to be read.
+async fn pass_on(
+    mut urgent: mpsc::Receiver<ExecInput>,
+    mut input: mpsc::Receiver<ExecInput>,
+    mut writer: OwnedWriteHalf,
+) {
+    let mut gone = false;
+    loop {
+        let frame = tokio::select! {
+            biased;
+            Some(frame) = urgent.recv() => frame,
+            Some(frame) = input.recv() => frame,
+            else => return,
+        };
+        gone = gone || send(&mut writer, &frame).await.is_err();
+    }
+}
+
+/// The next piece of standard input and a place for it; waits for ever when
+/// there is none.
+async fn next_piece<'a>(
+    input: &'a mpsc::Sender<ExecInput>,
+    keys: &mut Option<Keys>,
+) -> (mpsc::Permit<'a, ExecInput>, ExecInput) {
+    match (keys, input.reserve().await) {
+        (Some(keys), Ok(place)) => (place, keys.next().await),
+        _ => std::future::pending().await,
+    }
+}
+
+/// The signal that told us to end, when the program had its time.
+async fn overdue(told: Option<(u8, Instant)>) -> u8 {
+    match told {
+        Some((number, at)) => {
+            tokio::time::sleep_until(at).await;
+            number
+        }
+        None => std::future::pending().await,
     }
 }
 
@@ -147,48 +252,17 @@ fn finish(last: ExecOutput, program: &str) -> Result<Exit, CliError> {
                 .cause(reason)
                 .exit_with(code))
         }
-        ExecOutput::Stdout { .. } | ExecOutput::Stderr { .. } => {
-            unreachable!("the caller prints output")
+        ExecOutput::Stdout { .. } | ExecOutput::Stderr { .. } | ExecOutput::Consumed { .. } => {
+            unreachable!("the caller takes these")
         }
     }
 }
 
-fn environment(interactive: bool) -> Vec<(String, String)> {
-    let term = std::env::var("TERM").ok().filter(|_| interactive);
+fn environment(terminal: bool) -> Vec<(String, String)> {
+    let term = std::env::var("TERM").ok().filter(|_| terminal);
     term.map(|value| ("TERM".to_owned(), value))
         .into_iter()
         .collect()
-}
-
-/// Reads standard input in a thread: it cannot be polled when it is a file.
-fn read_stdin() -> mpsc::Receiver<ExecInput> {
-    let (sender, receiver) = mpsc::channel(BACKLOG);
-    std::thread::spawn(move || {
-        let mut piece = vec![0; PIECE];
-        loop {
-            let read = io::stdin().lock().read(&mut piece);
-            let input = match read {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Ok(0) | Err(_) => ExecInput::StdinEnd {},
-                Ok(count) => ExecInput::Stdin {
-                    bytes: piece[..count].to_vec(),
-                },
-            };
-            let last = input == ExecInput::StdinEnd {};
-            if sender.blocking_send(input).is_err() || last {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-/// The next piece of standard input; waits for ever when there is none.
-async fn next_piece(input: &mut Option<mpsc::Receiver<ExecInput>>) -> ExecInput {
-    match input {
-        Some(receiver) => receiver.recv().await.unwrap_or(ExecInput::StdinEnd {}),
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]
@@ -209,5 +283,33 @@ mod tests {
             };
             assert_eq!(finish(last, "x").unwrap_err().exit().code(), expected);
         }
+    }
+
+    #[test]
+    fn a_terminal_is_given_when_asked_for_or_when_there_is_one_and_nothing_was_asked() {
+        let given = |flags: &str, no_input, terminals: (bool, bool)| {
+            let args = ExecArgs {
+                interactive: flags.contains('i'),
+                tty: flags.contains('t'),
+                instance: String::new(),
+                command: Vec::new(),
+            };
+            mode(&args, no_input, terminals.0, terminals.1)
+                .ok()
+                .map(|mode| (mode.input, mode.terminal))
+        };
+        let (both, stdin, stdout, none) =
+            ((true, true), (true, false), (false, true), (false, false));
+        assert_eq!(given("", false, both), Some((true, true)));
+        assert_eq!(given("", true, both), Some((false, false)));
+        for terminals in [stdin, stdout, none] {
+            assert_eq!(given("", false, terminals), Some((false, false)));
+            assert_eq!(given("i", false, terminals), Some((true, false)));
+            assert_eq!(given("t", false, terminals), Some((false, true)));
+        }
+        assert_eq!(given("it", false, stdin), Some((true, true)));
+        assert_eq!(given("it", false, stdout), None);
+        assert_eq!(given("i", true, both), None);
+        assert_eq!(given("i", true, none), Some((true, false)));
     }
 }

@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::AsRawFd as _;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -27,9 +26,14 @@ impl Drop for RawMode {
     }
 }
 
-/// Rows and columns of the terminal on standard input, 24 by 80 if it does
-/// not say.
+/// Rows and columns of the terminal on standard input, else output, else
+/// error; 24 by 80 if none says.
 pub fn window_size() -> (u16, u16) {
+    let streams = [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO];
+    streams.into_iter().find_map(size_of).unwrap_or((24, 80))
+}
+
+fn size_of(stream: libc::c_int) -> Option<(u16, u16)> {
     let mut size = libc::winsize {
         ws_row: 0,
         ws_col: 0,
@@ -38,10 +42,6 @@ pub fn window_size() -> (u16, u16) {
     };
     // SAFETY: TIOCGWINSZ writes one `winsize` to the pointer, which is to a
     // live value of that type.
-    let result = unsafe { libc::ioctl(io::stdin().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
-    if result == 0 && size.ws_row > 0 && size.ws_col > 0 {
-        (size.ws_row, size.ws_col)
-    } else {
-        (24, 80)
-    }
+    let result = unsafe { libc::ioctl(stream, libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0 && size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
 }

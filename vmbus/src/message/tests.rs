@@ -188,6 +188,7 @@ fn exec_input() -> impl Strategy<Value = ExecInput> {
         vec(any::<u8>(), 0..100).prop_map(|bytes| ExecInput::Stdin { bytes }),
         Just(ExecInput::StdinEnd {}),
         any::<i32>().prop_map(|number| ExecInput::Signal { number }),
+        any::<(u16, u16)>().prop_map(|(rows, columns)| ExecInput::Resize { rows, columns }),
     ]
 }
 
@@ -195,6 +196,7 @@ fn exec_output() -> impl Strategy<Value = ExecOutput> {
     prop_oneof![
         vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stdout { bytes }),
         vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stderr { bytes }),
+        any::<usize>().prop_map(|bytes| ExecOutput::Consumed { bytes }),
         exit_cause().prop_map(|cause| ExecOutput::Exited { cause }),
         (text(), any::<i32>()).prop_map(|(reason, code)| ExecOutput::NotStarted { reason, code }),
     ]

@@ -1,0 +1,131 @@
+//! Runs commands for an operator: requests from the host, one process each.
+
+mod program;
+
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_vsock::{OwnedReadHalf, VsockStream};
+use vmbus::channel::{EXEC_PORT, HOST_CID};
+use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
+use vmbus::stream::{FrameReader, StreamError, send};
+
+use crate::bus;
+use crate::os::cgroup::{self, Group};
+use program::Program;
+
+/// Frames of output that wait for the host.
+const BACKLOG: usize = 8;
+/// Time for commands of an earlier guest agent to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Variables that commands see: the role's, once it is set up.
+pub type Environment = Arc<RwLock<Vec<(String, String)>>>;
+
+/// Serves exec requests for the life of the process. Commands that an earlier
+/// guest agent left have lost their operator, and are ended.
+pub async fn serve(environment: Environment) -> io::Result<()> {
+    let group = Group::at(cgroup::EXEC)?;
+    group.clear(KILL_LIMIT).await?;
+    let listener = bus::listen(EXEC_PORT)?;
+    tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) if peer.cid() == HOST_CID => {
+                    let environment = Arc::clone(&environment);
+                    let group = group.clone();
+                    tokio::spawn(async move {
+                        // An operator who went away is no error.
+                        let _ = serve_one(stream, &environment, &group).await;
+                    });
+                }
+                Ok(_) => {}
+                Err(_) => tokio::time::sleep(bus::ACCEPT_PAUSE).await,
+            }
+        }
+    });
+    Ok(())
+}
+
+async fn serve_one(
+    stream: VsockStream,
+    environment: &Environment,
+    group: &Group,
+) -> Result<(), StreamError> {
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = FrameReader::new(reader);
+    let Some(request) = reader.next::<ExecRequest>().await? else {
+        return Ok(());
+    };
+    let variables = environment
+        .read()
+        .map(|variables| variables.clone())
+        .unwrap_or_default();
+    let (frames, mut queue) = mpsc::channel(BACKLOG);
+    let started = Program::start(&request, variables, group, &frames);
+    let program = match started {
+        Ok(program) => program,
+        Err(refusal) => return send(&mut writer, &refusal).await,
+    };
+    // A host that does not read, for whatever its user does with the output,
+    // holds up nothing else: keys and signals still reach the program.
+    let talk = async move {
+        while let Some(frame) = queue.recv().await {
+            send(&mut writer, &frame).await?;
+        }
+        // Half closed: all that was said arrives.
+        tokio::io::AsyncWriteExt::shutdown(&mut writer).await?;
+        Ok(())
+    };
+    let ((), told) = tokio::join!(attend(program, reader, frames), talk);
+    told
+}
+
+/// Passes on what comes from the host until the program ended and all that it
+/// wrote is in `frames`.
+async fn attend(
+    mut program: Program,
+    mut reader: FrameReader<OwnedReadHalf>,
+    frames: mpsc::Sender<ExecOutput>,
+) {
+    let mut connected = true;
+    let status = loop {
+        tokio::select! {
+            status = program.child.wait() => break status,
+            input = reader.next::<ExecInput>(), if connected => match input {
+                Ok(Some(ExecInput::Stdin { bytes })) => program.input(bytes),
+                Ok(Some(ExecInput::StdinEnd {})) => program.end_input(),
+                Ok(Some(ExecInput::Signal { number })) => program.signal(number),
+                Ok(Some(ExecInput::Resize { rows, columns })) => program.resize((rows, columns)),
+                // Nobody is left who wants the command to go on.
+                Ok(None) | Err(_) => {
+                    connected = false;
+                    program.signal(libc::SIGKILL);
+                }
+            },
+        }
+    };
+    program.drain().await;
+    let last = match status {
+        Ok(status) => ExecOutput::Exited {
+            cause: cause(status),
+        },
+        Err(error) => ExecOutput::NotStarted {
+            reason: format!("cannot wait for the command: {error}"),
+            code: 125,
+        },
+    };
+    // Fails when the host has gone.
+    let _ = frames.send(last).await;
+}
+
+fn cause(status: ExitStatus) -> ExitCause {
+    match status.signal() {
+        Some(signal) => ExitCause::Signal(signal),
+        None => ExitCause::Code(status.code().unwrap_or(-1)),
+    }
+}
