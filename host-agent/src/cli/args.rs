@@ -14,7 +14,7 @@ const OVERVIEW: &str = "\
 Start:   doctor  validate  pack  run  test
 Look:    ps  logs
 Inside:  exec
-More:    version  help
+More:    completion  version  help
 
 Examples:
   host-agent doctor             can this machine run guests?
@@ -173,6 +173,12 @@ Examples:
   host-agent validate ./redis
   host-agent validate redis.cspkg ServiceConfiguration.cscfg --json")]
     Validate(ValidateArgs),
+    /// Print the completion of a shell
+    #[command(after_help = "\
+Examples:
+  host-agent completion bash > ~/.local/share/bash-completion/completions/host-agent
+  host-agent completion fish > ~/.config/fish/completions/host-agent.fish")]
+    Completion(CompletionArgs),
     /// Print the version
     #[command(after_help = "\
 Examples:
@@ -308,6 +314,24 @@ pub struct ValidateArgs {
     /// Service directories, .csdef, .cscfg, .cspkg
     #[arg(required = true, value_name = "F")]
     pub files: Vec<PathBuf>,
+}
+
+/// `completion`.
+#[derive(Debug, Clone, Args)]
+pub struct CompletionArgs {
+    /// For which shell
+    pub shell: Shell,
+}
+
+/// Shells whose completion can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// Bash.
+    Bash,
+    /// Zsh.
+    Zsh,
+    /// Fish.
+    Fish,
 }
 
 /// An instance.

@@ -1,6 +1,7 @@
 //! The command line: verbs, what is printed, exit codes.
 
 mod args;
+mod completion;
 mod deploy;
 mod doctor;
 mod error;
@@ -52,6 +53,7 @@ pub fn main() -> ExitCode {
         Verb::Thaw(args) => instances::pause(&args, false, &output),
         Verb::Pack(args) => service::pack(&args, &output),
         Verb::Validate(args) => service::validate(&args, &output),
+        Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => test::run(&args, &output),

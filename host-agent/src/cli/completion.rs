@@ -1,0 +1,57 @@
+//! `host-agent completion`: what a shell needs to complete verbs and flags.
+
+use clap::CommandFactory as _;
+use clap_complete::{Shell as Kind, generate};
+
+use super::args::{CommandLine, Shell};
+use super::error::CliError;
+use super::exit::Exit;
+use super::output;
+
+/// Prints the script of `shell` to standard output.
+pub fn print(shell: Shell) -> Result<Exit, CliError> {
+    output::write(&script(shell))?;
+    Ok(Exit::Success)
+}
+
+fn script(shell: Shell) -> Vec<u8> {
+    let kind = match shell {
+        Shell::Bash => Kind::Bash,
+        Shell::Zsh => Kind::Zsh,
+        Shell::Fish => Kind::Fish,
+    };
+    // Into memory: the generator panics when its output cannot be written.
+    let mut script = Vec::new();
+    generate(kind, &mut CommandLine::command(), "host-agent", &mut script);
+    script
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn every_script_knows_the_verbs_and_bash_completes_one() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let script = String::from_utf8(script(shell)).unwrap();
+            for word in ["validate", "doctor", "heartbeat-limit"] {
+                assert!(script.contains(word), "{word} for {shell:?}");
+            }
+        }
+        let mut bash = Command::new("bash")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = bash.stdin.take().unwrap();
+        input.write_all(&script(Shell::Bash)).unwrap();
+        let ask = "\nCOMP_WORDS=(host-agent va) COMP_CWORD=1\n\
+            _host__agent host-agent va host-agent\necho \"${COMPREPLY[*]}\"\n";
+        input.write_all(ask.as_bytes()).unwrap();
+        drop(input);
+        let output = bash.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "validate\n");
+    }
+}
