@@ -1,10 +1,12 @@
 //! What runs inside a guest: the app agent (PID 1), the guest agent and the
 //! bootstrapper.
 
+pub mod agent;
 pub mod bootstrapper;
 pub mod bus;
 pub mod delivery;
 pub mod exec;
+pub mod keeper;
 pub mod log;
 pub mod os;
 pub mod report;

@@ -78,18 +78,12 @@ fn resting(setting: &Setting, run: &Run<'_>, vmm: u32, findings: &mut Findings) 
     for (id, name) in [
         ("app-agent-rss", "init"),
         ("guest-agent-rss", "guest-agent"),
+        ("bootstrapper-rss", "bootstrapper"),
     ] {
         let of = |status: &&str| status.lines().next() == Some(&format!("Name:\t{name}"));
-        let sizes: Vec<f64> = guest
-            .split("\n\n")
-            .filter(of)
-            .filter_map(process::resident_of)
-            .collect();
-        // The bootstrapper is the same program; the agent proper came first.
-        let found = match sizes.first() {
-            Some(first) => {
-                Ok(Found::samples(vec![*first]).with(json!({ "every_process_mib": sizes })))
-            }
+        let size = guest.split("\n\n").find(of).and_then(process::resident_of);
+        let found = match size {
+            Some(size) => Ok(Found::samples(vec![size])),
             None => Err(format!("no process {name} in the guest")),
         };
         findings.add(id, found);

@@ -85,6 +85,12 @@ pub const SECTIONS: &[Section] = &[
                 None,
             ),
             line(
+                "bootstrapper-rss",
+                "bootstrapper RSS in the guest",
+                "MiB",
+                None,
+            ),
+            line(
                 "idle-cpu",
                 "idle guest, CPU on the host",
                 "% of a core",

@@ -1,27 +1,27 @@
 //! The app agent: PID 1 of the guest. Boots it, answers heartbeats, takes the
 //! guest agent over the bus, keeps it running, shuts the guest down.
 
-use std::collections::VecDeque;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use guest_agent::bootstrapper::stack::Stack;
+use guest_agent::bus::Open;
+use guest_agent::keeper::Keeper;
 use guest_agent::log::uptime_ms;
-use guest_agent::os::{boot, disk, loopback};
+use guest_agent::os::{boot, disk, loopback, power};
 use guest_agent::report::{self, Report};
 use guest_agent::{RUN_DIR, bus, delivery};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, sync};
+use nix::unistd::Pid;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use vmbus::channel::Channel;
-use vmbus::message::{AgentState, Beat, Health, PowerAction, RoleState, ToGuest, ToHost};
+use vmbus::message::{PowerAction, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, send};
 use vmbus::text::chain;
 
@@ -30,24 +30,19 @@ const NAME: &str = "app-agent";
 const PROGRAM: &str = "/run/host-agent/guest-agent";
 /// Serial number of the OS disk.
 const OS_DISK: &str = "os";
-/// This many deaths of the guest agent within the window are critical.
-const CRITICAL_DEATHS: usize = 3;
-const DEATH_WINDOW: Duration = Duration::from_secs(300);
-/// Wait before the guest agent is started again, then, when critical.
-const RESTART_WAIT: Duration = Duration::from_millis(500);
-const CRITICAL_WAIT: Duration = Duration::from_secs(30);
-/// Time for processes that no agent stopped.
-const LAST_PROCESSES: Duration = Duration::from_secs(2);
 
-/// What heartbeats tell.
-#[derive(Debug)]
-struct State {
-    health: Health,
-    report: Option<(Report, Instant)>,
-    starts: u32,
+type Shared = Arc<Mutex<Keeper>>;
+
+/// The guest agent's process. Who starts it, who reaps it and who signals it
+/// run on one thread and do not wait in between: a process id that is `Running`
+/// is of a process that was not reaped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Process {
+    None,
+    Running(Pid),
+    /// How it ended.
+    Ended(String),
 }
-
-type Shared = Arc<Mutex<State>>;
 
 fn main() {
     let init_ms = uptime_ms();
@@ -78,11 +73,7 @@ fn kernel_log(line: &str) {
 }
 
 async fn init(init_ms: u64) {
-    let shared: Shared = Arc::new(Mutex::new(State {
-        health: Health::Unknown,
-        report: None,
-        starts: 0,
-    }));
+    let shared = Shared::default();
     tokio::spawn(control(init_ms));
     tokio::spawn(heartbeat(Arc::clone(&shared)));
     let (power, mut powered) = mpsc::channel(1);
@@ -103,17 +94,17 @@ async fn init(init_ms: u64) {
     if let Err(error) = listen_for_reports(Arc::clone(&shared)) {
         eprintln!("{NAME}: {}: {error}", report::SOCKET);
     }
-    let (deaths, ended) = mpsc::channel(16);
-    tokio::spawn(reap(deaths));
-    let (pid, current) = watch::channel(None);
-    tokio::spawn(keep_agent(Arc::clone(&shared), ended, pid));
+    let (agent, current) = watch::channel(Process::None);
+    let agent = Arc::new(agent);
+    tokio::spawn(reap(Arc::clone(&agent)));
+    tokio::spawn(keep_agent(Arc::clone(&shared), agent));
     if let Some((then, deadline)) = powered.recv().await {
         shut_down(&shared, current, then, deadline).await;
     }
 }
 
-fn with<T>(shared: &Shared, change: impl FnOnce(&mut State) -> T) -> T {
-    change(&mut shared.lock().unwrap_or_else(PoisonError::into_inner))
+fn with<T>(shared: &Shared, act: impl FnOnce(&mut Keeper) -> T) -> T {
+    act(&mut shared.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 async fn control(init_ms: u64) {
@@ -135,18 +126,8 @@ async fn heartbeat(shared: Shared) {
     loop {
         let mut open = bus::dial_until_open(Channel::Heartbeat, NAME).await;
         while let Ok(Some(ToGuest::Ask { sequence })) = open.reader.next().await {
-            let beat = with(&shared, |state| Beat {
-                sequence,
-                boot_id: boot_id.clone(),
-                health: state.health,
-                applied_incarnation: state.report.map_or(0, |(report, _)| report.incarnation),
-                agent: state.report.map(|(report, _)| AgentState {
-                    role: report.role,
-                    starts: state.starts,
-                }),
-                agent_age_ms: state.report.map_or(0, |(_, at)| {
-                    u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX)
-                }),
+            let beat = with(&shared, |keeper| {
+                keeper.beat(sequence, boot_id.clone(), Instant::now())
             });
             if send(&mut open.writer, &ToHost::Beat(beat)).await.is_err() {
                 break;
@@ -180,12 +161,7 @@ fn listen_for_reports(shared: Shared) -> std::io::Result<()> {
             tokio::spawn(async move {
                 let mut reader = FrameReader::new(socket);
                 while let Ok(Some(report)) = reader.next::<Report>().await {
-                    with(&shared, |state| {
-                        if report.role != RoleState::Unknown && state.health == Health::Unknown {
-                            state.health = Health::Healthy;
-                        }
-                        state.report = Some((report, Instant::now()));
-                    });
+                    with(&shared, |keeper| keeper.reported(report, Instant::now()));
                 }
             });
         }
@@ -194,7 +170,7 @@ fn listen_for_reports(shared: Shared) -> std::io::Result<()> {
 }
 
 /// Reaps every child: PID 1 inherits the orphans of the guest.
-async fn reap(deaths: mpsc::Sender<(Pid, String)>) {
+async fn reap(agent: Arc<watch::Sender<Process>>) {
     let Ok(mut children) = signal(SignalKind::child()) else {
         die("no SIGCHLD");
     };
@@ -206,121 +182,97 @@ async fn reap(deaths: mpsc::Sender<(Pid, String)>) {
                 Ok(WaitStatus::StillAlive) | Err(_) => break,
                 Ok(_) => continue,
             };
-            // Nobody waits for orphans: a full channel loses nothing.
-            let _ = deaths.try_send((pid, how));
+            agent.send_if_modified(|process| {
+                let ended = *process == Process::Running(pid);
+                if ended {
+                    *process = Process::Ended(how);
+                }
+                ended
+            });
         }
         children.recv().await;
     }
 }
 
-/// Takes the guest agent over the bus, runs it, and runs it again.
-async fn keep_agent(
-    shared: Shared,
-    mut ended: mpsc::Receiver<(Pid, String)>,
-    current: watch::Sender<Option<Pid>>,
-) {
-    let mut deaths: VecDeque<Instant> = VecDeque::new();
+/// Takes the guest agent over the bus, runs it, and runs it again. What the
+/// guest agent before it had at work goes on meanwhile.
+async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
     let mut open = bus::dial_until_open(Channel::Agent, NAME).await;
-    let mut delivered = false;
-    loop {
-        if !delivered {
-            match delivery::receive(&mut open, Path::new(PROGRAM)).await {
-                Ok(_) => delivered = true,
-                Err(error) => {
-                    let error = Some(chain(&error));
-                    let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
-                    open = bus::dial_until_open(Channel::Agent, NAME).await;
-                    continue;
+    while let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await {
+        let error = Some(chain(&error));
+        let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
+        open = bus::dial_until_open(Channel::Agent, NAME).await;
+    }
+    let mut process = agent.subscribe();
+    while !with(&shared, |keeper| keeper.leaving()) {
+        let end = match start_agent(&shared, &agent) {
+            Err(error) => format!("cannot start: {error}"),
+            Ok(()) => {
+                tell(&mut open, None).await;
+                let ended = process.wait_for(|it| matches!(it, Process::Ended(_))).await;
+                match ended.as_deref() {
+                    Ok(Process::Ended(how)) => how.clone(),
+                    _ => return,
                 }
             }
-        }
-        let started = Command::new(PROGRAM)
-            .env_clear()
-            .env("PATH", guest_agent::setup::PATH)
-            .spawn();
-        let error = match &started {
-            Ok(_) => None,
-            Err(error) => Some(format!("cannot start: {error}")),
         };
-        let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
-        let Ok(child) = started else {
-            with(&shared, |state| state.health = Health::Critical);
-            tokio::time::sleep(CRITICAL_WAIT).await;
-            continue;
-        };
-        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or_default());
-        current.send_replace(Some(pid));
-        with(&shared, |state| state.starts += 1);
-        let how = loop {
-            match ended.recv().await {
-                Some((dead, how)) if dead == pid => break how,
-                Some(_) => {}
-                None => return,
-            }
-        };
-        current.send_replace(None);
-        if with(&shared, |state| state.health == Health::Stopped) {
+        let (wait, leaving) = with(&shared, |keeper| {
+            (keeper.ended(Instant::now()), keeper.leaving())
+        });
+        if leaving {
             return;
         }
-        eprintln!("{NAME}: guest agent {how}");
-        deaths.push_back(Instant::now());
-        while deaths.front().is_some_and(|at| at.elapsed() > DEATH_WINDOW) {
-            deaths.pop_front();
-        }
-        let critical = deaths.len() >= CRITICAL_DEATHS;
-        with(&shared, |state| {
-            state.health = if critical {
-                Health::Critical
-            } else {
-                Health::Unknown
-            };
-        });
-        let wait = if critical {
-            CRITICAL_WAIT
-        } else {
-            RESTART_WAIT
-        };
+        eprintln!("{NAME}: guest agent {end}");
+        tell(&mut open, Some(end)).await;
         tokio::time::sleep(wait).await;
+    }
+}
+
+/// Does not wait: see [`Process`].
+fn start_agent(shared: &Shared, agent: &watch::Sender<Process>) -> std::io::Result<()> {
+    let child = Command::new(PROGRAM)
+        .env_clear()
+        .env("PATH", guest_agent::setup::PATH)
+        .spawn()?;
+    let pid = i32::try_from(child.id()).expect("a process id is a positive i32");
+    agent.send_replace(Process::Running(Pid::from_raw(pid)));
+    with(shared, Keeper::started);
+    Ok(())
+}
+
+/// Tells the host that the guest agent runs, or what became of it.
+async fn tell(open: &mut Open, error: Option<String>) {
+    let message = ToHost::AgentResult { error };
+    if send(&mut open.writer, &message).await.is_err()
+        && let Ok(again) = bus::dial(Channel::Agent, NAME).await
+    {
+        *open = again;
+        let _ = send(&mut open.writer, &message).await;
     }
 }
 
 async fn shut_down(
     shared: &Shared,
-    mut agent: watch::Receiver<Option<Pid>>,
+    mut agent: watch::Receiver<Process>,
     then: PowerAction,
     deadline: Duration,
 ) {
-    with(shared, |state| state.health = Health::Stopped);
-    let pid = *agent.borrow();
-    if let Some(pid) = pid {
+    with(shared, Keeper::leave);
+    let end = Instant::now() + deadline;
+    let process = agent.borrow().clone();
+    if let Process::Running(pid) = process {
         // The guest agent stops the role within its own limit.
         let _ = kill(pid, Signal::SIGTERM);
-        let gone = agent.wait_for(Option::is_none);
+        let gone = agent.wait_for(|it| matches!(it, Process::Ended(_)));
         let _ = tokio::time::timeout(deadline, gone).await;
     }
-    let _ = tokio::task::spawn_blocking(move || end(then)).await;
-}
-
-/// Ends what still runs, writes everything, and leaves the machine.
-fn end(then: PowerAction) {
-    let everyone = Pid::from_raw(-1);
-    let _ = kill(everyone, Signal::SIGTERM);
-    let deadline = Instant::now() + LAST_PROCESSES;
-    while kill(everyone, None).is_ok() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let _ = kill(everyone, Signal::SIGKILL);
-    sync();
-    for target in [guest_agent::setup::ROLE_ROOT, guest_agent::setup::RESOURCE] {
-        let _ = umount2(target, MntFlags::MNT_DETACH);
-    }
-    let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    let _ = mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>);
-    sync();
-    let mode = match then {
-        PowerAction::PowerOff => RebootMode::RB_POWER_OFF,
-        PowerAction::Reboot => RebootMode::RB_AUTOBOOT,
+    // A role whose guest agent died is stopped all the same.
+    let left = end.saturating_duration_since(Instant::now());
+    let orphan = async {
+        if let Some(found) = Stack::find().await {
+            let _ = found.stack.stop(left, drop).await;
+        }
     };
-    let error = reboot(mode).err();
-    eprintln!("{NAME}: cannot leave the machine: {error:?}");
+    let _ = tokio::time::timeout(left, orphan).await;
+    let _ = tokio::task::spawn_blocking(move || power::leave(then)).await;
 }

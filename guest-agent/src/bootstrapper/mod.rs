@@ -1,21 +1,41 @@
 //! Starts the role, watches it, and starts it again when it ends.
 //!
-//! A process of its own: its socket to the guest agent is its standard input,
-//! and when that closes it takes the role down.
+//! A process of its own, so that the role outlives the guest agent: it serves
+//! one guest agent after the other on a socket. Its standard input is that
+//! socket, listening already, so that whoever can connect has found a
+//! bootstrapper that runs, and a file that an earlier one left refuses.
 
+pub mod outbox;
 pub mod recycle;
 pub mod role;
+pub mod serve;
+pub mod stack;
 
 use serde::{Deserialize, Serialize};
-use vmbus::message::{ExitCause, RoleState};
+use vmbus::message::{Endpoint, ExitCause, RoleState};
 
 use crate::setup::Prepared;
+
+/// Where the bootstrapper listens; only root can connect.
+pub const SOCKET: &str = "/run/host-agent/bootstrapper.sock";
+
+/// A goal as it was applied: enough for a guest agent to serve the role of
+/// another one that died.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// Incarnation of the goal.
+    pub incarnation: u64,
+    /// How the role is run.
+    pub prepared: Prepared,
+    /// Tunnels to serve.
+    pub endpoints: Vec<Endpoint>,
+}
 
 /// Guest agent to bootstrapper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// Run this role; the first order.
-    Run(Prepared),
+    Run(Box<Applied>),
     /// Stop the role and end.
     Stop,
 }
@@ -23,24 +43,52 @@ pub enum Order {
 /// Bootstrapper to guest agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Said {
-    /// The role's state changed.
-    State {
-        /// New state.
-        state: RoleState,
-        /// For people.
-        detail: String,
-        /// Times the role ended by itself.
-        recycles: u32,
-        /// How it last ended.
-        last_exit: Option<ExitCause>,
-        /// Milliseconds until the next start.
-        retry_in_ms: Option<u64>,
+    /// The first on every connection: what is running, if an order came yet.
+    Hello {
+        /// What was ordered.
+        applied: Option<Box<Applied>>,
+        /// How the role is now.
+        role: Role,
     },
+    /// The role's state changed.
+    State(Role),
     /// The role wrote a line.
     Line {
         /// `out` or `err`.
         stream: String,
+        /// Milliseconds since the guest booted.
+        uptime_ms: u64,
+        /// Lines lost before this one.
+        dropped: u64,
         /// The line.
         text: String,
     },
+}
+
+/// State of the role.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Role {
+    /// The state.
+    pub state: RoleState,
+    /// For people.
+    pub detail: String,
+    /// Times the role ended by itself.
+    pub recycles: u32,
+    /// How it last ended by itself.
+    pub last_exit: Option<ExitCause>,
+    /// Milliseconds until the next start.
+    pub retry_in_ms: Option<u64>,
+}
+
+impl Role {
+    /// Before the first order.
+    pub const fn unknown() -> Self {
+        Self {
+            state: RoleState::Unknown,
+            detail: String::new(),
+            recycles: 0,
+            last_exit: None,
+            retry_in_ms: None,
+        }
+    }
 }

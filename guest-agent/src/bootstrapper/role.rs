@@ -7,21 +7,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use tokio::net::UnixDatagram;
-use tokio::net::UnixStream;
+use tokio::net::{UnixDatagram, UnixListener};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use vmbus::message::{ExitCause, RoleState};
-use vmbus::stream::{FrameReader, send};
 
 use super::recycle::Recycling;
-use super::{Order, Said};
+use super::serve::{Desk, serve};
+use super::{Order, Role};
 use crate::log::lines;
+use crate::os::cgroup::{self, Group};
+use crate::os::child;
 use crate::os::user::ROLE_ID;
 use crate::setup::{Prepared, ROLE_ROOT};
 
@@ -29,8 +32,10 @@ use crate::setup::{Prepared, ROLE_ROOT};
 const SETTLE: Duration = Duration::from_millis(500);
 /// Where a role says `READY=1` (sd_notify).
 const NOTIFY: &str = "/run/host-agent/role-notify";
-/// Lines that may wait for the guest agent.
-const BACKLOG: usize = 256;
+/// Time for the last state and lines to reach the guest agent.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Time for killed processes to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What ended one run of the role.
 enum Over {
@@ -38,163 +43,157 @@ enum Over {
     Exit(ExitStatus, Option<Duration>),
     /// It cannot be started.
     Impossible(String),
-    /// The guest agent wants it down, or is gone.
+    /// The guest agent wants it down.
     Told,
 }
 
 /// Runs until told to stop.
 pub async fn main() -> io::Result<()> {
+    nix::sys::prctl::set_name(c"bootstrapper")?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    let socket = std::os::unix::net::UnixStream::from(socket);
+    let socket = std::os::unix::net::UnixListener::from(socket);
     socket.set_nonblocking(true)?;
-    let (reader, mut writer) = UnixStream::from_std(socket)?.into_split();
-    let mut orders = FrameReader::new(reader);
-    let Ok(Some(Order::Run(role))) = orders.next::<Order>().await else {
-        return Ok(());
-    };
-    if !role.elevated {
-        nix::sys::prctl::set_no_new_privs()?;
-    }
-    let (say, mut said) = mpsc::channel::<Said>(BACKLOG);
-    let shipping = tokio::spawn(async move {
-        while let Some(message) = said.recv().await {
-            if send(&mut writer, &message).await.is_err() {
-                return;
+    let listener = UnixListener::from_std(socket)?;
+    let desk = Arc::new(Desk::new());
+    let (order, mut orders) = mpsc::channel(1);
+    let work = async {
+        if let Some(Order::Run(applied)) = orders.recv().await {
+            let role = applied.prepared.clone();
+            desk.ordered(*applied);
+            let group = Group::at(cgroup::ROLE)?;
+            if !role.elevated {
+                nix::sys::prctl::set_no_new_privs()?;
             }
+            run(&role, &group, &desk, &mut orders).await;
         }
-    });
-    let told = async move {
-        // Any order after the first, and the end of the socket, mean stop.
-        let _ = orders.next::<Order>().await;
+        desk.told(FAREWELL).await;
+        Ok(())
     };
-    tokio::pin!(told);
-    let mut recycling = Recycling::default();
+    tokio::select! {
+        result = work => result,
+        () = serve(listener, &desk, order) => Ok(()),
+    }
+}
+
+/// Runs the role again and again, until any further order, which means stop.
+async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc::Receiver<Order>) {
+    let mut watch = Watch {
+        role,
+        group,
+        desk,
+        recycling: Recycling::default(),
+        last_exit: None,
+    };
     loop {
-        let over = run_once(&role, &say, &recycling, &mut told).await;
-        let (state, detail, delay, cause) = match over {
+        let (state, detail, delay) = match watch.run_once(orders).await {
             Over::Told => break,
             Over::Impossible(detail) => {
-                state(&say, RoleState::Failed, detail, &recycling, None, None).await;
-                told.as_mut().await;
+                watch.say(RoleState::Failed, detail, None);
+                orders.recv().await;
                 break;
             }
             Over::Exit(status, ready_for) => {
                 let cause = cause(status);
-                let (delay, state) = recycling.ended(ready_for);
+                watch.last_exit = Some(cause);
+                let (delay, state) = watch.recycling.ended(ready_for);
                 let detail = format!("{} {}", role.command.join(" "), words(cause));
-                (state, detail, delay, cause)
+                (state, detail, delay)
             }
         };
-        self::state(&say, state, detail, &recycling, Some(cause), Some(delay)).await;
+        watch.say(state, detail, Some(delay));
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
-            () = &mut told => break,
+            _ = orders.recv() => break,
         }
     }
-    state(
-        &say,
-        RoleState::Stopped,
-        String::new(),
-        &recycling,
-        None,
-        None,
-    )
-    .await;
-    drop(say);
-    let _ = shipping.await;
-    Ok(())
+    watch.say(RoleState::Stopped, String::new(), None);
 }
 
-async fn state(
-    say: &mpsc::Sender<Said>,
-    state: RoleState,
-    detail: String,
-    recycling: &Recycling,
+/// A role and its record.
+struct Watch<'a> {
+    role: &'a Prepared,
+    group: &'a Group,
+    desk: &'a Arc<Desk>,
+    recycling: Recycling,
     last_exit: Option<ExitCause>,
-    retry: Option<Duration>,
-) {
-    let said = Said::State {
-        state,
-        detail,
-        recycles: recycling.total(),
-        last_exit,
-        retry_in_ms: retry.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-    };
-    let _ = say.send(said).await;
 }
 
-async fn run_once(
-    role: &Prepared,
-    say: &mpsc::Sender<Said>,
-    recycling: &Recycling,
-    told: &mut (impl Future<Output = ()> + Unpin),
-) -> Over {
-    state(
-        say,
-        RoleState::Starting,
-        String::new(),
-        recycling,
-        None,
-        None,
-    )
-    .await;
-    for directory in &role.clean {
-        if let Err(error) = empty(directory) {
-            return Over::Impossible(format!("cannot empty {}: {error}", directory.display()));
-        }
+impl Watch<'_> {
+    fn say(&self, state: RoleState, detail: String, retry: Option<Duration>) {
+        self.desk.state(Role {
+            state,
+            detail,
+            recycles: self.recycling.total(),
+            last_exit: self.last_exit,
+            retry_in_ms: retry.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+        });
     }
-    let notify = match UnixDatagram::bind(fresh(NOTIFY)) {
-        Ok(socket) => socket,
-        Err(error) => return Over::Impossible(format!("{NOTIFY}: {error}")),
-    };
-    let _ = fs::set_permissions(NOTIFY, fs::Permissions::from_mode(0o666));
-    let mut child = match start(role) {
-        Ok(child) => child,
-        Err(reason) => return Over::Impossible(reason),
-    };
-    let group = child.id().and_then(|id| i32::try_from(id).ok());
-    let mut output = Vec::new();
-    if let Some(stream) = child.stdout.take() {
-        output.push(tokio::spawn(ship(stream, "out", say.clone())));
-    }
-    if let Some(stream) = child.stderr.take() {
-        output.push(tokio::spawn(ship(stream, "err", say.clone())));
-    }
-    let mut ready_since = None;
-    let settled = tokio::time::sleep(SETTLE);
-    tokio::pin!(settled);
-    let mut message = [0; 256];
-    let status = loop {
-        let becomes_ready = tokio::select! {
-            status = child.wait() => break status,
-            () = &mut *told => {
-                stop(&mut child, group, Duration::from_millis(role.stop_timeout_ms)).await;
-                return Over::Told;
+
+    async fn run_once(&self, orders: &mut mpsc::Receiver<Order>) -> Over {
+        let role = self.role;
+        self.say(RoleState::Starting, String::new(), None);
+        for directory in &role.clean {
+            if let Err(error) = empty(directory) {
+                return Over::Impossible(format!("cannot empty {}: {error}", directory.display()));
             }
-            () = &mut settled, if ready_since.is_none() && role.ready_on_start => true,
-            Ok(count) = notify.recv(&mut message), if ready_since.is_none() && !role.ready_on_start => {
-                message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
+        }
+        let notify = match UnixDatagram::bind(fresh(NOTIFY)) {
+            Ok(socket) => socket,
+            Err(error) => return Over::Impossible(format!("{NOTIFY}: {error}")),
+        };
+        let _ = fs::set_permissions(NOTIFY, fs::Permissions::from_mode(0o666));
+        let mut child = match start(role, self.group) {
+            Ok(child) => child,
+            Err(reason) => return Over::Impossible(reason),
+        };
+        let mut output = JoinSet::new();
+        if let Some(stream) = child.stdout.take() {
+            let desk = Arc::clone(self.desk);
+            output.spawn(lines(stream, move |text| desk.line("out", text)));
+        }
+        if let Some(stream) = child.stderr.take() {
+            let desk = Arc::clone(self.desk);
+            output.spawn(lines(stream, move |text| desk.line("err", text)));
+        }
+        let mut ready_since = None;
+        let settled = tokio::time::sleep(SETTLE);
+        tokio::pin!(settled);
+        let mut message = [0; 256];
+        let over = loop {
+            let becomes_ready = tokio::select! {
+                status = child.wait() => break match status {
+                    Ok(status) => Over::Exit(status, ready_since.map(|since: Instant| since.elapsed())),
+                    Err(error) => Over::Impossible(format!("cannot wait for the role: {error}")),
+                },
+                _ = orders.recv() => {
+                    self.say(RoleState::Stopping, String::new(), None);
+                    let limit = Duration::from_millis(role.stop_timeout_ms);
+                    stop(&mut child, limit).await;
+                    break Over::Told;
+                }
+                () = &mut settled, if ready_since.is_none() && role.ready_on_start => true,
+                Ok(count) = notify.recv(&mut message), if ready_since.is_none() && !role.ready_on_start => {
+                    message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
+                }
+            };
+            if becomes_ready {
+                ready_since = Some(Instant::now());
+                self.say(RoleState::Ready, String::new(), None);
             }
         };
-        if becomes_ready {
-            ready_since = Some(Instant::now());
-            state(say, RoleState::Ready, String::new(), recycling, None, None).await;
+        // Everything that the role started goes with it.
+        match self.group.clear(KILL_LIMIT).await {
+            Ok(true) => {}
+            Ok(false) => return Over::Impossible("processes of the role do not die".into()),
+            Err(error) => return Over::Impossible(format!("cannot end the role: {error}")),
         }
-    };
-    // Children that the role left behind go with it.
-    signal(group, Signal::SIGKILL);
-    for task in output {
-        // A child in a session of its own may hold the pipe: what it still
-        // writes is no longer the role's.
-        let _ = tokio::time::timeout(SETTLE, task).await;
-    }
-    match status {
-        Ok(status) => Over::Exit(status, ready_since.map(|since| since.elapsed())),
-        Err(error) => Over::Impossible(format!("cannot wait for the role: {error}")),
+        // The last words are in the pipes, whose other ends are closed.
+        let _ = tokio::time::timeout(SETTLE, output.join_all()).await;
+        over
     }
 }
 
-fn start(role: &Prepared) -> Result<Child, String> {
+fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
     let (program, arguments) = role
         .command
         .split_first()
@@ -218,42 +217,21 @@ fn start(role: &Prepared) -> Result<Child, String> {
     if !role.elevated {
         command.uid(ROLE_ID).gid(ROLE_ID);
     }
+    child::join(&mut command, group)
+        .map_err(|error| format!("{program} has no control group: {error}"))?;
     command
         .spawn()
         .map_err(|error| format!("{program} cannot be started: {error}"))
 }
 
-async fn ship(
-    stream: impl tokio::io::AsyncRead + Unpin,
-    name: &'static str,
-    say: mpsc::Sender<Said>,
-) {
-    let (sender, mut receiver) = mpsc::channel(1);
-    let forward = async {
-        while let Some(text) = receiver.recv().await {
-            let stream = name.to_owned();
-            if say.send(Said::Line { stream, text }).await.is_err() {
-                return;
-            }
-        }
-    };
-    tokio::join!(forward, lines(stream, sender));
-}
-
-async fn stop(child: &mut Child, group: Option<i32>, limit: Duration) {
-    signal(group, Signal::SIGTERM);
-    if tokio::time::timeout(limit, child.wait()).await.is_err() {
-        signal(group, Signal::SIGKILL);
-        let _ = child.wait().await;
+/// Asks the role's process group to end and waits for its first process, for
+/// at most `limit`. What is left then is the caller's to kill.
+async fn stop(child: &mut Child, limit: Duration) {
+    // A child that was not waited for keeps its process id, and so the group.
+    if let Some(id) = child.id().and_then(|id| i32::try_from(id).ok()) {
+        let _ = killpg(Pid::from_raw(id), Signal::SIGTERM);
     }
-    signal(group, Signal::SIGKILL);
-}
-
-fn signal(group: Option<i32>, signal: Signal) {
-    if let Some(group) = group {
-        // The group is gone when its last process is.
-        let _ = killpg(Pid::from_raw(group), signal);
-    }
+    let _ = tokio::time::timeout(limit, child.wait()).await;
 }
 
 fn empty(directory: &Path) -> io::Result<()> {

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod child;
 pub mod disk;
 pub mod loopback;
+pub mod power;
 pub mod quota;
 pub mod terminal;
 pub mod user;

@@ -1,0 +1,109 @@
+//! The guest agent dies alone: the role does not notice.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+
+use anyhow::{Context, Result, ensure};
+use e2e::run::{INSTANCE, Run, eventually};
+use e2e::service::{ECHO, Service};
+use e2e::{Place, limit};
+
+/// Kills the guest agent, and with it the connection of this command.
+const KILL: &str = r#"for p in /proc/[0-9]*; do
+    if [ "$(cat $p/comm)" = guest-agent ]; then kill -9 ${p#/proc/}; fi; done; sleep 1000"#;
+/// Process ids of the bootstrapper and of every process of the role.
+const STACK: &str = "cat /sys/fs/cgroup/stack/cgroup.procs /sys/fs/cgroup/stack/role/cgroup.procs";
+
+fn echoes(port: u16) -> Result<bool> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    stream.set_read_timeout(Some(limit(10)))?;
+    stream.write_all(b"ping")?;
+    let mut back = [0; 4];
+    Ok(stream.read_exact(&mut back).is_ok() && back == *b"ping")
+}
+
+#[test]
+fn a_killed_guest_agent_is_started_again_and_finds_the_role_as_it_was() -> Result<()> {
+    let place = Place::new()?;
+    // The echo server, and beside it a line in the log every now and then.
+    let ticking = "if (!fork) { for (my $n = 0;; $n++) { \
+        syswrite STDOUT, \"tick $n\\n\"; select undef, undef, undef, 0.1 } }\n";
+    let entry = ECHO.replacen("my $l", &format!("{ticking}my $l"), 1);
+    let service = Service {
+        entry,
+        ..Service::echo()?
+    };
+    let port = service.port.context("the echo service has a port")?;
+    let service = service.write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    eventually("the echo server answers", || {
+        Ok(echoes(port).unwrap_or(false))
+    })?;
+    let before = run.shell(STACK)?;
+    ensure!(before.lines().count() == 3, "{before}");
+
+    let killed = run.exec(&["sh", "-c", KILL])?;
+    ensure!(killed.status.code() == Some(125), "{}", e2e::text(&killed));
+    let death = run.event("guest-agent", |event| event["error"].is_string())?;
+    ensure!(death.to_string().contains("SIGKILL"), "{death}");
+    run.event("guest-agent", |event| event["error"].is_null())?;
+    eventually("the endpoint works again", || {
+        Ok(echoes(port).unwrap_or(false))
+    })?;
+    eventually("exec works again", || Ok(run.shell("true").is_ok()))?;
+    let after = run.shell(STACK)?;
+    ensure!(before == after, "{before}became\n{after}");
+    // The command that killed it ended with it.
+    let commands = run.shell("cat /sys/fs/cgroup/exec/cgroup.procs | wc -l")?;
+    ensure!(commands.trim().parse::<u32>()? <= 3, "{commands}");
+
+    let ps = place.output(&["ps", "--json"])?;
+    let ps: serde_json::Value = serde_json::from_slice(&ps.stdout)?;
+    let state = &ps["deployments"][0]["instances"][0]["state"];
+    ensure!(state == "Ready", "{ps}");
+
+    // Lines that the role wrote while nobody listened are there, but for what
+    // the killed process had in its hands.
+    let now: u64 = ticks(&place)?.last().copied().context("no ticks")?;
+    eventually("the log goes on", || {
+        Ok(ticks(&place)?.last().is_some_and(|last| *last > now))
+    })?;
+    let ticks = ticks(&place)?;
+    let last = *ticks.last().context("no ticks")?;
+    ensure!(ticks.is_sorted(), "{ticks:?}");
+    ensure!(ticks.len() as u64 + 3 > last, "{ticks:?}");
+    run.stop()?;
+    place.assert_nothing_left()
+}
+
+fn ticks(place: &Place) -> Result<Vec<u64>> {
+    let logs = place.output(&["logs", INSTANCE, "--source", "role"])?;
+    let log = String::from_utf8_lossy(&logs.stdout).into_owned();
+    let ticks = log
+        .lines()
+        .filter_map(|line| line.split_once("tick ")?.1.trim().parse().ok());
+    Ok(ticks.collect())
+}
+
+#[test]
+fn a_killed_bootstrapper_takes_its_role_with_it_and_both_come_back() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script("#!/bin/sh\nsetsid sleep 100000 & exec sleep 100000\n")
+        .write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    let before = run.shell(STACK)?;
+    ensure!(before.lines().count() == 3, "{before}");
+    run.shell("kill -9 $(cat /sys/fs/cgroup/stack/cgroup.procs)")?;
+    run.event("role", |event| event["state"] == "recycling")?;
+    run.ready()?;
+    let after = run.shell(STACK)?;
+    ensure!(after.lines().count() == 3, "{after}");
+    ensure!(
+        !before.lines().any(|pid| after.lines().any(|it| it == pid)),
+        "{before}survived in\n{after}"
+    );
+    run.stop()?;
+    place.assert_nothing_left()
+}
