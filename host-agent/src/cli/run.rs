@@ -18,13 +18,13 @@ const TAIL: usize = 15;
 
 /// Runs the service; 0 when it was stopped on request.
 pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
+    let unblocked = output.never_block();
+    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     let model = deploy::load(&args.service, output)?;
     let host = deploy::host();
     if !host.is_usable() {
         return Err(CliError::host(&host));
     }
-    let unblocked = output.never_block();
-    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, args.keep, args.heartbeat_limit)?;
     let timeout = args.timeout.map(|timeout| host.scaled(timeout));

@@ -91,6 +91,8 @@ fn write_report(file: &ReportFile, report: &TestReport) -> Result<(), CliError> 
 }
 
 fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<(), CliError> {
+    let unblocked = output.never_block();
+    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     let model = deploy::load(&args.service, output)?;
     report.service.clone_from(&model.name);
     check_probes(&args.probes, &model)?;
@@ -109,8 +111,6 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
             OnNoKvm::Fail | OnNoKvm::Skip => error,
         });
     }
-    let unblocked = output.never_block();
-    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, false, None)?;
     let data_dir = options.data_dir.clone();
