@@ -7,6 +7,7 @@
 //! [`vmm::control`] only.
 
 pub mod api;
+pub mod cgroup;
 pub mod channels;
 pub mod cli;
 pub mod descriptors;

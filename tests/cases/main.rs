@@ -6,6 +6,7 @@ mod boot;
 mod disk;
 mod exits;
 mod heartbeat;
+mod limits;
 mod machine;
 mod output;
 mod terminal;

@@ -9,6 +9,7 @@ use nix::unistd::{Gid, Group, Uid, User};
 
 use super::kvm_probe;
 use super::verdict::{Facts, KvmFact};
+use crate::cgroup;
 
 const KVM: &str = "/dev/kvm";
 
@@ -28,7 +29,7 @@ pub fn gather(data_dir: PathBuf) -> Facts {
             .unwrap_or(0),
         disk: free_space(&data_dir),
         data_dir,
-        cgroup: cgroup(),
+        cgroup: cgroup::find(),
         scale_variable: std::env::var("HOST_AGENT_TIMEOUT_SCALE").ok(),
     }
 }
@@ -74,11 +75,6 @@ fn free_space(directory: &Path) -> u64 {
         .ancestors()
         .find_map(|path| nix::sys::statvfs::statvfs(path).ok())
         .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
-}
-
-fn cgroup() -> Option<Vec<String>> {
-    let text = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok()?;
-    Some(text.split_whitespace().map(Into::into).collect())
 }
 
 /// The KVM module for the processor described by `/proc/cpuinfo`.

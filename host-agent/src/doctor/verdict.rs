@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::kvm_probe::{Measured, Probe};
+use crate::cgroup::{NotEnforced, Place};
 
 /// Below this much free memory not even the smallest guest starts.
 const LEAST_MEMORY: u64 = 192 << 20;
@@ -41,8 +42,8 @@ pub struct Facts {
     pub disk: u64,
     /// The data directory.
     pub data_dir: PathBuf,
-    /// Controllers of the cgroup v2 hierarchy; `None` without one.
-    pub cgroup: Option<Vec<String>>,
+    /// Where cgroups for guests can be made.
+    pub cgroup: Result<Place, NotEnforced>,
     /// `HOST_AGENT_TIMEOUT_SCALE`, as given.
     pub scale_variable: Option<String>,
 }
@@ -126,7 +127,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     let mut checks = kvm_checks(facts);
     checks.push(memory_check(facts.memory));
     checks.push(disk_check(facts));
-    checks.push(cgroup_check(facts.cgroup.as_deref()));
+    checks.push(cgroup_check(&facts.cgroup));
     if let Some(value) = &facts.scale_variable
         && parse_scale(value).is_none()
     {
@@ -364,31 +365,24 @@ fn disk_check(facts: &Facts) -> Check {
     }
 }
 
-fn cgroup_check(controllers: Option<&[String]>) -> Check {
-    let found = controllers.unwrap_or_default();
-    let lacking: Vec<_> = ["cpu", "memory", "pids"]
-        .into_iter()
-        .filter(|wanted| !found.iter().any(|name| name == wanted))
-        .collect();
-    let (level, text) = match controllers {
-        Some(_) if lacking.is_empty() => (Level::Ok, format!("v2: {}", found.join(" "))),
-        Some(_) => (
-            Level::Warn,
-            format!(
-                "v2 without {}: such limits are not set on guests",
-                lacking.join(", ")
-            ),
+fn cgroup_check(place: &Result<Place, NotEnforced>) -> Check {
+    let (level, text, hint) = match place {
+        Ok(place) => (
+            Level::Ok,
+            format!("v2: limits of guests are set in {}", place.parent.display()),
+            None,
         ),
-        None => (
+        Err(why) => (
             Level::Warn,
-            "no cgroup v2: no limits are set on the processes of guests".into(),
+            format!("memory limit of guests is not enforced: {}", why.reason),
+            Some(why.hint.clone()),
         ),
     };
     Check {
         level,
         name: "cgroup",
         text,
-        hint: None,
+        hint,
     }
 }
 
@@ -420,7 +414,10 @@ mod tests {
             memory: 8 << 30,
             disk: 80 << 30,
             data_dir: "/home/ada/.local/share/host-agent".into(),
-            cgroup: Some(vec!["cpu".into(), "memory".into(), "pids".into()]),
+            cgroup: Err(NotEnforced {
+                reason: "cgroup / has no controller memory".into(),
+                hint: "boot with cgroup v2".into(),
+            }),
             scale_variable: None,
         }
     }

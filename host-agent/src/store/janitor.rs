@@ -2,7 +2,8 @@
 //!
 //! The janitor holds the reading end of a pipe. When the command ends, whatever
 //! ended it, the pipe closes; then the VMM processes end by themselves, and the
-//! janitor removes the deployment's directory and socket if they are still there.
+//! janitor removes the deployment's directory, socket and cgroups if they are
+//! still there.
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,11 +13,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::deployment::{remove_if_dead, short_id};
+use crate::cgroup;
 
 /// First argument of a janitor process.
 pub const VERB: &str = "janitor";
 /// Time for VMM processes to let go of a deployment.
 const LET_GO: Duration = Duration::from_secs(30);
+/// Time for a process to be gone after it was killed.
+const KILLED: Duration = Duration::from_secs(5);
 /// Time between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -27,8 +31,8 @@ pub struct Janitor {
 }
 
 /// Starts a janitor for the deployment in `directory`, with its socket in
-/// `runtime_dir`.
-pub fn start(directory: &Path, runtime_dir: &Path) -> io::Result<Janitor> {
+/// `runtime_dir` and its guests' cgroups in `group`.
+pub fn start(directory: &Path, runtime_dir: &Path, group: Option<&Path>) -> io::Result<Janitor> {
     use std::os::unix::process::CommandExt;
     let (reader, writer) = io::pipe()?;
     // Its end is not waited for: it outlives this process by design, and a
@@ -37,6 +41,7 @@ pub fn start(directory: &Path, runtime_dir: &Path) -> io::Result<Janitor> {
         .arg(VERB)
         .arg(directory)
         .arg(runtime_dir)
+        .args(group)
         .env_clear()
         .stdin(Stdio::from(reader))
         .stdout(Stdio::null())
@@ -46,6 +51,23 @@ pub fn start(directory: &Path, runtime_dir: &Path) -> io::Result<Janitor> {
     Ok(Janitor {
         _alive: writer.into(),
     })
+}
+
+/// Waits for the guests' processes to end, then for those that do not to die.
+fn remove_group(group: &Path, deadline: Instant) {
+    let mut killed = false;
+    while !cgroup::remove(group) {
+        let late = Instant::now().saturating_duration_since(deadline);
+        if late > KILLED {
+            // The next start sweeps it.
+            return;
+        }
+        if !late.is_zero() && !killed {
+            cgroup::kill(group);
+            killed = true;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 /// The janitor process: waits for the end of its standard input.
@@ -61,6 +83,9 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
         && Instant::now() < deadline
     {
         std::thread::sleep(LOOK_AGAIN);
+    }
+    if let Some(group) = arguments.next() {
+        remove_group(&group, deadline);
     }
     let socket = runtime_dir.join(format!("{}.sock", short_id(&directory)));
     match fs::remove_file(socket) {

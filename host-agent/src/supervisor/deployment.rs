@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use vmbus::text::chain;
 
 use super::event::EventKind;
 use super::goal::{goal, instance_name};
@@ -15,10 +16,11 @@ use super::heartbeat::HeartbeatRule;
 use super::instance::{self, InstanceHandle, InstanceParts, Request};
 use super::lifecycle::Limits;
 use super::timeline::Timeline;
+use crate::cgroup::{self, DeploymentGroup};
 use crate::endpoints::{self, ListenError, Rotation};
 use crate::progress::Progress;
 use crate::service::model::ServiceModel;
-use crate::store::deployment::{DeploymentDir, sweep};
+use crate::store::deployment::{DeploymentDir, short_id, sweep};
 use crate::store::image::{self, ImageError};
 use crate::store::janitor::{self, Janitor};
 use crate::store::paths;
@@ -149,7 +151,9 @@ pub async fn deploy(
     };
     let dir = DeploymentDir::create(&options.data_dir, options.keep)
         .map_err(directory("a deployment", &options.data_dir))?;
-    let janitor = janitor::start(dir.path(), &paths::runtime_dir())
+    let group = limit_guests(dir.path(), &timeline).map(Arc::new);
+    let of_guests = group.as_ref().map(|group| group.path());
+    let janitor = janitor::start(dir.path(), &paths::runtime_dir(), of_guests)
         .map_err(directory("a janitor", dir.path()))?;
     let scaled = |seconds: u64| Duration::from_secs(seconds).mul_f64(options.timeout_scale);
     let limits = Limits {
@@ -187,6 +191,7 @@ pub async fn deploy(
                 dir: path,
                 rule: options.rule,
                 limits,
+                group: group.clone(),
                 hello_limit: scaled(10),
                 rotation: rotation.clone(),
                 timeline: timeline.clone(),
@@ -225,6 +230,21 @@ pub async fn deploy(
         dir,
         _janitor: janitor,
     })
+}
+
+/// The cgroup in which the guests' processes get theirs. Without one a service
+/// runs all the same, and that is said once.
+fn limit_guests(dir: &Path, timeline: &Timeline) -> Option<DeploymentGroup> {
+    let made = cgroup::find()
+        .map_err(|why| why.to_string())
+        .and_then(|place| {
+            DeploymentGroup::create(&place, &short_id(dir)).map_err(|error| chain(&error))
+        });
+    made.inspect_err(|why| {
+        let text = format!("memory limit of guests is not enforced: {why}");
+        timeline.tell(None, EventKind::Warning { text });
+    })
+    .ok()
 }
 
 async fn blocking<T: Send + 'static>(

@@ -21,6 +21,7 @@ use super::event::{EventKind, Verdict, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::timeline::Timeline;
+use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::service::model::Role;
@@ -60,6 +61,8 @@ pub struct InstanceParts {
     pub rule: HeartbeatRule,
     /// Limits of its life.
     pub limits: Limits,
+    /// The deployment's cgroup, if guests can be limited.
+    pub group: Option<Arc<DeploymentGroup>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
     /// One rotation per endpoint of the role, all the same.

@@ -40,8 +40,14 @@ pub struct VmmProcess {
 
 impl VmmProcess {
     /// Starts this program again as the VMM process of `spec`; `files` are
-    /// the spec's descriptors in order, `log` takes its standard error.
-    pub fn spawn(spec: GuestSpec, files: &[OwnedFd], log: File) -> Result<Self, SpawnError> {
+    /// the spec's descriptors in order, `log` takes its standard error. `admit`
+    /// is called with the process id before the process has a guest.
+    pub fn spawn(
+        spec: GuestSpec,
+        files: &[OwnedFd],
+        log: File,
+        admit: impl FnOnce(u32),
+    ) -> Result<Self, SpawnError> {
         let step = |step| move |source| SpawnError { step, source };
         let (ours, theirs) = wire::pair().map_err(step("control socket"))?;
         let child = Program::new("/proc/self/exe")
@@ -56,6 +62,7 @@ impl VmmProcess {
             .spawn()
             .map_err(step("exec"))?;
         let pid = child.id().unwrap_or_default();
+        admit(pid);
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         wire::send(ours.as_fd(), &Command::Start(Box::new(spec)), &files)
             .map_err(step("hand over the guest"))?;
@@ -151,12 +158,16 @@ pub enum Happening {
 }
 
 impl Happening {
-    /// The exit reason of a process that ended without giving one.
-    pub fn died(how: io::Result<String>) -> ExitReason {
-        let detail = match how {
+    /// The exit reason of a process that ended without giving one; `why` if
+    /// the kernel knows.
+    pub fn died(how: io::Result<String>, why: Option<String>) -> ExitReason {
+        let mut detail = match how {
             Ok(text) => format!("VMM process {text}"),
             Err(error) => format!("VMM process lost: {error}"),
         };
+        if let Some(why) = why {
+            detail = format!("{detail}: {why}");
+        }
         ExitReason::Failed { detail }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,6 +32,12 @@ const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
 /// Serial output kept for finding it, in bytes.
 const TAIL: usize = 64 * 1024;
 
+/// File descriptors: 1,023 connections with one each, those of the devices, and
+/// as many again on their way in packets.
+const MOST_FILES: u64 = 4096;
+/// Of 1000: guests go before the host agent and before what else runs here.
+const OOM_SCORE: &str = "500";
+
 /// Time for the supervisor to take the last events, before the process ends
 /// without them.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -52,6 +59,7 @@ enum StartError {
 pub fn main() -> ExitCode {
     let started = Instant::now();
     close_strays();
+    limit_itself();
     let control = io::stdin().as_fd().try_clone_to_owned();
     let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
     let (control, wake, waker) = match (control, wake) {
@@ -117,6 +125,18 @@ fn start_log() {
         .finish();
     // There is no other: this is the only call in the process.
     let _ = tracing::subscriber::set_global_default(lines);
+}
+
+/// No core file with a guest's memory in it, no more descriptors than its
+/// connections need, and the first to go when the host runs out of memory.
+/// None of them is a reason to run no guest.
+fn limit_itself() {
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let most = MOST_FILES.min(hard);
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
 }
 
 /// A thread that ends by a bug of ours must not leave a guest that hangs: the

@@ -16,13 +16,17 @@ use super::super::lifecycle::Input;
 use super::super::process::{Happening, VmmProcess};
 use super::Instance;
 use super::dial::Dialed;
+use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
 use crate::vmm::control::{Event, ExitReason, Stats};
+use crate::vmm::spec::GuestSpec;
 
 /// One boot of the guest.
 #[derive(Debug)]
 pub(super) struct Boot {
     pub(super) process: VmmProcess,
+    // Goes after the process, which is in it.
+    group: Option<GuestGroup>,
     pub(super) channels: Arc<GuestChannels>,
     pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
     pub(super) exit: Option<ExitReason>,
@@ -43,7 +47,15 @@ impl Instance {
         let (spec, files) = guest::prepare(&parts.dir, &parts.name, &parts.role, &parts.image)
             .map_err(|e| chain(&e))?;
         let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
-        let process = VmmProcess::spawn(spec, &files, log).map_err(|e| chain(&e))?;
+        let group = self.limited(&spec);
+        let process = VmmProcess::spawn(spec, &files, log, |pid| {
+            if let Some(group) = &group
+                && let Err(error) = group.enter(pid)
+            {
+                self.not_limited(&error);
+            }
+        })
+        .map_err(|e| chain(&e))?;
         let pid = process.pid();
         let channels = Arc::new(GuestChannels {
             generation,
@@ -60,6 +72,7 @@ impl Instance {
         self.monitor = Monitor::new(parts.rule);
         self.boot = Some(Boot {
             process,
+            group,
             channels,
             shutdown,
             exit: None,
@@ -76,6 +89,21 @@ impl Instance {
         Ok(pid)
     }
 
+    /// The cgroup for the process of this boot, where there can be one.
+    fn limited(&self, spec: &GuestSpec) -> Option<GuestGroup> {
+        let group = self.parts.group.as_ref()?;
+        let limits = cgroup::Limits::of(spec.vcpus, spec.memory_mib);
+        group
+            .guest(&self.parts.name, limits)
+            .inspect_err(|error| self.not_limited(error))
+            .ok()
+    }
+
+    fn not_limited(&self, error: &GroupError) {
+        let text = format!("memory limit is not enforced: {}", chain(error));
+        self.tell(EventKind::Warning { text });
+    }
+
     pub(super) fn happened(&mut self, happening: Happening) -> bool {
         let Some(boot) = &mut self.boot else {
             return true;
@@ -90,7 +118,12 @@ impl Instance {
                 true
             }
             Happening::Ended(how) => {
-                let reason = boot.exit.take().unwrap_or_else(|| Happening::died(how));
+                let group = boot.group.as_ref();
+                let why = group.and_then(GuestGroup::killed_for_memory);
+                let reason = boot
+                    .exit
+                    .take()
+                    .unwrap_or_else(|| Happening::died(how, why));
                 self.boot = None;
                 self.wait = None;
                 self.probe_deadline = None;

@@ -1,0 +1,269 @@
+//! Where in the tree of cgroups may this process make its own? Facts are
+//! gathered, then judged by a pure function.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{AccessFlags, access};
+
+use super::NEEDED;
+
+/// How a user gets a cgroup of their own from systemd.
+const BY_SYSTEMD: &str = "systemd-run --user --scope -p Delegate=yes host-agent …";
+/// The same for root.
+const BY_SYSTEMD_ROOT: &str = "systemd-run --scope -p Delegate=yes host-agent …";
+/// Where version 1 has the controllers.
+const BY_BOOT: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
+    kernel command line";
+
+/// Where cgroups can be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The cgroup in which they are made.
+    pub parent: PathBuf,
+    /// What has to be done first.
+    pub(super) first: First,
+}
+
+/// What has to be done before cgroups with limits can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum First {
+    /// Nothing.
+    Nothing,
+    /// Give the controllers to the children.
+    Enable,
+    /// The same, after this process has moved to a leaf: a cgroup cannot have
+    /// processes and children with limits.
+    MoveAndEnable,
+}
+
+/// Why limits cannot be enforced, and what helps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotEnforced {
+    /// Why.
+    pub reason: String,
+    /// What to do.
+    pub hint: String,
+}
+
+impl fmt::Display for NotEnforced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.reason, self.hint)
+    }
+}
+
+/// One cgroup, as far as the decision needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Level {
+    path: PathBuf,
+    /// The root of the whole tree, which may have processes and children.
+    is_root: bool,
+    /// Controllers that it can give to children.
+    available: BTreeSet<String>,
+    /// Controllers that it gives to children.
+    enabled: BTreeSet<String>,
+    /// Whether this process may make children and move processes.
+    writable: bool,
+    /// Whether processes other than this one are in it.
+    shared: bool,
+}
+
+/// Looks where this process may make cgroups. Changes nothing.
+///
+/// # Errors
+/// Nowhere.
+pub fn find() -> Result<Place, NotEnforced> {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let membership = read("/proc/self/cgroup");
+    let mut found = Err(NotEnforced {
+        reason: "cgroup v2 is not mounted".into(),
+        hint: "mount -t cgroup2 none /sys/fs/cgroup, or on a machine with systemd, ".to_owned()
+            + BY_BOOT,
+    });
+    for (mount, own) in own_cgroups(&read("/proc/self/mountinfo"), &membership) {
+        let parent = own
+            .parent()
+            .filter(|parent| parent.starts_with(&mount))
+            .map(level);
+        found = decide(&level(&own), parent.as_ref());
+        if found.is_ok() {
+            break;
+        }
+    }
+    found
+}
+
+/// Mount point and this process's cgroup below it, of every mounted tree.
+fn own_cgroups(mountinfo: &str, membership: &str) -> Vec<(PathBuf, PathBuf)> {
+    let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::")) else {
+        return Vec::new();
+    };
+    let mounts = mountinfo.lines().filter_map(|line| {
+        // proc_pid_mountinfo(5): optional fields end with a hyphen.
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        // A path with a space is written with a backslash; nobody has one.
+        if filesystem.split(' ').next() != Some("cgroup2") || point.contains('\\') {
+            return None;
+        }
+        let below = Path::new(own).strip_prefix(root).ok()?;
+        let point = PathBuf::from(point);
+        // Joining nothing would add a slash.
+        let own = point.join(below).components().collect();
+        Some((point, own))
+    });
+    mounts.collect()
+}
+
+fn level(path: &Path) -> Level {
+    let read = |name| fs::read_to_string(path.join(name)).unwrap_or_default();
+    let words = |name| read(name).split_whitespace().map(Into::into).collect();
+    let may = |name| access(&path.join(name), AccessFlags::W_OK).is_ok();
+    let mine = std::process::id().to_string();
+    Level {
+        path: path.to_owned(),
+        // The root alone has no such file.
+        is_root: !path.join("cgroup.events").exists(),
+        available: words("cgroup.controllers"),
+        enabled: words("cgroup.subtree_control"),
+        writable: may("") && may("cgroup.procs") && may("cgroup.subtree_control"),
+        shared: read("cgroup.procs").lines().any(|pid| pid != mine),
+    }
+}
+
+/// In our own cgroup if it is ours alone, else beside it.
+fn decide(own: &Level, parent: Option<&Level>) -> Result<Place, NotEnforced> {
+    let has = |set: &BTreeSet<String>| NEEDED.iter().all(|name| set.contains(*name));
+    let at = |level: &Level, first| {
+        Ok(Place {
+            parent: level.path.clone(),
+            first,
+        })
+    };
+    if own.writable && has(&own.enabled) {
+        return at(own, First::Nothing);
+    }
+    if own.writable && own.is_root && has(&own.available) {
+        return at(own, First::Enable);
+    }
+    if own.writable && !own.shared && has(&own.available) {
+        return at(own, First::MoveAndEnable);
+    }
+    if let Some(parent) = parent
+        && parent.writable
+        && has(&parent.enabled)
+    {
+        return at(parent, First::Nothing);
+    }
+    let path = own.path.display();
+    let root = nix::unistd::Uid::effective().is_root();
+    let by_systemd = if root { BY_SYSTEMD_ROOT } else { BY_SYSTEMD };
+    Err(if !has(&own.available) {
+        let missing: Vec<_> = NEEDED
+            .into_iter()
+            .filter(|name| !own.available.contains(*name))
+            .collect();
+        NotEnforced {
+            reason: format!("cgroup {path} has no controller {}", missing.join(", ")),
+            hint: if own.is_root { BY_BOOT } else { by_systemd }.into(),
+        }
+    } else if own.writable {
+        NotEnforced {
+            reason: format!("cgroup {path} holds other processes too"),
+            hint: by_systemd.into(),
+        }
+    } else {
+        NotEnforced {
+            reason: format!("cgroup {path} belongs to another user or is read-only"),
+            hint: by_systemd.into(),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_cgroup_is_found_below_every_mount_that_shows_it() {
+        let mountinfo = "\
+25 30 0:23 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n\
+35 25 0:30 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n\
+36 25 0:31 / /sys/fs/cgroup/memory rw shared:5 - cgroup cgroup rw,memory\n\
+90 25 0:30 /user.slice /mnt rw - cgroup2 none rw\n\
+91 25 0:30 /system.slice /other rw - cgroup2 none rw\n";
+        let membership = "4:memory:/x\n0::/user.slice/a.scope\n";
+        assert_eq!(
+            own_cgroups(mountinfo, membership),
+            [
+                ("/sys/fs/cgroup", "/sys/fs/cgroup/user.slice/a.scope"),
+                ("/mnt", "/mnt/a.scope")
+            ]
+            .map(|(mount, own)| (mount.into(), own.into()))
+        );
+        assert_eq!(own_cgroups(mountinfo, "4:memory:/x\n"), []);
+    }
+
+    fn level(path: &str, change: impl FnOnce(&mut Level)) -> Level {
+        let all: BTreeSet<String> = ["cpu", "memory", "pids"].map(Into::into).into();
+        let mut level = Level {
+            path: path.into(),
+            is_root: false,
+            available: all,
+            enabled: BTreeSet::new(),
+            writable: true,
+            shared: false,
+        };
+        change(&mut level);
+        level
+    }
+
+    #[test]
+    fn a_cgroup_of_our_own_is_taken_then_the_one_above_and_else_the_reason_says_why() {
+        let place = |own: &Level, parent: Option<&Level>| {
+            decide(own, parent).map(|place| (place.parent, place.first))
+        };
+        let full = |level: &mut Level| level.enabled = level.available.clone();
+        let above = level("/c/a", full);
+
+        let root = level("/c", |level| (level.is_root, level.shared) = (true, true));
+        assert_eq!(place(&root, None), Ok(("/c".into(), First::Enable)));
+        let ready = level("/c", full);
+        assert_eq!(place(&ready, None), Ok(("/c".into(), First::Nothing)));
+        let delegated = level("/c/a/b", |_| {});
+        assert_eq!(
+            place(&delegated, Some(&above)),
+            Ok(("/c/a/b".into(), First::MoveAndEnable))
+        );
+        let shared = level("/c/a/b", |level| level.shared = true);
+        assert_eq!(
+            place(&shared, Some(&above)),
+            Ok(("/c/a".into(), First::Nothing))
+        );
+
+        let why = |own: &Level, parent| place(own, parent).unwrap_err().to_string();
+        let bare = level("/c/a", |_| {});
+        assert!(why(&shared, Some(&bare)).contains("/c/a/b holds other processes"));
+        let foreign = level("/c/a/b", |level| level.writable = false);
+        let closed = level("/c/a", |level| (level.writable) = false);
+        let text = why(&foreign, Some(&closed));
+        assert!(text.contains("another user") && text.contains("systemd-run"));
+        let poor = level("/c", |level| {
+            level.is_root = true;
+            level.available = ["hugetlb".into()].into();
+        });
+        let text = why(&poor, None);
+        assert!(text.contains("no controller memory, pids") && text.contains("boot with"));
+    }
+
+    #[test]
+    fn this_machine_gives_a_place_or_a_reason() {
+        match find() {
+            Ok(place) => assert!(place.parent.join("cgroup.procs").exists()),
+            Err(why) => assert!(!why.reason.is_empty() && !why.hint.is_empty()),
+        }
+    }
+}
