@@ -164,6 +164,7 @@ pub async fn deploy(
     };
     let mut prepared = Vec::new();
     for (role, rotation) in model.roles.iter().zip(rotations) {
+        let mut first: Option<PathBuf> = None;
         for number in 0..role.instances {
             let name = instance_name(role, number);
             let path = dir
@@ -175,12 +176,17 @@ pub async fn deploy(
                 Arc::clone(&image),
                 progress.clone(),
             );
-            blocking(move || guest::create_disks(&for_disks, &disk_role, &disk_image, &building))
-                .await?
-                .map_err(|source| DeployError::Guest {
-                    instance: name.clone(),
-                    source,
-                })?;
+            let sibling = first.clone();
+            first.get_or_insert_with(|| path.clone());
+            blocking(move || {
+                let sibling = sibling.as_deref();
+                guest::create_disks(&for_disks, &disk_role, &disk_image, sibling, &building)
+            })
+            .await?
+            .map_err(|source| DeployError::Guest {
+                instance: name.clone(),
+                source,
+            })?;
             timeline.tell(Some(&name), EventKind::DisksReady { kept: false });
             let stop_ms = u64::try_from(limits.role_stop.as_millis()).unwrap_or(u64::MAX);
             prepared.push(InstanceParts {

@@ -1,6 +1,6 @@
 //! The files and the specification of one instance's guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -25,6 +25,9 @@ const RESOURCE_RESERVE_MIB: u64 = 512;
 
 /// Size at which the serial log turns over, in bytes.
 const SERIAL_BYTES: u64 = 10 << 20;
+
+/// Name of the application disk.
+const APPLICATION: &str = "app.squashfs";
 
 /// Why a guest's files cannot be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -60,11 +63,14 @@ pub enum GuestError {
     },
 }
 
-/// Makes the disks of an instance in `dir`. Blocking.
+/// Makes the disks of an instance in `dir`. The application disk is only ever
+/// read: it is shared with the instance of the same role in `sibling`, if
+/// there is one. Blocking.
 pub fn create_disks(
     dir: &Path,
     role: &Role,
     image: &Image,
+    sibling: Option<&Path>,
     progress: &Progress,
 ) -> Result<(), GuestError> {
     let path = dir.join("diff.qcow2");
@@ -85,7 +91,16 @@ pub fn create_disks(
             path,
             source,
         })?;
-    let path = dir.join("app.squashfs");
+    let path = dir.join(APPLICATION);
+    if let Some(sibling) = sibling {
+        return fs::hard_link(sibling.join(APPLICATION), &path).map_err(|source| {
+            GuestError::File {
+                what: "share",
+                path,
+                source,
+            }
+        });
+    }
     let out = make(&path)?;
     build_application_image(role, &out, progress).map_err(|source| GuestError::Application {
         path,
@@ -121,7 +136,7 @@ pub fn prepare(
     let diff = add(open(&dir.join("diff.qcow2"), true)?);
     let base = add(open(&image.base_path, false)?);
     let resource = add(open(&dir.join("resource.raw"), true)?);
-    let application = add(open(&dir.join("app.squashfs"), false)?);
+    let application = add(open(&dir.join(APPLICATION), false)?);
     let spec = GuestSpec {
         name: name.to_owned(),
         vcpus: role.size.vcpus,
@@ -191,4 +206,75 @@ fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<Fi
             path: path.to_owned(),
             source,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service;
+    use crate::store::image;
+    use sha2::{Digest as _, Sha256};
+    use std::os::unix::fs::MetadataExt;
+
+    /// An image of files that hold their own names.
+    fn image(data_dir: &Path) -> Image {
+        let dir = data_dir.join("images/minimal");
+        fs::create_dir_all(&dir).unwrap();
+        let file = |name: &str| {
+            let content = name.repeat(1 << 16);
+            fs::write(dir.join(name), &content).unwrap();
+            let sum = image::hex(&Sha256::digest(content.as_bytes()));
+            format!(r#""{name}":{{"sha256":"{sum}"}}"#)
+        };
+        let files = ["kernel", "initrd", "base.ext4", "guest-agent"].map(file);
+        let manifest = format!(
+            r#"{{"schema":"host-agent.image/1","name":"minimal","files":{{{}}}}}"#,
+            files.join(",")
+        );
+        fs::write(dir.join("manifest.json"), manifest).unwrap();
+        image::open(data_dir, "minimal", &Progress::default()).unwrap()
+    }
+
+    #[test]
+    fn instances_of_a_role_share_the_disk_they_only_read_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = image(dir.path());
+        let redis = Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/services/redis"
+        ));
+        let progress = Progress::default();
+        let role = service::load(redis, None, &progress)
+            .unwrap()
+            .roles
+            .remove(0);
+        let [first, second] = ["a", "b"].map(|name| dir.path().join(name));
+        for (instance, sibling) in [(&first, None), (&second, Some(first.as_path()))] {
+            fs::create_dir(instance).unwrap();
+            create_disks(instance, &role, &image, sibling, &progress).unwrap();
+        }
+        let inode = |dir: &Path, name| fs::metadata(dir.join(name)).unwrap().ino();
+        assert_eq!(inode(&first, APPLICATION), inode(&second, APPLICATION));
+        for private in ["diff.qcow2", "resource.raw"] {
+            assert_ne!(inode(&first, private), inode(&second, private));
+        }
+    }
+
+    #[test]
+    fn disks_that_are_given_up_say_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = image(dir.path());
+        let redis = Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/services/redis"
+        ));
+        let progress = Progress::default();
+        let role = service::load(redis, None, &progress)
+            .unwrap()
+            .roles
+            .remove(0);
+        progress.cancel();
+        let error = create_disks(dir.path(), &role, &image, None, &progress).unwrap_err();
+        assert!(matches!(error, GuestError::Application { .. }));
+    }
 }
