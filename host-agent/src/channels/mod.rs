@@ -8,8 +8,8 @@ mod serve;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
@@ -21,7 +21,7 @@ use vmbus::text::chain;
 use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
 
 use crate::store::image::AgentProgram;
-use crate::store::log_file::LogFile;
+use crate::store::log_file::LogWriter;
 
 /// What a guest's channels tell the instance's actor.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,9 +82,9 @@ pub struct GuestChannels {
     /// The guest agent to deliver.
     pub program: Arc<AgentProgram>,
     /// The role's log.
-    pub role_log: Arc<Mutex<LogFile>>,
+    pub role_log: Arc<LogWriter>,
     /// The agents' log.
-    pub agent_log: Arc<Mutex<LogFile>>,
+    pub agent_log: Arc<LogWriter>,
     /// Last heartbeat question of this boot, over all its connections.
     pub sequence: AtomicU64,
 }
@@ -175,8 +175,6 @@ impl GuestChannels {
             LogSource::Role => &self.role_log,
             LogSource::Agent => &self.agent_log,
         };
-        file.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .line(line);
+        file.line(line);
     }
 }

@@ -3,6 +3,9 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 /// Size at which a log turns over, in bytes.
 pub const MAX_LOG: u64 = 10 << 20;
@@ -58,6 +61,70 @@ impl LogFile {
     }
 }
 
+/// A log that is written by a thread of its own: a disk that stands still
+/// holds up nobody who has something to log.
+#[derive(Debug)]
+pub struct LogWriter {
+    lines: SyncSender<String>,
+    queued: Arc<AtomicUsize>,
+    dropped: AtomicU64,
+}
+
+/// Lines that may wait for the disk.
+const MOST_LINES: usize = 4096;
+/// Bytes that may wait for the disk.
+const MOST_BYTES: usize = 1 << 20;
+
+impl LogWriter {
+    /// Opens or makes the log at `path` and starts its thread, which ends when
+    /// everything is written after the writer is dropped.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or no thread is to be had.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut file = LogFile::open(path)?;
+        let (lines, waiting) = sync_channel::<String>(MOST_LINES);
+        let queued = Arc::<AtomicUsize>::default();
+        let taken = Arc::clone(&queued);
+        std::thread::Builder::new()
+            .name("log".into())
+            .spawn(move || {
+                for line in waiting {
+                    file.line(&line);
+                    taken.fetch_sub(line.len(), Ordering::Relaxed);
+                }
+            })?;
+        Ok(Self {
+            lines,
+            queued,
+            dropped: AtomicU64::new(0),
+        })
+    }
+
+    /// Queues one line. One for which there is no room is counted, and the
+    /// count is written when there is room again.
+    pub fn line(&self, text: &str) {
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        let told = dropped == 0 || self.put(format!("[{dropped} lines lost by the host]"));
+        let put = told && self.put(text.to_owned());
+        let lost = u64::from(!put) + if told { 0 } else { dropped };
+        self.dropped.fetch_add(lost, Ordering::Relaxed);
+    }
+
+    fn put(&self, line: String) -> bool {
+        let length = line.len();
+        if self.queued.load(Ordering::Relaxed) + length > MOST_BYTES {
+            return false;
+        }
+        self.queued.fetch_add(length, Ordering::Relaxed);
+        let put = self.lines.try_send(line).is_ok();
+        if !put {
+            self.queued.fetch_sub(length, Ordering::Relaxed);
+        }
+        put
+    }
+}
+
 /// Where the older part of the log at `path` is.
 pub fn previous(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -83,6 +150,33 @@ mod tests {
         for part in [path.clone(), previous(&path)] {
             let size = fs::metadata(part).unwrap().len();
             assert!(size > 0 && size <= MAX_LOG);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_stands_still_holds_up_nobody_and_the_loss_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.log");
+        // A pipe that nobody reads yet.
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let log = LogWriter::open(&path).unwrap();
+        let line = "x".repeat(99);
+        for _ in 0..MOST_LINES * 2 {
+            log.line(&line);
+        }
+        // Now it is read, and sooner or later there is room again.
+        let mut buffer = vec![0; 1 << 16];
+        let mut seen = String::new();
+        while !seen.contains("lines lost by the host]") {
+            log.line("more");
+            let count = std::io::Read::read(&mut reader, &mut buffer).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+            assert!(seen.len() < 100 * MOST_LINES * 3);
         }
     }
 }

@@ -8,7 +8,7 @@ mod handle;
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -26,7 +26,7 @@ use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::service::model::Role;
 use crate::store::image::Image;
-use crate::store::log_file::LogFile;
+use crate::store::log_file::LogWriter;
 use crate::vmm::control::Command;
 use boot::{Boot, next_happening};
 pub use handle::{InstanceHandle, Request, View};
@@ -82,8 +82,8 @@ struct Instance {
     probe_deadline: Option<(Instant, Verdict)>,
     next_dial: u64,
     last_health: Option<Health>,
-    role_log: Arc<Mutex<LogFile>>,
-    agent_log: Arc<Mutex<LogFile>>,
+    role_log: Arc<LogWriter>,
+    agent_log: Arc<LogWriter>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
     goal: watch::Sender<Goal>,
@@ -96,8 +96,8 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
     let (channel_sender, channel_receiver) = mpsc::channel(CHANNEL_BACKLOG);
     let (incoming_sender, incoming_receiver) = mpsc::channel(INCOMING_BACKLOG);
     let (view, view_receiver) = watch::channel(View::default());
-    let role_log = Arc::new(Mutex::new(LogFile::open(&parts.dir.join("role.log"))?));
-    let agent_log = Arc::new(Mutex::new(LogFile::open(&parts.dir.join("agent.log"))?));
+    let role_log = Arc::new(LogWriter::open(&parts.dir.join("role.log"))?);
+    let agent_log = Arc::new(LogWriter::open(&parts.dir.join("agent.log"))?);
     let handle = InstanceHandle::new(&parts.name, &parts.dir, requests, view_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
