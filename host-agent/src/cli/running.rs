@@ -28,6 +28,7 @@ pub struct Running {
     _server: Option<Server>,
     events: Events,
     ended: bool,
+    abandoned: bool,
     interrupts: Interrupts,
     /// What the events say so far.
     pub watch: Watch,
@@ -104,6 +105,7 @@ impl Running {
                         _server: server,
                         events,
                         ended: false,
+                        abandoned: false,
                         interrupts,
                         watch,
                         names,
@@ -154,8 +156,8 @@ impl Running {
         }
     }
 
-    /// Stops the service; waits until it is down. A signal from here on kills.
-    /// Returns how long it took.
+    /// Stops the service; waits until it is down. A signal from here on kills,
+    /// and one more waits no longer. Returns how long it took.
     pub async fn stop(
         &mut self,
         output: &Output,
@@ -172,8 +174,15 @@ impl Running {
             };
             match self.wait(None, told).await {
                 Ok(Ended::Finished) => return result.map(|()| started.elapsed()),
+                Ok(Ended::Signal(number)) if self.was_killed() => {
+                    // A killed process that does not end hangs in the kernel.
+                    output.warn("not waiting any longer; what is left is removed later");
+                    self.ended = true;
+                    self.abandoned = true;
+                    return Err(interrupted(number));
+                }
                 Ok(Ended::Signal(_)) => {
-                    output.progress("killing the guests");
+                    output.progress("killing the guests; once more does not wait for them");
                     self.ask_to_stop().await;
                 }
                 Ok(Ended::News(_) | Ended::Deadline) => {}
@@ -205,7 +214,9 @@ impl Running {
             // Whatever made this necessary has been told already.
             let _ = self.stop(output, |_, _| Ok(())).await;
         }
-        self.deployment.finished().await;
+        if !self.abandoned {
+            self.deployment.finished().await;
+        }
     }
 }
 

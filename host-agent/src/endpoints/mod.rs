@@ -4,12 +4,16 @@
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 
 /// Connections that may wait for the kernel to be accepted.
 const BACKLOG: u32 = 1024;
+
+/// Pause after a connection that could not be accepted.
+const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
 
 /// A connection for an instance.
 #[derive(Debug)]
@@ -97,7 +101,7 @@ pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
                 }
             }
             // Out of descriptors or memory: let others finish first.
-            Err(_) => tokio::task::yield_now().await,
+            Err(_) => tokio::time::sleep(OUT_OF_RESOURCES).await,
         }
     }
 }
