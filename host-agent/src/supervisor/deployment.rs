@@ -161,6 +161,7 @@ pub async fn deploy(
         power_off: scaled(10),
         condemned: scaled(30),
         vmm_stop: scaled(2),
+        death: scaled(10),
     };
     let mut prepared = Vec::new();
     for (role, rotation) in model.roles.iter().zip(rotations) {
@@ -199,6 +200,7 @@ pub async fn deploy(
                 limits,
                 group: group.clone(),
                 hello_limit: scaled(10),
+                probe_limit: scaled(3),
                 rotation: rotation.clone(),
                 timeline: timeline.clone(),
             });

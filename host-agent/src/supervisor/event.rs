@@ -133,7 +133,8 @@ pub enum EventKind {
     Stopping,
     /// The instance is down and its resources are released.
     Stopped {
-        /// Whether the role and the guest ended by themselves.
+        /// Whether nothing was cut off: the role and the guest ended by
+        /// themselves, or had not begun.
         clean: bool,
     },
     /// The host cannot go on with the instance.

@@ -20,6 +20,7 @@ use vmbus::message::{Goal, Health};
 use super::event::{EventKind, Verdict, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
+use super::quota::Quota;
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
@@ -41,8 +42,10 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 const PINGS_MISSED: u32 = 3;
 /// Violations reported per boot; later ones only count.
 const MOST_VIOLATIONS_TOLD: u32 = 10;
-/// Time for the guest's kernel to answer a probe.
-const PROBE_LIMIT: Duration = Duration::from_secs(3);
+/// Questions to a VMM process that may be open at a time.
+const MOST_ASKED: usize = 64;
+/// Connections to the channels of one boot: as many as its vsock device has.
+const MOST_CHANNELS: usize = 1023;
 
 /// What an instance is made of.
 #[derive(Debug)]
@@ -65,6 +68,8 @@ pub struct InstanceParts {
     pub group: Option<Arc<DeploymentGroup>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
+    /// Most time for the guest's kernel to answer a probe.
+    pub probe_limit: Duration,
     /// One rotation per endpoint of the role, all the same.
     pub rotation: Rotation,
     /// The deployment's timeline.
@@ -82,6 +87,7 @@ struct Instance {
     probe_deadline: Option<(Instant, Verdict)>,
     next_dial: u64,
     last_health: Option<Health>,
+    quota: Quota,
     role_log: Arc<LogWriter>,
     agent_log: Arc<LogWriter>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
@@ -109,6 +115,7 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
         probe_deadline: None,
         next_dial: 0,
         last_health: None,
+        quota: Quota::new(Duration::ZERO),
         role_log,
         agent_log,
         channel_sender,
@@ -193,6 +200,11 @@ impl Instance {
             }
             Effect::AskShutdown { then, deadline } => {
                 self.monitor.settle();
+                if self.paused {
+                    // A guest that stands still cannot shut down. One whose
+                    // VMM process does not take this is killed in time.
+                    let _ = self.command(&Command::Resume {}, Vec::new());
+                }
                 if let Some(boot) = &self.boot {
                     boot.shutdown
                         .send_replace(Some(ShutdownRequest { then, deadline }));
@@ -209,7 +221,7 @@ impl Instance {
             Effect::Rotation(ready) => {
                 let sender = ready.then(|| self.incoming_sender.clone());
                 self.parts.rotation.set(&self.parts.name, sender);
-                if !ready {
+                if !ready && self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
                     self.tell(EventKind::OutOfRotation);
                 }
             }

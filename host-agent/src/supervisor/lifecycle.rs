@@ -6,8 +6,12 @@ use std::time::Duration;
 use vmbus::message::{PowerAction, RoleState, Status};
 
 use super::event::{EventKind, Verdict, exit_text};
+use super::quota::Quota;
 use super::restart::{Decision, RestartBudget};
 use crate::vmm::control::ExitReason;
+
+/// Time between two reminders that a killed process does not end.
+const REMIND: Duration = Duration::from_mins(1);
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +59,8 @@ pub enum Wait {
     Shutdown,
     /// The VMM process's orderly end.
     VmmStop,
+    /// The end of the VMM process after it was killed.
+    Death,
 }
 
 /// Something to be done.
@@ -97,6 +103,8 @@ pub struct Limits {
     pub condemned: Duration,
     /// Time for the VMM process to flush and end.
     pub vmm_stop: Duration,
+    /// Time for the VMM process to be gone after it was killed.
+    pub death: Duration,
 }
 
 /// One instance.
@@ -109,6 +117,9 @@ pub struct Lifecycle {
     first_beat: Option<Duration>,
     connected: bool,
     status: Option<Status>,
+    /// The status has changed since it was last told.
+    untold: bool,
+    quota: Quota,
     in_rotation: bool,
 }
 
@@ -139,6 +150,8 @@ impl Lifecycle {
             first_beat: None,
             connected: false,
             status: None,
+            untold: false,
+            quota: Quota::new(Duration::ZERO),
             in_rotation: false,
         }
     }
@@ -173,8 +186,9 @@ impl Lifecycle {
             (Input::Connected, _) => self.connected = true,
             (Input::Beat, State::Running) => {
                 self.first_beat.get_or_insert(now);
+                self.tell_status(now, &mut effects);
             }
-            (Input::Status(status), state) => self.status(status, &state, &mut effects),
+            (Input::Status(status), state) => self.status(status, &state, now, &mut effects),
             (
                 Input::Condemned {
                     verdict,
@@ -194,7 +208,7 @@ impl Lifecycle {
                     });
                     effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
                 } else {
-                    effects.push(Effect::KillVmm);
+                    self.kill_vmm(&mut effects);
                 }
             }
             (Input::Ended(reason), State::Running) => {
@@ -208,7 +222,12 @@ impl Lifecycle {
                 self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Stopping) => {
-                let clean = matches!(reason, ExitReason::PowerOff);
+                // A guest in which nothing of ours ran yet has nothing to stop.
+                let clean = match reason {
+                    ExitReason::PowerOff => true,
+                    ExitReason::Stopped => !self.connected,
+                    _ => false,
+                };
                 effects.push(Effect::Tell(EventKind::GuestExited { reason }));
                 self.finish(clean, None, &mut effects);
             }
@@ -233,13 +252,21 @@ impl Lifecycle {
             (Input::Kill, _) => {
                 self.rotate(false, &mut effects);
                 self.state = State::Stopping;
-                effects.push(Effect::KillVmm);
+                self.kill_vmm(&mut effects);
             }
             (Input::Waited(Wait::Shutdown), State::Stopping | State::Ending { .. }) => {
                 self.stop_vmm(&mut effects);
             }
             (Input::Waited(Wait::VmmStop), State::Stopping | State::Ending { .. }) => {
+                self.kill_vmm(&mut effects);
+            }
+            (Input::Waited(Wait::Death), State::Stopping | State::Ending { .. }) => {
+                let text = "the VMM process was killed and does not end: it hangs in the \
+                            kernel, most likely on a disk"
+                    .into();
+                effects.push(Effect::Tell(EventKind::Warning { text }));
                 effects.push(Effect::KillVmm);
+                effects.push(Effect::Wait(Wait::Death, REMIND));
             }
             // A second stop, and what belongs to a boot that is over.
             _ => {}
@@ -253,15 +280,35 @@ impl Lifecycle {
         self.first_beat = None;
         self.connected = false;
         self.status = None;
+        self.untold = false;
         effects.push(Effect::Spawn {
             generation: self.generation,
         });
     }
 
-    fn status(&mut self, status: Status, state: &State, effects: &mut Vec<Effect>) {
+    fn status(&mut self, status: Status, state: &State, now: Duration, effects: &mut Vec<Effect>) {
         if self.status.as_ref() == Some(&status) {
             return;
         }
+        let ready = status.state == RoleState::Ready;
+        self.status = Some(status);
+        self.untold = true;
+        self.tell_status(now, effects);
+        if *state == State::Running {
+            self.rotate(ready, effects);
+        }
+    }
+
+    /// Tells the newest status. A guest that changes it all the time is told of
+    /// now and then: what came between is passed over.
+    fn tell_status(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        let Some(status) = self.status.as_ref().filter(|_| self.untold) else {
+            return;
+        };
+        if !self.quota.take(now) {
+            return;
+        }
+        self.untold = false;
         effects.push(Effect::Tell(EventKind::Role {
             state: status.state,
             detail: status.detail.clone(),
@@ -269,11 +316,11 @@ impl Lifecycle {
             last_exit: status.last_exit,
             retry_in_ms: status.retry_in_ms,
         }));
-        let ready = status.state == RoleState::Ready;
-        self.status = Some(status);
-        if *state == State::Running {
-            self.rotate(ready, effects);
-        }
+    }
+
+    fn kill_vmm(&self, effects: &mut Vec<Effect>) {
+        effects.push(Effect::KillVmm);
+        effects.push(Effect::Wait(Wait::Death, self.limits.death));
     }
 
     fn rotate(&mut self, ready: bool, effects: &mut Vec<Effect>) {

@@ -11,5 +11,6 @@ pub mod heartbeat;
 pub mod instance;
 pub mod lifecycle;
 pub mod process;
+pub mod quota;
 pub mod restart;
 pub mod timeline;

@@ -18,7 +18,7 @@ use crate::vmm::spec::GuestSpec;
 use crate::vmm::wire;
 
 /// Commands kept for a socket that is full at the moment.
-const MOST_WAITING: usize = 1024;
+const MOST_WAITING: usize = 256;
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,8 @@ pub struct VmmProcess {
     pid: u32,
     control: UnixStream,
     waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    /// Nothing more is taken from it.
+    deaf: bool,
 }
 
 impl VmmProcess {
@@ -76,6 +78,7 @@ impl VmmProcess {
             pid,
             control,
             waiting: VecDeque::new(),
+            deaf: false,
         })
     }
 
@@ -113,6 +116,9 @@ impl VmmProcess {
     /// The next event with its files, or how the process ended. Cancelling
     /// loses nothing.
     pub async fn next(&mut self) -> Happening {
+        if self.deaf {
+            return Happening::Ended(self.child.wait().await.map(exit_detail));
+        }
         while !self.waiting.is_empty() {
             tokio::select! {
                 biased;
@@ -122,7 +128,9 @@ impl VmmProcess {
                 }
                 ready = self.control.writable() => {
                     if let Err(error) = ready.and_then(|()| self.flush()) {
-                        return Happening::Garbled(error);
+                        // What it said last is still to be read.
+                        tracing::debug!(pid = self.pid, %error, "takes no commands");
+                        self.waiting.clear();
                     }
                 }
             }
@@ -133,7 +141,10 @@ impl VmmProcess {
                 Ok(Some((event, files))) => Happening::Event(event, files),
                 // The socket closes a moment before the process ends.
                 Ok(None) => Happening::Ended(self.child.wait().await.map(exit_detail)),
-                Err(error) => Happening::Garbled(error),
+                Err(error) => {
+                    self.deaf = true;
+                    Happening::Garbled(error)
+                }
             },
             status = self.child.wait() => Happening::Ended(status.map(exit_detail)),
         }

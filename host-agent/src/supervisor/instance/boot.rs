@@ -14,8 +14,8 @@ use super::super::guest;
 use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
 use super::super::process::{Happening, VmmProcess};
-use super::Instance;
 use super::dial::Dialed;
+use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
 use crate::vmm::control::{Event, ExitReason, Stats};
@@ -111,9 +111,8 @@ impl Instance {
         match happening {
             Happening::Event(event, files) => self.event(event, files),
             Happening::Garbled(error) => {
-                self.tell(EventKind::Warning {
-                    text: format!("VMM process sent what is no event: {}", chain(&error)),
-                });
+                let text = format!("VMM process sent what is no event: {}", chain(&error));
+                self.violation(EventKind::Warning { text });
                 self.kill();
                 true
             }
@@ -147,14 +146,19 @@ impl Instance {
                 boot.exit = Some(ExitReason::Failed { detail: reason });
             }
             Event::Opened { port, source_port } => {
-                if let Some(socket) = files.into_iter().next() {
+                // Each connection's task has a share of the channels.
+                if Arc::strong_count(&boot.channels) > MOST_CHANNELS {
+                    let text = "more connections to channels than there can be".into();
+                    self.violation(EventKind::Warning { text });
+                } else if let Some(socket) = files.into_iter().next() {
                     boot.channels.accept(port, source_port, socket);
                 }
             }
             Event::Dialed { id, outcome } => return self.dialed(id, outcome),
             Event::Paused { paused } => {
-                self.paused = paused;
-                self.tell(EventKind::Paused { paused });
+                if std::mem::replace(&mut self.paused, paused) != paused {
+                    self.tell(EventKind::Paused { paused });
+                }
             }
             Event::Pong { .. } => boot.pings = 0,
             Event::Stats(stats) => {

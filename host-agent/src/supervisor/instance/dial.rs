@@ -11,14 +11,16 @@ use vmbus::channel::{EXEC_PORT, tunnel_port};
 
 use super::super::event::Verdict;
 use super::super::lifecycle::Input;
-use super::{Instance, PROBE_LIMIT, Request};
+use super::{Instance, MOST_ASKED, Request};
 use crate::endpoints::Incoming;
 use crate::vmm::control::{Command, DialOutcome};
+
+/// Said to who asks too much at a time.
+const BUSY: &str = "too many questions to the VMM process are open";
 
 /// What an answer to a dial is for.
 #[derive(Debug)]
 pub(super) enum Dialed {
-    Endpoint,
     Exec(UnixStream, oneshot::Sender<Result<UnixStream, String>>),
     Probe(Verdict),
 }
@@ -39,6 +41,12 @@ impl Instance {
                         .map_err(|e| e.to_string()),
                 );
             }
+            Request::Exec(answer) if self.is_busy() => {
+                let _ = answer.send(Err(BUSY.into()));
+            }
+            Request::Stats(answer) if self.is_busy() => {
+                let _ = answer.send(Err(BUSY.into()));
+            }
             Request::Exec(answer) => self.exec(answer),
             Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {
                 Ok(()) => {
@@ -52,6 +60,12 @@ impl Instance {
             },
         }
         true
+    }
+
+    /// Whether one more question would be too many.
+    fn is_busy(&self) -> bool {
+        let boot = self.boot.as_ref();
+        boot.is_some_and(|boot| boot.dials.len() + boot.stats.len() >= MOST_ASKED)
     }
 
     fn exec(&mut self, answer: oneshot::Sender<Result<UnixStream, String>>) {
@@ -79,12 +93,8 @@ impl Instance {
     pub(super) fn connect(&mut self, connection: Incoming) {
         let id = self.dial_id();
         let port = tunnel_port(connection.local_port);
-        let sent = self.command(&Command::Dial { id, port }, vec![connection.socket]);
-        if sent.is_ok()
-            && let Some(boot) = &mut self.boot
-        {
-            boot.dials.insert(id, Dialed::Endpoint);
-        }
+        // A VMM process that takes no more closes the client's connection.
+        let _ = self.command(&Command::Dial { id, port }, vec![connection.socket]);
     }
 
     pub(super) fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
@@ -101,7 +111,7 @@ impl Instance {
             return self.condemn(verdict, "its vCPUs are stopped", false);
         }
         let id = self.dial_id();
-        self.probe_deadline = Some((Instant::now() + PROBE_LIMIT, verdict));
+        self.probe_deadline = Some((Instant::now() + self.parts.probe_limit, verdict));
         let port = EXEC_PORT;
         if self
             .command(&Command::Probe { id, port }, Vec::new())
@@ -117,7 +127,6 @@ impl Instance {
     pub(super) fn dialed(&mut self, id: u64, outcome: DialOutcome) -> bool {
         let dialed = self.boot.as_mut().and_then(|boot| boot.dials.remove(&id));
         match dialed {
-            None | Some(Dialed::Endpoint) => {}
             Some(Dialed::Exec(stream, answer)) => {
                 let result = match outcome {
                     DialOutcome::Connected => Ok(stream),
@@ -125,17 +134,18 @@ impl Instance {
                 };
                 let _ = answer.send(result);
             }
-            Some(Dialed::Probe(verdict)) => {
-                if self.probe_deadline.take().is_some() {
-                    let alive = matches!(outcome, DialOutcome::Connected | DialOutcome::Refused);
-                    let evidence = if alive {
-                        "the guest's kernel answers: its agent is dead or hung"
-                    } else {
-                        "the guest's kernel does not answer a probe"
-                    };
-                    return self.condemn(verdict, evidence, alive);
-                }
+            Some(Dialed::Probe(verdict)) if self.probe_deadline.take().is_some() => {
+                let alive = matches!(outcome, DialOutcome::Connected | DialOutcome::Refused);
+                let evidence = if alive {
+                    "the guest's kernel answers: its agent is dead or hung"
+                } else {
+                    "the guest's kernel does not answer a probe"
+                };
+                return self.condemn(verdict, evidence, alive);
             }
+            // A client's connection, or a probe that came too late: nobody
+            // waits for the outcome.
+            None | Some(Dialed::Probe(_)) => {}
         }
         true
     }

@@ -1,11 +1,15 @@
 //! What the owner of an instance holds: requests to its actor and a view of it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::vmm::control::Stats;
+
+/// Most time for an answer. A VMM process that takes longer is found hung.
+const ANSWER_LIMIT: Duration = Duration::from_secs(45);
 
 /// What an owner may ask of an instance.
 #[derive(Debug)]
@@ -90,8 +94,9 @@ impl InstanceHandle {
     ) -> Result<T, String> {
         let (answer, answered) = oneshot::channel();
         self.send(request(answer)).await;
-        answered
-            .await
-            .unwrap_or_else(|_| Err("the instance ended".into()))
+        match tokio::time::timeout(ANSWER_LIMIT, answered).await {
+            Ok(answer) => answer.unwrap_or_else(|_| Err("the instance ended".into())),
+            Err(_) => Err("the VMM process does not answer".into()),
+        }
     }
 }

@@ -8,7 +8,10 @@ const LIMITS: Limits = Limits {
     power_off: Duration::from_secs(10),
     condemned: Duration::from_secs(30),
     vmm_stop: Duration::from_secs(2),
+    death: Duration::from_secs(10),
 };
+
+const KILLED: [Effect; 2] = [Effect::KillVmm, Effect::Wait(Wait::Death, LIMITS.death)];
 
 fn status(state: RoleState) -> Status {
     Status {
@@ -51,7 +54,7 @@ fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
     let minute = Duration::from_mins(1);
     let effects = life.on(silent(false), minute, 0.5);
     assert_eq!(effects[0], Effect::Rotation(false));
-    assert_eq!(effects.last(), Some(&Effect::KillVmm));
+    assert!(effects.contains(&Effect::KillVmm));
     let ended = Input::Ended(ExitReason::Failed {
         detail: "killed".into(),
     });
@@ -74,7 +77,76 @@ fn a_condemned_guest_whose_kernel_answers_is_asked_to_shut_down_first() {
     let effects = life.on(Input::Waited(Wait::Shutdown), Duration::ZERO, 0.5);
     assert_eq!(effects[0], Effect::StopVmm);
     let effects = life.on(Input::Waited(Wait::VmmStop), Duration::ZERO, 0.5);
-    assert_eq!(effects, [Effect::KillVmm]);
+    assert_eq!(effects, KILLED);
+}
+
+#[test]
+fn a_killed_process_that_does_not_end_is_told_of_again_and_again() {
+    let mut life = ready();
+    assert!(life.on(Input::Kill, Duration::ZERO, 0.5).ends_with(&KILLED));
+    for _ in 0..3 {
+        let effects = life.on(Input::Waited(Wait::Death), Duration::ZERO, 0.5);
+        assert!(matches!(&effects[0],
+            Effect::Tell(EventKind::Warning { text }) if text.contains("does not end")));
+        assert_eq!(effects[1], Effect::KillVmm);
+        assert!(matches!(effects[2], Effect::Wait(Wait::Death, _)));
+    }
+}
+
+#[test]
+fn a_guest_stopped_before_anything_of_ours_ran_in_it_ended_cleanly() {
+    for connected in [false, true] {
+        let mut life = Lifecycle::new(LIMITS);
+        life.on(Input::Start, Duration::ZERO, 0.5);
+        if connected {
+            life.on(Input::Connected, Duration::ZERO, 0.5);
+        }
+        life.on(Input::Stop, Duration::ZERO, 0.5);
+        let effects = life.on(Input::Ended(ExitReason::Stopped), Duration::ZERO, 0.5);
+        let clean = !connected;
+        assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean })));
+    }
+}
+
+#[test]
+fn a_stop_while_a_restart_is_waited_for_is_the_end_at_once() {
+    let mut life = ready();
+    life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+    let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
+    assert_eq!(effects.last(), Some(&Effect::Finish));
+    assert!(
+        life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5)
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_status_that_changes_all_the_time_is_told_now_and_then_and_last_as_it_is() {
+    let mut life = ready();
+    let told = |effects: &[Effect]| {
+        let roles = effects.iter().filter_map(|effect| match effect {
+            Effect::Tell(EventKind::Role { state, .. }) => Some(*state),
+            _ => None,
+        });
+        roles.collect::<Vec<_>>()
+    };
+    let mut lines = 0;
+    for change in 0..1000u64 {
+        let now = Duration::from_millis(10 * change);
+        let state = [RoleState::Busy, RoleState::Ready][change as usize % 2];
+        let effects = life.on(Input::Status(status(state)), now, 0.5);
+        lines += told(&effects).len();
+        // Who gets connections follows every change.
+        let rotation = Effect::Rotation(state == RoleState::Ready);
+        assert!(effects.contains(&rotation));
+    }
+    assert!((20..=45).contains(&lines), "{lines}");
+    let last = Input::Status(status(RoleState::Busy));
+    let mut effects = life.on(last, Duration::from_secs(10), 0.5);
+    effects.extend(life.on(Input::Beat, Duration::from_secs(11), 0.5));
+    assert_eq!(told(&effects), [RoleState::Busy]);
+    let effects = life.on(Input::Beat, Duration::from_secs(12), 0.5);
+    assert!(told(&effects).is_empty());
 }
 
 #[test]
@@ -124,6 +196,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(Input::Waited(Wait::Restart)),
         Just(Input::Waited(Wait::Shutdown)),
         Just(Input::Waited(Wait::VmmStop)),
+        Just(Input::Waited(Wait::Death)),
         Just(Input::Stop),
         Just(Input::Kill),
     ]
@@ -131,7 +204,8 @@ fn any_input() -> impl Strategy<Value = Input> {
 
 proptest! {
     /// Whatever comes in whatever order: one VMM process at a time, the
-    /// rotation flag alternates, and after the end nothing more is done.
+    /// rotation flag alternates, after the end nothing more is done, and what
+    /// shall end is always waited for with a limit.
     #[test]
     fn no_order_of_inputs_starts_two_guests_or_revives_a_finished_one(
         inputs in proptest::collection::vec(any_input(), 0..80)
@@ -140,6 +214,8 @@ proptest! {
         let mut running = false;
         let mut rotation = false;
         let mut finished = false;
+        let mut stopping = false;
+        let mut wait = None;
         let mut feed = vec![Input::Start];
         feed.extend(inputs);
         for input in feed {
@@ -147,7 +223,14 @@ proptest! {
             if matches!(input, Input::Ended(_) | Input::SpawnFailed(_)) {
                 if !running { continue; }
                 running = false;
+                wait = None;
             }
+            // Only what is waited for can be over.
+            if let Input::Waited(over) = input {
+                if wait != Some(over) { continue; }
+                wait = None;
+            }
+            stopping |= matches!(input, Input::Stop | Input::Kill);
             for effect in life.on(input, Duration::ZERO, 0.5) {
                 prop_assert!(!finished);
                 match effect {
@@ -155,7 +238,9 @@ proptest! {
                         prop_assert!(!running);
                         prop_assert_eq!(generation, life.generation());
                         running = true;
+                        wait = None;
                     }
+                    Effect::Wait(wanted, _) => wait = Some(wanted),
                     Effect::Rotation(ready) => {
                         prop_assert_ne!(ready, rotation);
                         rotation = ready;
@@ -166,6 +251,12 @@ proptest! {
                     }
                     _ => {}
                 }
+            }
+            if stopping {
+                prop_assert!(finished || wait.is_some());
+            }
+            if !running {
+                prop_assert!(finished || wait == Some(Wait::Restart));
             }
         }
     }
