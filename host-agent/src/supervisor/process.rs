@@ -146,7 +146,12 @@ impl VmmProcess {
                     Happening::Garbled(error)
                 }
             },
-            status = self.child.wait() => Happening::Ended(status.map(exit_detail)),
+            // What it said last is still to be read: a process is seen to have
+            // ended before its socket is seen to be readable.
+            status = self.child.wait() => match wire::recv(self.control.as_fd()) {
+                Ok(Some((event, files))) => Happening::Event(event, files),
+                _ => Happening::Ended(status.map(exit_detail)),
+            },
         }
     }
 
@@ -200,6 +205,41 @@ async fn receive<T: DeserializeOwned>(
         match socket.try_io(Interest::READABLE, || wire::recv(socket.as_fd())) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_a_process_said_last_is_heard_before_its_end() {
+        let (ours, theirs) = wire::pair().unwrap();
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let mut child = Program::new("true").spawn().unwrap();
+        let said = [Event::GuestPanicked {}, Event::Exited(ExitReason::PowerOff)];
+        for event in &said {
+            wire::send(theirs.as_fd(), event, &[]).unwrap();
+        }
+        drop(theirs);
+        // Nothing here lets the runtime look at the socket.
+        while child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        let mut process = VmmProcess {
+            pid: 1,
+            child,
+            control: UnixStream::from_std(ours.into()).unwrap(),
+            waiting: VecDeque::new(),
+            deaf: false,
+        };
+        for event in said {
+            assert!(matches!(process.next().await, Happening::Event(heard, _) if heard == event));
+        }
+        for _ in 0..2 {
+            let end = process.next().await;
+            assert!(matches!(end, Happening::Ended(Ok(how)) if how == "ended with code 0"));
         }
     }
 }
