@@ -46,11 +46,13 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The limits of a guest of this size.
-    pub fn of(vcpus: u8, memory_mib: u32) -> Self {
+    /// The limits of a guest of this size, whose disks are in memory with so
+    /// many bytes.
+    pub fn of(vcpus: u8, memory_mib: u32, disks: u64) -> Self {
         let guest = u64::from(memory_mib) << 20;
+        let process = guest + guest / TABLES_PART + (OVERHEAD_MIB << 20);
         Self {
-            memory: guest + guest / TABLES_PART + (OVERHEAD_MIB << 20),
+            memory: process.saturating_add(disks),
             cpu_us: (u64::from(vcpus) + DEVICE_CPUS) * PERIOD_US,
         }
     }
@@ -294,10 +296,13 @@ mod tests {
 
     #[test]
     fn a_guest_may_use_its_memory_its_processors_and_a_little_more() {
-        let limits = Limits::of(1, 768);
+        let limits = Limits::of(1, 768, 0);
         assert_eq!(limits.memory >> 20, 768 + 12 + 128);
         assert_eq!(limits.cpu_us, 200_000);
-        assert_eq!(Limits::of(8, 14_336).memory >> 20, 14_336 + 224 + 128);
+        assert_eq!(
+            Limits::of(8, 14_336, 5 << 20).memory >> 20,
+            14_336 + 224 + 128 + 5
+        );
     }
 
     #[test]

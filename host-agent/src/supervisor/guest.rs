@@ -6,6 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+
 use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
 use crate::progress::Progress;
 use crate::service::build_application_image;
@@ -26,6 +28,8 @@ const RESOURCE_RESERVE_MIB: u64 = 512;
 /// Size at which the serial log turns over, in bytes.
 const SERIAL_BYTES: u64 = 10 << 20;
 
+/// Name of the resource disk.
+const RESOURCE: &str = "resource.raw";
 /// Name of the application disk.
 const APPLICATION: &str = "app.squashfs";
 
@@ -81,7 +85,7 @@ pub fn create_disks(
             source: source.into(),
         },
     )?;
-    let path = dir.join("resource.raw");
+    let path = dir.join(RESOURCE);
     let storage: u64 = role.local_storage.iter().map(|s| s.size_mib).sum();
     let size = (storage + RESOURCE_RESERVE_MIB).min(role.size.resource_mib.max(1)) << 20;
     make(&path)?
@@ -135,7 +139,7 @@ pub fn prepare(
     let previous = add(append(&dir.join("serial.log.1"))?);
     let diff = add(open(&dir.join("diff.qcow2"), true)?);
     let base = add(open(&image.base_path, false)?);
-    let resource = add(open(&dir.join("resource.raw"), true)?);
+    let resource = add(open(&dir.join(RESOURCE), true)?);
     let application = add(open(&dir.join(APPLICATION), false)?);
     let spec = GuestSpec {
         name: name.to_owned(),
@@ -194,6 +198,17 @@ fn append(path: &Path) -> Result<File, GuestError> {
 
 fn open(path: &Path, write: bool) -> Result<File, GuestError> {
     with(OpenOptions::new().read(true).write(write), "open", path)
+}
+
+/// Most bytes of memory that the disks in `dir` come to use: none, but on a file
+/// system that is in memory itself (tmpfs). There what a guest writes is charged
+/// to its process, and the kernel cannot take it back.
+pub fn disks_in_memory(dir: &Path, image: &Image) -> u64 {
+    if !statfs(dir).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
+        return 0;
+    }
+    let resource = fs::metadata(dir.join(RESOURCE)).map_or(0, |metadata| metadata.len());
+    image.base_size.saturating_add(resource)
 }
 
 fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<File, GuestError> {

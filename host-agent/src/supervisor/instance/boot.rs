@@ -92,7 +92,8 @@ impl Instance {
     /// The cgroup for the process of this boot, where there can be one.
     fn limited(&self, spec: &GuestSpec) -> Option<GuestGroup> {
         let group = self.parts.group.as_ref()?;
-        let limits = cgroup::Limits::of(spec.vcpus, spec.memory_mib);
+        let disks = guest::disks_in_memory(&self.parts.dir, &self.parts.image);
+        let limits = cgroup::Limits::of(spec.vcpus, spec.memory_mib, disks);
         group
             .guest(&self.parts.name, limits)
             .inspect_err(|error| self.not_limited(error))
