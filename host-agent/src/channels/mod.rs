@@ -6,6 +6,7 @@
 
 mod serve;
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -85,6 +86,8 @@ pub struct GuestChannels {
     pub role_log: Arc<LogWriter>,
     /// The agents' log.
     pub agent_log: Arc<LogWriter>,
+    /// Closed when the last connection is over.
+    pub alive: mpsc::Sender<Infallible>,
     /// Last heartbeat question of this boot, over all its connections.
     pub sequence: AtomicU64,
 }

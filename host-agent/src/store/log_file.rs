@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
+use tokio::sync::oneshot;
+
 /// Size at which a log turns over, in bytes.
 pub const MAX_LOG: u64 = 10 << 20;
 
@@ -65,9 +67,17 @@ impl LogFile {
 /// holds up nobody who has something to log.
 #[derive(Debug)]
 pub struct LogWriter {
-    lines: SyncSender<String>,
+    entries: SyncSender<Entry>,
     queued: Arc<AtomicUsize>,
     dropped: AtomicU64,
+}
+
+/// What waits for a log's thread.
+#[derive(Debug)]
+enum Entry {
+    Line(String),
+    /// To be told when everything before it is written.
+    Mark(oneshot::Sender<()>),
 }
 
 /// Lines that may wait for the disk.
@@ -83,19 +93,25 @@ impl LogWriter {
     /// The file cannot be opened, or no thread is to be had.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = LogFile::open(path)?;
-        let (lines, waiting) = sync_channel::<String>(MOST_LINES);
+        let (entries, waiting) = sync_channel(MOST_LINES);
         let queued = Arc::<AtomicUsize>::default();
         let taken = Arc::clone(&queued);
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || {
-                for line in waiting {
-                    file.line(&line);
-                    taken.fetch_sub(line.len(), Ordering::Relaxed);
+                for entry in waiting {
+                    match entry {
+                        Entry::Line(line) => {
+                            file.line(&line);
+                            taken.fetch_sub(line.len(), Ordering::Relaxed);
+                        }
+                        // Who asked may have given up.
+                        Entry::Mark(mark) => drop(mark.send(())),
+                    }
                 }
             })?;
         Ok(Self {
-            lines,
+            entries,
             queued,
             dropped: AtomicU64::new(0),
         })
@@ -111,13 +127,22 @@ impl LogWriter {
         self.dropped.fetch_add(lost, Ordering::Relaxed);
     }
 
+    /// Waits until every line so far is written. With no room to ask, the disk
+    /// stands still, and there is nothing to wait for.
+    pub async fn written(&self) {
+        let (mark, marked) = oneshot::channel();
+        if self.entries.try_send(Entry::Mark(mark)).is_ok() {
+            let _ = marked.await;
+        }
+    }
+
     fn put(&self, line: String) -> bool {
         let length = line.len();
         if self.queued.load(Ordering::Relaxed) + length > MOST_BYTES {
             return false;
         }
         self.queued.fetch_add(length, Ordering::Relaxed);
-        let put = self.lines.try_send(line).is_ok();
+        let put = self.entries.try_send(Entry::Line(line)).is_ok();
         if !put {
             self.queued.fetch_sub(length, Ordering::Relaxed);
         }
@@ -150,6 +175,21 @@ mod tests {
         for part in [path.clone(), previous(&path)] {
             let size = fs::metadata(part).unwrap().len();
             assert!(size > 0 && size <= MAX_LOG);
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_was_written_before_can_be_read_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.log");
+        let log = LogWriter::open(&path).unwrap();
+        for round in 1..=50 {
+            for line in 0..100 {
+                log.line(&format!("{round} {line}"));
+            }
+            log.written().await;
+            let text = fs::read_to_string(&path).unwrap();
+            assert_eq!(text.lines().count(), round * 100);
         }
     }
 

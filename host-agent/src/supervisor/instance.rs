@@ -6,6 +6,7 @@ mod dial;
 mod handle;
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -46,6 +47,9 @@ const MOST_VIOLATIONS_TOLD: u32 = 10;
 const MOST_ASKED: usize = 64;
 /// Connections to the channels of one boot: as many as its vsock device has.
 const MOST_CHANNELS: usize = 1023;
+
+/// Most time at the end for what the guest said last to get into its logs.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What an instance is made of.
 #[derive(Debug)]
@@ -90,6 +94,7 @@ struct Instance {
     quota: Quota,
     role_log: Arc<LogWriter>,
     agent_log: Arc<LogWriter>,
+    alive: mpsc::Sender<Infallible>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
     goal: watch::Sender<Goal>,
@@ -104,6 +109,7 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
     let (view, view_receiver) = watch::channel(View::default());
     let role_log = Arc::new(LogWriter::open(&parts.dir.join("role.log"))?);
     let agent_log = Arc::new(LogWriter::open(&parts.dir.join("agent.log"))?);
+    let (alive, over) = mpsc::channel(1);
     let handle = InstanceHandle::new(&parts.name, &parts.dir, requests, view_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
@@ -118,13 +124,20 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
         quota: Quota::new(Duration::ZERO),
         role_log,
         agent_log,
+        alive,
         channel_sender,
         incoming_sender,
         goal: watch::channel(parts.goal.clone()).0,
         view,
         parts,
     };
-    let task = tokio::spawn(instance.run(request_receiver, channel_receiver, incoming_receiver));
+    let task = tokio::spawn(async move {
+        // The receivers end with `run`: no connection waits for them any more.
+        let instance = instance
+            .run(request_receiver, channel_receiver, incoming_receiver)
+            .await;
+        instance.last_words(over).await;
+    });
     Ok((handle, task))
 }
 
@@ -134,7 +147,7 @@ impl Instance {
         mut requests: mpsc::Receiver<Request>,
         mut channels: mpsc::Receiver<(u64, ChannelEvent)>,
         mut incoming: mpsc::Receiver<Incoming>,
-    ) {
+    ) -> Self {
         let mut tick = tokio::time::interval(self.parts.rule.tick());
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ping = tokio::time::interval(PING_EVERY);
@@ -169,6 +182,20 @@ impl Instance {
                 _ = ping.tick() => self.ping(),
             };
         }
+        self
+    }
+
+    /// Waits until what the guest said last is in its logs: there the owner,
+    /// for whom the timeline ends with this task, looks for the reason.
+    async fn last_words(self, mut over: mpsc::Receiver<Infallible>) {
+        drop((self.boot, self.alive));
+        let written = async {
+            // Ends with the last connection.
+            let _ = over.recv().await;
+            self.role_log.written().await;
+            self.agent_log.written().await;
+        };
+        let _ = tokio::time::timeout(LAST_WORDS, written).await;
     }
 
     /// Gives one input to the policy and performs what it wants, until it

@@ -67,6 +67,7 @@ impl Instance {
             program: Arc::new(parts.image.agent.clone()),
             role_log: Arc::clone(&self.role_log),
             agent_log: Arc::clone(&self.agent_log),
+            alive: self.alive.clone(),
             sequence: AtomicU64::new(0),
         });
         self.monitor = Monitor::new(parts.rule);
