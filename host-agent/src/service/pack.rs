@@ -2,7 +2,8 @@
 //! The same files give the same bytes.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::io::{self, Read};
+use std::iter::once;
 use std::path::Path;
 
 use super::archive_writer::ArchiveWriter;
@@ -66,8 +67,8 @@ fn pack_at(
     }
     drop(step);
     let plan = Plan::of(&definition, &roles, progress)?;
-    let manifest = plan.manifest(stamp);
-    if manifest.len() as u64 > MAX_MANIFEST {
+    let manifest: u64 = plan.manifest(stamp).map(|piece| piece.len() as u64).sum();
+    if manifest > MAX_MANIFEST {
         return Err(ServiceError::new(
             directory,
             "the file names are too long for a package",
@@ -85,15 +86,12 @@ fn pack_at(
     let file = temporary.as_file().try_clone().map_err(cannot)?;
     let (date, time) = stamp.ms_dos();
     let mut archive = ArchiveWriter::new(file, date, time);
-    let texts = [
-        (CONTENT_TYPES, plan.content_types()),
-        (RELATIONSHIPS, relationships()),
-        ("package.xml", manifest),
-        (DEFINITION, definition.text().to_owned()),
-    ];
-    for (name, text) in &texts {
-        archive.add(name, || Ok(text.as_bytes())).map_err(cannot)?;
-    }
+    archive
+        .add(CONTENT_TYPES, || Ok(Pieces::of(plan.content_types())))
+        .and_then(|()| archive.add(RELATIONSHIPS, || Ok(Pieces::of(once(relationships())))))
+        .and_then(|()| archive.add("package.xml", || Ok(Pieces::of(plan.manifest(stamp)))))
+        .and_then(|()| archive.add(DEFINITION, || Ok(definition.text().as_bytes())))
+        .map_err(cannot)?;
     let total = plan.contents.values().map(|content| content.entry.size);
     let what = format!("packing {}", out.display());
     let _step = progress.step(what, Some(total.sum()));
@@ -180,41 +178,58 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn content_types(&self) -> String {
-        let mut xml = format!(
+    fn content_types(&self) -> impl Iterator<Item = String> {
+        let head = format!(
             "<?xml version=\"1.0\" encoding=\"utf-8\"?>\n<Types xmlns=\"{CONTENT_TYPES_NAMESPACE}\">\n\
              <Default Extension=\"rels\" ContentType=\"application/vnd.openxmlformats-package.relationships+xml\"/>\n\
              <Default Extension=\"xml\" ContentType=\"text/xml\"/>\n\
              <Default Extension=\"csdef\" ContentType=\"text/xml\"/>\n"
         );
-        for digest in self.contents.keys() {
-            write_to(
-                &mut xml,
-                format_args!(
-                    "<Override PartName=\"/{}\" ContentType=\"application/octet-stream\"/>\n",
-                    content_name(digest)
-                ),
-            );
-        }
-        xml.push_str("</Types>\n");
-        xml
+        let parts = self.contents.keys().map(|digest| {
+            format!(
+                "<Override PartName=\"/{}\" ContentType=\"application/octet-stream\"/>\n",
+                content_name(digest)
+            )
+        });
+        once(head).chain(parts).chain(once("</Types>\n".into()))
     }
 
-    fn manifest(&self, stamp: Stamp) -> String {
+    fn manifest(&self, stamp: Stamp) -> impl Iterator<Item = String> {
+        let definition = content_record(DEFINITION, &self.definition.0, self.definition.1);
+        let contents = self
+            .contents
+            .iter()
+            .map(|(digest, first)| content_record(&content_name(digest), digest, first.entry.size));
+        let layouts = self.layouts.iter().flat_map(move |(role, layout)| {
+            let files = layout
+                .iter()
+                .map(move |(entry, digest)| file_record(entry, digest, stamp));
+            once(format!(
+                "<LayoutDefinition><Name>{ROLE_LAYOUT}{role}</Name><LayoutDescription>\n"
+            ))
+            .chain(files)
+            .chain(once("</LayoutDescription></LayoutDefinition>\n".into()))
+        });
+        let end = "</PackageLayouts>\n</PackageDefinition>\n";
+        once(self.metadata())
+            .chain(once(definition))
+            .chain(contents)
+            .chain(once("</PackageContents>\n<PackageLayouts>\n".into()))
+            .chain(layouts)
+            .chain(once(end.into()))
+    }
+
+    /// The manifest up to its contents.
+    fn metadata(&self) -> String {
+        let pair = |key: &str, value: &str| {
+            let (key, value) = (escape(key), escape(value));
+            format!("<KeyValuePair><Key>{key}</Key><Value>{value}</Value></KeyValuePair>\n")
+        };
         let mut xml = format!(
             "<?xml version=\"1.0\" encoding=\"utf-8\"?>\n\
              <PackageDefinition xmlns=\"{MANIFEST_NAMESPACE}\">\n<PackageMetaData>\n"
         );
-        let mut pair = |key: &str, value: &str| {
-            let (key, value) = (escape(key), escape(value));
-            write_to(
-                &mut xml,
-                format_args!(
-                    "<KeyValuePair><Key>{key}</Key><Value>{value}</Value></KeyValuePair>\n"
-                ),
-            );
-        };
-        pair(
+        xml += &pair(
             "http://schemas.microsoft.com/windowsazure/ProductVersion/",
             concat!("host-agent ", env!("CARGO_PKG_VERSION")),
         );
@@ -224,60 +239,69 @@ impl<'a> Plan<'a> {
                 .filter(|(entry, _)| entry.executable)
                 .map(|(entry, _)| file_path(entry))
                 .collect();
-            pair(&format!("{EXECUTABLE_KEY}{role}"), &executable.join("\n"));
+            xml += &pair(&format!("{EXECUTABLE_KEY}{role}"), &executable.join("\n"));
         }
-        xml.push_str("</PackageMetaData>\n<PackageContents>\n");
-        let mut content = |name: &str, digest: &Digest, size: u64| {
-            let digest = digest.to_base64();
-            write_to(
-                &mut xml,
-                format_args!(
-                    "<ContentDefinition><Name>{name}</Name><ContentDescription>\
-                     <LengthInBytes>{size}</LengthInBytes>\
-                     <IntegrityCheckHashAlgortihm>Sha256</IntegrityCheckHashAlgortihm>\
-                     <IntegrityCheckHash>{digest}</IntegrityCheckHash>\
-                     <DataStorePath>{name}</DataStorePath>\
-                     </ContentDescription></ContentDefinition>\n"
-                ),
-            );
-        };
-        content(DEFINITION, &self.definition.0, self.definition.1);
-        for (digest, first) in &self.contents {
-            content(&content_name(digest), digest, first.entry.size);
-        }
-        xml.push_str("</PackageContents>\n<PackageLayouts>\n");
-        let time = stamp.rfc3339();
-        for (role, layout) in &self.layouts {
-            write_to(
-                &mut xml,
-                format_args!(
-                    "<LayoutDefinition><Name>{ROLE_LAYOUT}{role}</Name><LayoutDescription>\n"
-                ),
-            );
-            for (entry, digest) in layout {
-                write_to(
-                    &mut xml,
-                    format_args!(
-                        "<FileDefinition><FilePath>{}</FilePath><FileDescription>\
-                         <DataContentReference>{}</DataContentReference>\
-                         <CreatedTimeUtc>{time}</CreatedTimeUtc>\
-                         <ModifiedTimeUtc>{time}</ModifiedTimeUtc>\
-                         <ReadOnly>false</ReadOnly></FileDescription></FileDefinition>\n",
-                        escape(&file_path(entry)),
-                        content_name(digest),
-                    ),
-                );
-            }
-            xml.push_str("</LayoutDescription></LayoutDefinition>\n");
-        }
-        xml.push_str("</PackageLayouts>\n</PackageDefinition>\n");
-        xml
+        xml + "</PackageMetaData>\n<PackageContents>\n"
     }
 }
 
-fn write_to(text: &mut String, arguments: std::fmt::Arguments<'_>) {
-    text.write_fmt(arguments)
-        .expect("writing to a string cannot fail");
+fn content_record(name: &str, digest: &Digest, size: u64) -> String {
+    let digest = digest.to_base64();
+    format!(
+        "<ContentDefinition><Name>{name}</Name><ContentDescription>\
+         <LengthInBytes>{size}</LengthInBytes>\
+         <IntegrityCheckHashAlgortihm>Sha256</IntegrityCheckHashAlgortihm>\
+         <IntegrityCheckHash>{digest}</IntegrityCheckHash>\
+         <DataStorePath>{name}</DataStorePath>\
+         </ContentDescription></ContentDefinition>\n"
+    )
+}
+
+fn file_record(entry: &Entry, digest: &Digest, stamp: Stamp) -> String {
+    let time = stamp.rfc3339();
+    format!(
+        "<FileDefinition><FilePath>{}</FilePath><FileDescription>\
+         <DataContentReference>{}</DataContentReference>\
+         <CreatedTimeUtc>{time}</CreatedTimeUtc>\
+         <ModifiedTimeUtc>{time}</ModifiedTimeUtc>\
+         <ReadOnly>false</ReadOnly></FileDescription></FileDefinition>\n",
+        escape(&file_path(entry)),
+        content_name(digest),
+    )
+}
+
+/// A text that is made piece by piece as it is read: that of 50,000 files
+/// would need 35 MB.
+struct Pieces<I> {
+    rest: I,
+    piece: io::Cursor<String>,
+}
+
+impl<I: Iterator<Item = String>> Pieces<I> {
+    fn of(rest: I) -> Self {
+        Self {
+            rest,
+            piece: io::Cursor::default(),
+        }
+    }
+}
+
+impl<I: Iterator<Item = String>> Read for Pieces<I> {
+    /// Fills the buffer, so that how a text is cut does not show in the package.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            let read = self.piece.read(&mut buffer[filled..])?;
+            filled += read;
+            if read == 0 {
+                match self.rest.next() {
+                    Some(piece) => self.piece = io::Cursor::new(piece),
+                    None => break,
+                }
+            }
+        }
+        Ok(filled)
+    }
 }
 
 fn content_name(digest: &Digest) -> String {
