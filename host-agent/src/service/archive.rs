@@ -6,7 +6,6 @@
 //! directory, which is followed by the end record and nothing else. There are
 //! no comments, no directories, no links, no encryption, no ZIP64.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -60,14 +59,15 @@ pub(super) struct Archive {
     path: PathBuf,
     file: File,
     parts: Vec<Part>,
-    by_name: HashMap<String, usize>,
+    /// Indices of parts, in the order of [`folded`] names.
+    by_name: Vec<u32>,
 }
 
 /// A file in the archive.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Part {
     /// Relative, `/` between its pieces, none of which is `.` or `..`.
-    pub name: String,
+    pub name: Box<str>,
     /// Size after unpacking, as declared.
     pub size: u64,
     packed: u64,
@@ -109,7 +109,6 @@ impl Archive {
         centrals.sort_by_key(|central| central.local);
 
         let mut parts = Vec::with_capacity(count);
-        let mut by_name = HashMap::with_capacity(count);
         let mut at = 0;
         let mut total = 0_u64;
         for central in &centrals {
@@ -122,15 +121,19 @@ impl Archive {
                 let what = format!("the package unpacks to more than {MAX_UNPACKED} bytes");
                 return Err(bad(what));
             }
-            // OPC compares part names without regard to ASCII case.
-            let key = part.name.to_ascii_lowercase();
-            if by_name.insert(key, parts.len()).is_some() {
-                return Err(bad(format!("duplicate part \"{}\"", part.name)));
-            }
             parts.push(part);
         }
         if at != start {
             return Err(bad(format!("{} bytes belong to no part", start - at)));
+        }
+        let name = |index: &u32| &*parts[*index as usize].name;
+        let mut by_name: Vec<u32> = (0..parts.len() as u32).collect();
+        by_name.sort_unstable_by(|a, b| folded(name(a)).cmp(folded(name(b))));
+        for pair in by_name.windows(2) {
+            if name(&pair[0]).eq_ignore_ascii_case(name(&pair[1])) {
+                let second = name(pair.iter().max().unwrap_or(&0));
+                return Err(bad(format!("duplicate part \"{second}\"")));
+            }
         }
         Ok(Self {
             path: path.to_owned(),
@@ -152,8 +155,17 @@ impl Archive {
 
     /// The part called exactly `name`.
     pub fn find(&self, name: &str) -> Option<&Part> {
-        let index = *self.by_name.get(&name.to_ascii_lowercase())?;
-        Some(&self.parts[index]).filter(|part| part.name == name)
+        self.index_of(name).map(|index| &self.parts[index])
+    }
+
+    /// Which of [`Self::parts`] is called exactly `name`.
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        let part = |index: &u32| &self.parts[*index as usize];
+        let found = self
+            .by_name
+            .binary_search_by(|index| folded(&part(index).name).cmp(folded(name)));
+        let index = &self.by_name[found.ok()?];
+        (*part(index).name == *name).then_some(*index as usize)
     }
 
     /// The content of `part`. Reading ends with an error unless the content
@@ -180,7 +192,7 @@ impl Archive {
 
     /// The content of `part` in memory, which must be at most `limit` bytes.
     pub fn read_all(&self, part: &Part, limit: u64) -> Result<Vec<u8>, ServiceError> {
-        let place = self.path.join(&part.name);
+        let place = self.path.join(&*part.name);
         if part.size > limit {
             return Err(ServiceError::new(
                 &place,
@@ -193,6 +205,11 @@ impl Archive {
             .map_err(|source| ServiceError::io(&place, "cannot unpack the part", source))?;
         Ok(content)
     }
+}
+
+/// A part's name as OPC compares it: without regard to ASCII case.
+fn folded(name: &str) -> impl Iterator<Item = u8> {
+    name.bytes().map(|byte| byte.to_ascii_lowercase())
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -311,7 +328,7 @@ fn check_part(
     let (made_by, flags, method) = (u16_at(fixed, 4), u16_at(fixed, 8), u16_at(fixed, 10));
     let (crc, packed, size) = (u32_at(fixed, 16), u32_at(fixed, 20), u32_at(fixed, 24));
     let name = match part_name(central.name, flags & FLAG_UTF8 != 0) {
-        Ok(name) => name.to_owned(),
+        Ok(name) => name,
         Err(what) => return Ok(Err(what)),
     };
     if let Err(what) = check_kind(made_by, u32_at(fixed, 38), flags, method) {
@@ -380,7 +397,7 @@ fn check_part(
         }
     }
     let part = Part {
-        name,
+        name: name.into(),
         size,
         packed: packed_size,
         deflated: method == DEFLATED,

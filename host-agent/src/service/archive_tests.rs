@@ -137,7 +137,7 @@ fn read_file(path: &Path) -> Result<Vec<(String, Vec<u8>)>, String> {
             .read(part)
             .read_to_end(&mut content)
             .map_err(|error| error.to_string())?;
-        contents.push((part.name.clone(), content));
+        contents.push((part.name.to_string(), content));
     }
     Ok(contents)
 }

@@ -52,6 +52,19 @@ impl ServiceError {
         error
     }
 
+    /// A place in the text of `file`, which is not at hand, is refused.
+    pub(super) fn place(file: &Path, position: Position, what: impl Into<String>) -> Self {
+        let mut error = Self::new(file, what);
+        error.0.position = Some(position);
+        error
+    }
+
+    /// The error where `to` says that its place is.
+    pub(super) fn moved(mut self, to: impl FnOnce(Position) -> Position) -> Self {
+        self.0.position = self.0.position.map(to);
+        self
+    }
+
     /// An operation of the system on `file` failed.
     pub fn io(file: &Path, what: impl Into<String>, source: std::io::Error) -> Self {
         let mut error = Self::new(file, what);

@@ -23,6 +23,7 @@ pub mod size;
 mod squashfs;
 mod validate;
 mod xml;
+mod xml_cut;
 mod xpath;
 
 pub use error::{Position, ServiceError};

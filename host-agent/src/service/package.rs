@@ -4,13 +4,15 @@
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::archive::{Archive, Part};
+use super::archive::{Archive, Part, PartReader};
 use super::definition::{self, Definition};
 use super::digest::{Digest, Verified};
 use super::error::ServiceError;
 use super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
 use super::xml::{self, EMPTY, Element, Schema};
+use super::xml_cut::LargeXml;
 use crate::progress::Progress;
 
 /// Part that gives each other part its media type.
@@ -43,8 +45,24 @@ pub(super) const EXECUTABLE_KEY: &str = "urn:host-agent:executable:";
 /// Largest manifest: 50,000 files at some 800 bytes.
 pub(super) const MAX_MANIFEST: u64 = 40 << 20;
 
-/// Most XML nodes of a manifest: 50,000 files at some 30.
-const MAX_MANIFEST_NODES: u32 = 2_000_000;
+/// The long lists of [`CONTENT_TYPES`].
+const OVERRIDES: &[&[&str]] = &[&["Types", "Override"]];
+
+/// The long lists of a manifest.
+const LISTS: &[&[&str]] = &[
+    &["PackageDefinition", "PackageContents", "ContentDefinition"],
+    &[
+        "PackageDefinition",
+        "PackageLayouts",
+        "LayoutDefinition",
+        "LayoutDescription",
+        "FileDefinition",
+    ],
+];
+/// Which of [`LISTS`] are the contents.
+const CONTENT_RECORDS: usize = 0;
+/// Which of [`LISTS`] are the files.
+const FILE_RECORDS: usize = 1;
 
 /// A package whose structure is sound.
 #[derive(Debug)]
@@ -52,21 +70,25 @@ pub(super) struct Package {
     archive: Archive,
     definition: Definition,
     contents: Vec<Content>,
-    layouts: HashMap<String, Vec<PackedFile>>,
+    layouts: HashMap<String, Layout>,
 }
 
-/// A file of a role and its content.
+/// The files of a role, sorted by path, and the index of each one's content.
 #[derive(Debug)]
-struct PackedFile {
-    entry: Entry,
-    content: usize,
+struct Layout {
+    entries: Arc<[Entry]>,
+    contents: Box<[u32]>,
 }
 
 #[derive(Debug)]
 struct Content {
-    part: Part,
+    /// Index of its part.
+    part: u32,
     digest: Digest,
 }
+
+/// Indices of contents by name.
+type ByName = HashMap<Box<str>, u32>;
 
 const MANIFEST: Schema = Schema {
     children: &["PackageMetaData", "PackageContents", "PackageLayouts"],
@@ -149,22 +171,7 @@ impl Package {
         let part = archive.find(&manifest_name).ok_or_else(|| {
             ServiceError::new(file, format!("the package has no part \"{manifest_name}\""))
         })?;
-        let bytes = archive.read_all(part, MAX_MANIFEST)?;
-        let text = xml::text_of(&place, bytes, MAX_MANIFEST)?;
-        let document = xml::parse(&place, &text, MAX_MANIFEST_NODES)?;
-        let root = xml::root(
-            &place,
-            &text,
-            &document,
-            "PackageDefinition",
-            MANIFEST_NAMESPACE,
-        )?;
-        root.check(&MANIFEST)?;
-
-        let (contents, by_name) = contents(&archive, root)?;
-        check_all_named(&archive, &manifest_name, &contents)?;
-        let layouts = layouts(root, &contents, &by_name)?;
-        let definition = read_definition(&archive, &contents, &by_name)?;
+        let (definition, contents, layouts) = read_manifest(&archive, part, &place)?;
         for role in &definition.roles {
             if !layouts.contains_key(&role.name) {
                 let what = format!("the package has no files for role \"{}\"", role.name);
@@ -181,13 +188,13 @@ impl Package {
 
     /// Unpacks every content and checks its size, checksum and digest.
     pub fn verify(&self, progress: &Progress) -> Result<(), ServiceError> {
-        let total = self.contents.iter().map(|content| content.part.size);
+        let total = self.contents.iter().map(|content| self.part(content).size);
         let what = format!("checking {}", self.path().display());
         let _step = progress.step(what, Some(total.sum()));
         for content in &self.contents {
             let mut read = progress.watch(self.read(content));
             std::io::copy(&mut read, &mut std::io::sink()).map_err(|source| {
-                let place = self.archive.path().join(&content.part.name);
+                let place = self.archive.path().join(&*self.part(content).name);
                 ServiceError::io(&place, "the content is damaged", source)
                     .with_hint("get the package again, or pack it again")
             })?;
@@ -206,17 +213,16 @@ impl Package {
     }
 
     /// The files of `role`, sorted by path.
-    pub fn entries(&self, role: &str) -> Option<Vec<Entry>> {
-        let files = self.layouts.get(role)?;
-        Some(files.iter().map(|file| file.entry.clone()).collect())
+    pub fn entries(&self, role: &str) -> Option<Arc<[Entry]>> {
+        Some(Arc::clone(&self.layouts.get(role)?.entries))
     }
 
     /// The content of the file at `path` of `role`; reading ends in an error
     /// if it is damaged.
     pub fn open_file(&self, role: &str, path: &str) -> Option<impl Read + '_> {
-        let files = self.layouts.get(role)?;
-        let found = files.binary_search_by(|file| file.entry.path.as_str().cmp(path));
-        Some(self.read(&self.contents[files[found.ok()?].content]))
+        let Layout { entries, contents } = self.layouts.get(role)?;
+        let found = entries.binary_search_by(|entry| entry.path.as_str().cmp(path));
+        Some(self.read(&self.contents[contents[found.ok()?] as usize]))
     }
 
     /// `path` of `role` as a person would look for it.
@@ -229,8 +235,51 @@ impl Package {
     }
 
     fn read(&self, content: &Content) -> Verified<impl Read + '_> {
-        Verified::new(self.archive.read(&content.part), content.digest)
+        Verified::new(self.archive.read(self.part(content)), content.digest)
     }
+
+    fn part(&self, content: &Content) -> &Part {
+        &self.archive.parts()[content.part as usize]
+    }
+}
+
+/// Definition, contents and layouts, as the manifest `part` gives them.
+#[allow(clippy::type_complexity)]
+fn read_manifest(
+    archive: &Archive,
+    part: &Part,
+    place: &Path,
+) -> Result<(Definition, Vec<Content>, HashMap<String, Layout>), ServiceError> {
+    let root = ("PackageDefinition", MANIFEST_NAMESPACE);
+    let manifest = large(archive, part, place, root, LISTS)?;
+    manifest.read_rest(&manifest.rest()?, |root| {
+        root.check(&MANIFEST)?;
+        let (contents, by_name) = contents(archive, &manifest, root)?;
+        check_all_named(archive, &part.name, &contents)?;
+        let layouts = layouts(archive, &manifest, root, &contents, &by_name)?;
+        let definition = read_definition(archive, &contents, &by_name)?;
+        Ok((definition, contents, layouts))
+    })
+}
+
+/// The large XML file `part`, called `place` in errors.
+fn large<'a>(
+    archive: &'a Archive,
+    part: &'a Part,
+    place: &'a Path,
+    root: (&'static str, &'static str),
+    records: &'static [&'static [&'static str]],
+) -> Result<LargeXml<'a, impl Fn() -> PartReader<'a>>, ServiceError> {
+    if part.size > MAX_MANIFEST {
+        let what = format!("is larger than {MAX_MANIFEST} bytes");
+        return Err(ServiceError::new(place, what));
+    }
+    Ok(LargeXml {
+        file: place,
+        open: || archive.read(part),
+        root,
+        records,
+    })
 }
 
 fn missing(archive: &Archive, name: &str) -> ServiceError {
@@ -246,10 +295,10 @@ fn check_content_types(archive: &Archive) -> Result<(), ServiceError> {
         .find(CONTENT_TYPES)
         .ok_or_else(|| missing(archive, CONTENT_TYPES))?;
     let place = archive.path().join(CONTENT_TYPES);
-    let text = xml::text_of(&place, archive.read_all(part, MAX_MANIFEST)?, MAX_MANIFEST)?;
-    let document = xml::parse(&place, &text, MAX_MANIFEST_NODES)?;
-    xml::root(&place, &text, &document, "Types", CONTENT_TYPES_NAMESPACE)?;
-    Ok(())
+    let root = ("Types", CONTENT_TYPES_NAMESPACE);
+    let types = large(archive, part, &place, root, OVERRIDES)?;
+    types.read_rest(&types.rest()?, |_| Ok(()))?;
+    types.read_records(0, |_, _| Ok(()))
 }
 
 /// The part that the package's one relationship of the right type names.
@@ -290,45 +339,55 @@ fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
 }
 
 /// Every content, and the index of each by name.
-fn contents<'a>(
+fn contents<R: Read>(
     archive: &Archive,
-    root: Element<'a>,
-) -> Result<(Vec<Content>, HashMap<&'a str, usize>), ServiceError> {
+    manifest: &LargeXml<'_, impl Fn() -> R>,
+    root: Element<'_>,
+) -> Result<(Vec<Content>, ByName), ServiceError> {
     let mut contents = Vec::new();
-    let mut by_name = HashMap::new();
-    let Some(list) = root.child("PackageContents")? else {
-        return Ok((contents, by_name));
-    };
-    list.check(&CONTENTS)?;
-    for element in list.children("ContentDefinition") {
-        element.check(&CONTENT)?;
-        let name = element.leaf("Name")?;
-        let description = element.required_child("ContentDescription")?;
-        description.check(&CONTENT_DESCRIPTION)?;
-        let path = description.leaf("DataStorePath")?;
-        let part = archive
-            .find(path.strip_prefix('/').unwrap_or(path))
-            .ok_or_else(|| description.refuse(format!("the package has no part \"{path}\"")))?;
-        if description.leaf("LengthInBytes")?.trim().parse() != Ok(part.size) {
-            let what = format!("LengthInBytes is not the size of the part, {}", part.size);
-            return Err(description.refuse(what));
-        }
-        if description.leaf("IntegrityCheckHashAlgortihm")? != "Sha256" {
-            return Err(description
-                .refuse(format!("content \"{name}\" has no SHA-256"))
-                .with_hint("contents without a hash are not supported; pack again"));
-        }
-        let digest = Digest::from_base64(description.leaf("IntegrityCheckHash")?.trim())
-            .ok_or_else(|| description.refuse("IntegrityCheckHash is not a SHA-256 in base64"))?;
-        if by_name.insert(name, contents.len()).is_some() {
-            return Err(element.refuse(format!("duplicate content \"{name}\"")));
-        }
-        contents.push(Content {
-            part: part.clone(),
-            digest,
-        });
+    let mut by_name = ByName::new();
+    if let Some(list) = root.child("PackageContents")? {
+        list.check(&CONTENTS)?;
     }
+    manifest.read_records(CONTENT_RECORDS, |list, _| {
+        list.check(&CONTENTS)?;
+        for element in list.children("ContentDefinition") {
+            element.check(&CONTENT)?;
+            let name = element.leaf("Name")?;
+            let index = contents.len() as u32;
+            if by_name.insert(name.into(), index).is_some() {
+                return Err(element.refuse(format!("duplicate content \"{name}\"")));
+            }
+            contents.push(content(archive, element, name)?);
+        }
+        Ok(())
+    })?;
     Ok((contents, by_name))
+}
+
+fn content(archive: &Archive, element: Element<'_>, name: &str) -> Result<Content, ServiceError> {
+    let description = element.required_child("ContentDescription")?;
+    description.check(&CONTENT_DESCRIPTION)?;
+    let path = description.leaf("DataStorePath")?;
+    let part = archive
+        .index_of(path.strip_prefix('/').unwrap_or(path))
+        .ok_or_else(|| description.refuse(format!("the package has no part \"{path}\"")))?;
+    let size = archive.parts()[part].size;
+    if description.leaf("LengthInBytes")?.trim().parse() != Ok(size) {
+        let what = format!("LengthInBytes is not the size of the part, {size}");
+        return Err(description.refuse(what));
+    }
+    if description.leaf("IntegrityCheckHashAlgortihm")? != "Sha256" {
+        return Err(description
+            .refuse(format!("content \"{name}\" has no SHA-256"))
+            .with_hint("contents without a hash are not supported; pack again"));
+    }
+    let digest = Digest::from_base64(description.leaf("IntegrityCheckHash")?.trim())
+        .ok_or_else(|| description.refuse("IntegrityCheckHash is not a SHA-256 in base64"))?;
+    Ok(Content {
+        part: part as u32,
+        digest,
+    })
 }
 
 /// Refuses parts that nothing speaks for.
@@ -337,18 +396,16 @@ fn check_all_named(
     manifest: &str,
     contents: &[Content],
 ) -> Result<(), ServiceError> {
-    let mut named: HashSet<&str> = contents
-        .iter()
-        .map(|content| content.part.name.as_str())
-        .collect();
-    named.extend([CONTENT_TYPES, RELATIONSHIPS, manifest]);
-    let unnamed = archive
-        .parts()
-        .iter()
-        .find(|part| !named.contains(part.name.as_str()));
+    let mut named = vec![false; archive.parts().len()];
+    for content in contents {
+        named[content.part as usize] = true;
+    }
+    let unnamed = std::iter::zip(archive.parts(), named).find(|(part, named)| {
+        !named && ![CONTENT_TYPES, RELATIONSHIPS, manifest].contains(&&*part.name)
+    });
     match unnamed {
         None => Ok(()),
-        Some(part) => Err(ServiceError::new(
+        Some((part, _)) => Err(ServiceError::new(
             archive.path(),
             format!("part \"{}\" is not in the manifest", part.name),
         )
@@ -359,14 +416,14 @@ fn check_all_named(
 fn read_definition(
     archive: &Archive,
     contents: &[Content],
-    by_name: &HashMap<&str, usize>,
+    by_name: &ByName,
 ) -> Result<Definition, ServiceError> {
     let index = by_name.get(DEFINITION).ok_or_else(|| {
         let what = format!("the package has no content \"{DEFINITION}\"");
         ServiceError::new(archive.path(), what)
     })?;
-    let part = &contents[*index].part;
-    let place = archive.path().join(&part.name);
+    let part = &archive.parts()[contents[*index as usize].part as usize];
+    let place = archive.path().join(&*part.name);
     let text = xml::text_of(
         &place,
         archive.read_all(part, xml::MAX_BYTES)?,
@@ -375,15 +432,16 @@ fn read_definition(
     definition::parse(&place, text)
 }
 
-/// The files of each role, sorted by path.
-fn layouts(
+/// The files of each role.
+fn layouts<R: Read>(
+    archive: &Archive,
+    manifest: &LargeXml<'_, impl Fn() -> R>,
     root: Element<'_>,
     contents: &[Content],
-    by_name: &HashMap<&str, usize>,
-) -> Result<HashMap<String, Vec<PackedFile>>, ServiceError> {
+    by_name: &ByName,
+) -> Result<HashMap<String, Layout>, ServiceError> {
     let mut executable = executables(root)?;
-    let mut layouts = HashMap::new();
-    let mut count = 0;
+    let mut roles: Vec<RoleFiles<'_>> = Vec::new();
     if let Some(list) = root.child("PackageLayouts")? {
         list.check(&LAYOUTS)?;
         for layout in list.children("LayoutDefinition") {
@@ -393,25 +451,58 @@ fn layouts(
                 let what = format!("layout \"{name}\" is not supported yet");
                 return Err(layout.refuse(what));
             };
-            let description = layout.required_child("LayoutDescription")?;
-            description.check(&LAYOUT_DESCRIPTION)?;
-            let may_execute = executable.remove(role).unwrap_or_default();
-            let mut files = Vec::new();
-            for element in description.children("FileDefinition") {
-                count += 1;
-                if count > MAX_FILES {
-                    return Err(element.refuse(format!("more than {MAX_FILES} files")));
-                }
-                files.push(packed_file(element, contents, by_name, &may_execute)?);
-            }
-            files.sort_by(|a, b| a.entry.path.cmp(&b.entry.path));
-            check_files(description, &files)?;
-            if layouts.insert(role.to_owned(), files).is_some() {
+            if roles.iter().any(|other| other.role == role) {
                 return Err(layout.refuse(format!("duplicate layout \"{name}\"")));
             }
+            // Each layout has one: the first list of files is that of the first.
+            let description = layout.required_child("LayoutDescription")?;
+            description.check(&LAYOUT_DESCRIPTION)?;
+            roles.push(RoleFiles {
+                role,
+                description,
+                executable: executable.remove(role).unwrap_or_default(),
+                files: Vec::new(),
+            });
         }
     }
-    Ok(layouts)
+    let mut count = 0;
+    manifest.read_records(FILE_RECORDS, |list, number| {
+        list.check(&LAYOUT_DESCRIPTION)?;
+        let Some(of) = roles.get_mut(number) else {
+            return Err(list.refuse("the manifest changed while it was read"));
+        };
+        for element in list.children("FileDefinition") {
+            count += 1;
+            if count > MAX_FILES {
+                return Err(element.refuse(format!("more than {MAX_FILES} files")));
+            }
+            let size =
+                |content: u32| archive.parts()[contents[content as usize].part as usize].size;
+            let file = packed_file(element, by_name, &of.executable, size)?;
+            of.files.push(file);
+        }
+        Ok(())
+    })?;
+    let layouts = roles.into_iter().map(|mut of| {
+        of.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
+        let contents = of.files.iter().map(|(_, content)| *content).collect();
+        let entries: Vec<Entry> = of.files.into_iter().map(|(entry, _)| entry).collect();
+        check_files(of.description, &entries)?;
+        let layout = Layout {
+            entries: entries.into(),
+            contents,
+        };
+        Ok((of.role.to_owned(), layout))
+    });
+    layouts.collect()
+}
+
+/// What is known of a role's files while the manifest is read.
+struct RoleFiles<'a> {
+    role: &'a str,
+    description: Element<'a>,
+    executable: HashSet<&'a str>,
+    files: Vec<(Entry, u32)>,
 }
 
 /// By role, the paths below its layout of files that may be executed.
@@ -433,12 +524,13 @@ fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, Servic
     Ok(executables)
 }
 
+/// A file and the index of its content; `size` gives that of a content.
 fn packed_file(
     element: Element<'_>,
-    contents: &[Content],
-    by_name: &HashMap<&str, usize>,
+    by_name: &ByName,
     executable: &HashSet<&str>,
-) -> Result<PackedFile, ServiceError> {
+    size: impl Fn(u32) -> u64,
+) -> Result<(Entry, u32), ServiceError> {
     element.check(&FILE)?;
     let written = element.leaf("FilePath")?;
     let path = written.strip_prefix(APPROOT).ok_or_else(|| {
@@ -459,28 +551,26 @@ fn packed_file(
     let content = *by_name
         .get(reference)
         .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
-    Ok(PackedFile {
-        entry: Entry {
-            path: pieces.join("/"),
-            size: contents[content].part.size,
-            executable: executable.contains(written),
-        },
-        content,
-    })
+    let entry = Entry {
+        path: pieces.join("/"),
+        size: size(content),
+        executable: executable.contains(written),
+    };
+    Ok((entry, content))
 }
 
 /// Refuses two files of one path, a file that is also a directory, and too
 /// many bytes. `files` is sorted by path.
-fn check_files(layout: Element<'_>, files: &[PackedFile]) -> Result<(), ServiceError> {
+fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError> {
     let mut paths = HashSet::new();
     let mut total = 0_u64;
     for file in files {
-        total = total.saturating_add(file.entry.size);
+        total = total.saturating_add(file.size);
         if total > MAX_UNPACKED {
             let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
             return Err(layout.refuse(what));
         }
-        let path = file.entry.path.as_str();
+        let path = file.path.as_str();
         if !paths.insert(path) {
             return Err(layout.refuse(format!("duplicate file \"{path}\"")));
         }

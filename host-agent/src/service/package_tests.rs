@@ -131,7 +131,7 @@ fn parts() -> Vec<(String, Vec<u8>)> {
     archive
         .parts()
         .iter()
-        .map(|part| (part.name.clone(), read(part)))
+        .map(|part| (part.name.to_string(), read(part)))
         .collect()
 }
 

@@ -42,7 +42,7 @@ pub struct Entry {
 /// The files of one role. Directories without files are not kept: a package
 /// has no place for them, and a service must be the same packed and not.
 pub struct Files {
-    entries: Vec<Entry>,
+    entries: Arc<[Entry]>,
     origin: Origin,
 }
 
@@ -89,7 +89,7 @@ impl Files {
         let mut entries = walk.entries;
         entries.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(Self {
-            entries,
+            entries: entries.into(),
             origin: Origin::Directory {
                 path: path.to_owned(),
                 root: root.into(),
@@ -113,7 +113,7 @@ impl Files {
     /// Every directory below approot that leads to a file, parents first.
     pub fn directories(&self) -> BTreeSet<&str> {
         let mut directories = BTreeSet::new();
-        for entry in &self.entries {
+        for entry in &*self.entries {
             let mut rest = entry.path.as_str();
             while let Some(slash) = rest.rfind('/') {
                 rest = &rest[..slash];

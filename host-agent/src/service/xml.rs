@@ -16,6 +16,11 @@ pub const MAX_BYTES: u64 = 1 << 20;
 /// Deepest nesting of elements. The schemas need 8.
 pub const MAX_DEPTH: usize = 32;
 
+/// Why a DTD is refused.
+pub(super) const DTD: &str = "document type declaration (DTD) refused";
+/// What to do about it.
+pub(super) const DTD_HINT: &str = "remove it: a service file needs none";
+
 /// What an element may hold. A name that is in none of the lists is unknown.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Schema {
@@ -77,10 +82,7 @@ pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String,
             format!("is larger than {limit} bytes"),
         ));
     }
-    if bytes.starts_with(&[0xFE, 0xFF]) || bytes.starts_with(&[0xFF, 0xFE]) {
-        return Err(ServiceError::new(file, "is written in UTF-16")
-            .with_hint("save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"));
-    }
+    check_encoding(file, &bytes)?;
     let mut text = String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let prefix = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
@@ -92,6 +94,15 @@ pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String,
         text.drain(..'\u{FEFF}'.len_utf8());
     }
     Ok(text)
+}
+
+/// Refuses an encoding that can be told by the first bytes.
+pub(super) fn check_encoding(file: &Path, bytes: &[u8]) -> Result<(), ServiceError> {
+    if bytes.starts_with(&[0xFE, 0xFF]) || bytes.starts_with(&[0xFF, 0xFE]) {
+        return Err(ServiceError::new(file, "is written in UTF-16")
+            .with_hint("save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"));
+    }
+    Ok(())
 }
 
 /// Parses `text`, the content of `file`, into at most `nodes` nodes.
@@ -160,13 +171,7 @@ fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
         } else if rest.starts_with("<?") {
             at = after(start, "?>");
         } else if rest.starts_with("<!") {
-            return Err(ServiceError::at(
-                file,
-                text,
-                start,
-                "document type declaration (DTD) refused",
-            )
-            .with_hint("remove it: a service file needs none"));
+            return Err(ServiceError::at(file, text, start, DTD).with_hint(DTD_HINT));
         } else if rest.starts_with("</") {
             depth = depth.saturating_sub(1);
             at = after(start, ">");
