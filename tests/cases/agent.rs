@@ -14,6 +14,15 @@ const KILL: &str = r#"for p in /proc/[0-9]*; do
 /// Process ids of the bootstrapper and of every process of the role.
 const STACK: &str = "cat /sys/fs/cgroup/stack/cgroup.procs /sys/fs/cgroup/stack/role/cgroup.procs";
 
+/// Those ids when there are as many as the services here have: Ready is a role
+/// whose process runs, and that may have more to start.
+fn stack(run: &Run<'_>) -> Result<String> {
+    eventually("bootstrapper and two processes run", || {
+        Ok(run.shell(STACK)?.lines().count() == 3)
+    })?;
+    run.shell(STACK)
+}
+
 fn echoes(port: u16) -> Result<bool> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(limit(10)))?;
@@ -40,8 +49,7 @@ fn a_killed_guest_agent_is_started_again_and_finds_the_role_as_it_was() -> Resul
     eventually("the echo server answers", || {
         Ok(echoes(port).unwrap_or(false))
     })?;
-    let before = run.shell(STACK)?;
-    ensure!(before.lines().count() == 3, "{before}");
+    let before = stack(&run)?;
 
     let killed = run.exec(&["sh", "-c", KILL])?;
     ensure!(killed.status.code() == Some(125), "{}", e2e::text(&killed));
@@ -93,13 +101,11 @@ fn a_killed_bootstrapper_takes_its_role_with_it_and_both_come_back() -> Result<(
         .write(&place.file("service"))?;
     let mut run = Run::start(&place, &service, &[])?;
     run.ready()?;
-    let before = run.shell(STACK)?;
-    ensure!(before.lines().count() == 3, "{before}");
+    let before = stack(&run)?;
     run.shell("kill -9 $(cat /sys/fs/cgroup/stack/cgroup.procs)")?;
     run.event("role", |event| event["state"] == "recycling")?;
     run.ready()?;
-    let after = run.shell(STACK)?;
-    ensure!(after.lines().count() == 3, "{after}");
+    let after = stack(&run)?;
     ensure!(
         !before.lines().any(|pid| after.lines().any(|it| it == pid)),
         "{before}survived in\n{after}"

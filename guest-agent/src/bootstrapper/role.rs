@@ -28,12 +28,12 @@ use crate::os::child;
 use crate::os::user::ROLE_ID;
 use crate::setup::{Prepared, ROLE_ROOT};
 
-/// A role whose process ends within this time of its start did not start.
-const SETTLE: Duration = Duration::from_millis(500);
 /// Where a role says `READY=1` (sd_notify).
 const NOTIFY: &str = "/run/host-agent/role-notify";
 /// Time for the last state and lines to reach the guest agent.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// Time for what is left in the pipes of a role that ended.
+const LAST_LINES: Duration = Duration::from_millis(500);
 /// Time for killed processes to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -129,6 +129,12 @@ impl Watch<'_> {
         });
     }
 
+    /// The role is Ready, from the returned time on.
+    fn ready(&self) -> Instant {
+        self.say(RoleState::Ready, String::new(), None);
+        Instant::now()
+    }
+
     async fn run_once(&self, orders: &mut mpsc::Receiver<Order>) -> Over {
         let role = self.role;
         self.say(RoleState::Starting, String::new(), None);
@@ -155,9 +161,9 @@ impl Watch<'_> {
             let desk = Arc::clone(self.desk);
             output.spawn(lines(stream, move |text| desk.line("err", text)));
         }
-        let mut ready_since = None;
-        let settled = tokio::time::sleep(SETTLE);
-        tokio::pin!(settled);
+        // The program runs: had the kernel refused it, `start` would have failed.
+        // Should it end soon, it is started again like one that ends late.
+        let mut ready_since = role.ready_on_start.then(|| self.ready());
         let mut message = [0; 256];
         let over = loop {
             let becomes_ready = tokio::select! {
@@ -171,14 +177,12 @@ impl Watch<'_> {
                     stop(&mut child, limit).await;
                     break Over::Told;
                 }
-                () = &mut settled, if ready_since.is_none() && role.ready_on_start => true,
-                Ok(count) = notify.recv(&mut message), if ready_since.is_none() && !role.ready_on_start => {
+                Ok(count) = notify.recv(&mut message), if ready_since.is_none() => {
                     message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
                 }
             };
             if becomes_ready {
-                ready_since = Some(Instant::now());
-                self.say(RoleState::Ready, String::new(), None);
+                ready_since = Some(self.ready());
             }
         };
         // Everything that the role started goes with it.
@@ -188,7 +192,7 @@ impl Watch<'_> {
             Err(error) => return Over::Impossible(format!("cannot end the role: {error}")),
         }
         // The last words are in the pipes, whose other ends are closed.
-        let _ = tokio::time::timeout(SETTLE, output.join_all()).await;
+        let _ = tokio::time::timeout(LAST_LINES, output.join_all()).await;
         over
     }
 }

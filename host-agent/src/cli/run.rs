@@ -1,5 +1,7 @@
 //! `host-agent run`: deploys a service and stays with it.
 
+use std::time::Duration;
+
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -8,7 +10,7 @@ use super::error::{CliError, Code};
 use super::evidence;
 use super::exit::Exit;
 use super::output::Output;
-use super::running::{Ended, Running, interrupted};
+use super::running::{Ended, Running, STEADY, interrupted};
 use super::watch::{News, Trouble};
 use super::{deploy, runtime};
 use crate::supervisor::event::TimelineEvent;
@@ -33,7 +35,8 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let tell = |event: &TimelineEvent, line| tell(output, event, line);
         let mut running = Running::start(model, options, output, tell).await?;
-        let result = follow(&mut running, args, deadline, output).await;
+        let steady = host.scaled(STEADY);
+        let result = follow(&mut running, args, deadline, steady, output).await;
         // What a failure left is looked at before the files go.
         let result = result.map_err(|error| with_logs(error, &running, args.keep));
         if args.keep {
@@ -57,23 +60,31 @@ async fn follow(
     running: &mut Running,
     args: &RunArgs,
     deadline: Option<Instant>,
+    steady: Duration,
     output: &Output,
 ) -> Result<Exit, Failure> {
     let tell = |event: &TimelineEvent, line| tell(output, event, line);
     let plain = |error: CliError| (error, None);
     let mut deadline = deadline;
     let mut last = None;
+    let mut hint = Some("Ready. Ctrl-C stops it");
     let outcome = loop {
-        match running.wait(deadline, tell).await.map_err(plain)? {
+        let ended = match args.until {
+            Until::Ready => running.steady(steady, deadline, tell).await,
+            Until::Stopped => running.wait(deadline, tell).await,
+        };
+        match ended.map_err(plain)? {
             Ended::News(News::Ready) => {
                 deadline = None;
                 if args.until == Until::Ready {
                     break Ok(Exit::Success);
                 }
-                output.progress(&format!(
-                    "Ready. Ctrl-C stops it; host-agent exec {} -- sh looks inside",
-                    running.names[0]
-                ));
+                if let Some(hint) = hint.take() {
+                    let name = &running.names[0];
+                    output.progress(&format!(
+                        "{hint}; host-agent exec {name} -- sh looks inside"
+                    ));
+                }
             }
             Ended::News(News::Trouble(trouble)) => {
                 if args.until == Until::Ready {

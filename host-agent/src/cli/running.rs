@@ -36,6 +36,8 @@ pub struct Running {
     pub names: Vec<String>,
     /// Every event so far.
     pub seen: Vec<TimelineEvent>,
+    /// When every instance became Ready.
+    ready_at: Option<Instant>,
     width: usize,
     stops: u32,
 }
@@ -52,6 +54,10 @@ pub enum Ended {
     /// By this signal.
     Signal(u8),
 }
+
+/// A role is Ready when its process runs. One that stays so for this long, times
+/// the slowness of the host, did not fail at once.
+pub const STEADY: Duration = Duration::from_secs(1);
 
 /// Time for the step in hand to give up when the command is interrupted.
 const GIVE_UP: Duration = Duration::from_secs(5);
@@ -110,6 +116,7 @@ impl Running {
                         watch,
                         names,
                         seen,
+                        ready_at: None,
                         width,
                         stops: 0,
                     });
@@ -146,12 +153,42 @@ impl Running {
                 return Ok(Ended::Finished);
             };
             let news = self.watch.take(&event);
+            if news == News::Ready {
+                self.ready_at = Some(Instant::now());
+            }
             tell(&event, timeline_line(&event, self.width))?;
             if self.seen.len() < MOST_EVENTS {
                 self.seen.push(event);
             }
             if news != News::Nothing {
                 return Ok(Ended::News(news));
+            }
+        }
+    }
+
+    /// As [`Running::wait`], but Ready is news only when every instance has been
+    /// so for `steady` without a break, be it before this call.
+    pub async fn steady(
+        &mut self,
+        steady: Duration,
+        deadline: Option<Instant>,
+        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+    ) -> Result<Ended, CliError> {
+        loop {
+            let steady_at = self
+                .ready_at
+                .filter(|_| self.watch.is_ready())
+                .map(|ready| ready + steady);
+            let limit = [steady_at, deadline].into_iter().flatten().min();
+            let ended = self.wait(limit, &mut tell).await?;
+            let passed = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());
+            match ended {
+                Ended::News(News::Ready) => {}
+                Ended::Deadline if self.watch.is_ready() && passed(steady_at) => {
+                    return Ok(Ended::News(News::Ready));
+                }
+                Ended::Deadline if !passed(deadline) => {}
+                other => return Ok(other),
             }
         }
     }

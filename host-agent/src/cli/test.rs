@@ -14,7 +14,7 @@ use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, Step, TestReport, rfc3339, stages,
 };
 use super::run::{not_ready, tails};
-use super::running::{Ended, Running, interrupted};
+use super::running::{Ended, Running, STEADY, interrupted};
 use super::watch::{News, Trouble};
 use super::{deploy, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
@@ -173,7 +173,7 @@ fn check_probes(probes: &[Probe], model: &ServiceModel) -> Result<(), CliError> 
     Ok(())
 }
 
-/// Ready, probes, clean stop.
+/// Ready, probes, still Ready, clean stop.
 async fn drive(
     running: &mut Running,
     args: &TestArgs,
@@ -186,7 +186,8 @@ async fn drive(
         output.progress(&line);
         Ok(())
     };
-    let mut result = ready(running, deadline, tell).await;
+    let ended = running.wait(Some(deadline), tell).await?;
+    let mut result = ready(running, ended);
     for probe in &args.probes {
         let name = probe.to_string();
         if result.is_err() {
@@ -216,6 +217,11 @@ async fn drive(
         }
         report.probes.push(step);
     }
+    if result.is_ok() {
+        let steady = host.scaled(STEADY);
+        let ended = running.steady(steady, Some(deadline), tell).await?;
+        result = ready(running, ended);
+    }
     let took = running.stop(output, tell).await?;
     let left = running.watch.unclean();
     let mut stop = Step::new("stop", Outcome::Ok, millis(took));
@@ -235,12 +241,9 @@ async fn drive(
     result
 }
 
-async fn ready(
-    running: &mut Running,
-    deadline: Instant,
-    tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
-) -> Result<(), Failure> {
-    match running.wait(Some(deadline), tell).await? {
+/// Whether a wait for Ready ended with that.
+fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
+    match ended {
         Ended::News(News::Ready) => Ok(()),
         Ended::News(News::Trouble(trouble)) => Err(failed(trouble)),
         Ended::Deadline => Err(Failure {
@@ -264,15 +267,23 @@ async fn run_probe(
     probe: &Probe,
     scale: u32,
     deadline: Instant,
-    tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+    mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
 ) -> Result<Step, Failure> {
     let published = running.deployment().published();
     let address = *published
         .get(&probe.endpoint)
         .expect("probes were checked against the definition");
+    let broken = async {
+        loop {
+            match running.wait(None, &mut tell).await {
+                Ok(Ended::News(News::Ready)) => {}
+                ended => return ended,
+            }
+        }
+    };
     let outcome = tokio::select! {
         outcome = probe.run(address, deadline, scale) => outcome,
-        ended = running.wait(None, tell) => {
+        ended = broken => {
             return Err(match ended? {
                 Ended::News(News::Trouble(trouble)) => failed(trouble),
                 Ended::Signal(number) => interrupted(number).into(),

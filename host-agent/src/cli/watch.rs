@@ -15,7 +15,7 @@ use crate::vmm::control::ExitReason;
 pub enum News {
     /// Nothing is decided.
     Nothing,
-    /// Every instance is Ready, for the first time.
+    /// Every instance is Ready, which they were not before, or not without a break.
     Ready,
     /// Not on the way to Ready, or no longer Ready.
     Trouble(Trouble),
@@ -38,7 +38,8 @@ pub struct Trouble {
 #[derive(Debug)]
 pub struct Watch {
     instances: BTreeMap<String, Instance>,
-    told_ready: bool,
+    /// Every instance is Ready.
+    ready: bool,
     stopping: bool,
 }
 
@@ -46,6 +47,8 @@ pub struct Watch {
 struct Instance {
     state: String,
     ready: bool,
+    /// Times that its role ended by itself.
+    recycles: u32,
     clean: Option<bool>,
 }
 
@@ -56,13 +59,14 @@ impl Watch {
             let instance = Instance {
                 state: "Accepted".into(),
                 ready: false,
+                recycles: 0,
                 clean: None,
             };
             (name, instance)
         };
         Self {
             instances: names.into_iter().map(fresh).collect(),
-            told_ready: false,
+            ready: false,
             stopping: false,
         }
     }
@@ -77,6 +81,11 @@ impl Watch {
         self.instances
             .get(name)
             .map_or("Unknown", |instance| &instance.state)
+    }
+
+    /// Whether every instance is Ready.
+    pub const fn is_ready(&self) -> bool {
+        self.ready
     }
 
     /// Instances that are not Ready, with their state.
@@ -114,6 +123,13 @@ impl Watch {
         {
             instance.state = state.into();
             instance.ready = state == state_name(RoleState::Ready);
+            if let EventKind::Role { recycles, .. } = event.kind
+                && recycles != instance.recycles
+            {
+                // It ended in between, which the guest need not have told.
+                instance.recycles = recycles;
+                self.ready = false;
+            }
         }
         if let EventKind::Stopped { clean } = event.kind {
             instance.clean = Some(clean);
@@ -129,8 +145,9 @@ impl Watch {
                 cause,
             });
         }
-        if !self.told_ready && self.instances.values().all(|instance| instance.ready) {
-            self.told_ready = true;
+        let was_ready = self.ready;
+        self.ready = self.instances.values().all(|instance| instance.ready);
+        if self.ready && !was_ready {
             return News::Ready;
         }
         News::Nothing
@@ -258,14 +275,37 @@ mod tests {
     }
 
     #[test]
-    fn ready_is_said_once_and_only_when_all_are() {
+    fn ready_is_said_when_all_are_and_again_only_after_one_was_not() {
         let mut watch = watch();
-        let mut take = |name| watch.take(&event(name, role(RoleState::Ready)));
-        assert_eq!(take("A_IN_0"), News::Nothing);
-        assert_eq!(take("A_IN_0"), News::Nothing);
-        assert_eq!(take("A_IN_1"), News::Ready);
-        assert_eq!(take("A_IN_1"), News::Nothing);
-        assert!(watch.waiting().is_empty());
+        let mut take = |name, state| watch.take(&event(name, role(state)));
+        assert_eq!(take("A_IN_0", RoleState::Ready), News::Nothing);
+        assert_eq!(take("A_IN_0", RoleState::Ready), News::Nothing);
+        assert_eq!(take("A_IN_1", RoleState::Ready), News::Ready);
+        assert_eq!(take("A_IN_1", RoleState::Ready), News::Nothing);
+        assert_eq!(take("A_IN_0", RoleState::Recycling), News::Nothing);
+        assert_eq!(take("A_IN_1", RoleState::Ready), News::Nothing);
+        assert_eq!(take("A_IN_0", RoleState::Ready), News::Ready);
+        assert!(watch.waiting().is_empty() && watch.is_ready());
+    }
+
+    #[test]
+    fn a_role_that_ended_and_was_ready_again_before_that_was_told_is_news() {
+        let mut watch = Watch::new(["A_IN_0".into()]);
+        let mut take = |recycles| {
+            watch.take(&event(
+                "A_IN_0",
+                EventKind::Role {
+                    state: RoleState::Ready,
+                    detail: String::new(),
+                    recycles,
+                    last_exit: None,
+                    retry_in_ms: None,
+                },
+            ))
+        };
+        assert_eq!(take(0), News::Ready);
+        assert_eq!(take(0), News::Nothing);
+        assert_eq!(take(1), News::Ready);
     }
 
     #[test]
