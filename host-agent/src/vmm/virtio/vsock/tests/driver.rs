@@ -305,6 +305,12 @@ impl Guest {
         header
     }
 
+    /// The host ends both directions. It may be told of them one by one, and
+    /// what was told stays (virtio 1.2, 5.10.6.4).
+    pub(crate) fn expect_end(&mut self, host: u32, guest: u32) {
+        while self.expect(Operation::Shutdown, host, guest).flags != 3 {}
+    }
+
     /// Waits until the device holds `count` connections.
     pub(crate) fn wait_connections(&self, count: u32) {
         let handle = self.device.handle();

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown as Half;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::driver::*;
 use crate::vmm::control::DialOutcome;
@@ -239,6 +239,7 @@ fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     host.write_all(&[7; 10_000]).unwrap();
+    let started = Instant::now();
     drop(host);
     let mut got = 0;
     let end = loop {
@@ -249,11 +250,15 @@ fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
         got += payload.len();
     };
     assert_eq!(got, 10_000);
-    assert_eq!((end.operation(), end.flags), (Some(Operation::Shutdown), 3));
+    assert_eq!(end.operation(), Some(Operation::Shutdown));
+    if end.flags != 3 {
+        // The device met the end of the data before it met that of the socket.
+        assert_eq!(end.flags, 2);
+        guest.expect_end(PORT, 1);
+    }
     // The guest does not answer: it is told that this is over.
-    let started = Instant::now();
     guest.expect(Operation::Reset, PORT, 1);
-    assert!(started.elapsed() + Duration::from_millis(100) > CLOSE_LIMIT);
+    assert!(started.elapsed() >= CLOSE_LIMIT);
     guest.wait_connections(0);
 }
 
