@@ -13,6 +13,10 @@ use super::packet::{Header, Operation, TYPE_STREAM};
 /// connection costs two file descriptors of a process and at most 64 KiB.
 pub const MAX_CONNECTIONS: usize = 1023;
 
+/// Connections that dials leave free for the guest's channels: clients of its
+/// endpoints, however many, shall not keep its agents from dialing again.
+pub const CHANNEL_PLACES: usize = 2 * Channel::ALL.len();
+
 /// Most refusals that wait for the guest to offer receive buffers. A guest
 /// that sends without receiving loses those beyond: its connects time out
 /// instead, and nothing grows.
@@ -89,6 +93,11 @@ impl<T> Muxer<T> {
     /// Whether every connection is taken.
     pub fn is_full(&self) -> bool {
         self.entries.len() >= MAX_CONNECTIONS
+    }
+
+    /// Whether there is a place for one more dial.
+    pub fn has_room_for_dial(&self) -> bool {
+        self.entries.len() < MAX_CONNECTIONS - CHANNEL_PLACES
     }
 
     /// Decides on a packet of the guest.

@@ -80,7 +80,12 @@ impl Switch {
     /// Starts a connection to `port` of the guest. `stream` is joined with it;
     /// none for a probe.
     pub fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
-        if self.muxer.is_full() {
+        let room = match origin {
+            // A guest is not judged by how many clients it has.
+            Origin::Probe(_) => !self.muxer.is_full(),
+            _ => self.muxer.has_room_for_dial(),
+        };
+        if !room {
             self.answer(origin, DialOutcome::Unavailable);
             return;
         }

@@ -11,7 +11,7 @@ use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::vsock::Effect;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
-use crate::vmm::virtio::vsock::muxer::{MAX_CONNECTIONS, MAX_REPLIES};
+use crate::vmm::virtio::vsock::muxer::{CHANNEL_PLACES, MAX_CONNECTIONS, MAX_REPLIES};
 use crate::vmm::virtio::vsock::packet::Operation;
 
 /// A channel's host port.
@@ -119,6 +119,43 @@ fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_agai
     hosts[500] = guest.connect(host_port, guest_port);
     refused(&mut guest);
     guest.wait_connections(MAX_CONNECTIONS as u32);
+}
+
+#[test]
+fn clients_without_number_leave_the_agents_their_channels_and_the_guest_its_probe() {
+    crate::descriptors::raise_limit();
+    let mut guest = Guest::new();
+    let outcome = |guest: &Guest| match guest.effect() {
+        Effect::Dialed { id, outcome } => (id, outcome),
+        opened @ Effect::Opened { .. } => panic!("{opened:?}"),
+    };
+    let mut clients = Vec::new();
+    for id in 1..=(MAX_CONNECTIONS - CHANNEL_PLACES) as u64 {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        clients.push(ours);
+        guest.device.handle().dial(id, 80, theirs.into());
+        let (request, _) = guest.receive();
+        guest.send(
+            &Guest::header(Operation::Response, request.src_port, 80),
+            &[],
+        );
+        assert_eq!(outcome(&guest), (id, DialOutcome::Connected));
+    }
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    guest.device.handle().dial(5000, 80, theirs.into());
+    assert_eq!(outcome(&guest), (5000, DialOutcome::Unavailable));
+    guest.device.handle().probe(5001, 81);
+    let (request, _) = guest.receive();
+    guest.send(&request.reset(), &[]);
+    assert_eq!(outcome(&guest), (5001, DialOutcome::Refused));
+    // An agent that dials each of its channels again, before the old
+    // connections are seen to be gone.
+    for n in 0..CHANNEL_PLACES as u32 {
+        let mut host = guest.connect(PORT, n);
+        guest.data(PORT, n, b"hello");
+        assert_eq!(read_exactly(&mut host, 5), b"hello");
+        clients.push(host);
+    }
 }
 
 #[test]
