@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -116,7 +117,7 @@ pub struct Image {
     /// Size of the base in bytes.
     pub base_size: u64,
     /// The guest agent to deliver.
-    pub agent: AgentProgram,
+    pub agent: Arc<AgentProgram>,
     /// Whether an earlier full check of the same files was relied on.
     pub cached: bool,
 }
@@ -192,11 +193,11 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         path: agent_path,
         source,
     })?;
-    let agent = AgentProgram {
+    let agent = Arc::new(AgentProgram {
         version: agent.version.clone().unwrap_or_default(),
         sha256: agent.sha256.clone(),
         bytes,
-    };
+    });
     let [kernel, initrd, base, _] =
         <[File; 4]>::try_from(opened).expect("one handle was opened for each of FILES");
     Ok(Image {

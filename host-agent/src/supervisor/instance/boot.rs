@@ -64,7 +64,7 @@ impl Instance {
             events: self.channel_sender.clone(),
             goal: self.goal.subscribe(),
             shutdown: shutdown_receiver,
-            program: Arc::new(parts.image.agent.clone()),
+            program: Arc::clone(&parts.image.agent),
             role_log: Arc::clone(&self.role_log),
             agent_log: Arc::clone(&self.agent_log),
             alive: self.alive.clone(),
