@@ -201,6 +201,7 @@ pub async fn deploy(
                 group: group.clone(),
                 hello_limit: scaled(10),
                 probe_limit: scaled(3),
+                ping_every: scaled(10),
                 rotation: rotation.clone(),
                 timeline: timeline.clone(),
             });

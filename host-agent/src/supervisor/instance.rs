@@ -37,8 +37,6 @@ pub use handle::{InstanceHandle, Request, View};
 const CHANNEL_BACKLOG: usize = 256;
 /// Connections that may wait for the actor.
 const INCOMING_BACKLOG: usize = 256;
-/// Time between two pings of the VMM process.
-const PING_EVERY: Duration = Duration::from_secs(10);
 /// Pings without an answer that make a VMM process hung.
 const PINGS_MISSED: u32 = 3;
 /// Violations reported per boot; later ones only count.
@@ -74,6 +72,8 @@ pub struct InstanceParts {
     pub hello_limit: Duration,
     /// Most time for the guest's kernel to answer a probe.
     pub probe_limit: Duration,
+    /// Time between two pings of the VMM process.
+    pub ping_every: Duration,
     /// One rotation per endpoint of the role, all the same.
     pub rotation: Rotation,
     /// The deployment's timeline.
@@ -150,7 +150,7 @@ impl Instance {
     ) -> Self {
         let mut tick = tokio::time::interval(self.parts.rule.tick());
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut ping = tokio::time::interval(PING_EVERY);
+        let mut ping = tokio::time::interval(self.parts.ping_every);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut running = self.feed(Input::Start);
         while running {
