@@ -14,6 +14,9 @@ pub const MAX_BODY: usize = 1 << 20;
 /// Bytes of the length that precedes a body.
 pub const HEADER: usize = 4;
 
+/// Room that a decoder keeps between frames, in bytes.
+const KEPT: usize = 64 * 1024;
+
 /// Why bytes are not a frame, or a frame is not the message expected.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
@@ -86,6 +89,8 @@ impl Decoder {
         }
         let message = parse(&self.buffer[HEADER..end]);
         self.buffer.drain(..end);
+        // One large frame shall not keep its room for as long as the connection.
+        self.buffer.shrink_to(KEPT);
         message.map(Some)
     }
 

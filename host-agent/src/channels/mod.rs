@@ -5,6 +5,8 @@
 //! hears is a claim that the instance's actor checks.
 
 mod serve;
+#[cfg(test)]
+mod tests;
 
 use std::convert::Infallible;
 use std::io;
@@ -117,7 +119,7 @@ impl GuestChannels {
                 let reason = match error {
                     // The guest went away: its exit is reported elsewhere.
                     ChannelError::Stream(StreamError::Io(_)) => return,
-                    other => chain(&other),
+                    other => serve::bounded(&chain(&other)),
                 };
                 shared
                     .report(ChannelEvent::Violation { channel, reason })

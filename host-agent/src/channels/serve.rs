@@ -201,6 +201,11 @@ fn jitter(sequence: u64) -> f64 {
     0.8 + 0.4 * f64::from(spread) / f64::from(u32::MAX)
 }
 
+/// Text that may quote the guest, as an event may hold it.
+pub(super) fn bounded(text: &str) -> String {
+    clean(text, MAX_TEXT)
+}
+
 /// Guest text without control characters, cut at `most` characters.
 fn clean(text: &str, most: usize) -> String {
     let printable = |c: char| if c.is_control() { ' ' } else { c };

@@ -43,8 +43,10 @@ const PINGS_MISSED: u32 = 3;
 const MOST_VIOLATIONS_TOLD: u32 = 10;
 /// Questions to a VMM process that may be open at a time.
 const MOST_ASKED: usize = 64;
-/// Connections to the channels of one boot: as many as its vsock device has.
-const MOST_CHANNELS: usize = 1023;
+/// Connections to the channels of one boot: two for each channel, as when an
+/// agent dials again before its old connection is seen to be gone. Each may hold
+/// a frame of 1 MiB that is not complete.
+const MOST_CHANNELS: usize = 2 * Channel::ALL.len();
 
 /// Most time at the end for what the guest said last to get into its logs.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -264,7 +266,9 @@ impl Instance {
         }
         match event {
             ChannelEvent::Booted { init_ms, agent } => {
-                self.tell(EventKind::AgentConnected { init_ms, agent });
+                if self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
+                    self.tell(EventKind::AgentConnected { init_ms, agent });
+                }
                 self.feed(Input::Connected)
             }
             ChannelEvent::Asked(sequence) => {
