@@ -25,6 +25,9 @@ use crate::supervisor::instance::InstanceHandle;
 /// How often a followed log is looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
+/// Pause after a connection that could not be accepted.
+const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
+
 /// What the server tells of, beside what the handle knows.
 #[derive(Debug, Clone)]
 pub struct About {
@@ -62,7 +65,12 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
         started: Instant::now(),
     });
     let task = tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                // Out of descriptors, for example: that passes.
+                tokio::time::sleep(OUT_OF_RESOURCES).await;
+                continue;
+            };
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
                 // A client that goes away is its own affair.
