@@ -87,7 +87,7 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
     let names = format!("127.0.0.1 localhost {}\n::1 localhost\n", goal.instance);
     fs::write(hosts, names).map_err(file("write", hosts))?;
     let hostname = Path::new("/proc/sys/kernel/hostname");
-    fs::write(hostname, goal.instance.replace('_', "-")).map_err(file("write", hostname))?;
+    fs::write(hostname, host_name(&goal.instance)).map_err(file("write", hostname))?;
 
     let mut storage = vec![(temp.clone(), TEMP_MIB)];
     let mut paths = BTreeMap::new();
@@ -127,6 +127,11 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
     })
 }
 
+/// The instance's name in the characters of a host name.
+fn host_name(instance: &str) -> String {
+    instance.replace('_', "-")
+}
+
 fn goal_command(goal: &Goal) -> Vec<String> {
     let vmbus::message::EntryPoint::Program { command, .. } = &goal.entry_point;
     command.clone()
@@ -151,6 +156,11 @@ fn environment(
             "RdRoleId".to_owned(),
             format!("{}.{}", goal.deployment_id, goal.instance),
         ),
+        (
+            "RdRoleLogRootPath".to_owned(),
+            format!("{RESOURCE}/Resources/"),
+        ),
+        ("COMPUTERNAME".to_owned(), host_name(&goal.instance)),
         (
             "RdRoleResourcesRootPath".to_owned(),
             format!("{RESOURCE}/Resources/"),
