@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{self, BufWriter, Cursor, Read, Write};
+use std::io::{self, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -131,17 +131,59 @@ pub fn build_application_image(
             .map_err(failed)?;
     }
 
-    let mut out = BufWriter::with_capacity(1 << 20, out);
+    let cannot_write = |source| ImageError::Write {
+        role: role.name.clone(),
+        source,
+    };
+    let mut out = BufWriter::with_capacity(1 << 20, Noting { out, failed: None });
     let written = image.write(&mut out);
     if let Some((path, source)) = broken.borrow_mut().take() {
         return Err(ImageError::Read { path, source });
     }
+    if let Some(source) = out.get_mut().failed.take() {
+        return Err(cannot_write(source));
+    }
     let (_, length) = written.map_err(failed)?;
-    out.flush().map_err(|source| ImageError::Write {
-        role: role.name.clone(),
-        source,
-    })?;
+    out.flush().map_err(cannot_write)?;
     Ok(length)
+}
+
+/// Writes to a file and keeps the first error, of which the writer of the
+/// image tells nothing.
+struct Noting<'a> {
+    out: &'a File,
+    failed: Option<io::Error>,
+}
+
+impl Noting<'_> {
+    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        result.map_err(|error| {
+            let kind = error.kind();
+            if kind != io::ErrorKind::Interrupted {
+                self.failed.get_or_insert(error);
+            }
+            kind.into()
+        })
+    }
+}
+
+impl Write for Noting<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let result = self.out.write(buffer);
+        self.note(result)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let result = self.out.flush();
+        self.note(result)
+    }
+}
+
+impl Seek for Noting<'_> {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        let result = self.out.seek(position);
+        self.note(result)
+    }
 }
 
 /// The first file that could not be read, and why.
@@ -229,13 +271,30 @@ fn role_model(role: &Role) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Seek, SeekFrom};
     use std::path::Path;
 
     use backhand::{FilesystemReader, InnerNode};
 
     use super::*;
     use crate::service::load;
+
+    #[test]
+    fn a_full_disk_is_told_as_what_it_is() {
+        let service = Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/services/redis"
+        ));
+        let role = load(service, None, &Progress::default())
+            .unwrap()
+            .roles
+            .remove(0);
+        let out = File::options().write(true).open("/dev/full").unwrap();
+        let error = build_application_image(&role, &out, &Progress::default()).unwrap_err();
+        let ImageError::Write { source, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+    }
 
     #[test]
     fn the_image_holds_the_payload_owned_by_root_and_executable_where_it_was() {
