@@ -19,6 +19,9 @@ use crate::supervisor::deployment::{DeployError, Options};
 use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::heartbeat::HeartbeatRule;
 
+/// The way out of a full disk.
+pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
+
 /// Reads and checks the service.
 pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliError> {
     let meter = Meter::start(output);
@@ -68,8 +71,7 @@ pub fn refused(error: &DeployError) -> CliError {
             let this = CliError::chain(Code::Start, error);
             match system_error(error) {
                 Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-                    CliError::chain(Code::HostFull, error)
-                        .hint("export HOST_AGENT_DATA_DIR=/directory/with/more/space")
+                    CliError::chain(Code::HostFull, error).hint(MORE_SPACE)
                 }
                 Some(io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) => this
                     .exit_with(Exit::Permission)

@@ -127,11 +127,8 @@ fn unclean(running: &Running) -> Result<Exit, Failure> {
 }
 
 fn failure(trouble: Trouble) -> Failure {
-    let mut error = CliError::new(trouble.code, trouble.what);
-    if let Some(cause) = trouble.cause {
-        error = error.cause(cause);
-    }
-    (error, Some(trouble.instance))
+    let instance = trouble.instance.clone();
+    (trouble.into(), Some(instance))
 }
 
 /// The time is up before every instance is Ready.

@@ -307,13 +307,9 @@ async fn run_probe(
 }
 
 fn failed(trouble: Trouble) -> Failure {
-    let mut error = CliError::new(trouble.code, trouble.what);
-    if let Some(cause) = trouble.cause {
-        error = error.cause(cause);
-    }
     Failure {
-        error,
-        instance: Some(trouble.instance),
+        instance: Some(trouble.instance.clone()),
+        error: trouble.into(),
     }
 }
 

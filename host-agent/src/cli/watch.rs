@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use vmbus::message::{ExitCause, RoleState};
 
-use super::error::Code;
+use super::deploy::MORE_SPACE;
+use super::error::{CliError, Code};
 use crate::service::model::ServiceModel;
 use crate::supervisor::event::{EventKind, TimelineEvent, Verdict, exit_text, state_name};
 use crate::vmm::control::ExitReason;
@@ -32,6 +33,19 @@ pub struct Trouble {
     pub what: String,
     /// Why, as far as it is known.
     pub cause: Option<String>,
+}
+
+impl From<Trouble> for CliError {
+    fn from(trouble: Trouble) -> Self {
+        let mut error = Self::new(trouble.code, trouble.what);
+        if let Some(cause) = trouble.cause {
+            error = error.cause(cause);
+        }
+        if trouble.code == Code::HostFull {
+            error = error.hint(MORE_SPACE);
+        }
+        error
+    }
 }
 
 /// Follows one deployment.
@@ -214,6 +228,16 @@ fn trouble(name: &str, kind: &EventKind) -> Option<(Code, String, Option<String>
             let what = format!("guest of {name} ended: {}", exit_text(reason));
             (Code::Boot, what, hint)
         }
+        EventKind::DiskFailed {
+            disk,
+            file,
+            error,
+            full,
+        } => {
+            let code = if *full { Code::HostFull } else { Code::Start };
+            let what = format!("the host cannot serve disk {disk} of {name}");
+            (code, what, Some(format!("{}: {error}", file.display())))
+        }
         EventKind::Faulted { because, .. } => {
             (Code::Boot, format!("{name} does not boot"), some(because))
         }
@@ -322,6 +346,15 @@ mod tests {
         assert_eq!(watch.waiting(), ["A_IN_0 is Booting"]);
     }
 
+    fn disk_failed(full: bool) -> EventKind {
+        EventKind::DiskFailed {
+            disk: "os".into(),
+            file: "/data/diff.qcow2".into(),
+            error: "no".into(),
+            full,
+        }
+    }
+
     #[test]
     fn what_ends_the_way_to_ready_is_told_at_once_with_its_class() {
         let exited = |reason| EventKind::GuestExited { reason };
@@ -341,6 +374,8 @@ mod tests {
                 "no contact",
             ),
             (verdict(Verdict::VmmDied), Code::Role, "died"),
+            (disk_failed(true), Code::HostFull, "disk os of A_IN_1"),
+            (disk_failed(false), Code::Start, "disk os of A_IN_1"),
         ];
         for (kind, code, words) in cases {
             let News::Trouble(trouble) = watch().take(&event("A_IN_1", kind.clone())) else {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -92,6 +93,17 @@ pub enum EventKind {
         device: String,
         /// What was wrong.
         reason: String,
+    },
+    /// The host cannot serve the file behind a disk; the guest sees errors.
+    DiskFailed {
+        /// Serial number of the disk.
+        disk: String,
+        /// The file.
+        file: PathBuf,
+        /// The system's words.
+        error: String,
+        /// Whether there was no room for a write.
+        full: bool,
     },
     /// The monitor itself was late or the host slept: no verdict for a while.
     Resumed,
@@ -231,6 +243,19 @@ impl fmt::Display for EventKind {
             Self::OutOfRotation => write!(f, "out of rotation"),
             Self::DeviceNeedsReset { device, reason } => {
                 write!(f, "device {device} waits for a reset: {reason}")
+            }
+            Self::DiskFailed {
+                disk,
+                file,
+                error,
+                full,
+            } => {
+                let file = file.display();
+                write!(f, "the host cannot serve disk {disk}: {file}: {error}")?;
+                if *full {
+                    write!(f, "; make room there, or set HOST_AGENT_DATA_DIR")?;
+                }
+                Ok(())
             }
             Self::Resumed => write!(f, "host was stalled or asleep; silence limit extended"),
             Self::Paused { paused: true } => write!(f, "vCPUs stopped"),

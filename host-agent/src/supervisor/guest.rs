@@ -179,6 +179,16 @@ pub fn prepare(
     Ok((spec, files))
 }
 
+/// Name of the file behind the disk with this serial number.
+pub fn disk_file(serial: &str) -> Option<&'static str> {
+    match serial {
+        OS_DISK => Some("diff.qcow2"),
+        RESOURCE_DISK => Some("resource.raw"),
+        APPLICATION_DISK => Some("app.squashfs"),
+        _ => None,
+    }
+}
+
 /// Opens `path` for the VMM process's own messages.
 pub fn vmm_log(dir: &Path) -> Result<File, GuestError> {
     append(&dir.join("vmm.log"))

@@ -103,6 +103,16 @@ pub enum Event {
         /// What was wrong.
         reason: String,
     },
+    /// The host cannot read or write the file behind a disk; the guest sees
+    /// errors. Sent once a disk.
+    DiskFailed {
+        /// Serial number of the disk.
+        disk: String,
+        /// The system's words.
+        error: String,
+        /// Whether there was no room for a write.
+        full: bool,
+    },
     /// The guest said that its kernel panicked; an exit follows.
     GuestPanicked {},
     /// The guest ended; the last message.

@@ -21,7 +21,7 @@ use super::serial::{Line, Output, Port};
 use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
 use super::vcpu::{KickError, Processors, Report};
 use super::virtio::Device;
-use super::virtio::blk::Block;
+use super::virtio::blk::{Block, Counters};
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
@@ -95,6 +95,7 @@ impl Files {
 /// A running machine.
 pub struct Machine {
     processors: Processors,
+    disks: Vec<(String, Arc<Counters>)>,
     bus: Arc<Bus>,
     serial: Output,
     vsock: vsock::Handle,
@@ -128,8 +129,11 @@ impl Machine {
 
         // virtio devices, each with its registers, kicks and interrupt line.
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
+        let mut disks = Vec::new();
         for (index, disk) in spec.disks.iter().enumerate() {
-            devices.push(Box::new(open_disk(index, disk, &mut files)?));
+            let block = open_disk(index, disk, &mut files)?;
+            disks.push((disk.serial.clone(), block.counters()));
+            devices.push(Box::new(block));
         }
         let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(outbox.clone()))
             .map_err(host("vsock thread"))?;
@@ -158,6 +162,7 @@ impl Machine {
             Processors::start(vcpus, &bus, &reports, wake).map_err(host("vCPU threads"))?;
         Ok(Self {
             processors,
+            disks,
             bus,
             serial,
             vsock: vsock_handle,
@@ -174,6 +179,11 @@ impl Machine {
     /// The bus.
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// Serial number and counters of each disk.
+    pub fn disks(&self) -> &[(String, Arc<Counters>)] {
+        &self.disks
     }
 
     /// Output of the serial port.

@@ -1,10 +1,10 @@
 //! A VMM process from its first instruction to its exit code.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,6 +18,7 @@ use super::outbox::Outbox;
 use super::serial::Log;
 use super::spec::GuestSpec;
 use super::vcpu::Report;
+use super::virtio::blk::Counters;
 use super::virtio::borrow_event;
 use super::wire;
 
@@ -86,7 +87,7 @@ pub fn main() -> ExitCode {
         Ok(reason) => reason,
         Err(error) => {
             let reason = chain(&error);
-            eprintln!("host-agent vmm: {reason}");
+            note(&reason);
             let detail = reason.clone();
             outbox.send(&Event::StartFailed { reason }, vec![]);
             ExitReason::Failed { detail }
@@ -99,7 +100,7 @@ pub fn main() -> ExitCode {
 }
 
 fn hopeless(error: &io::Error) -> ExitCode {
-    eprintln!("host-agent vmm: no control socket: {error}");
+    note(&format!("no control socket: {error}"));
     ExitCode::from(2)
 }
 
@@ -122,6 +123,8 @@ fn start_log() {
         .with_writer(io::stderr)
         .with_ansi(false)
         .with_target(false)
+        // It would print what could not be printed, and end the thread.
+        .log_internal_errors(false)
         .finish();
     // There is no other: this is the only call in the process.
     let _ = tracing::subscriber::set_global_default(lines);
@@ -137,6 +140,11 @@ fn limit_itself() {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+}
+
+/// A line in `vmm.log`. On a full disk there is none.
+fn note(text: &dyn std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "host-agent vmm: {text}");
 }
 
 /// A thread that ends by a bug of ours must not leave a guest that hangs: the
@@ -172,6 +180,7 @@ fn run(
     let machine = Machine::build(&spec, files, outbox, &wake, reports, started)?;
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     outbox.send(&Event::Running { setup_us }, vec![]);
+    let disks = machine.disks().to_vec();
     Ok(Loop {
         outbox,
         machine,
@@ -183,6 +192,7 @@ fn run(
         reported,
         outlive,
         told_violations: Vec::new(),
+        sound_disks: SoundDisks(disks),
         supervised: true,
     }
     .run())
@@ -204,7 +214,29 @@ struct Loop<'a> {
     reported: mpsc::Receiver<Report>,
     outlive: bool,
     told_violations: Vec<u64>,
+    sound_disks: SoundDisks,
     supervised: bool,
+}
+
+/// Disks whose files the host could serve so far.
+struct SoundDisks(Vec<(String, Arc<Counters>)>);
+
+impl SoundDisks {
+    /// Tells of each that it cannot serve any more, once.
+    fn look(&mut self, outbox: &Outbox) {
+        self.0.retain(|(disk, counters)| {
+            let Some(failure) = counters.first_failure.get().cloned() else {
+                return true;
+            };
+            let event = Event::DiskFailed {
+                disk: disk.clone(),
+                error: failure.error,
+                full: failure.full,
+            };
+            outbox.send(&event, vec![]);
+            false
+        });
+    }
 }
 
 /// Serial output on its way to the log, and the end of it.
@@ -256,12 +288,16 @@ impl Loop<'_> {
         let Self {
             machine,
             mut console,
+            mut sound_disks,
+            outbox,
             ..
         } = self;
         let serial = machine.serial().clone();
         if let Err(error) = machine.stop() {
-            eprintln!("host-agent vmm: {error}");
+            note(&error);
         }
+        // The last flush is part of the stop.
+        sound_disks.look(outbox);
         console.write(&serial.take());
         match reason {
             ExitReason::Reboot if console.shows_panic() => ExitReason::Panic,
@@ -378,7 +414,7 @@ impl Loop<'_> {
     }
 
     /// Tells of each device that broke since the last look, though a reset may
-    /// have mended it meanwhile.
+    /// have mended it meanwhile, and of disks that the host cannot serve.
     fn look_at_devices(&mut self) {
         let devices = self.machine.bus().virtio();
         self.told_violations.resize(devices.len(), 0);
@@ -393,5 +429,6 @@ impl Loop<'_> {
             }
             *told = violations;
         }
+        self.sound_disks.look(self.outbox);
     }
 }

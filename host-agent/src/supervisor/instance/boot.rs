@@ -171,6 +171,16 @@ impl Instance {
             Event::DeviceNeedsReset { device, reason } => {
                 self.violation(EventKind::DeviceNeedsReset { device, reason });
             }
+            Event::DiskFailed { disk, error, full } => {
+                let file = guest::disk_file(&disk).unwrap_or("disk");
+                let file = self.parts.dir.join(file);
+                self.violation(EventKind::DiskFailed {
+                    disk,
+                    file,
+                    error,
+                    full,
+                });
+            }
             Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
             Event::Exited(reason) => {
                 let panicked = boot.exit == Some(ExitReason::Panic);

@@ -137,6 +137,7 @@ impl Back {
         }
         if let Err(error) = self.disk.flush() {
             tracing::error!(disk = self.name, %error, "last flush failed, data may be lost");
+            self.host_error(&error);
         }
     }
 
@@ -291,6 +292,7 @@ impl Back {
 
     fn host_error(&mut self, error: &io::Error) {
         count(&self.counters.host_errors, 1);
+        self.counters.first_failure.get_or_init(|| error.into());
         if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
             tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
         }

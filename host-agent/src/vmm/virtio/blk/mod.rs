@@ -4,9 +4,9 @@ mod back;
 mod request;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use virtio_bindings::bindings::virtio_blk::{
@@ -52,6 +52,30 @@ pub struct Counters {
     pub written_bytes: AtomicU64,
     /// Flushes carried out.
     pub flushes: AtomicU64,
+    /// The first failure of the host: the one that explains the others.
+    pub first_failure: OnceLock<HostFailure>,
+}
+
+/// A failure of the host's own file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFailure {
+    /// The system's words.
+    pub error: String,
+    /// Whether there was no room for a write.
+    pub full: bool,
+}
+
+impl From<&io::Error> for HostFailure {
+    fn from(error: &io::Error) -> Self {
+        let full = matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        Self {
+            error: error.to_string(),
+            full,
+        }
+    }
 }
 
 /// The front of a disk; its thread ends when this is dropped.

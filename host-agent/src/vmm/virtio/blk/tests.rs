@@ -351,6 +351,8 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
         );
     }
     assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 3);
+    let first = block.counters().first_failure.get().cloned();
+    assert!(first.unwrap().full);
     probe.fail.store(false, Ordering::SeqCst);
     assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
