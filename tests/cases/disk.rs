@@ -1,30 +1,59 @@
 //! What a guest wrote and flushed survives; what it shares never changes.
 
+use std::ffi::OsStr;
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use e2e::Place;
-use e2e::run::Run;
+use e2e::run::{Run, eventually};
 use e2e::service::Service;
+use e2e::{Place, text};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
-fn qemu_img_check(diff: &Path) -> Result<()> {
-    let output = Command::new("qemu-img")
-        .args(["check", "--output=json"])
-        .arg(diff)
+/// Runs a tool on disk images; what it printed.
+fn tool(name: &str, arguments: &[&OsStr]) -> Result<String> {
+    let output = Command::new(name)
+        .args(arguments)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .output()
-        .context("qemu-img is a test dependency")?;
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        .with_context(|| format!("{name} is a test dependency"))?;
+    ensure!(output.status.success(), "{name}: {}", text(&output));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn qemu_img_check(diff: &Path) -> Result<()> {
+    let report = tool(
+        "qemu-img",
+        &["check".as_ref(), "--output=json".as_ref(), diff.as_ref()],
+    )?;
+    let report: serde_json::Value = serde_json::from_str(&report)?;
     ensure!(
-        report["check-errors"] == 0 && report["corruptions"].is_null(),
+        report["check-errors"] == 0 && report["corruptions"].is_null() && report["leaks"].is_null(),
         "{report}"
     );
     Ok(())
 }
 
-fn digest(path: &Path) -> Result<Vec<u8>> {
-    Ok(Sha256::digest(std::fs::read(path)?).to_vec())
+/// SHA-256 as sha256sum prints it.
+fn digest(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut file = std::fs::File::open(path)?;
+    let mut block = vec![0; 1 << 20];
+    loop {
+        let count = file.read(&mut block)?;
+        if count == 0 {
+            break;
+        }
+        hash.update(&block[..count]);
+    }
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 #[test]
@@ -38,20 +67,58 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
     let started = run.event("guest-starting", |_| true)?;
     run.ready()?;
     run.shell("dd if=/dev/urandom of=/flushed bs=64k count=64 conv=fsync 2>/dev/null")?;
-    let sum = run.shell("sha256sum /flushed")?;
+    let sum = run.shell("sha256sum </flushed")?;
     run.shell("(while :; do dd if=/dev/urandom of=/unflushed bs=64k count=200; sync; done) >/dev/null 2>&1 </dev/null & echo")?;
     run.shell("until [ -s /unflushed ]; do :; done")?;
     let pid = started["pid"].as_i64().context("pid of the VMM")?;
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(i32::try_from(pid)?),
-        nix::sys::signal::Signal::SIGKILL,
-    )?;
-    run.event("restarting", |event| event["generation"] == 2)?;
-    run.ready()?;
-    ensure!(run.shell("sha256sum /flushed")? == sum);
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
     let diff = run.instance_dir()?.join("diff.qcow2");
-    run.stop()?;
+    let started = run.event("guest-starting", |event| event["generation"] == 2)?;
+    run.ready()?;
+    ensure!(run.shell("sha256sum </flushed")? == sum);
+
+    // Every block that is free, until none is; then the disk as the guest
+    // reads it, byte by byte, while nothing can change.
+    let free = run.shell(
+        "rm -f /unflushed; dd if=/dev/urandom of=/fill bs=1M 2>/dev/null; sync; \
+         stat -f -c %f /",
+    )?;
+    // ext4 keeps up to 4,096 for itself (kernel, fs/ext4/super.c, ext4_set_resv_clusters).
+    let free: u64 = free.trim().parse()?;
+    ensure!(free <= 4096, "{free} blocks are free");
+    let seen = run
+        .shell("sync; fsfreeze -f / && echo 3 >/proc/sys/vm/drop_caches && sha256sum </dev/vda")?;
+    let seen = seen.split(' ').next().unwrap_or_default().to_owned();
+    let pid = started["pid"].as_i64().context("pid of the VMM")?;
+    run.signal(Signal::SIGKILL)?;
+    drop(run);
+    eventually("the VMM ends with its supervisor", || {
+        Ok(!Path::new(&format!("/proc/{pid}")).exists())
+    })?;
+
+    // Read by other programs, the chain of diff and base holds just that.
     qemu_img_check(&diff)?;
+    let reference = place.file("reference.raw");
+    let mut arguments: Vec<&OsStr> = ["convert", "-f", "qcow2", "-O", "raw"]
+        .map(OsStr::new)
+        .into();
+    arguments.extend([diff.as_os_str(), reference.as_os_str()]);
+    tool("qemu-img", &arguments)?;
+    ensure!(digest(&reference)? == seen, "the guest reads another disk");
+    let mut arguments: Vec<&OsStr> = ["compare", "-f", "qcow2", "-F", "raw"]
+        .map(OsStr::new)
+        .into();
+    arguments.extend([diff.as_os_str(), reference.as_os_str()]);
+    let compared = tool("qemu-img", &arguments)?;
+    ensure!(compared.contains("Images are identical"), "{compared}");
+    tool("e2fsck", &["-fn".as_ref(), reference.as_ref()])?;
+    let copy = place.file("flushed");
+    let dump = format!("dump /flushed {}", copy.display());
+    tool(
+        "debugfs",
+        &["-R".as_ref(), dump.as_ref(), reference.as_ref()],
+    )?;
+    ensure!(sum.starts_with(&digest(&copy)?), "/flushed on the host");
     ensure!(digest(&base)? == before, "the base image changed");
     Ok(())
 }

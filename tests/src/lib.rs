@@ -5,6 +5,7 @@ pub mod bare;
 pub mod mounts;
 pub mod run;
 pub mod service;
+pub mod web;
 
 use std::env;
 use std::path::{Path, PathBuf};

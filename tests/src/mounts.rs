@@ -71,7 +71,9 @@ impl Mounts {
     /// Without `privileged`, root has no more rights than anybody.
     pub fn command(&self, place: &Place, privileged: bool) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--mount", "--target", &self.holder.id().to_string()]);
+        let holder = self.holder.id().to_string();
+        // Its root too: this process may have been given another one.
+        command.args(["--mount", "--root", "--target", &holder]);
         if self.as_user {
             command.args(["--user", "--preserve-credentials"]);
         }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -28,11 +28,18 @@ pub struct Run<'a> {
 impl<'a> Run<'a> {
     /// Starts the service in `service` with more `arguments`.
     pub fn start(place: &'a Place, service: &Path, arguments: &[&str]) -> Result<Self> {
-        let mut child = place
-            .command()
+        let mut command = place.command();
+        command
             .args(["run", "--format", "jsonl"])
             .args(arguments)
-            .arg(service)
+            .arg(service);
+        Self::of(place, command)
+    }
+
+    /// Starts `command`, which is a `run --format jsonl` with the directories
+    /// of `place`.
+    pub fn of(place: &'a Place, mut command: Command) -> Result<Self> {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -82,6 +89,16 @@ impl<'a> Run<'a> {
     /// Waits until the role is Ready.
     pub fn ready(&mut self) -> Result<()> {
         self.event("role", |event| event["state"] == "ready")?;
+        Ok(())
+    }
+
+    /// Waits until every one of these instances is Ready.
+    pub fn all_ready(&mut self, names: &[&str]) -> Result<()> {
+        let mut left = names.to_vec();
+        while !left.is_empty() {
+            let event = self.event("role", |event| event["state"] == "ready")?;
+            left.retain(|name| event["instance"] != *name);
+        }
         Ok(())
     }
 
@@ -147,6 +164,16 @@ impl<'a> Run<'a> {
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         Ok(kill(pid, signal)?)
+    }
+
+    /// Ends the wait for the command if it hangs; how it ended.
+    pub fn status(self) -> Result<ExitStatus> {
+        Ok(self.wait()?.0)
+    }
+
+    /// Lines of the timeline so far.
+    pub fn seen(&self) -> &[String] {
+        &self.seen
     }
 
     /// Waits for the command to end by itself.

@@ -1,0 +1,170 @@
+//! Each way to end a command, and what it leaves.
+
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use e2e::run::{INSTANCE, Run, eventually};
+use e2e::service::Service;
+use e2e::{Place, limit, text};
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+
+/// Notes that it was asked to stop where a later boot can read it, and stops
+/// or does not.
+const STUBBORN: &str = "#!/bin/sh\ntrap 'echo not yet' TERM\nwhile :; do sleep 1 & wait; done\n";
+const POLITE: &str =
+    "#!/bin/sh\ntrap 'echo asked to stop; exit 0' TERM\nwhile :; do sleep 1 & wait; done\n";
+
+#[test]
+fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(STUBBORN).write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    run.interrupt()?;
+    run.event("stopping", |_| true)?;
+    // The role heard of it and is given its time.
+    eventually("the role was asked", || {
+        let log = place.output(&["logs", INSTANCE])?;
+        Ok(text(&log).contains("not yet"))
+    })?;
+    let asked = Instant::now();
+    run.interrupt()?;
+    let (status, seen) = run.wait()?;
+    let seen = seen.join("\n");
+    ensure!(status.code() == Some(130), "{status}: {seen}");
+    ensure!(asked.elapsed() < limit(2), "{:?}: {seen}", asked.elapsed());
+    ensure!(seen.contains(r#""clean":false"#), "{seen}");
+    place.assert_nothing_left()
+}
+
+#[test]
+fn ctrl_c_before_the_guest_runs_leaves_nothing() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(POLITE).write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.event("image-verified", |_| true)?;
+    run.interrupt()?;
+    let (status, seen) = run.wait()?;
+    ensure!(
+        matches!(status.code(), Some(0 | 130)),
+        "{status}: {}",
+        seen.join("\n")
+    );
+    eventually("nothing is left", || {
+        Ok(place.assert_nothing_left().is_ok())
+    })
+}
+
+#[test]
+fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(POLITE).write(&place.file("service"))?;
+    // No other process may hold the terminal open.
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = posix_openpt(flags)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let slave = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NOCTTY.bits())
+        .open(ptsname_r(&master)?)?;
+    let mut command = Command::new("setsid");
+    // The session's leader gets SIGHUP when its terminal goes.
+    command
+        .args(["--ctty", "--wait"])
+        .arg(e2e::program())
+        .args(["run", "--keep"])
+        .arg(&service)
+        .stdin(Stdio::from(slave.try_clone()?))
+        .stdout(Stdio::from(slave.try_clone()?))
+        .stderr(Stdio::from(slave));
+    place.surround(&mut command);
+    let mut child = command.spawn()?;
+    drop(command);
+    let reader = std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        let mut piece = [0; 4096];
+        while !String::from_utf8_lossy(&seen).contains("Ready. Ctrl-C") {
+            match (&master).read(&mut piece) {
+                Ok(0) | Err(_) => break,
+                Ok(count) => seen.extend_from_slice(&piece[..count]),
+            }
+        }
+        // The terminal closes here.
+        drop(master);
+        String::from_utf8_lossy(&seen).into_owned()
+    });
+    let deadline = Instant::now() + limit(30);
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            bail!("the command does not end with its terminal");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let seen = reader.join().unwrap_or_default();
+    ensure!(seen.contains("Ready. Ctrl-C"), "{seen}");
+    // The role was asked, and the guest powered off by itself.
+    let logs = place.output(&["logs", INSTANCE])?;
+    ensure!(text(&logs).contains("asked to stop"), "{}", text(&logs));
+    std::fs::remove_dir_all(place.data().join("deployments"))?;
+    place.assert_nothing_left()
+}
+
+#[test]
+fn until_ready_ends_at_ready_or_at_the_timeout_with_the_state_it_was_in() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(POLITE).write(&place.file("service"))?;
+    let service = service.to_string_lossy();
+    let output = place.output(&["run", &service, "--until", "ready", "--keep"])?;
+    let said = text(&output);
+    ensure!(output.status.code() == Some(0), "{said}");
+    // Kept, and the command says where.
+    let kept = place.data().join("deployments");
+    let kept: Vec<_> = std::fs::read_dir(&kept)?.flatten().collect();
+    ensure!(kept.len() == 1, "{kept:?}");
+    ensure!(said.contains(&*kept[0].path().to_string_lossy()), "{said}");
+    let instance = kept[0].path().join(INSTANCE);
+    let log = std::fs::read_to_string(instance.join("role.log"))?;
+    ensure!(log.contains("asked to stop"), "{log}");
+    ensure!(instance.join("diff.qcow2").exists());
+
+    // A role that never says that it is ready.
+    let definition = place.file("service/ServiceDefinition.csdef");
+    let xml = std::fs::read_to_string(&definition)?;
+    let waits = xml.replace(
+        r#"setReadyOnProcessStart="true""#,
+        r#"setReadyOnProcessStart="false""#,
+    );
+    ensure!(waits != xml);
+    std::fs::write(&definition, waits)?;
+    let seconds = limit(2).as_secs().to_string();
+    let output = place
+        .command()
+        .args(["run", &service, "--until", "ready", "--timeout", &seconds])
+        .env("HOST_AGENT_TIMEOUT_SCALE", "1")
+        .output()?;
+    let said = text(&output);
+    ensure!(output.status.code() == Some(7), "{said}");
+    for wanted in [
+        "error[HA-0302]",
+        "Role_IN_0 is Starting",
+        "--timeout",
+        "  last ",
+    ] {
+        ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+    }
+    // The kept deployment is still there, and only that.
+    let after: Vec<_> = std::fs::read_dir(place.data().join("deployments"))?
+        .flatten()
+        .collect();
+    ensure!(after.len() == 1, "{after:?}");
+    std::fs::remove_dir_all(place.data().join("deployments"))?;
+    place.assert_nothing_left()
+}
