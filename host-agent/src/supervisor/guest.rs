@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -125,16 +125,20 @@ pub fn prepare(
         files.push(file.into());
         FileIndex(u8::try_from(files.len() - 1).expect("a guest has fewer than 256 files"))
     };
-    let duplicate = |file: &File, path: &Path| {
-        file.try_clone().map_err(|source| GuestError::File {
-            what: "duplicate",
-            path: path.to_owned(),
+    // The file that was verified, with a position of its own: guests that start
+    // together read it together.
+    let again = |file: &File| {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        // A link by its nature, and our own.
+        File::open(&path).map_err(|source| GuestError::File {
+            what: "open",
+            path,
             source,
         })
     };
     let kvm = add(open(Path::new("/dev/kvm"), true)?);
-    let kernel = add(duplicate(&image.kernel, Path::new("kernel"))?);
-    let initrd = add(duplicate(&image.initrd, Path::new("initrd"))?);
+    let kernel = add(again(&image.kernel)?);
+    let initrd = add(again(&image.initrd)?);
     let current = add(append(&dir.join("serial.log"))?);
     let previous = add(append(&dir.join("serial.log.1"))?);
     let diff = add(open(&dir.join("diff.qcow2"), true)?);

@@ -222,6 +222,7 @@ mod tests {
         for event in &said {
             wire::send(theirs.as_fd(), event, &[]).unwrap();
         }
+        wire::send(ours.as_fd(), &Command::Stats {}, &[]).unwrap();
         drop(theirs);
         // Nothing here lets the runtime look at the socket.
         while child.try_wait().unwrap().is_none() {

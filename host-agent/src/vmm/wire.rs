@@ -7,6 +7,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
@@ -81,7 +82,7 @@ pub fn send_bytes(
             None,
         ) {
             Ok(_) => return Ok(()),
-            Err(nix::errno::Errno::EINTR) => {}
+            Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -113,7 +114,9 @@ pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T
                 }
                 break (message.bytes, message.flags, files);
             }
-            Err(nix::errno::Errno::EINTR) => {}
+            // The other end is gone and left a packet unread: told once, and
+            // before the packets that it had sent.
+            Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(error) => return Err(error.into()),
         }
     };
