@@ -4,8 +4,7 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use e2e::service::Service;
-use e2e::{Place, text};
-use nix::sys::resource::{UsageWho, getrusage};
+use e2e::{Place, peak};
 
 /// Files of a package, at most.
 const FILES: usize = 50_000;
@@ -34,11 +33,9 @@ fn a_package_of_as_many_files_as_there_may_be_is_made_and_checked_in_64_mib() ->
         &["validate", &package],
         &["validate", &service],
     ] {
-        let output = place.output(arguments)?;
-        ensure!(output.status.success(), "{}", text(&output));
+        let (status, most) = peak::run(place.command().args(arguments))?;
+        ensure!(status.success(), "{arguments:?}: {status}");
+        ensure!(most <= MOST, "{arguments:?}: {most} KiB");
     }
-    // Of the largest child, and the other tests here have small ones.
-    let most = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
-    ensure!(most <= MOST, "{most} KiB");
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 pub mod bare;
 pub mod mounts;
+pub mod peak;
 pub mod run;
 pub mod service;
 pub mod web;
