@@ -77,7 +77,8 @@ pub fn load_modules() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Makes the OS disk the root file system of every thread of this process.
+/// Makes the OS disk the root file system of every thread of this process. What
+/// other threads find below /proc, /sys, /dev and /run stays where it is.
 pub fn switch_root(device: &Path) -> Result<(), BootError> {
     fs::create_dir_all(NEW_ROOT).map_err(io_failed("make the mount point of the root"))?;
     mount(
@@ -95,10 +96,10 @@ pub fn switch_root(device: &Path) -> Result<(), BootError> {
             Some(dir),
             target.as_str(),
             None::<&str>,
-            MsFlags::MS_MOVE,
+            MsFlags::MS_BIND | MsFlags::MS_REC,
             None::<&str>,
         )
-        .map_err(failed(format!("move {dir}")))?;
+        .map_err(failed(format!("bind {dir}")))?;
     }
     // What the RAM file system holds is never needed again.
     let _ = fs::remove_dir_all(MODULES);
