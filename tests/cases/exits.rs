@@ -36,5 +36,9 @@ fn a_role_that_exits_at_once_is_recycled_with_back_off_and_reported() -> Result<
     let text = e2e::text(&output);
     ensure!(output.status.code() == Some(9), "{text}");
     ensure!(text.contains("last words") && text.contains('7'), "{text}");
+    // Its process ran, so it was Ready for a moment: nobody takes it for that.
+    let output = place.output(&["run", &service.to_string_lossy(), "--until", "ready"])?;
+    let text = e2e::text(&output);
+    ensure!(output.status.code() == Some(9), "{text}");
     place.assert_nothing_left()
 }

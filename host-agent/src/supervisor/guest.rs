@@ -264,19 +264,21 @@ mod tests {
         image::open(data_dir, "minimal", &Progress::default()).unwrap()
     }
 
-    #[test]
-    fn instances_of_a_role_share_the_disk_they_only_read_and_no_other() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = image(dir.path());
+    fn redis() -> Role {
         let redis = Path::new(concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/services/redis"
         ));
+        let mut service = service::load(redis, None, &Progress::default()).unwrap();
+        service.roles.remove(0)
+    }
+
+    #[test]
+    fn instances_of_a_role_share_the_disk_they_only_read_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = image(dir.path());
+        let role = redis();
         let progress = Progress::default();
-        let role = service::load(redis, None, &progress)
-            .unwrap()
-            .roles
-            .remove(0);
         let [first, second] = ["a", "b"].map(|name| dir.path().join(name));
         for (instance, sibling) in [(&first, None), (&second, Some(first.as_path()))] {
             fs::create_dir(instance).unwrap();
@@ -293,15 +295,8 @@ mod tests {
     fn disks_that_are_given_up_say_so() {
         let dir = tempfile::tempdir().unwrap();
         let image = image(dir.path());
-        let redis = Path::new(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/services/redis"
-        ));
+        let role = redis();
         let progress = Progress::default();
-        let role = service::load(redis, None, &progress)
-            .unwrap()
-            .roles
-            .remove(0);
         progress.cancel();
         let error = create_disks(dir.path(), &role, &image, None, &progress).unwrap_err();
         assert!(matches!(error, GuestError::Application { .. }));
