@@ -278,16 +278,16 @@ mod tests {
     use super::*;
     use crate::service::load;
 
+    const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+
+    fn redis() -> Role {
+        let mut service = load(Path::new(REDIS), None, &Progress::default()).unwrap();
+        service.roles.remove(0)
+    }
+
     #[test]
     fn a_full_disk_is_told_as_what_it_is() {
-        let service = Path::new(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/services/redis"
-        ));
-        let role = load(service, None, &Progress::default())
-            .unwrap()
-            .roles
-            .remove(0);
+        let role = redis();
         let out = File::options().write(true).open("/dev/full").unwrap();
         let error = build_application_image(&role, &out, &Progress::default()).unwrap_err();
         let ImageError::Write { source, .. } = &error else {
@@ -298,14 +298,7 @@ mod tests {
 
     #[test]
     fn the_image_holds_the_payload_owned_by_root_and_executable_where_it_was() {
-        let service = Path::new(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/services/redis"
-        ));
-        let role = load(service, None, &Progress::default())
-            .unwrap()
-            .roles
-            .remove(0);
+        let role = redis();
         let mut out = tempfile::tempfile().unwrap();
         let length = build_application_image(&role, &out, &Progress::default()).unwrap();
         assert_eq!(length, out.metadata().unwrap().len());
@@ -331,7 +324,7 @@ mod tests {
                 image.file(file).reader().read_to_end(&mut content).unwrap();
                 assert_eq!(
                     content,
-                    std::fs::read(service.join("Cache/run.sh")).unwrap()
+                    std::fs::read(Path::new(REDIS).join("Cache/run.sh")).unwrap()
                 );
             }
         }
