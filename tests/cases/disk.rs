@@ -24,10 +24,17 @@ fn tool(name: &str, arguments: &[&OsStr]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-fn qemu_img_check(diff: &Path) -> Result<()> {
+/// What other programs think of a diff disk, wherever its base is.
+pub fn qemu_img_check(diff: &Path) -> Result<()> {
+    let image = serde_json::json!({
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": diff},
+        "backing": null,
+    });
+    let image = format!("json:{image}");
     let report = tool(
         "qemu-img",
-        &["check".as_ref(), "--output=json".as_ref(), diff.as_ref()],
+        &["check".as_ref(), "--output=json".as_ref(), image.as_ref()],
     )?;
     let report: serde_json::Value = serde_json::from_str(&report)?;
     ensure!(

@@ -163,7 +163,11 @@ impl Shared {
             let role = instance.name.rsplit_once("_IN_").map(|(role, _)| role);
             InstanceInfo {
                 name: instance.name.clone(),
-                state: view.state,
+                state: if view.no_space {
+                    "NoSpace".into()
+                } else {
+                    view.state
+                },
                 generation: view.generation,
                 uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
                 vmm_pid: (view.pid != 0).then_some(view.pid),

@@ -6,6 +6,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::args::{RunArgs, Until};
+use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::evidence;
 use super::exit::Exit;
@@ -136,6 +137,9 @@ pub fn not_ready(running: &Running) -> CliError {
     let mut error = CliError::new(Code::Timeout, "the service was not Ready in time");
     for waiting in running.watch.waiting() {
         error = error.cause(waiting);
+    }
+    if running.watch.lacks_space() {
+        return error.hint(MORE_SPACE);
     }
     error.hint("give it longer: --timeout S")
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use super::args::{OnNoKvm, TestArgs};
+use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
@@ -210,8 +211,14 @@ async fn drive(
         ));
         if step.result == Outcome::Fail {
             let error = CliError::new(Code::Probe, format!("probe {name} failed"));
+            let mut error = error.cause(detail);
+            if running.watch.lacks_space() {
+                error = error
+                    .cause(running.watch.waiting().join("; "))
+                    .hint(MORE_SPACE);
+            }
             result = Err(Failure {
-                error: error.cause(detail),
+                error,
                 instance: running.names.first().cloned(),
             });
         }
@@ -252,6 +259,7 @@ fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
                 .names
                 .iter()
                 .find(|name| running.watch.state(name) != "Ready")
+                .or(running.names.first())
                 .cloned(),
         }),
         Ended::Signal(number) => Err(interrupted(number).into()),

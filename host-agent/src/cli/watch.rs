@@ -61,9 +61,18 @@ pub struct Watch {
 struct Instance {
     state: String,
     ready: bool,
+    /// Why it stands still, if it does: the host has no room.
+    standing: Option<String>,
     /// Times that its role ended by itself.
     recycles: u32,
     clean: Option<bool>,
+}
+
+impl Instance {
+    /// Whether it serves: one that stands still does not.
+    const fn is_ready(&self) -> bool {
+        self.ready && self.standing.is_none()
+    }
 }
 
 impl Watch {
@@ -73,6 +82,7 @@ impl Watch {
             let instance = Instance {
                 state: "Accepted".into(),
                 ready: false,
+                standing: None,
                 recycles: 0,
                 clean: None,
             };
@@ -107,10 +117,19 @@ impl Watch {
         let waiting = self
             .instances
             .iter()
-            .filter(|(_, instance)| !instance.ready);
+            .filter(|(_, instance)| !instance.is_ready());
         waiting
-            .map(|(name, instance)| format!("{name} is {}", instance.state))
+            .map(|(name, instance)| match &instance.standing {
+                Some(why) => format!("{name}: {why}"),
+                None => format!("{name} is {}", instance.state),
+            })
             .collect()
+    }
+
+    /// Whether an instance stands still because the host has no room.
+    pub fn lacks_space(&self) -> bool {
+        let mut instances = self.instances.values();
+        instances.any(|instance| instance.standing.is_some())
     }
 
     /// Instances that did not end by themselves when they were stopped.
@@ -145,8 +164,11 @@ impl Watch {
                 self.ready = false;
             }
         }
-        if let EventKind::Stopped { clean } = event.kind {
-            instance.clean = Some(clean);
+        match event.kind {
+            EventKind::Stopped { clean } => instance.clean = Some(clean),
+            EventKind::NoSpace { .. } => instance.standing = Some(event.kind.to_string()),
+            EventKind::SpaceBack { .. } | EventKind::GuestExited { .. } => instance.standing = None,
+            _ => {}
         }
         if self.stopping {
             return News::Nothing;
@@ -160,7 +182,7 @@ impl Watch {
             });
         }
         let was_ready = self.ready;
-        self.ready = self.instances.values().all(|instance| instance.ready);
+        self.ready = self.instances.values().all(Instance::is_ready);
         if self.ready && !was_ready {
             return News::Ready;
         }
@@ -386,6 +408,37 @@ mod tests {
         }
         let once = watch().take(&event("A_IN_0", role(RoleState::Recycling)));
         assert_eq!(once, News::Nothing);
+    }
+
+    #[test]
+    fn an_instance_without_space_is_no_trouble_but_not_ready_until_it_goes_on() {
+        let no_space = || EventKind::NoSpace {
+            disk: "os".into(),
+            file: "/data/diff.qcow2".into(),
+            mount: "/data".into(),
+            needed_bytes: 3 << 20,
+            free_bytes: Some(0),
+            quota: false,
+        };
+        let mut watch = Watch::new(["A_IN_0".into()]);
+        assert_eq!(
+            watch.take(&event("A_IN_0", role(RoleState::Ready))),
+            News::Ready
+        );
+        assert_eq!(watch.take(&event("A_IN_0", no_space())), News::Nothing);
+        assert!(!watch.is_ready() && watch.lacks_space());
+        let waiting = watch.waiting();
+        let wanted = "A_IN_0: guest paused: no space for disk os (/data/diff.qcow2); \
+                      free at least 3 MiB on /data (0 B free): it goes on by itself";
+        assert_eq!(waiting, [wanted]);
+        let back = EventKind::SpaceBack { paused_ms: 10 };
+        assert_eq!(watch.take(&event("A_IN_0", back)), News::Ready);
+        watch.take(&event("A_IN_0", no_space()));
+        let ended = EventKind::GuestExited {
+            reason: ExitReason::Stopped,
+        };
+        watch.take(&event("A_IN_0", ended));
+        assert!(!watch.lacks_space());
     }
 
     #[test]

@@ -105,6 +105,28 @@ pub enum EventKind {
         /// Whether there was no room for a write.
         full: bool,
     },
+    /// The host has no room for a write to a disk. The write is held and the
+    /// guest stands still until there is; no time counts against it.
+    NoSpace {
+        /// Serial number of the disk.
+        disk: String,
+        /// The file.
+        file: PathBuf,
+        /// Where the file system is mounted that is full.
+        mount: PathBuf,
+        /// Least bytes that are needed.
+        needed_bytes: u64,
+        /// Bytes that are free now, if the host says.
+        free_bytes: Option<u64>,
+        /// A quota is used up, not the file system.
+        quota: bool,
+    },
+    /// The held writes went through, or were given up because the guest is to
+    /// end: it runs again.
+    SpaceBack {
+        /// How long it stood still, in milliseconds.
+        paused_ms: u64,
+    },
     /// The monitor itself was late or the host slept: no verdict for a while.
     Resumed,
     /// Every vCPU was stopped or runs again on an operator's word.
@@ -257,6 +279,39 @@ impl fmt::Display for EventKind {
                 }
                 Ok(())
             }
+            Self::NoSpace {
+                disk,
+                file,
+                mount,
+                needed_bytes,
+                free_bytes,
+                quota,
+            } => {
+                let file = file.display();
+                let what = if *quota { "quota" } else { "space" };
+                write!(f, "guest paused: no {what} for disk {disk} ({file}); ")?;
+                let needed = bytes(*needed_bytes);
+                if *quota {
+                    write!(
+                        f,
+                        "raise the quota on {} by at least {needed}",
+                        mount.display()
+                    )?;
+                } else {
+                    write!(f, "free at least {needed} on {}", mount.display())?;
+                    if let Some(free) = free_bytes {
+                        write!(f, " ({} free)", bytes(*free))?;
+                    }
+                }
+                write!(f, ": it goes on by itself")
+            }
+            Self::SpaceBack { paused_ms } => {
+                write!(
+                    f,
+                    "guest goes on after a pause of {} for space",
+                    ms(*paused_ms)
+                )
+            }
             Self::Resumed => write!(f, "host was stalled or asleep; silence limit extended"),
             Self::Paused { paused: true } => write!(f, "vCPUs stopped"),
             Self::Paused { paused: false } => write!(f, "vCPUs run again"),
@@ -320,6 +375,18 @@ fn ms(value: u64) -> String {
     } else {
         format!("{:.1} s", value as f64 / 1000.0)
     }
+}
+
+/// A number of bytes, rounded up: a hint of how much to free is no use when it
+/// is too small.
+fn bytes(value: u64) -> String {
+    let (unit, name) = match value {
+        0..=1023 => return format!("{value} B"),
+        1024..=1_048_575 => (1 << 10, "KiB"),
+        1_048_576..=1_073_741_823 => (1 << 20, "MiB"),
+        _ => (1 << 30, "GiB"),
+    };
+    format!("{} {name}", value.div_ceil(unit))
 }
 
 fn as_ms<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

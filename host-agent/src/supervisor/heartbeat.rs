@@ -401,6 +401,30 @@ mod tests {
     }
 
     proptest! {
+        /// A guest that stands still, for want of disk space, is not silent: it
+        /// is condemned when it has run for the limit, whenever it stood still
+        /// and however long.
+        #[test]
+        fn only_ticks_in_which_the_guest_ran_count_as_silence(
+            stands in proptest::collection::vec((0u32..300, 1u32..3_000), 1..20)
+        ) {
+            let mut clock = Clock::new();
+            let mut monitor = alive(&clock);
+            let mut ran = 0;
+            for (runs, stands) in stands {
+                for _ in 0..runs.min(599 - ran) {
+                    ran += 1;
+                    prop_assert_eq!(monitor.tick(clock.run(RULE.tick()), true), None);
+                }
+                for _ in 0..stands {
+                    prop_assert_eq!(monitor.tick(clock.run(RULE.tick()), false), None);
+                }
+                prop_assert_eq!(monitor.silence(), RULE.tick() * ran);
+            }
+            let rest = ticks_until_condemned(&mut monitor, &mut clock);
+            prop_assert_eq!(rest, Some(600 - ran));
+        }
+
         #[test]
         fn no_clock_condemns_a_guest_that_answers(
             steps in proptest::collection::vec(

@@ -4,6 +4,7 @@
 mod boot;
 mod dial;
 mod handle;
+mod space;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -229,6 +230,8 @@ impl Instance {
             }
             Effect::AskShutdown { then, deadline } => {
                 self.monitor.settle();
+                // Nor can one that waits for room: it gets errors instead.
+                let _ = self.command(&Command::FailWhenFull {}, Vec::new());
                 if self.paused {
                     // A guest that stands still cannot shut down. One whose
                     // VMM process does not take this is killed in time.
@@ -319,7 +322,9 @@ impl Instance {
         };
         // A pause that an operator asked for, to try the rule out, is what a
         // frozen guest looks like: it counts as silence.
-        let ran = std::mem::replace(&mut self.ran_whole_tick, self.boot.is_some());
+        // One for want of room does not.
+        let runs = self.boot.is_some() && !self.stands_still();
+        let ran = std::mem::replace(&mut self.ran_whole_tick, runs);
         match self.monitor.tick(now, ran) {
             None => true,
             Some(Finding::Resumed) => {

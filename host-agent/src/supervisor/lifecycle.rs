@@ -29,6 +29,10 @@ pub enum Input {
     Connected,
     /// A fresh heartbeat came.
     Beat,
+    /// The host has no room for what the guest writes: it stands still.
+    NoSpace,
+    /// There is room again.
+    SpaceBack,
     /// The role's status, of the current boot.
     Status(Status),
     /// The monitor condemned the guest, and this was seen when looking closer.
@@ -121,6 +125,8 @@ pub struct Lifecycle {
     untold: bool,
     quota: Quota,
     in_rotation: bool,
+    /// The guest stands still for want of room.
+    no_space: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,6 +159,7 @@ impl Lifecycle {
             untold: false,
             quota: Quota::new(Duration::ZERO),
             in_rotation: false,
+            no_space: false,
         }
     }
 
@@ -187,6 +194,14 @@ impl Lifecycle {
             (Input::Beat, State::Running) => {
                 self.first_beat.get_or_insert(now);
                 self.tell_status(now, &mut effects);
+            }
+            (Input::NoSpace, _) => {
+                self.no_space = true;
+                self.rotate(false, &mut effects);
+            }
+            (Input::SpaceBack, state) => {
+                self.no_space = false;
+                self.rotate_by_status(&state, &mut effects);
             }
             (Input::Status(status), state) => self.status(status, &state, now, &mut effects),
             (
@@ -279,6 +294,7 @@ impl Lifecycle {
         self.state = State::Running;
         self.first_beat = None;
         self.connected = false;
+        self.no_space = false;
         self.status = None;
         self.untold = false;
         effects.push(Effect::Spawn {
@@ -290,12 +306,17 @@ impl Lifecycle {
         if self.status.as_ref() == Some(&status) {
             return;
         }
-        let ready = status.state == RoleState::Ready;
         self.status = Some(status);
         self.untold = true;
         self.tell_status(now, effects);
+        self.rotate_by_status(state, effects);
+    }
+
+    /// A guest that runs is in rotation while its role is Ready.
+    fn rotate_by_status(&mut self, state: &State, effects: &mut Vec<Effect>) {
         if *state == State::Running {
-            self.rotate(ready, effects);
+            let ready = self.status.as_ref().map(|status| status.state) == Some(RoleState::Ready);
+            self.rotate(ready && !self.no_space, effects);
         }
     }
 

@@ -44,6 +44,9 @@ pub enum Command {
     Pause {},
     /// Let the vCPUs run again.
     Resume {},
+    /// The guest is to end: from here on a write for which the host has no room
+    /// fails, and one that is held fails now.
+    FailWhenFull {},
     /// Answer with [`Event::Pong`].
     Ping {
         /// Repeated in the answer.
@@ -84,7 +87,7 @@ pub enum Event {
         /// What the guest said.
         outcome: DialOutcome,
     },
-    /// The vCPUs stopped or run again.
+    /// The vCPUs stopped or run again on the supervisor's word.
     Paused {
         /// Whether they are stopped.
         paused: bool,
@@ -113,6 +116,19 @@ pub enum Event {
         /// Whether there was no room for a write.
         full: bool,
     },
+    /// The host has no room for a write to a disk. The write is held, not
+    /// failed, and the vCPUs are stopped until [`Event::SpaceBack`].
+    NoSpace {
+        /// Serial number of the disk.
+        disk: String,
+        /// Bytes of the request that is held; 0 for a flush.
+        needed: u32,
+        /// A quota is used up, not the file system.
+        quota: bool,
+    },
+    /// No write is held any more; the vCPUs run again, if the supervisor lets
+    /// them.
+    SpaceBack {},
     /// The guest said that its kernel panicked; an exit follows.
     GuestPanicked {},
     /// The guest ended; the last message.

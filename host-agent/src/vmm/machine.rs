@@ -21,7 +21,7 @@ use super::serial::{Line, Output, Port};
 use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
 use super::vcpu::{KickError, Processors, Report};
 use super::virtio::Device;
-use super::virtio::blk::{Block, Counters};
+use super::virtio::blk::{Block, Counters, Room};
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
@@ -92,10 +92,21 @@ impl Files {
     }
 }
 
+/// What can be seen of a disk.
+#[derive(Debug, Clone)]
+pub struct DiskState {
+    /// Its serial number.
+    pub serial: String,
+    /// What it has done.
+    pub counters: Arc<Counters>,
+    /// Whether it waits for room on the host.
+    pub room: Arc<Room>,
+}
+
 /// A running machine.
 pub struct Machine {
     processors: Processors,
-    disks: Vec<(String, Arc<Counters>)>,
+    disks: Vec<DiskState>,
     bus: Arc<Bus>,
     serial: Output,
     vsock: vsock::Handle,
@@ -131,8 +142,13 @@ impl Machine {
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
         let mut disks = Vec::new();
         for (index, disk) in spec.disks.iter().enumerate() {
-            let block = open_disk(index, disk, &mut files)?;
-            disks.push((disk.serial.clone(), block.counters()));
+            let changed = wake.try_clone().map_err(host("eventfd"))?;
+            let block = open_disk(index, disk, &mut files, changed)?;
+            disks.push(DiskState {
+                serial: disk.serial.clone(),
+                counters: block.counters(),
+                room: block.room(),
+            });
             devices.push(Box::new(block));
         }
         let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(outbox.clone()))
@@ -181,8 +197,8 @@ impl Machine {
         &self.bus
     }
 
-    /// Serial number and counters of each disk.
-    pub fn disks(&self) -> &[(String, Arc<Counters>)] {
+    /// The disks.
+    pub fn disks(&self) -> &[DiskState] {
         &self.disks
     }
 
@@ -241,7 +257,12 @@ fn tell_effects(outbox: Outbox) -> vsock::Sink {
     })
 }
 
-fn open_disk(index: usize, spec: &DiskSpec, files: &mut Files) -> Result<Block, MachineError> {
+fn open_disk(
+    index: usize,
+    spec: &DiskSpec,
+    files: &mut Files,
+    changed: EventFd,
+) -> Result<Block, MachineError> {
     let backing = match spec.backing {
         DiskBacking::Raw { file, read_only } => Backing::Raw {
             file: files.take(file)?.into(),
@@ -257,7 +278,7 @@ fn open_disk(index: usize, spec: &DiskSpec, files: &mut Files) -> Result<Block, 
         source,
     };
     let disk = disk::open(backing).map_err(|error| failed(error.into()))?;
-    Block::new(index, &spec.serial, disk).map_err(|error| failed(error.into()))
+    Block::new(index, &spec.serial, disk, changed).map_err(|error| failed(error.into()))
 }
 
 fn plug(

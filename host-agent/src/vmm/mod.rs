@@ -9,6 +9,7 @@ mod bus;
 pub mod control;
 mod cpu;
 pub mod disk;
+mod disk_watch;
 mod layout;
 mod machine;
 mod memory;

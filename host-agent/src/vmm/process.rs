@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -13,12 +13,12 @@ use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Command, Event, ExitReason, Stats};
+use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
 use super::serial::Log;
 use super::spec::GuestSpec;
 use super::vcpu::Report;
-use super::virtio::blk::Counters;
 use super::virtio::borrow_event;
 use super::wire;
 
@@ -180,7 +180,7 @@ fn run(
     let machine = Machine::build(&spec, files, outbox, &wake, reports, started)?;
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     outbox.send(&Event::Running { setup_us }, vec![]);
-    let disks = machine.disks().to_vec();
+    let disks = DiskWatch::new(machine.disks());
     Ok(Loop {
         outbox,
         machine,
@@ -192,7 +192,8 @@ fn run(
         reported,
         outlive,
         told_violations: Vec::new(),
-        sound_disks: SoundDisks(disks),
+        disks,
+        standing: Standing::default(),
         supervised: true,
     }
     .run())
@@ -214,29 +215,18 @@ struct Loop<'a> {
     reported: mpsc::Receiver<Report>,
     outlive: bool,
     told_violations: Vec<u64>,
-    sound_disks: SoundDisks,
+    disks: DiskWatch,
+    standing: Standing,
     supervised: bool,
 }
 
-/// Disks whose files the host could serve so far.
-struct SoundDisks(Vec<(String, Arc<Counters>)>);
-
-impl SoundDisks {
-    /// Tells of each that it cannot serve any more, once.
-    fn look(&mut self, outbox: &Outbox) {
-        self.0.retain(|(disk, counters)| {
-            let Some(failure) = counters.first_failure.get().cloned() else {
-                return true;
-            };
-            let event = Event::DiskFailed {
-                disk: disk.clone(),
-                error: failure.error,
-                full: failure.full,
-            };
-            outbox.send(&event, vec![]);
-            false
-        });
-    }
+/// Why the processors stand still: each reason is enough.
+#[derive(Debug, Default)]
+struct Standing {
+    /// The supervisor wants it.
+    ordered: bool,
+    /// A disk waits for room.
+    no_space: bool,
 }
 
 /// Serial output on its way to the log, and the end of it.
@@ -277,6 +267,7 @@ impl Loop<'_> {
                         break reason;
                     }
                     self.look_at_devices();
+                    self.stand_still_without_room();
                 }
                 Err(error) => {
                     break ExitReason::Failed {
@@ -288,7 +279,7 @@ impl Loop<'_> {
         let Self {
             machine,
             mut console,
-            mut sound_disks,
+            mut disks,
             outbox,
             ..
         } = self;
@@ -297,7 +288,7 @@ impl Loop<'_> {
             note(&error);
         }
         // The last flush is part of the stop.
-        sound_disks.look(outbox);
+        disks.tell_failures(outbox);
         console.write(&serial.take());
         match reason {
             ExitReason::Reboot if console.shows_panic() => ExitReason::Panic,
@@ -378,7 +369,10 @@ impl Loop<'_> {
             }
             Command::Probe { id, port } => self.machine.vsock().probe(id, port),
             Command::Pause {} => match self.machine.processors().pause() {
-                Ok(()) => self.tell(&Event::Paused { paused: true }),
+                Ok(()) => {
+                    self.standing.ordered = true;
+                    self.tell(&Event::Paused { paused: true });
+                }
                 Err(error) => {
                     return Some(ExitReason::Failed {
                         detail: error.to_string(),
@@ -386,9 +380,13 @@ impl Loop<'_> {
                 }
             },
             Command::Resume {} => {
-                self.machine.processors().resume();
+                self.standing.ordered = false;
+                if !self.standing.no_space {
+                    self.machine.processors().resume();
+                }
                 self.tell(&Event::Paused { paused: false });
             }
+            Command::FailWhenFull {} => self.disks.give_up(),
             Command::Ping { id } => self.tell(&Event::Pong { id }),
             Command::Stats {} => self.tell(&Event::Stats(self.stats())),
             Command::Stop {} => return Some(ExitReason::Stopped),
@@ -429,6 +427,24 @@ impl Loop<'_> {
             }
             *told = violations;
         }
-        self.sound_disks.look(self.outbox);
+        self.disks.tell_failures(self.outbox);
+    }
+
+    /// Takes the processors out of the guest while a disk waits for room, so
+    /// that no time limit in the guest runs out over it.
+    fn stand_still_without_room(&mut self) {
+        let before = std::mem::replace(&mut self.standing.no_space, self.disks.look());
+        match (before, self.standing.no_space) {
+            (false, true) => {
+                // One that is late stops when it comes out: the write is held
+                // anyway.
+                if let Err(error) = self.machine.processors().pause() {
+                    note(&error);
+                }
+            }
+            (true, false) if !self.standing.ordered => self.machine.processors().resume(),
+            _ => {}
+        }
+        self.disks.tell_room(self.outbox);
     }
 }

@@ -161,9 +161,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Parks while a pause is wanted; false when the thread shall end.
-    fn may_run(&self) -> bool {
+    /// Parks while a pause is wanted, after a word to `vcpu`; false when the
+    /// thread shall end.
+    fn may_run(&self, vcpu: &VcpuFd) -> bool {
         if self.wanted.load(Ordering::Acquire) == PAUSE {
+            // Or the guest's watchdogs take the gap for a hang. It fails when
+            // the guest does not use the clock of KVM, and hears of nothing.
+            let _ = vcpu.kvmclock_ctrl();
             let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.parked.fetch_add(1, Ordering::AcqRel);
             while self.wanted.load(Ordering::Acquire) == PAUSE {
@@ -186,7 +190,7 @@ fn run(
     bus: &Bus,
     report: &impl Fn(Report),
 ) -> Option<ExitReason> {
-    while shared.may_run() {
+    while shared.may_run(&vcpu) {
         let exit = vcpu.run();
         shared.exits[id].fetch_add(1, Ordering::Relaxed);
         match exit {

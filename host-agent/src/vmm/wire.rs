@@ -246,6 +246,14 @@ mod tests {
             }),
             (text(), text())
                 .prop_map(|(device, reason)| Event::DeviceNeedsReset { device, reason }),
+            (text(), any::<u32>(), any::<bool>()).prop_map(|(disk, needed, quota)| {
+                Event::NoSpace {
+                    disk,
+                    needed,
+                    quota,
+                }
+            }),
+            Just(Event::SpaceBack {}),
             Just(Event::GuestPanicked {}),
             reason.prop_map(Event::Exited),
         ]

@@ -15,6 +15,7 @@ use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
 use super::super::process::{Happening, VmmProcess};
 use super::dial::Dialed;
+use super::space::Standing;
 use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
@@ -30,6 +31,8 @@ pub(super) struct Boot {
     pub(super) channels: Arc<GuestChannels>,
     pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
     pub(super) exit: Option<ExitReason>,
+    /// The host has no room for what the guest writes.
+    pub(super) standing: Option<Standing>,
     pub(super) pings: u32,
     pub(super) violations: u32,
     pub(super) dials: BTreeMap<u64, Dialed>,
@@ -77,6 +80,7 @@ impl Instance {
             channels,
             shutdown,
             exit: None,
+            standing: None,
             pings: 0,
             violations: 0,
             dials: BTreeMap::new(),
@@ -85,6 +89,7 @@ impl Instance {
         self.view.send_modify(|view| {
             view.generation = generation;
             view.pid = pid;
+            view.no_space = false;
             "Booting".clone_into(&mut view.state);
         });
         Ok(pid)
@@ -131,6 +136,7 @@ impl Instance {
                 self.last_health = None;
                 self.view.send_modify(|view| {
                     view.pid = 0;
+                    view.no_space = false;
                     "Down".clone_into(&mut view.state);
                 });
                 self.feed(Input::Ended(reason))
@@ -162,6 +168,12 @@ impl Instance {
                     self.tell(EventKind::Paused { paused });
                 }
             }
+            Event::NoSpace {
+                disk,
+                needed,
+                quota,
+            } => return self.no_space(disk, needed, quota),
+            Event::SpaceBack {} => return self.space_back(),
             Event::Pong { .. } => boot.pings = 0,
             Event::Stats(stats) => {
                 if let Some(answer) = boot.stats.pop_front() {

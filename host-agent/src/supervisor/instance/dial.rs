@@ -17,6 +17,9 @@ use crate::vmm::control::{Command, DialOutcome};
 
 /// Said to who asks too much at a time.
 const BUSY: &str = "too many questions to the VMM process are open";
+/// Said to who wants something of a guest that stands still.
+const NO_SPACE: &str = "the host has no space for what the guest writes: it goes on by itself \
+    when there is";
 
 /// What an answer to a dial is for.
 #[derive(Debug)]
@@ -36,16 +39,21 @@ impl Instance {
                 } else {
                     Command::Resume {}
                 };
-                let _ = answer.send(
-                    self.command(&command, Vec::new())
-                        .map_err(|e| e.to_string()),
-                );
+                let sent = self.command(&command, Vec::new());
+                let result = match sent.map_err(|error| error.to_string()) {
+                    Ok(()) if !paused && self.stands_still() => Err(NO_SPACE.into()),
+                    other => other,
+                };
+                let _ = answer.send(result);
             }
             Request::Exec(answer) if self.is_busy() => {
                 let _ = answer.send(Err(BUSY.into()));
             }
             Request::Stats(answer) if self.is_busy() => {
                 let _ = answer.send(Err(BUSY.into()));
+            }
+            Request::Exec(answer) if self.stands_still() => {
+                let _ = answer.send(Err(NO_SPACE.into()));
             }
             Request::Exec(answer) => self.exec(answer),
             Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {

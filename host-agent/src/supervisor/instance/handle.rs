@@ -35,6 +35,8 @@ pub struct View {
     pub pid: u32,
     /// State in one word.
     pub state: String,
+    /// The host has no room for what it writes: it stands still.
+    pub no_space: bool,
 }
 
 /// A handle to a running actor.

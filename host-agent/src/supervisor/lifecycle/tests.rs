@@ -150,6 +150,33 @@ fn a_status_that_changes_all_the_time_is_told_now_and_then_and_last_as_it_is() {
 }
 
 #[test]
+fn a_guest_without_space_is_out_of_rotation_until_it_goes_on_if_it_is_ready_then() {
+    for after in [RoleState::Ready, RoleState::Recycling] {
+        let mut life = ready();
+        let mut on = |input| life.on(input, Duration::ZERO, 0.5);
+        assert_eq!(on(Input::NoSpace), [Effect::Rotation(false)]);
+        // A second disk, and what the guest said before it stood still.
+        assert_eq!(on(Input::NoSpace), []);
+        let effects = on(Input::Status(status(after)));
+        assert!(!effects.contains(&Effect::Rotation(true)));
+        let back = [Effect::Rotation(true)];
+        let back: &[Effect] = if after == RoleState::Ready {
+            &back
+        } else {
+            &[]
+        };
+        assert_eq!(on(Input::SpaceBack), back);
+    }
+    // The next boot begins without.
+    let mut life = ready();
+    life.on(Input::NoSpace, Duration::ZERO, 0.5);
+    life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+    life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+    let effects = life.on(Input::Status(status(RoleState::Ready)), Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::Rotation(true)));
+}
+
+#[test]
 fn a_stop_asks_the_guest_and_a_power_off_then_is_a_clean_end() {
     let mut life = ready();
     let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
@@ -188,6 +215,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(Input::SpawnFailed("no".into())),
         Just(Input::Connected),
         Just(Input::Beat),
+        Just(Input::NoSpace),
+        Just(Input::SpaceBack),
         Just(Input::Status(status(RoleState::Ready))),
         Just(Input::Status(status(RoleState::Recycling))),
         any::<bool>().prop_map(silent),

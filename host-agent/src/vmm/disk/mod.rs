@@ -31,7 +31,8 @@ pub const SECTOR: u64 = 512;
 ///
 /// A completed write is visible to later reads at once and is on stable storage
 /// after the next successful [`Disk::flush`]. When a write fails, the range
-/// holds old or new bytes, sector by sector.
+/// holds old or new bytes, sector by sector. A write or flush that fails for want
+/// of room ([`is_full`]) has lost nothing: it can be made again.
 pub trait Disk: Send {
     /// Size in bytes, a multiple of [`SECTOR`]. Never changes.
     fn size(&self) -> u64;
@@ -48,6 +49,14 @@ pub trait Disk: Send {
     /// Returns when everything written before is on stable storage. After the
     /// host failed to make something durable, no flush succeeds any more.
     fn flush(&mut self) -> io::Result<()>;
+}
+
+/// Whether the host had no room for what was tried.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// The open files of a disk.

@@ -65,8 +65,17 @@ impl<S: Storage> Disk for Raw<S> {
         if self.sync_failed {
             return Err(earlier_sync_failed());
         }
-        self.storage.sync().inspect_err(|_| self.sync_failed = true)
+        self.storage.sync().map_err(|error| {
+            self.sync_failed = true;
+            sync_failed(&error)
+        })
     }
+}
+
+/// A failed sync, which is never [`super::is_full`]: what has no room then was
+/// acknowledged before and may be gone, and a second try does not bring it back.
+pub(super) fn sync_failed(error: &io::Error) -> io::Error {
+    io::Error::other(format!("flush failed, data may be lost: {error}"))
 }
 
 /// After a failed `fdatasync` the kernel forgets which pages did not reach the

@@ -17,7 +17,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
-use super::raw::{check_range, earlier_sync_failed};
+use super::raw::{check_range, earlier_sync_failed, sync_failed};
 use super::storage::{Storage, read_bytes, write_bytes};
 use super::{Disk, DiskError, slices};
 use layout::{CLUSTER, HEAD, Layout, LayoutError};
@@ -111,7 +111,8 @@ impl<S: Storage, B: Storage> Diff<S, B> {
         let want = (inside + len).div_ceil(CLUSTER);
         let want = u32::try_from(want).unwrap_or(u32::MAX);
         let Some((first, count)) = self.free.take(want) else {
-            return Err(io::ErrorKind::StorageFull.into());
+            // Not for want of room on the host: waiting would not help.
+            return Err(io::Error::other("no cluster is left in the diff"));
         };
         let end = (u64::from(count) * CLUSTER - inside).min(len);
         let tail = (inside + end).next_multiple_of(CLUSTER) - (inside + end);
@@ -157,7 +158,10 @@ impl<S: Storage, B: Storage> Diff<S, B> {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.storage.sync().inspect_err(|_| self.sync_failed = true)
+        self.storage.sync().map_err(|error| {
+            self.sync_failed = true;
+            sync_failed(&error)
+        })
     }
 }
 

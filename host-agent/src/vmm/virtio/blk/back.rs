@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP,
@@ -18,16 +19,20 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Counters;
 use super::request::{self, Geometry, HEADER, Refusal, Request};
-use crate::vmm::disk::Disk;
-use crate::vmm::virtio::Activation;
+use super::room::Room;
+use crate::vmm::disk::{Disk, is_full};
 use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
 use crate::vmm::virtio::throttle::Throttle;
+use crate::vmm::virtio::{Activation, borrow_event};
 
 /// Most bytes in one system call, so that a reset never waits for more.
 const PIECE: u32 = 1 << 20;
 /// Longest time that a finished request waits for the interrupt of its batch.
 const BATCH_TIME: Duration = Duration::from_micros(200);
+/// Time until a write for which the host had no room is tried again, in
+/// milliseconds.
+const AGAIN_MS: u16 = 1000;
 
 /// What the front asks of the thread.
 #[derive(Debug)]
@@ -55,6 +60,7 @@ pub struct Back {
     disk: Box<dyn Disk>,
     geometry: Geometry,
     counters: Arc<Counters>,
+    room: Arc<Room>,
     stop: Arc<AtomicBool>,
     refusals: Throttle,
     host_errors: Throttle,
@@ -97,6 +103,7 @@ impl Back {
         disk: Box<dyn Disk>,
         geometry: Geometry,
         counters: Arc<Counters>,
+        room: Arc<Room>,
         stop: Arc<AtomicBool>,
     ) -> Self {
         let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -107,6 +114,7 @@ impl Back {
             disk,
             geometry,
             counters,
+            room,
             stop,
             refusals: Throttle::new(),
             host_errors: Throttle::new(),
@@ -125,11 +133,17 @@ impl Back {
                 }
                 Ok(Order::End) | Err(TryRecvError::Disconnected) => break,
                 Err(TryRecvError::Empty) => {
-                    if let Some(current) = &mut active
-                        && let Err(Unanswered::Violation(error)) = self.serve(current)
-                    {
-                        current.interrupt.needs_reset(&error);
-                        Self::let_go(&mut active, sleep);
+                    if let Some(current) = &mut active {
+                        match self.serve(current, sleep) {
+                            Ok(()) => {}
+                            Err(Unanswered::Violation(error)) => {
+                                current.interrupt.needs_reset(&error);
+                                Self::let_go(&mut active, sleep);
+                            }
+                            // Its order is there, or will be in a moment: the
+                            // signal for it may have been taken already.
+                            Err(Unanswered::Stopped) => continue,
+                        }
                     }
                     sleep.wait(active.as_ref().map(|active| active.queue.kick()));
                 }
@@ -162,7 +176,7 @@ impl Back {
     }
 
     /// Answers all that the driver offers.
-    fn serve(&mut self, active: &mut Active) -> Result<(), Unanswered> {
+    fn serve(&mut self, active: &mut Active, sleep: &Sleep) -> Result<(), Unanswered> {
         loop {
             active.queue.disable_kicks()?;
             let mut waiting: Option<Instant> = None;
@@ -170,7 +184,7 @@ impl Back {
                 if self.stopped() {
                     return Err(Unanswered::Stopped);
                 }
-                self.answer(active, chain)?;
+                self.answer(active, chain, sleep)?;
                 let since = *waiting.get_or_insert_with(Instant::now);
                 if since.elapsed() >= BATCH_TIME {
                     active.signal()?;
@@ -190,7 +204,12 @@ impl Back {
         self.stop.load(Ordering::Acquire)
     }
 
-    fn answer(&mut self, active: &mut Active, chain: Chain) -> Result<(), Unanswered> {
+    fn answer(
+        &mut self,
+        active: &mut Active,
+        chain: Chain,
+        sleep: &Sleep,
+    ) -> Result<(), Unanswered> {
         let memory = active.queue.memory();
         let mut header = [0; HEADER as usize];
         chain.read_at(memory, 0, &mut header);
@@ -202,7 +221,7 @@ impl Back {
         };
         let request = request::parse(&header, chain.readable_len(), room, self.geometry);
         let result = match request {
-            Ok(request) => self.perform(active, &chain, request),
+            Ok(request) => self.perform(active, &chain, request, sleep),
             Err(refusal) => Err(Failure::Refused(refusal)),
         };
         let (status, written) = match result {
@@ -238,6 +257,7 @@ impl Back {
         active: &Active,
         chain: &Chain,
         request: Request,
+        sleep: &Sleep,
     ) -> Result<u32, Failure> {
         let memory = active.queue.memory();
         match request {
@@ -262,16 +282,17 @@ impl Back {
                     }
                     slices.clear();
                     slices.extend(chain.readable_slices(memory, HEADER + at, piece as usize));
-                    self.disk.write(offset + u64::from(at), &slices)?;
+                    let offset = offset + u64::from(at);
+                    self.with_room(sleep, piece, |disk| disk.write(offset, &slices))?;
                 }
                 if active.write_through {
-                    self.disk.flush()?;
+                    self.with_room(sleep, len, Disk::flush)?;
                 }
                 count(&self.counters.written_bytes, len);
                 Ok(0)
             }
             Request::Flush => {
-                self.disk.flush()?;
+                self.with_room(sleep, 0, Disk::flush)?;
                 count(&self.counters.flushes, 1);
                 Ok(0)
             }
@@ -281,6 +302,35 @@ impl Back {
                 Ok(len)
             }
         }
+    }
+
+    /// Runs `operation` until the host has room for it, which the main thread
+    /// hears of: it stops the guest meanwhile. The driver sees a slow request
+    /// and no error; one that is behind it waits too.
+    fn with_room(
+        &mut self,
+        sleep: &Sleep,
+        needed: u32,
+        mut operation: impl FnMut(&mut (dyn Disk + 'static)) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        let mut held = false;
+        let result = loop {
+            match operation(&mut *self.disk) {
+                Err(error) if is_full(&error) && !self.room.is_given_up() => {
+                    self.room.lacks(needed, &error);
+                    held = true;
+                }
+                other => break other.map_err(Failure::Host),
+            }
+            sleep.pause();
+            if self.stopped() {
+                break Err(Failure::Stopped);
+            }
+        };
+        if held {
+            self.room.suffices();
+        }
+        result
     }
 
     fn refused(&mut self, refusal: Refusal) {
@@ -353,6 +403,15 @@ impl Sleep {
     fn control(&self, operation: ControlOperation, event: &EventFd, data: u64) -> io::Result<()> {
         let interest = EpollEvent::new(EventSet::IN, data);
         self.epoll.ctl(operation, event.as_raw_fd(), interest)
+    }
+
+    /// Waits for an order for [`AGAIN_MS`], and takes note of it.
+    fn pause(&self) {
+        let mut fds = [PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
+        // An interrupted wait is a short one, which is harmless.
+        if poll(&mut fds, PollTimeout::from(AGAIN_MS)).is_ok_and(|ready| ready > 0) {
+            let _ = self.wake.read();
+        }
     }
 
     /// Waits for an order or a kick, and takes note of both.

@@ -2,6 +2,7 @@
 
 mod back;
 mod request;
+mod room;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,9 +18,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ActivateError, Activation, Device, queue};
-use crate::vmm::disk::{Disk, SECTOR};
+use crate::vmm::disk::{Disk, SECTOR, is_full};
 use back::{Back, Order, Sleep};
 use request::Geometry;
+pub use room::{Room, Shortage};
 
 /// Entries of the queue.
 pub const QUEUE_SIZE: u16 = 256;
@@ -67,13 +69,9 @@ pub struct HostFailure {
 
 impl From<&io::Error> for HostFailure {
     fn from(error: &io::Error) -> Self {
-        let full = matches!(
-            error.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        );
         Self {
             error: error.to_string(),
-            full,
+            full: is_full(error),
         }
     }
 }
@@ -85,6 +83,7 @@ pub struct Block {
     features: u64,
     config: Vec<u8>,
     counters: Arc<Counters>,
+    room: Arc<Room>,
     orders: Sender<Order>,
     wake: EventFd,
     /// Ends a long request between two pieces when the driver resets.
@@ -95,8 +94,14 @@ pub struct Block {
 
 impl Block {
     /// Makes a device of `disk`, called `blk-<index>`, and starts its thread.
-    /// `serial` is what the guest finds the disk by.
-    pub fn new(index: usize, serial: &str, disk: Box<dyn Disk>) -> Result<Self, BlockError> {
+    /// `serial` is what the guest finds the disk by. `changed` is signalled when
+    /// the disk begins or ends to wait for room.
+    pub fn new(
+        index: usize,
+        serial: &str,
+        disk: Box<dyn Disk>,
+        changed: EventFd,
+    ) -> Result<Self, BlockError> {
         let printable = serial.bytes().all(|byte| byte.is_ascii_graphic());
         if serial.len() > VIRTIO_BLK_ID_BYTES as usize || !printable {
             return Err(BlockError::Serial(serial.to_owned()));
@@ -109,6 +114,7 @@ impl Block {
         let counters = Arc::new(Counters::default());
         let stop = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new(EFD_NONBLOCK)?;
+        let room = Arc::new(Room::new(changed, wake.try_clone()?));
         let (orders, inbox) = mpsc::channel();
         let back = Back::new(
             name.clone(),
@@ -116,6 +122,7 @@ impl Block {
             disk,
             geometry,
             Arc::clone(&counters),
+            Arc::clone(&room),
             Arc::clone(&stop),
         );
         let sleep = Sleep::new(wake.try_clone()?)?;
@@ -127,6 +134,7 @@ impl Block {
             features: features(geometry),
             config: config(geometry),
             counters,
+            room,
             orders,
             wake,
             stop,
@@ -138,6 +146,11 @@ impl Block {
     /// What the disk has done so far.
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    /// Whether the disk waits for room on the host.
+    pub fn room(&self) -> Arc<Room> {
+        Arc::clone(&self.room)
     }
 
     fn order(&self, order: Order) -> Result<(), ActivateError> {
@@ -210,7 +223,8 @@ impl Device for Block {
     }
 
     /// Waits for the system call in progress, which may write to guest memory
-    /// until it returns: one piece of at most 1 MiB.
+    /// until it returns: one piece of at most 1 MiB. A write that is held for
+    /// want of room is dropped.
     fn reset(&mut self) {
         if !self.active {
             return;

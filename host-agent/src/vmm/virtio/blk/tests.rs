@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
@@ -107,6 +108,10 @@ impl Disk for Probe {
     }
 }
 
+fn event() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
 fn header(driver: &TestDriver, at: u64, kind: u32, sector: u64) {
     let [low, high] = [sector as u32, (sector >> 32) as u32];
     let words = [kind, 0, low, high];
@@ -114,7 +119,7 @@ fn header(driver: &TestDriver, at: u64, kind: u32, sector: u64) {
 }
 
 fn start(disk: &Probe, features: u64) -> (Block, TestDriver) {
-    let mut block = Block::new(0, "serial", Box::new(disk.clone())).unwrap();
+    let mut block = Block::new(0, "serial", Box::new(disk.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(features)).unwrap();
     (block, driver)
@@ -156,7 +161,7 @@ fn data(driver: &TestDriver, len: usize) -> Vec<u8> {
 #[test]
 fn offers_what_it_can_and_describes_the_disk() {
     let mut probe = Probe::new();
-    let block = Block::new(3, "os", Box::new(probe.clone())).unwrap();
+    let block = Block::new(3, "os", Box::new(probe.clone()), event()).unwrap();
     assert_eq!(
         (block.id(), block.name(), block.queue_sizes()),
         (2, "blk-3", &[256][..])
@@ -169,10 +174,10 @@ fn offers_what_it_can_and_describes_the_disk() {
     assert_eq!(config[12..16], 254_u32.to_le_bytes());
     assert_eq!(config[20..24], 512_u32.to_le_bytes());
     probe.read_only = true;
-    let block = Block::new(3, "os", Box::new(probe.clone())).unwrap();
+    let block = Block::new(3, "os", Box::new(probe.clone()), event()).unwrap();
     assert_eq!(block.features(), bits(&[2, 5, 6, 9, 29]));
     for serial in ["123456789012345678901", "a\0b", "a b", "é"] {
-        let result = Block::new(0, serial, Box::new(probe.clone()));
+        let result = Block::new(0, serial, Box::new(probe.clone()), event());
         assert!(matches!(result, Err(BlockError::Serial(_))), "{serial}");
     }
 }
@@ -344,7 +349,8 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
     let probe = Probe::new();
     let (block, mut driver) = start(&probe, ALL);
     probe.fail.store(true, Ordering::SeqCst);
-    for kind in [IN, OUT, FLUSH] {
+    block.room().give_up();
+    for kind in [OUT, IN, FLUSH] {
         assert_eq!(
             request(&mut driver, kind, 0, 512),
             (IOERR, u32::from(kind == OUT))
@@ -356,6 +362,100 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
     probe.fail.store(false, Ordering::SeqCst);
     assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
+}
+
+/// Waits for what the driver cannot see.
+fn until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(60), "no {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A device on a full host with one write of 1 KiB, which it holds.
+fn held(probe: &Probe, features: u64) -> (Block, TestDriver, EventFd) {
+    let changed = event();
+    let told = changed.try_clone().unwrap();
+    let mut block = Block::new(0, "serial", Box::new(probe.clone()), changed).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    block.activate(driver.activation(features)).unwrap();
+    probe.fail.store(true, Ordering::SeqCst);
+    driver
+        .memory
+        .write_slice(&[0x77; 1024], GuestAddress(DATA))
+        .unwrap();
+    header(&driver, HEADERS, OUT, 3);
+    let parts = [(HEADERS, 16, false), (DATA, 1024, false), (STATUS, 1, true)];
+    driver.chain(0, 0, &parts);
+    driver.offer(0, 0);
+    driver.kick(0);
+    let room = block.room();
+    until("shortage", || room.shortage().is_some());
+    let shortage = Shortage {
+        needed: 1024,
+        quota: false,
+    };
+    assert_eq!(room.shortage(), Some(shortage));
+    assert!(told.read().is_ok());
+    (block, driver, told)
+}
+
+#[test]
+fn a_write_without_room_is_held_and_goes_through_when_there_is() {
+    let probe = Probe::new();
+    let before = probe.bytes();
+    let (block, mut driver, told) = held(&probe, ALL);
+    let calls = probe.calls.load(Ordering::SeqCst);
+    // It is tried again, now and then, and the driver sees nothing of it.
+    until("second try", || probe.calls.load(Ordering::SeqCst) > calls);
+    assert_eq!((driver.used(0), probe.bytes()), (None, before));
+    probe.fail.store(false, Ordering::SeqCst);
+    assert_eq!(driver.wait_used(0), (0, 1));
+    assert_eq!(
+        driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(),
+        OK
+    );
+    assert_eq!(probe.bytes()[3 * 512..5 * 512], [0x77; 1024]);
+    assert_eq!(block.room().shortage(), None);
+    assert!(told.read().is_ok());
+    assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 0);
+    assert_eq!(request(&mut driver, IN, 3, 512).0, OK);
+    // Nothing changed since.
+    assert!(told.read().is_err());
+}
+
+#[test]
+fn what_is_held_fails_at_once_when_it_is_given_up() {
+    let probe = Probe::new();
+    let (block, mut driver, told) = held(&probe, ALL);
+    block.room().give_up();
+    assert_eq!(driver.wait_used(0), (0, 1));
+    assert_eq!(
+        driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(),
+        IOERR
+    );
+    assert!(block.room().shortage().is_none() && told.read().is_ok());
+    assert!(block.counters().first_failure.get().unwrap().full);
+    // From here on nothing is held.
+    assert_eq!(request(&mut driver, OUT, 0, 512).0, IOERR);
+}
+
+#[test]
+fn a_reset_and_the_end_wait_for_no_room() {
+    let probe = Probe::new();
+    for features in [0, ALL] {
+        let (mut block, mut driver, told) = held(&probe, features);
+        block.reset();
+        assert!(block.room().shortage().is_none() && told.read().is_ok());
+        assert_eq!(driver.used(0), None);
+        probe.fail.store(false, Ordering::SeqCst);
+        driver = TestDriver::new(&[QUEUE_SIZE]);
+        block.activate(driver.activation(features)).unwrap();
+        assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
+    }
+    let (block, ..) = held(&probe, ALL);
+    drop(block);
 }
 
 #[test]
@@ -460,7 +560,7 @@ fn slow() -> (Slow, Receiver<()>, Sender<()>) {
 #[test]
 fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
     let (disk, entered, release) = slow();
-    let mut stuck = Block::new(0, "slow", Box::new(disk)).unwrap();
+    let mut stuck = Block::new(0, "slow", Box::new(disk), event()).unwrap();
     let mut stuck_driver = TestDriver::new(&[QUEUE_SIZE]);
     stuck.activate(stuck_driver.activation(ALL)).unwrap();
     header(&stuck_driver, HEADERS, IN, 0);
@@ -484,7 +584,7 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     let (disk, entered, release) = slow();
     let inside = Arc::clone(&disk.probe.inside);
     let calls = Arc::clone(&disk.probe.calls);
-    let mut block = Block::new(0, "slow", Box::new(disk)).unwrap();
+    let mut block = Block::new(0, "slow", Box::new(disk), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(ALL)).unwrap();
     header(&driver, HEADERS, IN, 0);
@@ -521,7 +621,7 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
 #[test]
 fn reset_inflight() {
     let probe = Probe::new();
-    let mut block = Block::new(0, "serial", Box::new(probe.clone())).unwrap();
+    let mut block = Block::new(0, "serial", Box::new(probe.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     let pattern = vec![0x5a; 0x4_0000];
     let mut found = pattern.clone();
