@@ -51,7 +51,11 @@ impl LogFile {
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.size + bytes.len() as u64 > MAX_LOG {
-            fs::rename(&self.path, previous(&self.path))?;
+            match fs::rename(&self.path, previous(&self.path)) {
+                // Renamed before, but there was no room for a new one.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed?,
+            }
             *self = Self {
                 dropped: self.dropped,
                 ..Self::open(&self.path)?
@@ -176,6 +180,34 @@ mod tests {
             let size = fs::metadata(part).unwrap().len();
             assert!(size > 0 && size <= MAX_LOG);
         }
+    }
+
+    #[test]
+    fn a_full_disk_holds_up_nobody_and_the_loss_is_counted() {
+        let mut log = LogFile::open(Path::new("/dev/full")).unwrap();
+        for _ in 0..3 {
+            log.line("lost");
+        }
+        assert_eq!(log.dropped, 3);
+        // There is room again.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.log");
+        log.file = File::create(&path).unwrap();
+        log.line("kept");
+        let text = fs::read_to_string(path).unwrap();
+        assert_eq!(text, "[3 lines lost by the host]\nkept\n");
+    }
+
+    #[test]
+    fn a_log_that_could_not_turn_over_completely_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.log");
+        let mut log = LogFile::open(&path).unwrap();
+        log.line(&"x".repeat(MAX_LOG as usize - 10));
+        fs::rename(&path, previous(&path)).unwrap();
+        log.line("this turns it over");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "this turns it over\n");
+        assert!(fs::metadata(previous(&path)).unwrap().len() > 1000);
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -127,7 +127,7 @@ impl Log {
         }
     }
 
-    /// Bytes lost because the file could not take them.
+    /// Bytes lost because the files could not take them.
     pub const fn dropped(&self) -> u64 {
         self.dropped
     }
@@ -147,7 +147,12 @@ impl Log {
         self.previous.set_len(0)?;
         self.previous.rewind()?;
         self.current.rewind()?;
-        io::copy(&mut self.current, &mut self.previous)?;
+        if io::copy(&mut self.current, &mut self.previous).is_err() {
+            // No room for the older part: it is lost. Kept where it is, it would
+            // be copied again for each line to come.
+            self.previous.set_len(0)?;
+            self.dropped += self.size;
+        }
         self.current.set_len(0)?;
         self.current.rewind()?;
         self.size = 0;
@@ -158,6 +163,8 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::io::Read;
 
     #[test]
@@ -181,5 +188,28 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert!(text.ends_with("line 4999\n") && text.len() <= 8192);
         assert!(previous.metadata().unwrap().len() <= 8192);
+    }
+
+    #[test]
+    fn a_full_disk_costs_what_it_does_not_take_and_the_newest_is_kept() {
+        // Nothing can be written to the one, and the other cannot grow.
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut log = Log::new(full, tempfile::tempfile().unwrap(), 8192).unwrap();
+        log.write(b"lost\n");
+        assert_eq!(log.dropped(), 5);
+
+        let previous = memfd_create("previous", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        fcntl(&previous, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+        let current = tempfile::tempfile().unwrap();
+        let mut reader = current.try_clone().unwrap();
+        let mut log = Log::new(current, previous.into(), 8192).unwrap();
+        for number in 0..5000u32 {
+            log.write(format!("line {number}\n").as_bytes());
+        }
+        let mut text = String::new();
+        reader.rewind().unwrap();
+        reader.read_to_string(&mut text).unwrap();
+        assert!(text.ends_with("line 4999\n") && text.len() <= 8192);
+        assert!(log.dropped() > 0);
     }
 }
