@@ -20,6 +20,13 @@ fn a_frozen_guest_is_restarted_at_the_limit_as_the_next_generation_with_its_data
     let verdict = run.event("verdict", |event| event["verdict"]["kind"] == "silent")?;
     let silence = verdict["verdict"]["silence_ms"].as_u64().unwrap_or(0);
     ensure!((20_000..21_000).contains(&silence), "{verdict}");
+    // The end is our doing, and told as that.
+    let ended = run.event("guest-exited", |_| true)?;
+    let because = ended["because"].as_str().unwrap_or_default();
+    ensure!(
+        ended["reason"] == "killed" && because.starts_with("no heartbeat for 20."),
+        "{ended}"
+    );
     run.event("restarting", |event| event["generation"] == 2)?;
     run.ready()?;
     ensure!(run.shell(&format!("cat {}/mark /root-mark", data.trim()))? == "kept\nkept\n");

@@ -240,12 +240,12 @@ fn trouble(name: &str, kind: &EventKind) -> Option<(Code, String, Option<String>
             };
             (code, format!("guest of {name}: {verdict}"), some(evidence))
         }
-        EventKind::GuestExited { reason } => {
+        EventKind::GuestExited { reason, because } => {
             let hint = match reason {
                 ExitReason::Panic | ExitReason::TripleFault => {
                     Some("the serial console says more".into())
                 }
-                _ => None,
+                _ => because.clone(),
             };
             let what = format!("guest of {name} ended: {}", exit_text(reason));
             (Code::Boot, what, hint)
@@ -379,7 +379,10 @@ mod tests {
 
     #[test]
     fn what_ends_the_way_to_ready_is_told_at_once_with_its_class() {
-        let exited = |reason| EventKind::GuestExited { reason };
+        let exited = |reason| EventKind::GuestExited {
+            reason,
+            because: None,
+        };
         let verdict = |verdict| EventKind::Verdict {
             verdict,
             evidence: "serial silent".into(),
@@ -436,6 +439,7 @@ mod tests {
         watch.take(&event("A_IN_0", no_space()));
         let ended = EventKind::GuestExited {
             reason: ExitReason::Stopped,
+            because: None,
         };
         watch.take(&event("A_IN_0", ended));
         assert!(!watch.lacks_space());
@@ -447,6 +451,7 @@ mod tests {
         watch.stopping();
         let ended = EventKind::GuestExited {
             reason: ExitReason::PowerOff,
+            because: None,
         };
         assert_eq!(watch.take(&event("A_IN_0", ended)), News::Nothing);
         watch.take(&event("A_IN_0", EventKind::Stopped { clean: true }));

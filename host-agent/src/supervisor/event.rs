@@ -146,6 +146,9 @@ pub enum EventKind {
         /// Why.
         #[serde(flatten)]
         reason: ExitReason,
+        /// Why we ended it, if we did.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        because: Option<String>,
     },
     /// The guest will be started again on the same disks.
     Restarting {
@@ -316,7 +319,13 @@ impl fmt::Display for EventKind {
             Self::Paused { paused: true } => write!(f, "vCPUs stopped"),
             Self::Paused { paused: false } => write!(f, "vCPUs run again"),
             Self::Verdict { verdict, evidence } => write!(f, "{verdict} ({evidence})"),
-            Self::GuestExited { reason } => write!(f, "guest ended: {}", exit_text(reason)),
+            Self::GuestExited { reason, because } => {
+                write!(f, "guest ended: {}", exit_text(reason))?;
+                match because {
+                    Some(because) => write!(f, ", {because}"),
+                    None => Ok(()),
+                }
+            }
             Self::Restarting {
                 because,
                 generation,
@@ -348,7 +357,8 @@ pub fn exit_text(reason: &ExitReason) -> String {
         ExitReason::Reboot => "reboot".into(),
         ExitReason::TripleFault => "triple fault".into(),
         ExitReason::Panic => "kernel panic".into(),
-        ExitReason::Stopped => "stopped by the host".into(),
+        ExitReason::Stopped => "stopped by host-agent".into(),
+        ExitReason::Killed => "killed by host-agent".into(),
         ExitReason::Failed { detail } => format!("VMM failure: {detail}"),
     }
 }

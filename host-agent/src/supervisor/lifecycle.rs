@@ -229,11 +229,11 @@ impl Lifecycle {
             (Input::Ended(reason), State::Running) => {
                 self.rotate(false, &mut effects);
                 let because = exit_text(&reason);
-                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                effects.push(exited(reason, None));
                 self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Ending { because }) => {
-                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                effects.push(exited(reason, Some(&because)));
                 self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Stopping) => {
@@ -243,7 +243,7 @@ impl Lifecycle {
                     ExitReason::Stopped => !self.connected,
                     _ => false,
                 };
-                effects.push(Effect::Tell(EventKind::GuestExited { reason }));
+                effects.push(exited(reason, None));
                 self.finish(clean, None, &mut effects);
             }
             (Input::Stop, State::Running | State::Ending { .. }) => {
@@ -394,6 +394,13 @@ impl Lifecycle {
         effects.push(Effect::Tell(EventKind::Stopped { clean }));
         effects.push(Effect::Finish);
     }
+}
+
+/// Tells how a guest ended, and why if it was our doing.
+fn exited(reason: ExitReason, because: Option<&String>) -> Effect {
+    let ours = matches!(reason, ExitReason::Killed | ExitReason::Stopped);
+    let because = because.filter(|_| ours).cloned();
+    Effect::Tell(EventKind::GuestExited { reason, because })
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub struct VmmProcess {
     waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     /// Nothing more is taken from it.
     deaf: bool,
+    killed: bool,
 }
 
 impl VmmProcess {
@@ -79,6 +80,7 @@ impl VmmProcess {
             control,
             waiting: VecDeque::new(),
             deaf: false,
+            killed: false,
         })
     }
 
@@ -159,6 +161,12 @@ impl VmmProcess {
     pub fn kill(&mut self) {
         // It fails only when the process has ended already.
         let _ = self.child.start_kill();
+        self.killed = true;
+    }
+
+    /// Whether [`VmmProcess::kill`] was called.
+    pub const fn was_killed(&self) -> bool {
+        self.killed
     }
 }
 
@@ -175,8 +183,11 @@ pub enum Happening {
 
 impl Happening {
     /// The exit reason of a process that ended without giving one; `why` if
-    /// the kernel knows.
-    pub fn died(how: io::Result<String>, why: Option<String>) -> ExitReason {
+    /// the kernel knows. `killed` if we killed it.
+    pub fn died(how: io::Result<String>, why: Option<String>, killed: bool) -> ExitReason {
+        if killed && why.is_none() {
+            return ExitReason::Killed;
+        }
         let mut detail = match how {
             Ok(text) => format!("VMM process {text}"),
             Err(error) => format!("VMM process lost: {error}"),
@@ -234,6 +245,7 @@ mod tests {
             control: UnixStream::from_std(ours.into()).unwrap(),
             waiting: VecDeque::new(),
             deaf: false,
+            killed: false,
         };
         for event in said {
             assert!(matches!(process.next().await, Happening::Event(heard, _) if heard == event));

@@ -163,6 +163,9 @@ pub enum ExitReason {
     Panic,
     /// The supervisor asked.
     Stopped,
+    /// The supervisor killed the VMM process, which said nothing more. Never
+    /// sent: the supervisor alone knows.
+    Killed,
     /// KVM or the VMM could not go on.
     Failed {
         /// The error chain.
@@ -179,7 +182,7 @@ impl ExitReason {
             Self::Reboot => 10,
             Self::TripleFault => 11,
             Self::Panic => 12,
-            Self::Failed { .. } => 13,
+            Self::Failed { .. } | Self::Killed => 13,
         }
     }
 }

@@ -220,6 +220,7 @@ mod tests {
                 ExitReason::TripleFault,
                 ExitReason::Panic,
                 ExitReason::Stopped,
+                ExitReason::Killed,
             ]),
             text().prop_map(|detail| ExitReason::Failed { detail }),
         ];

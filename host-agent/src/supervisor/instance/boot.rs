@@ -126,10 +126,11 @@ impl Instance {
             Happening::Ended(how) => {
                 let group = boot.group.as_ref();
                 let why = group.and_then(GuestGroup::killed_for_memory);
+                let killed = boot.process.was_killed();
                 let reason = boot
                     .exit
                     .take()
-                    .unwrap_or_else(|| Happening::died(how, why));
+                    .unwrap_or_else(|| Happening::died(how, why, killed));
                 self.boot = None;
                 self.wait = None;
                 self.probe_deadline = None;

@@ -55,10 +55,22 @@ fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
     let effects = life.on(silent(false), minute, 0.5);
     assert_eq!(effects[0], Effect::Rotation(false));
     assert!(effects.contains(&Effect::KillVmm));
-    let ended = Input::Ended(ExitReason::Failed {
-        detail: "killed".into(),
-    });
-    let effects = life.on(ended, minute, 0.5);
+    let effects = life.on(Input::Ended(ExitReason::Killed), minute, 0.5);
+    let Effect::Tell(told) = &effects[0] else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(
+        told.to_string(),
+        "guest ended: killed by host-agent, no heartbeat for 600.0 s"
+    );
+    assert_eq!(
+        serde_json::to_value(told).unwrap(),
+        serde_json::json!({
+            "event": "guest-exited",
+            "reason": "killed",
+            "because": "no heartbeat for 600.0 s",
+        })
+    );
     assert!(effects.iter().any(|effect| matches!(effect,
         Effect::Tell(EventKind::Restarting { because, generation: 2, delay_ms: 0 })
             if because.contains("no heartbeat for 600"))));
@@ -66,6 +78,31 @@ fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
         life.on(Input::Waited(Wait::Restart), minute, 0.5),
         [Effect::Spawn { generation: 2 }]
     );
+}
+
+#[test]
+fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
+    let reasons = [
+        ExitReason::PowerOff,
+        ExitReason::Panic,
+        ExitReason::Failed {
+            detail: "its cgroup's memory limit".into(),
+        },
+    ];
+    for reason in reasons {
+        let mut life = ready();
+        life.on(silent(true), Duration::ZERO, 0.5);
+        let effects = life.on(Input::Ended(reason.clone()), Duration::ZERO, 0.5);
+        let because = None;
+        let told = Effect::Tell(EventKind::GuestExited { reason, because });
+        assert_eq!(effects[0], told);
+    }
+    // And a stop on request needs none.
+    let mut life = ready();
+    life.on(Input::Kill, Duration::ZERO, 0.5);
+    let effects = life.on(Input::Ended(ExitReason::Killed), Duration::ZERO, 0.5);
+    assert!(matches!(&effects[0],
+        Effect::Tell(told) if told.to_string() == "guest ended: killed by host-agent"));
 }
 
 #[test]
@@ -222,6 +259,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         any::<bool>().prop_map(silent),
         Just(Input::Ended(ExitReason::Reboot)),
         Just(Input::Ended(ExitReason::PowerOff)),
+        Just(Input::Ended(ExitReason::Killed)),
         Just(Input::Waited(Wait::Restart)),
         Just(Input::Waited(Wait::Shutdown)),
         Just(Input::Waited(Wait::VmmStop)),
