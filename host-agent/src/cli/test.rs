@@ -258,8 +258,7 @@ fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
             instance: running
                 .names
                 .iter()
-                .find(|name| running.watch.state(name) != "Ready")
-                .or(running.names.first())
+                .find(|name| !running.watch.serves(name))
                 .cloned(),
         }),
         Ended::Signal(number) => Err(interrupted(number).into()),

@@ -107,6 +107,11 @@ impl Watch {
             .map_or("Unknown", |instance| &instance.state)
     }
 
+    /// Whether an instance is Ready and does not stand still.
+    pub fn serves(&self, name: &str) -> bool {
+        self.instances.get(name).is_some_and(Instance::is_ready)
+    }
+
     /// Whether every instance is Ready.
     pub const fn is_ready(&self) -> bool {
         self.ready
@@ -429,7 +434,7 @@ mod tests {
             News::Ready
         );
         assert_eq!(watch.take(&event("A_IN_0", no_space())), News::Nothing);
-        assert!(!watch.is_ready() && watch.lacks_space());
+        assert!(!watch.is_ready() && !watch.serves("A_IN_0") && watch.lacks_space());
         let waiting = watch.waiting();
         let wanted = "A_IN_0: guest paused: no space for disk os (/data/diff.qcow2); \
                       free at least 3 MiB on /data (0 B free): it goes on by itself";

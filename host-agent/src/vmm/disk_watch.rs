@@ -89,3 +89,113 @@ impl DiskWatch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::Arc;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::vmm::virtio::blk::Room;
+    use crate::vmm::wire;
+
+    fn event() -> EventFd {
+        EventFd::new(libc::EFD_NONBLOCK).unwrap()
+    }
+
+    /// Rooms of two disks, and the ends of the control socket.
+    fn watch() -> ([Arc<Room>; 2], DiskWatch, Outbox, OwnedFd) {
+        let rooms = [(); 2].map(|()| Arc::new(Room::new(event(), event())));
+        let disks = [("os", &rooms[0]), ("resource", &rooms[1])].map(|(serial, room)| DiskState {
+            serial: serial.into(),
+            counters: Arc::default(),
+            room: Arc::clone(room),
+        });
+        let (ours, theirs) = wire::pair().unwrap();
+        nix::fcntl::fcntl(
+            &theirs,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )
+        .unwrap();
+        let outbox = Outbox::new(ours, event()).unwrap();
+        let watch = DiskWatch::new(&disks);
+        (rooms, watch, outbox, theirs)
+    }
+
+    fn told(theirs: &OwnedFd) -> Vec<Event> {
+        let next = || wire::recv::<Event>(theirs.as_fd()).ok().flatten();
+        std::iter::from_fn(next).map(|(event, _)| event).collect()
+    }
+
+    fn no_space(disk: &str) -> Event {
+        Event::NoSpace {
+            disk: disk.into(),
+            needed: 512,
+            quota: true,
+        }
+    }
+
+    #[test]
+    fn each_disk_without_room_is_told_once_and_the_end_when_none_is_left() {
+        let ([os, resource], mut watch, outbox, theirs) = watch();
+        let quota = io::Error::from_raw_os_error(libc::EDQUOT);
+        let mut look = || {
+            let lacks = watch.look();
+            watch.tell_room(&outbox);
+            (lacks, told(&theirs))
+        };
+        assert_eq!(look(), (false, vec![]));
+        for _ in 0..2 {
+            os.lacks(512, &quota);
+            assert_eq!(look(), (true, vec![no_space("os")]));
+            assert_eq!(look(), (true, vec![]));
+            resource.lacks(512, &quota);
+            os.suffices();
+            assert_eq!(look(), (true, vec![no_space("resource")]));
+            resource.suffices();
+            assert_eq!(look(), (false, vec![Event::SpaceBack {}]));
+            assert_eq!(look(), (false, vec![]));
+        }
+    }
+
+    #[test]
+    fn a_supervisor_that_did_not_hear_of_it_hears_of_it_later_and_never_of_half() {
+        let ([os, _], mut watch, outbox, theirs) = watch();
+        let quota = io::Error::from_raw_os_error(libc::EDQUOT);
+        let stuff = || while outbox.send(&Event::Pong { id: 0 }, vec![]) {};
+        let relieve = || {
+            let mut all = told(&theirs);
+            while outbox.is_behind() {
+                outbox.flush();
+                all.extend(told(&theirs));
+            }
+            all.retain(|event| !matches!(event, Event::Pong { .. }));
+            all
+        };
+        // What begins and ends unheard is not told at all.
+        stuff();
+        os.lacks(512, &quota);
+        assert!(watch.look());
+        watch.tell_room(&outbox);
+        os.suffices();
+        watch.look();
+        assert_eq!(relieve(), []);
+        watch.tell_room(&outbox);
+        assert_eq!(relieve(), []);
+        // The end of what was heard is told as soon as it can be.
+        os.lacks(512, &quota);
+        watch.look();
+        watch.tell_room(&outbox);
+        assert_eq!(relieve(), [no_space("os")]);
+        os.suffices();
+        stuff();
+        watch.look();
+        watch.tell_room(&outbox);
+        assert_eq!(relieve(), []);
+        watch.tell_room(&outbox);
+        assert_eq!(relieve(), [Event::SpaceBack {}]);
+    }
+}

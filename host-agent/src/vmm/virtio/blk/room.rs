@@ -56,13 +56,13 @@ impl Room {
     }
 
     /// A request that needs `needed` bytes is held because of `error`.
-    pub(super) fn lacks(&self, needed: u32, error: &io::Error) {
+    pub(in crate::vmm) fn lacks(&self, needed: u32, error: &io::Error) {
         let quota = error.kind() == io::ErrorKind::QuotaExceeded;
         self.set(Some(Shortage { needed, quota }));
     }
 
     /// Nothing is held any more.
-    pub(super) fn suffices(&self) {
+    pub(in crate::vmm) fn suffices(&self) {
         self.set(None);
     }
 
