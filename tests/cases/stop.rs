@@ -13,11 +13,18 @@ use e2e::{Place, limit, text};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 
-/// Notes that it was asked to stop where a later boot can read it, and stops
-/// or does not.
-const STUBBORN: &str = "#!/bin/sh\ntrap 'echo not yet' TERM\nwhile :; do sleep 1 & wait; done\n";
-const POLITE: &str =
-    "#!/bin/sh\ntrap 'echo asked to stop; exit 0' TERM\nwhile :; do sleep 1 & wait; done\n";
+/// Says when it would hear, then that it was asked to stop, and stops or does not.
+const STUBBORN: &str =
+    "#!/bin/sh\ntrap 'echo not yet' TERM\necho at work\nwhile :; do sleep 1 & wait; done\n";
+const POLITE: &str = "#!/bin/sh\ntrap 'echo asked to stop; exit 0' TERM\necho at work\nwhile :; do sleep 1 & wait; done\n";
+
+/// A role is Ready when its process runs, which may be before it would hear.
+fn heard(place: &Place, line: &str) -> Result<()> {
+    eventually(line, || {
+        let log = place.output(&["logs", INSTANCE])?;
+        Ok(text(&log).contains(line))
+    })
+}
 
 #[test]
 fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
@@ -25,13 +32,11 @@ fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
     let service = Service::script(STUBBORN).write(&place.file("service"))?;
     let mut run = Run::start(&place, &service, &[])?;
     run.ready()?;
+    heard(&place, "at work")?;
     run.interrupt()?;
     run.event("stopping", |_| true)?;
     // The role heard of it and is given its time.
-    eventually("the role was asked", || {
-        let log = place.output(&["logs", INSTANCE])?;
-        Ok(text(&log).contains("not yet"))
-    })?;
+    heard(&place, "not yet")?;
     let asked = Instant::now();
     run.interrupt()?;
     let (status, seen) = run.wait()?;
@@ -96,20 +101,25 @@ fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
                 Ok(count) => seen.extend_from_slice(&piece[..count]),
             }
         }
-        // The terminal closes here.
-        drop(master);
-        String::from_utf8_lossy(&seen).into_owned()
+        (String::from_utf8_lossy(&seen).into_owned(), master)
     });
     let deadline = Instant::now() + limit(30);
-    while child.try_wait()?.is_none() {
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            bail!("the command does not end with its terminal");
+    let mut in_time = |condition: &dyn Fn() -> bool, what: &str| {
+        while !condition() && child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                let _ = child.kill();
+                bail!("the command {what}");
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let seen = reader.join().unwrap_or_default();
+        Ok(())
+    };
+    in_time(&|| reader.is_finished(), "is not Ready")?;
+    let (seen, master) = reader.join().expect("the reader does not panic");
     ensure!(seen.contains("Ready. Ctrl-C"), "{seen}");
+    heard(&place, "at work")?;
+    drop(master);
+    in_time(&|| false, "does not end with its terminal")?;
     // The role was asked, and the guest powered off by itself.
     let logs = place.output(&["logs", INSTANCE])?;
     ensure!(text(&logs).contains("asked to stop"), "{}", text(&logs));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Instant;
 use vmbus::channel::Channel;
 use vmbus::message::{LogRecord, Status, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, StreamError, send};
@@ -15,8 +16,9 @@ use super::{ChannelError, ChannelEvent, GuestChannels};
 const MAX_TEXT: usize = 2000;
 /// Longest name that an agent may give itself.
 const MAX_AGENT_NAME: usize = 100;
-/// Least time between two status reports of a connection: a guest that floods
-/// waits on its own connection.
+/// Status reports of a connection: so many at once, then one each pause. A guest
+/// that floods waits on its own connection.
+const STATUS_BURST: u32 = 20;
 const STATUS_PAUSE: Duration = Duration::from_millis(50);
 
 type Reader = FrameReader<OwnedReadHalf>;
@@ -95,6 +97,7 @@ impl GuestChannels {
     }
 
     async fn status(&self, mut reader: Reader) -> Result<(), ChannelError> {
+        let mut due = Instant::now();
         while let Some(message) = reader.next().await? {
             let ToHost::Status(status) = message else {
                 return Err(unexpected(&message));
@@ -102,7 +105,8 @@ impl GuestChannels {
             let detail = clean(&status.detail, MAX_TEXT);
             self.report(ChannelEvent::Status(Status { detail, ..status }))
                 .await;
-            tokio::time::sleep(STATUS_PAUSE).await;
+            due = due.max(Instant::now()) + STATUS_PAUSE;
+            tokio::time::sleep_until(due - STATUS_BURST * STATUS_PAUSE).await;
         }
         Ok(())
     }

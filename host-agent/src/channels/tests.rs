@@ -6,7 +6,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use vmbus::frame;
-use vmbus::message::{EntryPoint, ExpectedState, Health, LogRecord, ToGuest, ToHost};
+use vmbus::message::{
+    EntryPoint, ExpectedState, Health, LogRecord, RoleState, Status, ToGuest, ToHost,
+};
 
 use super::*;
 
@@ -219,4 +221,29 @@ async fn a_flood_on_other_channels_delays_no_heartbeat_by_two_intervals() {
     }
     assert!(others > 1000);
     drop(host.dir);
+}
+
+#[tokio::test]
+async fn changes_of_state_arrive_at_once_and_a_flood_of_them_slowly() {
+    let mut host = host(Duration::from_secs(5));
+    let mut guest = host.dial(Channel::Status);
+    let status = frame::encode(&ToHost::Status(Status {
+        incarnation: 1,
+        state: RoleState::Starting,
+        detail: String::new(),
+        recycles: 0,
+        last_exit: None,
+        retry_in_ms: None,
+    }));
+    let started = Instant::now();
+    guest.write_all(&hello(Channel::Status)).unwrap();
+    guest.write_all(&status.unwrap().repeat(30)).unwrap();
+    for number in 1..=30 {
+        let (_, event) = host.events.recv().await.unwrap();
+        assert!(matches!(event, ChannelEvent::Status(_)), "{event:?}");
+        if number == 20 {
+            assert!(started.elapsed() < Duration::from_millis(500));
+        }
+    }
+    assert!(started.elapsed() >= Duration::from_millis(450));
 }
