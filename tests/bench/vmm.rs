@@ -9,6 +9,7 @@ use std::process::{Child, Command as Program, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
+use host_agent::supervisor::guest::COMMAND_LINE;
 use host_agent::vmm::control::{Command, DialOutcome, Event};
 use host_agent::vmm::disk::create_diff;
 use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
@@ -17,10 +18,9 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::json;
 
-/// Command line of every VMM: the product's. `nomodule` and `i8042` save the
-/// peers a probe of hardware that only they have.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi pci=off tsc=reliable \
-    no_timer_check 8250.nr_uarts=1 random.trust_cpu=on i8042.noaux i8042.nomux i8042.dumbkbd";
+/// What the peers get beside the product's command line, so that they are spared
+/// a probe of hardware that only they have.
+const ONLY_PEERS: &str = "i8042.noaux i8042.nomux i8042.dumbkbd";
 
 /// What the init of `tests/bench/guest.rs` writes.
 const MARK: &str = "bench: init runs";
@@ -210,7 +210,11 @@ fn prepare_qemu(program: &Path, guest: &Guest, console: &Path) -> Result<Start> 
         .arg(&guest.kernel)
         .arg("-initrd")
         .arg(&guest.initrd)
-        .args(["-append", COMMAND_LINE, "-serial"])
+        .args([
+            "-append",
+            &format!("{COMMAND_LINE} {ONLY_PEERS}"),
+            "-serial",
+        ])
         .arg(format!("file:{}", console.display()))
         .stdin(Stdio::null())
         .stdout(Stdio::null());
@@ -236,7 +240,7 @@ fn prepare_firecracker(program: &Path, guest: &Guest, dir: &Path, console: &Path
     }
     let mut config = json!({
         "boot-source": { "kernel_image_path": guest.kernel, "initrd_path": guest.initrd,
-            "boot_args": COMMAND_LINE },
+            "boot_args": format!("{COMMAND_LINE} {ONLY_PEERS}") },
         "drives": drives,
         "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
     });
