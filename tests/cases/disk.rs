@@ -3,46 +3,15 @@
 use std::ffi::OsStr;
 use std::io::Read;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use e2e::Place;
+use e2e::disks::{check, compare, tool};
 use e2e::run::{Run, eventually};
 use e2e::service::Service;
-use e2e::{Place, text};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
-
-/// Runs a tool on disk images; what it printed.
-fn tool(name: &str, arguments: &[&OsStr]) -> Result<String> {
-    let output = Command::new(name)
-        .args(arguments)
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .output()
-        .with_context(|| format!("{name} is a test dependency"))?;
-    ensure!(output.status.success(), "{name}: {}", text(&output));
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// What other programs think of a diff disk, wherever its base is.
-pub fn qemu_img_check(diff: &Path) -> Result<()> {
-    let image = serde_json::json!({
-        "driver": "qcow2",
-        "file": {"driver": "file", "filename": diff},
-        "backing": null,
-    });
-    let image = format!("json:{image}");
-    let report = tool(
-        "qemu-img",
-        &["check".as_ref(), "--output=json".as_ref(), image.as_ref()],
-    )?;
-    let report: serde_json::Value = serde_json::from_str(&report)?;
-    ensure!(
-        report["check-errors"] == 0 && report["corruptions"].is_null() && report["leaks"].is_null(),
-        "{report}"
-    );
-    Ok(())
-}
 
 /// SHA-256 as sha256sum prints it.
 fn digest(path: &Path) -> Result<String> {
@@ -104,7 +73,7 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
     })?;
 
     // Read by other programs, the chain of diff and base holds just that.
-    qemu_img_check(&diff)?;
+    check(&diff)?;
     let reference = place.file("reference.raw");
     let mut arguments: Vec<&OsStr> = ["convert", "-f", "qcow2", "-O", "raw"]
         .map(OsStr::new)
@@ -112,12 +81,7 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
     arguments.extend([diff.as_os_str(), reference.as_os_str()]);
     tool("qemu-img", &arguments)?;
     ensure!(digest(&reference)? == seen, "the guest reads another disk");
-    let mut arguments: Vec<&OsStr> = ["compare", "-f", "qcow2", "-F", "raw"]
-        .map(OsStr::new)
-        .into();
-    arguments.extend([diff.as_os_str(), reference.as_os_str()]);
-    let compared = tool("qemu-img", &arguments)?;
-    ensure!(compared.contains("Images are identical"), "{compared}");
+    compare(&diff, &reference)?;
     tool("e2fsck", &["-fn".as_ref(), reference.as_ref()])?;
     let copy = place.file("flushed");
     let dump = format!("dump /flushed {}", copy.display());

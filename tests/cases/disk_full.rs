@@ -8,13 +8,12 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use e2e::disks::check;
 use e2e::mounts::Mounts;
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
 use e2e::{Place, limit, text};
 use nix::sys::statvfs::statvfs;
-
-use crate::disk::qemu_img_check;
 
 /// A data directory on a file system of this size, with the images linked in.
 fn small_data(place: &Place, size: &str) -> Result<Mounts> {
@@ -177,7 +176,7 @@ fn a_guest_whose_disk_is_full_stands_still_without_silence_and_goes_on_by_itself
     for never in ["verdict", "restarting", "disk-failed"] {
         ensure!(!seen.contains(&format!("\"event\":\"{never}\"")), "{seen}");
     }
-    qemu_img_check(&kept.join("Role_IN_0/diff.qcow2"))
+    check(&kept.join("Role_IN_0/diff.qcow2"))
 }
 
 #[test]

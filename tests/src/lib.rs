@@ -2,6 +2,7 @@
 //! run as a user runs it, and nothing but its public interface.
 
 pub mod bare;
+pub mod disks;
 pub mod mounts;
 pub mod peak;
 pub mod run;
@@ -41,9 +42,11 @@ pub fn limit(seconds: u64) -> Duration {
     Duration::from_secs(seconds * scale)
 }
 
-/// Directories of one test: data (with the images linked in) and run time.
+/// Directories of one test: data (with the images linked in) and run time. When
+/// it is dropped, the diff disks of its guests are judged.
 #[derive(Debug)]
 pub struct Place {
+    kept: disks::Kept,
     dir: tempfile::TempDir,
 }
 
@@ -54,7 +57,13 @@ impl Place {
         std::fs::create_dir(dir.path().join("data"))?;
         std::fs::create_dir(dir.path().join("run"))?;
         std::os::unix::fs::symlink(images(), dir.path().join("data/images"))?;
-        Ok(Self { dir })
+        let kept = disks::Kept::default();
+        Ok(Self { kept, dir })
+    }
+
+    /// Takes note of a guest's disk, to have it judged at the end.
+    fn keep(&self, diff: &Path) {
+        self.kept.keep(diff, self.dir.path());
     }
 
     /// The data directory.
@@ -101,19 +110,39 @@ impl Place {
             };
             ensure!(left.is_empty(), "{dir} still holds {left:?}");
         }
-        let mine = self.dir.path().to_string_lossy().into_owned();
+        let left = self.process()?;
+        ensure!(left.is_none(), "process {left:?} still runs");
+        Ok(())
+    }
+
+    /// The command line of a process that was started here and has not ended.
+    fn process(&self) -> Result<Option<String>> {
+        let mine = format!("HOST_AGENT_DATA_DIR={}", self.data().display());
         for entry in std::fs::read_dir("/proc")?.flatten() {
             let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-            let of_this_test = environment
+            if environment
                 .split(|byte| *byte == 0)
-                .any(|variable| variable == format!("HOST_AGENT_DATA_DIR={mine}/data").as_bytes());
-            ensure!(
-                !of_this_test,
-                "process {:?} still runs",
-                std::fs::read_to_string(entry.path().join("cmdline"))
-            );
+                .any(|variable| variable == mine.as_bytes())
+            {
+                let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                return Ok(Some(String::from_utf8_lossy(&line).replace('\0', " ")));
+            }
         }
-        Ok(())
+        Ok(None)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        // A killed command's guests end by themselves.
+        let judged = run::eventually("the guests end", || Ok(self.process()?.is_none()))
+            .and_then(|()| self.kept.judge());
+        if let Err(error) = judged {
+            panic!("the disks of this test's guests: {error:#}");
+        }
     }
 }
 
