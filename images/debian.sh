@@ -93,3 +93,51 @@ kernel_modules() {
     PATH=$PATH:/usr/sbin:/sbin modprobe -d "$dir" -C /dev/null -S "$(cat "$dir/version")" --show-depends "$module"
   done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
 }
+
+# unpacked NAME PACKAGE...: prints the directory with these packages and all that
+# they need, down to the C library, unpacked and not installed: nothing of the
+# machine's own is replaced, and they are the same wherever this runs.
+unpacked() {
+  local dir=$cache/unpacked-$1 name=$1
+  shift
+  if [ "$(cat "$dir/packages" 2>/dev/null)" != "$*" ]; then
+    step "fetch $name (unpacked, not installed)" fetch_unpacked "$dir" "$@" >&2
+  fi
+  printf '%s\n' "$dir"
+}
+
+fetch_unpacked() {
+  local dir=$1 deb
+  shift
+  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
+  debian_sources >"$cache/apt/sources.list"
+  private_apt apt-get update
+  rm -rf "$dir" "$dir.partial"
+  mkdir -p "$dir.partial/debs/partial"
+  private_apt apt-get -o Dir::Cache::archives="$dir.partial/debs" -o Debug::NoLocking=1 \
+    --no-install-recommends --download-only -y install "$@"
+  for deb in "$dir.partial"/debs/*.deb; do dpkg-deb -x "$deb" "$dir.partial"; done
+  rm -r "$dir.partial/debs"
+  printf '%s\n' "$*" >"$dir.partial/packages"
+  mv "$dir.partial" "$dir"
+}
+
+# lab_tools: prints the directory with QEMU and a static busybox for the lab. QEMU is
+# started by the script `qemu-system-x86_64` in it.
+lab_tools() {
+  local dir
+  dir=$(unpacked lab-tools qemu-system-x86 busybox-static)
+  if [ ! -x "$dir/qemu-system-x86_64" ]; then
+    # Through its own dynamic linker, which finds its own libraries.
+    cat >"$dir/qemu.partial" <<'END'
+#!/bin/sh
+d=$(dirname "$(readlink -f "$0")")
+export QEMU_MODULE_DIR="$d/usr/lib/x86_64-linux-gnu/qemu"
+exec "$d/lib64/ld-linux-x86-64.so.2" --library-path "$d/lib/x86_64-linux-gnu:$d/usr/lib/x86_64-linux-gnu" \
+  "$d/usr/bin/qemu-system-x86_64" -L "$d/usr/share/qemu" -L "$d/usr/share/seabios" "$@"
+END
+    chmod 755 "$dir/qemu.partial"
+    mv "$dir/qemu.partial" "$dir/qemu-system-x86_64"
+  fi
+  printf '%s\n' "$dir"
+}

@@ -79,10 +79,10 @@ install_missing() {
   step "install ${missing[*]}" install_packages "${missing[@]}"
   missing=()
 }
+# Never at the price of a package that is there.
 install_packages() {
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" \
-    || { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
-         apt-get install -y --no-install-recommends "$@"; }
+  local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-remove --no-install-recommends)
+  as_root "${install[@]}" "$@" || { as_root apt-get update && as_root "${install[@]}" "$@"; }
 }
 
 # kvm_usable: can this machine itself run guests? Asked of the product.
