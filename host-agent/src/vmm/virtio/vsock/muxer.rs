@@ -55,6 +55,15 @@ pub enum Route {
     Accept,
 }
 
+/// What the next receive buffer of the guest is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// A packet that belongs to no connection.
+    Reply(Header),
+    /// This connection's turn.
+    Turn(Id),
+}
+
 /// The connections of one device.
 #[derive(Debug)]
 pub struct Muxer<T> {
@@ -65,7 +74,7 @@ pub struct Muxer<T> {
     next_port: u32,
     ready: VecDeque<Id>,
     replies: VecDeque<Header>,
-    replies_lost: u64,
+    replied_last: bool,
     deadlines: BTreeSet<(Instant, Id)>,
 }
 
@@ -80,7 +89,7 @@ impl<T> Muxer<T> {
             next_port: DIAL_PORTS.start,
             ready: VecDeque::new(),
             replies: VecDeque::new(),
-            replies_lost: 0,
+            replied_last: false,
             deadlines: BTreeSet::new(),
         }
     }
@@ -150,12 +159,18 @@ impl<T> Muxer<T> {
     }
 
     /// Adds a connection. Its ports must be free and the table not full.
+    /// Replies to an earlier use of the ports are dropped: who dials anew has
+    /// forgotten it, and would take them for the end of this connection.
     pub fn insert(&mut self, connection: Connection, endpoint: T) -> Id {
         debug_assert!(!self.is_full());
         let id = self.next_id();
         self.last_id = id.0;
-        let earlier = self.by_ports.insert(connection.ports(), id);
+        let ports = connection.ports();
+        let earlier = self.by_ports.insert(ports, id);
         debug_assert!(earlier.is_none());
+        self.replies.retain(|reply| {
+            (reply.src_port, reply.dst_port, reply.kind) != (ports.host, ports.guest, TYPE_STREAM)
+        });
         self.entries.insert(
             id,
             Entry {
@@ -244,16 +259,26 @@ impl<T> Muxer<T> {
         }
     }
 
-    /// The connection whose turn it is, taken out of the line.
-    pub fn next_ready(&mut self) -> Option<Id> {
-        let id = self.ready.pop_front()?;
-        if let Some(entry) = self.entries.get_mut(&id) {
-            entry.queued = false;
-        }
-        Some(id)
+    /// What the next receive buffer is for, taken out of its line. A reply and
+    /// a connection in turn: whoever asks for what is refused, however often,
+    /// must not keep heartbeats from the guest.
+    pub fn next_output(&mut self) -> Option<Output> {
+        let reply = if self.replied_last && !self.ready.is_empty() {
+            None
+        } else {
+            self.replies.pop_front()
+        };
+        self.replied_last = reply.is_some();
+        reply.map(Output::Reply).or_else(|| {
+            let id = self.ready.pop_front()?;
+            if let Some(entry) = self.entries.get_mut(&id) {
+                entry.queued = false;
+            }
+            Some(Output::Turn(id))
+        })
     }
 
-    /// Puts back at the head of the line what [`Self::next_ready`] gave: no
+    /// Puts back at the head of the line what [`Self::next_output`] gave: no
     /// buffer was left for it.
     pub fn put_back(&mut self, id: Id) {
         if let Some(entry) = self.entries.get_mut(&id)
@@ -273,14 +298,7 @@ impl<T> Muxer<T> {
     pub fn reply(&mut self, header: Header) {
         if self.replies.len() < MAX_REPLIES {
             self.replies.push_back(header);
-        } else {
-            self.replies_lost = self.replies_lost.saturating_add(1);
         }
-    }
-
-    /// The oldest of those packets.
-    pub fn next_reply(&mut self) -> Option<Header> {
-        self.replies.pop_front()
     }
 
     /// Sets or clears the time by which a connection must have moved on.

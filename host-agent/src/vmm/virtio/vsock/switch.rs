@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Phase, Shutdown, Verdict};
 use super::endpoint::{Endpoint, Origin};
-use super::muxer::{Id, Muxer, Route};
+use super::muxer::{Id, Muxer, Output, Route};
 use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::rings::Rings;
 use super::socket;
@@ -378,10 +378,12 @@ impl Switch {
             if !self.muxer.has_output() || !rings.reserve(0)? {
                 return Ok(());
             }
-            if let Some(reply) = self.muxer.next_reply() {
-                rings.send(&reply)?;
-            } else if let Some(id) = self.muxer.next_ready() {
-                self.turn(id, rings, poll, now)?;
+            match self.muxer.next_output() {
+                Some(Output::Reply(reply)) => {
+                    rings.send(&reply)?;
+                }
+                Some(Output::Turn(id)) => self.turn(id, rings, poll, now)?,
+                None => {}
             }
         }
         Ok(())

@@ -259,6 +259,60 @@ fn a_guest_without_receive_buffers_gets_everything_when_it_offers_some() {
 }
 
 #[test]
+fn refusals_without_number_hold_up_no_connection() {
+    for count in [1, 3] {
+        let mut guest = Guest::with(NONE, 0);
+        guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+        let mut host = guest.opened();
+        host.write_all(b"are you alive?").unwrap();
+        for n in 0..2 * MAX_REPLIES {
+            guest.send(&Guest::header(Operation::Request, 9, n as u32), &[]);
+        }
+        guest.settle();
+        guest.offer_buffers(Buffers {
+            count,
+            ..Buffers::default()
+        });
+        let mut packets = (0..8).map(|_| guest.receive());
+        let data = packets.find(|(header, _)| header.operation() == Some(Operation::Data));
+        assert_eq!(data.expect("none in eight packets").1, b"are you alive?");
+    }
+}
+
+#[test]
+fn the_late_end_of_a_connection_is_not_taken_for_that_of_its_successor() {
+    let mut guest = Guest::with(NONE, 0);
+    // Others wait for a receive buffer before it.
+    for n in 0..4 {
+        guest.send(&Guest::header(Operation::Request, 9, n), &[]);
+    }
+    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    let _old = guest.opened();
+    guest.shutdown(PORT, 1, 3);
+    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    let mut host = guest.opened();
+    host.write_all(b"new").unwrap();
+    guest.settle();
+    guest.offer_buffers(Buffers::default());
+    let mut operations = Vec::new();
+    let mut refused = 0;
+    while refused < 4 || operations.len() < 2 {
+        let (header, _) = guest.receive();
+        match header.src_port {
+            9 => refused += 1,
+            _ => operations.push(header.operation()),
+        }
+    }
+    let expected = [Operation::Response, Operation::Data].map(Some);
+    assert_eq!(operations, expected);
+    guest.data(PORT, 1, b"works");
+    assert_eq!(read_exactly(&mut host, 5), b"works");
+    // And nothing else.
+    guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+    guest.expect(Operation::CreditUpdate, PORT, 1);
+}
+
+#[test]
 fn receive_buffers_too_small_for_a_byte_come_back_empty_and_harm_nothing() {
     let mut guest = Guest::with(NONE, 0);
     guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
