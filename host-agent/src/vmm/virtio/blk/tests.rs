@@ -1,15 +1,18 @@
 //! The device as a driver sees it, on disks that are slow, full or watched.
 
+mod reset;
+mod room;
+
 use std::collections::HashSet;
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::*;
+use crate::vmm::virtio::interrupt::USED_BUFFER;
 use crate::vmm::virtio::test_driver::{BUFFERS, TestDriver};
 
 const IN: u32 = 0;
@@ -36,6 +39,8 @@ struct Probe {
     flushes: Arc<AtomicUsize>,
     calls: Arc<AtomicUsize>,
     inside: Arc<AtomicBool>,
+    /// A flush takes until this is free.
+    busy: Arc<Mutex<()>>,
 }
 
 impl Probe {
@@ -48,6 +53,7 @@ impl Probe {
             flushes: Arc::default(),
             calls: Arc::default(),
             inside: Arc::default(),
+            busy: Arc::default(),
         }
     }
 
@@ -101,6 +107,7 @@ impl Disk for Probe {
 
     fn flush(&mut self) -> io::Result<()> {
         self.flushes.fetch_add(1, Ordering::SeqCst);
+        drop(self.busy.lock().unwrap());
         if self.fail.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
@@ -373,91 +380,6 @@ fn until(what: &str, done: impl Fn() -> bool) {
     }
 }
 
-/// A device on a full host with one write of 1 KiB, which it holds.
-fn held(probe: &Probe, features: u64) -> (Block, TestDriver, EventFd) {
-    let changed = event();
-    let told = changed.try_clone().unwrap();
-    let mut block = Block::new(0, "serial", Box::new(probe.clone()), changed).unwrap();
-    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-    block.activate(driver.activation(features)).unwrap();
-    probe.fail.store(true, Ordering::SeqCst);
-    driver
-        .memory
-        .write_slice(&[0x77; 1024], GuestAddress(DATA))
-        .unwrap();
-    header(&driver, HEADERS, OUT, 3);
-    let parts = [(HEADERS, 16, false), (DATA, 1024, false), (STATUS, 1, true)];
-    driver.chain(0, 0, &parts);
-    driver.offer(0, 0);
-    driver.kick(0);
-    let room = block.room();
-    until("shortage", || room.shortage().is_some());
-    let shortage = Shortage {
-        needed: 1024,
-        quota: false,
-    };
-    assert_eq!(room.shortage(), Some(shortage));
-    assert!(told.read().is_ok());
-    (block, driver, told)
-}
-
-#[test]
-fn a_write_without_room_is_held_and_goes_through_when_there_is() {
-    let probe = Probe::new();
-    let before = probe.bytes();
-    let (block, mut driver, told) = held(&probe, ALL);
-    let calls = probe.calls.load(Ordering::SeqCst);
-    // It is tried again, now and then, and the driver sees nothing of it.
-    until("second try", || probe.calls.load(Ordering::SeqCst) > calls);
-    assert_eq!((driver.used(0), probe.bytes()), (None, before));
-    probe.fail.store(false, Ordering::SeqCst);
-    assert_eq!(driver.wait_used(0), (0, 1));
-    assert_eq!(
-        driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(),
-        OK
-    );
-    assert_eq!(probe.bytes()[3 * 512..5 * 512], [0x77; 1024]);
-    assert_eq!(block.room().shortage(), None);
-    assert!(told.read().is_ok());
-    assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 0);
-    assert_eq!(request(&mut driver, IN, 3, 512).0, OK);
-    // Nothing changed since.
-    assert!(told.read().is_err());
-}
-
-#[test]
-fn what_is_held_fails_at_once_when_it_is_given_up() {
-    let probe = Probe::new();
-    let (block, mut driver, told) = held(&probe, ALL);
-    block.room().give_up();
-    assert_eq!(driver.wait_used(0), (0, 1));
-    assert_eq!(
-        driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(),
-        IOERR
-    );
-    assert!(block.room().shortage().is_none() && told.read().is_ok());
-    assert!(block.counters().first_failure.get().unwrap().full);
-    // From here on nothing is held.
-    assert_eq!(request(&mut driver, OUT, 0, 512).0, IOERR);
-}
-
-#[test]
-fn a_reset_and_the_end_wait_for_no_room() {
-    let probe = Probe::new();
-    for features in [0, ALL] {
-        let (mut block, mut driver, told) = held(&probe, features);
-        block.reset();
-        assert!(block.room().shortage().is_none() && told.read().is_ok());
-        assert_eq!(driver.used(0), None);
-        probe.fail.store(false, Ordering::SeqCst);
-        driver = TestDriver::new(&[QUEUE_SIZE]);
-        block.activate(driver.activation(features)).unwrap();
-        assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
-    }
-    let (block, ..) = held(&probe, ALL);
-    drop(block);
-}
-
 #[test]
 fn a_driver_that_cannot_flush_gets_every_write_flushed() {
     let probe = Probe::new();
@@ -470,6 +392,34 @@ fn a_driver_that_cannot_flush_gets_every_write_flushed() {
     let (_block, mut driver) = start(&probe, ALL);
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
     assert_eq!(probe.flushes.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_finished_request_waits_for_no_flush_behind_it() {
+    // With a flush of its own, and of a driver that cannot flush.
+    for (features, kind) in [(ALL, FLUSH), (0, OUT)] {
+        let probe = Probe::new();
+        let (_block, mut driver) = start(&probe, features);
+        let busy = probe.busy.lock().unwrap();
+        header(&driver, HEADERS, IN, 0);
+        header(&driver, HEADERS + 16, kind, 0);
+        let read = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+        let flush = [
+            (HEADERS + 16, 16, false),
+            (DATA, 512, kind != OUT),
+            (STATUS, 1, true),
+        ];
+        driver.chain(0, 0, &read);
+        driver.chain(0, 3, &flush);
+        driver.offer(0, 0);
+        driver.offer(0, 3);
+        driver.kick(0);
+        until("interrupt", || driver.interrupt.status() == USED_BUFFER);
+        assert_eq!(driver.used(0), Some((0, 513)));
+        assert_eq!(driver.used(0), None);
+        drop(busy);
+        assert_eq!(driver.wait_used(0).0, 3);
+    }
 }
 
 #[test]
@@ -517,156 +467,4 @@ fn a_full_queue_comes_back_complete_and_at_most_one_interrupt_each() {
         );
         assert_eq!(driver.used(0), None);
     }
-}
-
-/// A disk that waits inside of a read until it is let go.
-struct Slow {
-    probe: Probe,
-    entered: Sender<()>,
-    go: Receiver<()>,
-}
-
-impl Disk for Slow {
-    fn size(&self) -> u64 {
-        self.probe.size()
-    }
-
-    fn read_only(&self) -> bool {
-        false
-    }
-
-    fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.entered.send(()).unwrap();
-        let _ = self.go.recv();
-        self.probe.read(offset, to)
-    }
-
-    fn write(&mut self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn slow() -> (Slow, Receiver<()>, Sender<()>) {
-    let (entered, wait) = mpsc::channel();
-    let (release, go) = mpsc::channel();
-    let probe = Probe::new();
-    (Slow { probe, entered, go }, wait, release)
-}
-
-#[test]
-fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
-    let (disk, entered, release) = slow();
-    let mut stuck = Block::new(0, "slow", Box::new(disk), event()).unwrap();
-    let mut stuck_driver = TestDriver::new(&[QUEUE_SIZE]);
-    stuck.activate(stuck_driver.activation(ALL)).unwrap();
-    header(&stuck_driver, HEADERS, IN, 0);
-    let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-    stuck_driver.chain(0, 0, &parts);
-    stuck_driver.offer(0, 0);
-    stuck_driver.kick(0);
-    entered.recv().unwrap();
-    let (_block, mut driver) = start(&Probe::new(), ALL);
-    for _ in 0..100 {
-        assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
-        assert_eq!(stuck.config().len(), 24);
-    }
-    assert_eq!(stuck_driver.used(0), None);
-    release.send(()).unwrap();
-    assert_eq!(stuck_driver.wait_used(0), (0, 513));
-}
-
-#[test]
-fn a_reset_returns_only_when_the_read_in_progress_is_over() {
-    let (disk, entered, release) = slow();
-    let inside = Arc::clone(&disk.probe.inside);
-    let calls = Arc::clone(&disk.probe.calls);
-    let mut block = Block::new(0, "slow", Box::new(disk), event()).unwrap();
-    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-    block.activate(driver.activation(ALL)).unwrap();
-    header(&driver, HEADERS, IN, 0);
-    for head in [0, 3, 6] {
-        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-        driver.chain(0, head, &parts);
-        driver.offer(0, head);
-    }
-    driver.kick(0);
-    entered.recv().unwrap();
-    let stop = Arc::clone(&block.stop);
-    let (done, reset) = mpsc::channel();
-    let resetter = std::thread::spawn(move || {
-        block.reset();
-        done.send(()).unwrap();
-        block
-    });
-    while !stop.load(Ordering::SeqCst) {
-        std::thread::yield_now();
-    }
-    // The thread is inside of the read, so the reset cannot be over.
-    assert!(reset.try_recv().is_err());
-    release.send(()).unwrap();
-    reset.recv().unwrap();
-    assert!(!inside.load(Ordering::SeqCst));
-    assert_eq!(
-        calls.load(Ordering::SeqCst),
-        1,
-        "requests behind it were dropped"
-    );
-    drop(resetter.join().unwrap());
-}
-
-#[test]
-fn reset_inflight() {
-    let probe = Probe::new();
-    let mut block = Block::new(0, "serial", Box::new(probe.clone()), event()).unwrap();
-    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-    let pattern = vec![0x5a; 0x4_0000];
-    let mut found = pattern.clone();
-    for round in 0..10_000_u32 {
-        block.activate(driver.activation(ALL)).unwrap();
-        header(&driver, HEADERS, IN, 3);
-        for n in 0..16_u16 {
-            let at = u64::from(n);
-            let parts = [
-                (HEADERS, 16, false),
-                (DATA + at * 0x4000, 0x4000, true),
-                (STATUS + at, 1, true),
-            ];
-            driver.chain(0, n * 3, &parts);
-            driver.offer(0, n * 3);
-        }
-        driver.kick(0);
-        // From at once to after some requests.
-        for _ in 0..(round % 97) * 20 {
-            std::hint::spin_loop();
-        }
-        block.reset();
-        assert!(!probe.inside.load(Ordering::SeqCst));
-        let calls = probe.calls.load(Ordering::SeqCst);
-        if round.is_multiple_of(50) {
-            driver
-                .memory
-                .write_slice(&pattern, GuestAddress(DATA))
-                .unwrap();
-            driver.kick(0);
-            std::thread::yield_now();
-            driver
-                .memory
-                .read_slice(&mut found, GuestAddress(DATA))
-                .unwrap();
-            assert!(found == pattern, "guest memory changed after reset");
-        }
-        block.reset();
-        assert_eq!(probe.calls.load(Ordering::SeqCst), calls);
-    }
-    let calls = probe.calls.load(Ordering::SeqCst);
-    assert!(
-        calls > 0 && calls < 160_000,
-        "no reset came in time: {calls}"
-    );
-    block.activate(driver.activation(ALL)).unwrap();
-    assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
 }

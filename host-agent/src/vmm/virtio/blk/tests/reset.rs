@@ -1,0 +1,157 @@
+//! Requests in progress: what they hold up, and what a reset waits for.
+
+use std::sync::mpsc::Receiver;
+
+use super::*;
+
+/// A disk that waits inside of a read until it is let go.
+struct Slow {
+    probe: Probe,
+    entered: Sender<()>,
+    go: Receiver<()>,
+}
+
+impl Disk for Slow {
+    fn size(&self) -> u64 {
+        self.probe.size()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.entered.send(()).unwrap();
+        let _ = self.go.recv();
+        self.probe.read(offset, to)
+    }
+
+    fn write(&mut self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn slow() -> (Slow, Receiver<()>, Sender<()>) {
+    let (entered, wait) = mpsc::channel();
+    let (release, go) = mpsc::channel();
+    let probe = Probe::new();
+    (Slow { probe, entered, go }, wait, release)
+}
+
+#[test]
+fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
+    let (disk, entered, release) = slow();
+    let mut stuck = Block::new(0, "slow", Box::new(disk), event()).unwrap();
+    let mut stuck_driver = TestDriver::new(&[QUEUE_SIZE]);
+    stuck.activate(stuck_driver.activation(ALL)).unwrap();
+    header(&stuck_driver, HEADERS, IN, 0);
+    let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+    stuck_driver.chain(0, 0, &parts);
+    stuck_driver.offer(0, 0);
+    stuck_driver.kick(0);
+    entered.recv().unwrap();
+    let (_block, mut driver) = start(&Probe::new(), ALL);
+    for _ in 0..100 {
+        assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+        assert_eq!(stuck.config().len(), 24);
+    }
+    assert_eq!(stuck_driver.used(0), None);
+    release.send(()).unwrap();
+    assert_eq!(stuck_driver.wait_used(0), (0, 513));
+}
+
+#[test]
+fn a_reset_returns_only_when_the_read_in_progress_is_over() {
+    let (disk, entered, release) = slow();
+    let inside = Arc::clone(&disk.probe.inside);
+    let calls = Arc::clone(&disk.probe.calls);
+    let mut block = Block::new(0, "slow", Box::new(disk), event()).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    block.activate(driver.activation(ALL)).unwrap();
+    header(&driver, HEADERS, IN, 0);
+    for head in [0, 3, 6] {
+        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+        driver.chain(0, head, &parts);
+        driver.offer(0, head);
+    }
+    driver.kick(0);
+    entered.recv().unwrap();
+    let stop = Arc::clone(&block.stop);
+    let (done, reset) = mpsc::channel();
+    let resetter = std::thread::spawn(move || {
+        block.reset();
+        done.send(()).unwrap();
+        block
+    });
+    while !stop.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    // The thread is inside of the read, so the reset cannot be over.
+    assert!(reset.try_recv().is_err());
+    release.send(()).unwrap();
+    reset.recv().unwrap();
+    assert!(!inside.load(Ordering::SeqCst));
+    assert_eq!(
+        calls.load(Ordering::SeqCst),
+        1,
+        "requests behind it were dropped"
+    );
+    drop(resetter.join().unwrap());
+}
+
+#[test]
+fn reset_inflight() {
+    let probe = Probe::new();
+    let mut block = Block::new(0, "serial", Box::new(probe.clone()), event()).unwrap();
+    let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+    let pattern = vec![0x5a; 0x4_0000];
+    let mut found = pattern.clone();
+    for round in 0..10_000_u32 {
+        block.activate(driver.activation(ALL)).unwrap();
+        header(&driver, HEADERS, IN, 3);
+        for n in 0..16_u16 {
+            let at = u64::from(n);
+            let parts = [
+                (HEADERS, 16, false),
+                (DATA + at * 0x4000, 0x4000, true),
+                (STATUS + at, 1, true),
+            ];
+            driver.chain(0, n * 3, &parts);
+            driver.offer(0, n * 3);
+        }
+        driver.kick(0);
+        // From at once to after some requests.
+        for _ in 0..(round % 97) * 20 {
+            std::hint::spin_loop();
+        }
+        block.reset();
+        assert!(!probe.inside.load(Ordering::SeqCst));
+        let calls = probe.calls.load(Ordering::SeqCst);
+        if round.is_multiple_of(50) {
+            driver
+                .memory
+                .write_slice(&pattern, GuestAddress(DATA))
+                .unwrap();
+            driver.kick(0);
+            std::thread::yield_now();
+            driver
+                .memory
+                .read_slice(&mut found, GuestAddress(DATA))
+                .unwrap();
+            assert!(found == pattern, "guest memory changed after reset");
+        }
+        block.reset();
+        assert_eq!(probe.calls.load(Ordering::SeqCst), calls);
+    }
+    let calls = probe.calls.load(Ordering::SeqCst);
+    assert!(
+        calls > 0 && calls < 160_000,
+        "no reset came in time: {calls}"
+    );
+    block.activate(driver.activation(ALL)).unwrap();
+    assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
+}
