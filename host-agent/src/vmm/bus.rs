@@ -121,3 +121,125 @@ fn serial_register(port: u16) -> Option<u8> {
     let register = port.checked_sub(layout::SERIAL_PORT)?;
     (register < layout::SERIAL_PORTS).then_some(register as u8)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use proptest::prelude::*;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::vmm::serial::{Line, Output};
+    use crate::vmm::virtio::Device;
+    use crate::vmm::virtio::interrupt::Interrupt;
+    use crate::vmm::virtio::rng::Rng;
+    use crate::vmm::virtio::vsock::Vsock;
+
+    const DEVICES_END: u64 = layout::MMIO_START + 2 * layout::VIRTIO_STRIDE;
+
+    fn event() -> EventFd {
+        EventFd::new(EFD_NONBLOCK).unwrap()
+    }
+
+    /// A bus with a serial port and two devices.
+    fn bus() -> Bus {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let vsock = Vsock::new(3, Box::new(|_| {})).unwrap();
+        let devices: [Box<dyn Device>; 2] = [Box::new(Rng::default()), Box::new(vsock)];
+        let virtio = devices.map(|device| {
+            let interrupt = Interrupt::new(event(), device.name());
+            Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())
+        });
+        let output = Output::new(event(), Instant::now());
+        Bus::new(Port::new(Line(event()), output), virtio.into())
+    }
+
+    #[test]
+    fn every_port_answers_every_size_and_a_byte_alone_reaches_a_register() {
+        let bus = bus();
+        for port in 0..=u16::MAX {
+            for len in 0..=8 {
+                let mut data = vec![0x55; len];
+                bus.port_in(port, &mut data);
+                let known = match port {
+                    layout::SLEEP_CONTROL | layout::SLEEP_STATUS | layout::RESET => Some(0),
+                    layout::PANIC => Some(PANICKED),
+                    _ if serial_register(port).is_some() => data.first().copied(),
+                    _ => None,
+                };
+                let expected = known.filter(|_| len == 1).unwrap_or(0xff);
+                assert_eq!(data, vec![expected; len], "port {port:#x}");
+                // Of the values that do something, each in every byte.
+                for value in [layout::RESET_VALUE, 0x34, 0xff] {
+                    let expected = match (port, value, len) {
+                        (layout::SLEEP_CONTROL, 0x34, 1) => Action::PowerOff,
+                        (layout::RESET, layout::RESET_VALUE, 1) => Action::Reset,
+                        (layout::PANIC, layout::RESET_VALUE | 0xff, 1) => Action::Panicked,
+                        _ => Action::None,
+                    };
+                    let action = bus.port_out(port, &vec![value; len]);
+                    assert_eq!(action, expected, "{value:#x} to port {port:#x}");
+                }
+            }
+            // The panic notifier lies behind the serial port and before the rest.
+            assert_eq!(bus.panicked(), port >= layout::PANIC);
+        }
+    }
+
+    /// An access to a port or to device registers, and what is written if it
+    /// is no read.
+    #[derive(Debug, Clone)]
+    enum Access {
+        Port(u16, Vec<u8>, bool),
+        Mmio(u64, Vec<u8>, bool),
+    }
+
+    fn access() -> impl Strategy<Value = Access> {
+        let port = prop_oneof![
+            4 => layout::SERIAL_PORT - 1..=layout::SERIAL_PORT + layout::SERIAL_PORTS,
+            2 => layout::SLEEP_CONTROL - 1..=layout::RESET + 1,
+            1 => any::<u16>(),
+        ];
+        let start = layout::MMIO_START;
+        let address = prop_oneof![
+            6 => (0..2_u64, 0..0x110_u64).prop_map(move |(n, at)| start + n * layout::VIRTIO_STRIDE + at),
+            2 => start - 8..DEVICES_END + 8,
+            1 => any::<u64>(),
+        ];
+        let byte = prop_oneof![4 => Just(0_u8), 4 => 0..16_u8, 1 => any::<u8>()];
+        let data = || prop::collection::vec(byte.clone(), 0..=8);
+        prop_oneof![
+            (port, data(), any::<bool>())
+                .prop_map(|(port, data, read)| Access::Port(port, data, read)),
+            (address, data(), any::<bool>())
+                .prop_map(|(address, data, read)| Access::Mmio(address, data, read)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_sequence_of_accesses_panics_or_reads_what_nobody_answers(
+            accesses in prop::collection::vec(access(), 0..200),
+        ) {
+            let bus = bus();
+            for access in accesses {
+                match access {
+                    Access::Port(port, mut data, true) => bus.port_in(port, &mut data),
+                    Access::Port(port, data, false) => {
+                        let action = bus.port_out(port, &data);
+                        prop_assert!(action == Action::None || data.len() == 1);
+                    }
+                    Access::Mmio(address, mut data, true) => {
+                        bus.mmio_read(address, &mut data);
+                        if !(layout::MMIO_START..DEVICES_END).contains(&address) {
+                            prop_assert!(data.iter().all(|byte| *byte == 0xff));
+                        }
+                    }
+                    Access::Mmio(address, data, false) => bus.mmio_write(address, &data),
+                }
+            }
+        }
+    }
+}

@@ -143,3 +143,31 @@ fn wait(events: &[&EventFd]) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::virtio::test_driver::{BUFFERS, RAM, TestDriver, alone, memory_for};
+
+    #[test]
+    fn buffers_that_overlap_get_64_kib_and_cost_no_memory() {
+        // Alone, so that nothing else takes any.
+        if !alone("rng::tests::buffers_that_overlap_get_64_kib_and_cost_no_memory") {
+            return;
+        }
+        let mut rng = Rng::default();
+        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+        rng.activate(driver.activation(EVENT_IDX)).unwrap();
+        let used = memory_for(&driver.memory.clone(), || {
+            // A page, and what is left of RAM.
+            for len in [4096, (RAM - BUFFERS) as u32].repeat(20) {
+                driver.chain(0, 0, &[(BUFFERS, len, true); QUEUE_SIZE as usize]);
+                driver.offer(0, 0);
+                driver.kick(0);
+                assert_eq!(driver.wait_used(0), (0, MOST_BYTES as u32));
+            }
+        });
+        assert!(used <= 1 << 20, "{used} bytes");
+        rng.reset();
+    }
+}

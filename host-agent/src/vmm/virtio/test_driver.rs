@@ -27,6 +27,53 @@ const RINGS: u64 = 0x1_0000;
 /// Longest time that a test waits for a device.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Whether the test `name` (under `vmm::virtio::`) is the only one in its
+/// process. If not, it has now passed in a process of its own.
+pub(crate) fn alone(name: &str) -> bool {
+    const ALONE: &str = "HOST_AGENT_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--test-threads=1", "--nocapture"])
+        .arg(format!("vmm::virtio::{name}"))
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let passed = output.status.success() && text.contains("1 passed");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(passed, "{text}{errors}");
+    false
+}
+
+/// Open descriptors and threads of this process.
+pub(crate) fn open_files_and_threads() -> [usize; 2] {
+    ["fd", "task"].map(|kind| {
+        let entries = std::fs::read_dir(format!("/proc/self/{kind}"));
+        entries.unwrap().count()
+    })
+}
+
+/// Bytes of memory that `work` takes at the most, beyond what this process has
+/// before. Guest RAM, `memory`, does not count.
+pub(crate) fn memory_for(memory: &GuestMemoryMmap, work: impl FnOnce()) -> u64 {
+    for page in (BUFFERS..RAM).step_by(4096) {
+        memory.write_obj(0_u8, GuestAddress(page)).unwrap();
+    }
+    let peak = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap() << 10
+    };
+    // The peak begins anew here (proc(5), clear_refs).
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = peak();
+    work();
+    peak() - before
+}
+
 /// What a driver does, honest or not.
 pub(crate) struct TestDriver {
     /// Guest RAM.

@@ -1,5 +1,6 @@
 //! The device as a driver sees it, on disks that are slow, full or watched.
 
+mod bounds;
 mod reset;
 mod room;
 

@@ -3,6 +3,7 @@
 use std::sync::mpsc::Receiver;
 
 use super::*;
+use crate::vmm::virtio::test_driver::{alone, open_files_and_threads};
 
 /// A disk that waits inside of a read until it is let go.
 struct Slow {
@@ -105,11 +106,16 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
 
 #[test]
 fn reset_inflight() {
+    // Alone, so that its descriptors and threads can be counted.
+    if !alone("blk::tests::reset::reset_inflight") {
+        return;
+    }
     let probe = Probe::new();
     let mut block = Block::new(0, "serial", Box::new(probe.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     let pattern = vec![0x5a; 0x4_0000];
     let mut found = pattern.clone();
+    let before = open_files_and_threads();
     for round in 0..10_000_u32 {
         block.activate(driver.activation(ALL)).unwrap();
         header(&driver, HEADERS, IN, 3);
@@ -147,6 +153,7 @@ fn reset_inflight() {
         block.reset();
         assert_eq!(probe.calls.load(Ordering::SeqCst), calls);
     }
+    assert_eq!(open_files_and_threads(), before);
     let calls = probe.calls.load(Ordering::SeqCst);
     assert!(
         calls > 0 && calls < 160_000,

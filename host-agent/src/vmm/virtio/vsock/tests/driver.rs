@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
+pub(crate) use crate::vmm::virtio::test_driver::alone;
 use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, RAM, TestDriver, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation, TYPE_STREAM};
 use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE, Vsock};
@@ -55,26 +56,6 @@ impl Buffers {
         assert!(at + stride <= TX_BUFFERS);
         at
     }
-}
-
-/// Whether the test `name` (under `vmm::virtio::`) is the only one in its
-/// process. If not, it has now passed in a process of its own.
-pub(crate) fn alone(name: &str) -> bool {
-    const ALONE: &str = "HOST_AGENT_TEST_ALONE";
-    if std::env::var_os(ALONE).is_some() {
-        return true;
-    }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "--test-threads=1", "--nocapture"])
-        .arg(format!("vmm::virtio::{name}"))
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let passed = output.status.success() && text.contains("1 passed");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(passed, "{text}{errors}");
-    false
 }
 
 /// A guest with a driver and its device.

@@ -9,6 +9,7 @@ use super::driver::*;
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
+use crate::vmm::virtio::test_driver::open_files_and_threads;
 use crate::vmm::virtio::vsock::Effect;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
 use crate::vmm::virtio::vsock::muxer::{CHANNEL_PLACES, MAX_CONNECTIONS, MAX_REPLIES};
@@ -24,7 +25,7 @@ const NONE: Buffers = Buffers {
     split: true,
 };
 
-fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+pub(super) fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     stream.read_exact(&mut bytes).unwrap();
     bytes
@@ -44,7 +45,7 @@ fn assert_ended(stream: &mut UnixStream) {
 }
 
 /// Writes until the socket takes no more; how much it took.
-fn fill(mut stream: &UnixStream, limit: usize) -> usize {
+pub(super) fn fill(mut stream: &UnixStream, limit: usize) -> usize {
     stream.set_nonblocking(true).unwrap();
     let mut total = 0;
     while total < limit {
@@ -61,13 +62,9 @@ fn fill(mut stream: &UnixStream, limit: usize) -> usize {
 }
 
 /// What a pair of sockets holds when nobody reads.
-fn socket_room() -> usize {
+pub(super) fn socket_room() -> usize {
     let (near, _far) = UnixStream::pair().unwrap();
     fill(&near, usize::MAX)
-}
-
-fn open_files() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 #[test]
@@ -381,11 +378,11 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
     ) {
         return;
     }
-    let before = open_files();
+    let [before, _] = open_files_and_threads();
     let mut guest = Guest::new();
     let mut idle = None;
     for _ in 0..20 {
-        let quiet = open_files();
+        let [quiet, _] = open_files_and_threads();
         assert_eq!(*idle.get_or_insert(quiet), quiet, "descriptors leak");
         let mut hosts: Vec<UnixStream> = (0..60).map(|n| guest.connect(PORT, n)).collect();
         let dialed = UnixStream::pair().unwrap();
@@ -433,14 +430,13 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
     let handle = guest.device.handle();
     let mut host = guest.connect(PORT, 1);
     drop(guest);
-    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
     let start = Instant::now();
-    while threads() > 2 {
-        assert!(start.elapsed() < PATIENCE, "{} threads", threads());
+    while open_files_and_threads()[1] > 2 {
+        assert!(start.elapsed() < PATIENCE, "the thread goes on");
         std::thread::yield_now();
     }
     assert_ended(&mut host);
     handle.probe(9, 80);
     drop((host, handle));
-    assert_eq!(open_files(), before);
+    assert_eq!(open_files_and_threads()[0], before);
 }

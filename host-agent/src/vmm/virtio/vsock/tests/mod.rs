@@ -2,6 +2,7 @@
 
 mod credit;
 mod driver;
+mod endurance;
 mod hostile;
 mod limits;
 mod protocol;
