@@ -198,6 +198,10 @@ pub struct Stats {
     pub serial_dropped: u64,
     /// Protocol violations by the guest, all devices together.
     pub violations: u64,
+    /// Requests and packets of the guest that were malformed or asked for what
+    /// is not there, all devices together. Each was refused or dropped by
+    /// itself.
+    pub refused: u64,
     /// Open vsock connections.
     pub vsock_connections: u32,
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -396,6 +397,9 @@ impl Loop<'_> {
 
     fn stats(&self) -> Stats {
         let serial = self.machine.serial();
+        let vsock = self.machine.vsock();
+        let disks = self.machine.disks().iter();
+        let refused = disks.map(|disk| disk.counters.refused.load(Ordering::Relaxed));
         Stats {
             exits: self.machine.processors().exits(),
             first_serial_us: serial.first_us(),
@@ -407,7 +411,8 @@ impl Loop<'_> {
                 .iter()
                 .map(|transport| transport.interrupt().violations())
                 .sum(),
-            vsock_connections: self.machine.vsock().connections(),
+            refused: refused.sum::<u64>() + vsock.refused(),
+            vsock_connections: vsock.connections(),
         }
     }
 

@@ -227,7 +227,7 @@ mod tests {
         let stats = (
             prop::collection::vec(any::<u64>(), 0..8),
             any::<Option<u64>>(),
-            any::<(u64, u64, u32)>(),
+            any::<(u64, u64, u64, u32)>(),
         );
         prop_oneof![
             any::<u64>().prop_map(|setup_us| Event::Running { setup_us }),
@@ -242,7 +242,8 @@ mod tests {
                     first_serial_us,
                     serial_dropped: counts.0,
                     violations: counts.1,
-                    vsock_connections: counts.2,
+                    refused: counts.2,
+                    vsock_connections: counts.3,
                 })
             }),
             (text(), text())

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -227,10 +227,7 @@ impl Back {
             Err(refusal) => Err(Failure::Refused(refusal)),
         };
         let (status, written) = match result {
-            Ok(written) => {
-                count(&self.counters.requests, 1);
-                (VIRTIO_BLK_S_OK, written)
-            }
+            Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failure::Stopped) => return Err(Unanswered::Stopped),
             Err(Failure::Refused(refusal)) => {
                 self.refused(refusal);
@@ -273,7 +270,6 @@ impl Back {
                     slices.extend(chain.writable_slices(memory, at, piece as usize));
                     self.disk.read(offset + u64::from(at), &slices)?;
                 }
-                count(&self.counters.read_bytes, len);
                 Ok(len)
             }
             Request::Write { offset, len } => {
@@ -290,12 +286,10 @@ impl Back {
                 if active.write_through {
                     self.with_room(sleep, len, Disk::flush)?;
                 }
-                count(&self.counters.written_bytes, len);
                 Ok(0)
             }
             Request::Flush => {
                 self.with_room(sleep, 0, Disk::flush)?;
-                count(&self.counters.flushes, 1);
                 Ok(0)
             }
             Request::Serial { len } => {
@@ -336,14 +330,13 @@ impl Back {
     }
 
     fn refused(&mut self, refusal: Refusal) {
-        count(&self.counters.refused, 1);
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.refusals.pass(Instant::now()) {
             tracing::warn!(disk = self.name, %refusal, suppressed, "request refused");
         }
     }
 
     fn host_error(&mut self, error: &io::Error) {
-        count(&self.counters.host_errors, 1);
         self.counters.first_failure.get_or_init(|| error.into());
         if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
             tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
@@ -386,10 +379,6 @@ fn pieces(len: u32) -> impl Iterator<Item = (u32, u32)> {
         let at = index * PIECE;
         (at, PIECE.min(len - at))
     })
-}
-
-fn count(counter: &AtomicU64, n: u32) {
-    counter.fetch_add(u64::from(n), Ordering::Relaxed);
 }
 
 /// What the thread sleeps on: orders, and kicks while the device is active.

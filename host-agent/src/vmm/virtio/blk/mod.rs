@@ -39,21 +39,11 @@ pub enum BlockError {
     Host(#[from] io::Error),
 }
 
-/// What a disk has done, since the device was made.
+/// What went wrong with a disk, since the device was made.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Requests carried out, of any type.
-    pub requests: AtomicU64,
     /// Requests answered with an error because of what the driver asked.
     pub refused: AtomicU64,
-    /// Requests answered with an error because the host failed.
-    pub host_errors: AtomicU64,
-    /// Bytes read from the disk.
-    pub read_bytes: AtomicU64,
-    /// Bytes written to the disk.
-    pub written_bytes: AtomicU64,
-    /// Flushes carried out.
-    pub flushes: AtomicU64,
     /// The first failure of the host: the one that explains the others.
     pub first_failure: OnceLock<HostFailure>,
 }

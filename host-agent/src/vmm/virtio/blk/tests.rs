@@ -364,7 +364,6 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
             (IOERR, u32::from(kind == OUT))
         );
     }
-    assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 3);
     let first = block.counters().first_failure.get().cloned();
     assert!(first.unwrap().full);
     probe.fail.store(false, Ordering::SeqCst);

@@ -18,8 +18,9 @@ mod tests;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, atomic::AtomicU32, atomic::Ordering};
 use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -68,12 +69,19 @@ pub struct Vsock {
     handle: Handle,
 }
 
+/// What the device's thread tells of itself.
+#[derive(Debug, Default)]
+struct Counters {
+    connections: AtomicU32,
+    refused: AtomicU64,
+}
+
 /// Asks the device to dial.
 #[derive(Debug, Clone)]
 pub struct Handle {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
-    connections: Arc<AtomicU32>,
+    counters: Arc<Counters>,
 }
 
 impl Vsock {
@@ -81,14 +89,8 @@ impl Vsock {
     pub fn new(cid: u64, sink: Sink) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let (orders, ordered) = channel();
-        let connections = Arc::new(AtomicU32::new(0));
-        let worker = Worker::new(
-            cid,
-            ordered,
-            Arc::clone(&wake),
-            Arc::clone(&connections),
-            sink,
-        )?;
+        let counters = Arc::new(Counters::default());
+        let worker = Worker::new(cid, ordered, Arc::clone(&wake), Arc::clone(&counters), sink)?;
         std::thread::Builder::new()
             .name("vsock".into())
             .spawn(move || worker.run())?;
@@ -97,7 +99,7 @@ impl Vsock {
             handle: Handle {
                 orders,
                 wake,
-                connections,
+                counters,
             },
         })
     }
@@ -128,7 +130,13 @@ impl Handle {
 
     /// Connections held now.
     pub fn connections(&self) -> u32 {
-        self.connections.load(Ordering::Relaxed)
+        self.counters.connections.load(Ordering::Relaxed)
+    }
+
+    /// Packets of the guest that were dropped or answered by a reset because
+    /// of what they said, since the device was made.
+    pub fn refused(&self) -> u64 {
+        self.counters.refused.load(Ordering::Relaxed)
     }
 
     fn send(&self, order: Order) -> bool {

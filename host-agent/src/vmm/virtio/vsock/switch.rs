@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
@@ -15,7 +17,7 @@ use super::muxer::{Id, Muxer, Output, Route};
 use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::rings::Rings;
 use super::socket;
-use super::{Effect, Sink};
+use super::{Counters, Effect, Sink};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
 use crate::vmm::virtio::throttle::Throttle;
@@ -39,20 +41,22 @@ pub struct Switch {
     guest_cid: u64,
     muxer: Muxer<Endpoint>,
     sink: Sink,
-    dropped: u64,
-    refused: u64,
+    counters: Arc<Counters>,
+    dropped: Throttle,
+    refused: Throttle,
     host_errors: Throttle,
 }
 
 impl Switch {
     /// No connections. Tokens in the poll set up to `reserved` are not used.
-    pub fn new(guest_cid: u64, reserved: u64, sink: Sink) -> Self {
+    pub fn new(guest_cid: u64, reserved: u64, counters: Arc<Counters>, sink: Sink) -> Self {
         Self {
             guest_cid,
             muxer: Muxer::new(guest_cid, reserved),
             sink,
-            dropped: 0,
-            refused: 0,
+            counters,
+            dropped: Throttle::new(),
+            refused: Throttle::new(),
             host_errors: Throttle::new(),
         }
     }
@@ -464,11 +468,11 @@ impl Switch {
     }
 
     fn refuse(&mut self, header: &Header, why: &'static str) {
-        self.refused += 1;
-        if self.refused.is_power_of_two() {
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(suppressed) = self.refused.pass(Instant::now()) {
             debug!(
                 why,
-                count = self.refused,
+                suppressed,
                 port = header.dst_port,
                 source_port = header.src_port,
                 "vsock: packet refused"
@@ -484,15 +488,10 @@ impl Switch {
         }
     }
 
-    /// Counts, and logs less and less often, as a guest can do it at will.
     fn note_dropped(&mut self, why: &'static str) {
-        self.dropped += 1;
-        if self.dropped.is_power_of_two() {
-            warn!(
-                why,
-                count = self.dropped,
-                "vsock: malformed packets of the guest"
-            );
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(suppressed) = self.dropped.pass(Instant::now()) {
+            warn!(why, suppressed, "vsock: malformed packet of the guest");
         }
     }
 }

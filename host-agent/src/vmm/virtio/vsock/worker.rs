@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
@@ -11,11 +11,11 @@ use tracing::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Sink;
 use super::endpoint::Origin;
 use super::muxer::Id;
 use super::rings::{QUEUES, Rings};
 use super::switch::Switch;
+use super::{Counters, Sink};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Activation;
 use crate::vmm::virtio::queue::QueueError;
@@ -61,7 +61,7 @@ pub struct Worker {
     rings: Option<Rings>,
     orders: Receiver<Order>,
     wake: Arc<EventFd>,
-    connections: Arc<AtomicU32>,
+    counters: Arc<Counters>,
 }
 
 impl Worker {
@@ -70,7 +70,7 @@ impl Worker {
         cid: u64,
         orders: Receiver<Order>,
         wake: Arc<EventFd>,
-        connections: Arc<AtomicU32>,
+        counters: Arc<Counters>,
         sink: Sink,
     ) -> io::Result<Self> {
         let poll = Epoll::new()?;
@@ -81,11 +81,11 @@ impl Worker {
         )?;
         Ok(Self {
             poll,
-            switch: Switch::new(cid, ORDERS, sink),
+            switch: Switch::new(cid, ORDERS, Arc::clone(&counters), sink),
             rings: None,
             orders,
             wake,
-            connections,
+            counters,
         })
     }
 
@@ -113,7 +113,7 @@ impl Worker {
             let result = self.work(now);
             self.check(result);
             let held = u32::try_from(self.switch.len()).unwrap_or(u32::MAX);
-            self.connections.store(held, Ordering::Relaxed);
+            self.counters.connections.store(held, Ordering::Relaxed);
         }
     }
 

@@ -48,7 +48,7 @@ fn a_write_without_room_is_held_and_goes_through_when_there_is() {
     assert_eq!(probe.bytes()[3 * 512..5 * 512], [0x77; 1024]);
     assert_eq!(block.room().shortage(), None);
     assert!(told.read().is_ok());
-    assert_eq!(block.counters().host_errors.load(Ordering::Relaxed), 0);
+    assert_eq!(block.counters().first_failure.get(), None);
     assert_eq!(request(&mut driver, IN, 3, 512).0, OK);
     // Nothing changed since.
     assert!(told.read().is_err());

@@ -39,6 +39,7 @@ fn a_hundred_thousand_failed_connects_leave_every_place_free() {
         guest.send(&request, &[]);
         guest.expect(Operation::Reset, host, from);
     }
+    assert_eq!(guest.device.handle().refused(), 100_000);
     let mut host = guest.connect(PORT, 1);
     guest.data(PORT, 1, b"first");
     assert_eq!(read_exactly(&mut host, 5), b"first");
