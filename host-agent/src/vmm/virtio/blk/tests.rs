@@ -1,4 +1,4 @@
-//! The device as a driver sees it, on disks that are slow, full or watched.
+//! A disk's device as a driver sees it, on disks that are slow, full or watched.
 
 mod bounds;
 mod reset;

@@ -1,4 +1,4 @@
-//! One connection: its state and its credit. Pure; no I/O, no clock.
+//! One vsock connection: its state and its credit. Pure; no I/O, no clock.
 //!
 //! Credit (virtio 1.2, 5.10.6.3) is what keeps a stalled reader from stalling
 //! anybody else. Towards the guest the device sends no more than the guest has

@@ -1,4 +1,4 @@
-//! The host socket of a connection and what it has not taken yet.
+//! The host socket of a vsock connection and what it has not taken yet.
 
 use std::collections::VecDeque;
 use std::io;

@@ -1,5 +1,5 @@
-//! Which connection a packet belongs to, which one sends next, and when each
-//! must have made progress. Pure: sockets are an opaque `T`.
+//! Which vsock connection a packet belongs to, which one sends next, and when
+//! each must have made progress. Pure: sockets are an opaque `T`.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Instant;

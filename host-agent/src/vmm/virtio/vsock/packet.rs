@@ -1,4 +1,5 @@
-//! The packet header: parsed once from a copy, never read twice from the guest.
+//! The header of a vsock packet: parsed once from a copy, never read twice from
+//! the guest.
 
 use super::connection::Shutdown;
 

@@ -1,4 +1,4 @@
-//! The three queues of the device while its driver is up.
+//! The three queues of a vsock device while its driver is up.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};

@@ -1,4 +1,4 @@
-//! Joins packets, connections and host sockets: what each event makes happen.
+//! Joins vsock packets, connections and host sockets: what each event makes happen.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

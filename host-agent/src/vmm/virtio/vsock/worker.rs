@@ -1,4 +1,4 @@
-//! The device's thread: one poll set for kicks, orders, sockets and deadlines.
+//! The thread of a vsock device: one poll set for kicks, orders, sockets and deadlines.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

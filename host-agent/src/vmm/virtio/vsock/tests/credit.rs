@@ -1,5 +1,5 @@
-//! Credit, against a model of both ends: what is in flight never exceeds what
-//! the receiver has room for, and every byte arrives once and in order.
+//! vsock credit, against a model of both ends: what is in flight never exceeds
+//! what the receiver has room for, and every byte arrives once and in order.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,4 @@
-//! The guest's end of the device: packets on rings in memory, honest or not.
+//! The guest's end of a vsock device: packets on rings in memory, honest or not.
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};

@@ -1,4 +1,5 @@
-//! Bounds: connections, memory, receive buffers, descriptors of the process.
+//! Bounds of a vsock device: connections, memory, receive buffers, descriptors
+//! of the process.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown as Half;

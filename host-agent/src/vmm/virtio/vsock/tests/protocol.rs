@@ -1,4 +1,4 @@
-//! What the device says and does, packet by packet.
+//! What a vsock device says and does, packet by packet.
 
 use std::io::{Read, Write};
 use std::net::Shutdown as Half;
