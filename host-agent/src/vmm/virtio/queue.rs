@@ -382,4 +382,4 @@ impl CheckedQueue {
 pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

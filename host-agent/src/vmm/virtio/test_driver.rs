@@ -20,6 +20,10 @@ pub(crate) const WRITE: u16 = 2;
 
 /// Bytes of RAM, from address 0.
 pub(crate) const RAM: u64 = 16 << 20;
+/// Behind a gap there is more, but not much.
+pub(crate) const HIGH: u64 = 32 << 20;
+/// Bytes of it.
+pub(crate) const HIGH_LEN: u64 = 0x1_0000;
 /// The rings end below this address; above it all is free for buffers.
 pub(crate) const BUFFERS: u64 = 1 << 20;
 /// Room for the rings of one queue: descriptors, available, used.
@@ -95,7 +99,11 @@ struct Ring {
 impl TestDriver {
     /// A driver with one queue of each of `sizes`.
     pub(crate) fn new(sizes: &[u16]) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[
+            (GuestAddress(0), RAM as usize),
+            (GuestAddress(HIGH), HIGH_LEN as usize),
+        ])
+        .unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let epoll = Epoll::new().unwrap();
         let interest = EpollEvent::new(EventSet::IN, 0);
@@ -251,7 +259,8 @@ impl TestDriver {
     }
 }
 
-fn avail(queue: usize) -> u64 {
+/// Where the available ring of `queue` is.
+pub(crate) fn avail(queue: usize) -> u64 {
     RINGS * queue as u64 + 0x8000
 }
 

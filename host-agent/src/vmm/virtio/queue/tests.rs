@@ -1,136 +1,46 @@
-//! A driver's side of a ring, and the queue checked against a reference walk.
+//! The queue, checked against a reference walk.
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::vmm::virtio::test_driver::{
+    BUFFERS, HIGH, HIGH_LEN, NEXT, RAM, TestDriver, WRITE, avail,
+};
 
-pub(crate) const NEXT: u16 = 1;
-pub(crate) const WRITE: u16 = 2;
-pub(crate) const INDIRECT: u16 = 4;
+const INDIRECT: u16 = 4;
 
-const DESC_TABLE: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
-/// RAM: one region at 0, a gap, one at 1 MiB.
-const LOW_LEN: u64 = 0x1_0000;
-const HIGH: u64 = 0x10_0000;
-const HIGH_LEN: u64 = 0x1_0000;
-
-/// What a driver does to a ring, honest or not.
-pub(crate) struct Driver {
-    pub(crate) memory: GuestMemoryMmap,
-    pub(crate) size: u16,
-    #[allow(dead_code)] // for the tests of devices with a thread
-    pub(crate) kick: EventFd,
-    avail: u16,
-    seen: u16,
-}
-
-impl Driver {
-    /// A ring of `size` at fixed addresses and its device side.
-    pub(crate) fn new(size: u16) -> (Self, ActiveQueue) {
-        let memory = GuestMemoryMmap::from_ranges(&[
-            (GuestAddress(0), LOW_LEN as usize),
-            (GuestAddress(HIGH), HIGH_LEN as usize),
-        ])
-        .unwrap();
-        let mut queue = Queue::new(size).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(DESC_TABLE))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(AVAIL))
-            .unwrap();
-        queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
-        queue.set_ready(true);
-        assert!(queue.is_valid(&memory));
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        let driver = Self {
-            memory,
-            size,
-            kick: kick.try_clone().unwrap(),
-            avail: 0,
-            seen: 0,
-        };
-        (driver, ActiveQueue { queue, kick })
-    }
-
-    /// Writes one descriptor.
-    pub(crate) fn describe(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let at = GuestAddress(DESC_TABLE + 16 * u64::from(index));
-        self.memory
-            .write_obj(Descriptor::new(addr, len, flags, next), at)
-            .unwrap();
-    }
-
-    /// Writes a well-formed chain of `(addr, len, writable)` from `first` on.
-    pub(crate) fn chain(&self, first: u16, parts: &[(u64, u32, bool)]) {
-        for (i, (addr, len, writable)) in parts.iter().enumerate() {
-            let index = first + i as u16;
-            let last = i + 1 == parts.len();
-            let flags = u16::from(!last) * NEXT + u16::from(*writable) * WRITE;
-            self.describe(index, *addr, *len, flags, index + 1);
-        }
-    }
-
-    /// Offers the chain at `head`.
-    pub(crate) fn offer(&mut self, head: u16) {
-        let slot = AVAIL + 4 + 2 * u64::from(self.avail % self.size);
-        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
-        self.set_avail(self.avail.wrapping_add(1));
-    }
-
-    /// Sets the available index.
-    pub(crate) fn set_avail(&mut self, index: u16) {
-        self.avail = index;
-        self.memory
-            .write_obj(index, GuestAddress(AVAIL + 2))
-            .unwrap();
-    }
-
-    /// The next returned chain: head and length.
-    pub(crate) fn used(&mut self) -> Option<(u32, u32)> {
-        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
-        if index == self.seen {
-            return None;
-        }
-        let slot = GuestAddress(USED + 4 + 8 * u64::from(self.seen % self.size));
-        self.seen = self.seen.wrapping_add(1);
-        let [head, len]: [u32; 2] = self.memory.read_obj(slot).unwrap();
-        Some((head, len))
-    }
-}
-
-fn setup(size: u16) -> (Driver, CheckedQueue) {
-    let (driver, active) = Driver::new(size);
-    let queue = CheckedQueue::new(active, driver.memory.clone(), 0);
+/// A driver with a ring of `size`, and the device's side of it.
+fn setup(size: u16, features: u64) -> (TestDriver, CheckedQueue) {
+    let mut driver = TestDriver::new(&[size]);
+    let active = driver.activation(features).queues.remove(0);
+    let queue = CheckedQueue::new(active, driver.memory.clone(), features);
     (driver, queue)
 }
 
 #[test]
 fn bytes_travel_through_a_chain_of_several_parts_and_back() {
-    let (mut driver, mut queue) = setup(8);
+    let (mut driver, mut queue) = setup(8, 0);
     driver.chain(
         0,
+        0,
         &[
-            (0x4000, 3, false),
-            (0x5000, 0, false),
+            (BUFFERS + 0x4000, 3, false),
+            (BUFFERS + 0x5000, 0, false),
             (HIGH, 5, false),
-            (0x6000, 2, true),
-            (0x7000, 4, true),
+            (BUFFERS + 0x6000, 2, true),
+            (BUFFERS + 0x7000, 4, true),
         ],
     );
     driver
         .memory
-        .write_slice(b"abc", GuestAddress(0x4000))
+        .write_slice(b"abc", GuestAddress(BUFFERS + 0x4000))
         .unwrap();
     driver
         .memory
         .write_slice(b"defgh", GuestAddress(HIGH))
         .unwrap();
-    driver.offer(0);
+    driver.offer(0, 0);
     let chain = queue.pop().unwrap().unwrap();
     assert_eq!((chain.readable_len(), chain.writable_len()), (8, 6));
     let mut buf = [0; 16];
@@ -140,12 +50,12 @@ fn bytes_travel_through_a_chain_of_several_parts_and_back() {
     let mut back = [0; 4];
     driver
         .memory
-        .read_slice(&mut back, GuestAddress(0x7000))
+        .read_slice(&mut back, GuestAddress(BUFFERS + 0x7000))
         .unwrap();
     assert_eq!(&back, b"vwxy");
     queue.push_used(chain, 6).unwrap();
-    assert_eq!(driver.used(), Some((0, 6)));
-    assert_eq!(driver.used(), None);
+    assert_eq!(driver.used(0), Some((0, 6)));
+    assert_eq!(driver.used(0), None);
     assert!(queue.pop().unwrap().is_none());
 }
 
@@ -155,9 +65,9 @@ fn every_jump_of_the_available_index_beyond_the_queue_is_refused() {
         if delta > 32 && delta < u16::MAX - 32 && delta % 251 != 0 {
             continue;
         }
-        let (mut driver, mut queue) = setup(16);
-        driver.chain(0, &[(0x4000, 1, false)]);
-        driver.set_avail(delta);
+        let (mut driver, mut queue) = setup(16, 0);
+        driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, false)]);
+        driver.jump(0, delta);
         match (delta, queue.pop()) {
             (0, Ok(None)) | (1..=16, Ok(Some(_))) => {}
             (17.., Err(QueueError::AvailJump { pending, size: 16 })) => assert_eq!(pending, delta),
@@ -168,14 +78,14 @@ fn every_jump_of_the_available_index_beyond_the_queue_is_refused() {
 
 #[test]
 fn a_driver_cannot_have_more_chains_in_flight_than_the_queue_is_long() {
-    let (mut driver, mut queue) = setup(4);
-    driver.chain(0, &[(0x4000, 1, false)]);
+    let (mut driver, mut queue) = setup(4, 0);
+    driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, false)]);
     let mut held = Vec::new();
     for _ in 0..4 {
-        driver.offer(0);
+        driver.offer(0, 0);
         held.push(queue.pop().unwrap().unwrap());
     }
-    driver.offer(0);
+    driver.offer(0, 0);
     assert!(matches!(
         queue.pop(),
         Err(QueueError::TooManyInFlight { size: 4 })
@@ -186,7 +96,7 @@ fn a_driver_cannot_have_more_chains_in_flight_than_the_queue_is_long() {
 
 #[test]
 fn a_buffer_may_end_exactly_where_ram_ends_and_not_one_byte_later() {
-    let ends = [(0, LOW_LEN), (HIGH, HIGH + HIGH_LEN)];
+    let ends = [(0, RAM), (HIGH, HIGH + HIGH_LEN)];
     for (start, end) in ends {
         for len in [1_u64, 2, 0x1000, end - start] {
             for (addr, fits) in [
@@ -197,40 +107,42 @@ fn a_buffer_may_end_exactly_where_ram_ends_and_not_one_byte_later() {
                 (u64::MAX, false),
                 (1 << 32, false),
             ] {
-                let (mut driver, mut queue) = setup(4);
-                driver.chain(0, &[(addr, len as u32, true)]);
-                driver.offer(0);
+                let (mut driver, mut queue) = setup(4, 0);
+                driver.chain(0, 0, &[(addr, len as u32, true)]);
+                driver.offer(0, 0);
                 assert_eq!(queue.pop().is_ok(), fits, "{len} bytes at {addr:#x}");
             }
         }
     }
-    let (mut driver, mut queue) = setup(4);
-    driver.chain(0, &[(0, (HIGH + 1) as u32, true)]);
-    driver.offer(0);
+    let (mut driver, mut queue) = setup(4, 0);
+    driver.chain(0, 0, &[(0, (HIGH + 1) as u32, true)]);
+    driver.offer(0, 0);
     assert!(matches!(queue.pop(), Err(QueueError::OutsideRam { .. })));
 }
 
 #[test]
 fn an_interrupt_is_wanted_unless_the_driver_says_otherwise() {
-    let (mut driver, mut queue) = setup(4);
-    driver.chain(0, &[(0x4000, 1, true)]);
-    driver.offer(0);
+    let (mut driver, mut queue) = setup(4, 0);
+    driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, true)]);
+    driver.offer(0, 0);
     let chain = queue.pop().unwrap().unwrap();
     queue.push_used(chain, 0).unwrap();
     assert!(queue.notify_needed().unwrap());
-    driver.memory.write_obj(1_u16, GuestAddress(AVAIL)).unwrap();
+    driver
+        .memory
+        .write_obj(1_u16, GuestAddress(avail(0)))
+        .unwrap();
     assert!(!queue.notify_needed().unwrap());
 
     // EVENT_IDX: used_event = 1 asks for an interrupt after the second chain.
-    let (mut driver, active) = Driver::new(4);
-    let mut queue = CheckedQueue::new(active, driver.memory.clone(), EVENT_IDX);
-    driver.chain(0, &[(0x4000, 1, true)]);
+    let (mut driver, mut queue) = setup(4, EVENT_IDX);
+    driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, true)]);
     driver
         .memory
-        .write_obj(1_u16, GuestAddress(AVAIL + 4 + 8))
+        .write_obj(1_u16, GuestAddress(avail(0) + 4 + 8))
         .unwrap();
     for expected in [false, true, false] {
-        driver.offer(0);
+        driver.offer(0, 0);
         let chain = queue.pop().unwrap().unwrap();
         queue.push_used(chain, 0).unwrap();
         assert_eq!(queue.notify_needed().unwrap(), expected);
@@ -241,7 +153,7 @@ fn an_interrupt_is_wanted_unless_the_driver_says_otherwise() {
 fn reference(table: &[(u64, u32, u16, u16)], head: u16) -> Option<(Vec<Range>, Vec<Range>)> {
     let in_ram = |addr: u64, len: u64| {
         let end = addr as u128 + len as u128;
-        end <= LOW_LEN as u128 || (addr >= HIGH && end <= (HIGH + HIGH_LEN) as u128)
+        end <= RAM as u128 || (addr >= HIGH && end <= (HIGH + HIGH_LEN) as u128)
     };
     let (mut readable, mut writable) = (Vec::new(), Vec::new());
     let mut seen = vec![false; table.len()];
@@ -277,7 +189,7 @@ fn reference(table: &[(u64, u32, u16, u16)], head: u16) -> Option<(Vec<Range>, V
 
 fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let addr = prop_oneof![
-        8 => 0..LOW_LEN,
+        8 => 0..RAM,
         4 => HIGH..HIGH + HIGH_LEN,
         1 => any::<u64>(),
     ];
@@ -303,19 +215,19 @@ proptest! {
         table in prop::collection::vec(descriptor(), 16),
         head in prop_oneof![8 => 0..16_u16, 1 => any::<u16>()],
     ) {
-        let (mut driver, mut queue) = setup(16);
+        let (mut driver, mut queue) = setup(16, 0);
         for (i, (addr, len, flags, next)) in table.iter().enumerate() {
-            driver.describe(i as u16, *addr, *len, *flags, *next);
+            driver.describe(0, i as u16, (*addr, *len), *flags, *next);
         }
-        driver.offer(head);
+        driver.offer(0, head);
         match (queue.pop(), reference(&table, head)) {
             (Ok(Some(chain)), Some((readable, writable))) => {
                 prop_assert_eq!(chain.readable(), &readable[..]);
                 prop_assert_eq!(chain.writable(), &writable[..]);
                 queue.push_used(chain, 0).unwrap();
-                prop_assert_eq!(driver.used(), Some((u32::from(head), 0)));
+                prop_assert_eq!(driver.used(0), Some((u32::from(head), 0)));
             }
-            (Err(_), None) => prop_assert!(driver.used().is_none()),
+            (Err(_), None) => prop_assert!(driver.used(0).is_none()),
             (got, expected) => prop_assert!(false, "{:?} but {:?}", got, expected),
         }
     }
