@@ -6,11 +6,17 @@ use std::time::{Duration, Instant};
 
 use vmbus::message::{AgentState, Beat, Health, RoleState};
 
-use crate::report::Report;
+use crate::report::{self, Report};
 
 /// This many deaths within the window are critical.
 const CRITICAL_DEATHS: usize = 3;
 const DEATH_WINDOW: Duration = Duration::from_secs(300);
+/// This many ticks without a word from a guest agent that runs mean that it
+/// hangs: a minute. They are counted and no clock is read, since clocks go on
+/// while the guest stands still, and the guest agent does not.
+const SILENT_TICKS: u32 = 60 / TICK.as_secs() as u32;
+/// How often [`Keeper::tick`] is to be called.
+pub const TICK: Duration = report::EVERY;
 /// Wait before the guest agent is started again, then, when critical.
 const RESTART_WAIT: Duration = Duration::from_millis(500);
 const CRITICAL_WAIT: Duration = Duration::from_secs(30);
@@ -22,6 +28,7 @@ pub struct Keeper {
     starts: u32,
     deaths: VecDeque<Instant>,
     report: Option<(Report, Instant)>,
+    silent_ticks: u32,
     leaving: bool,
 }
 
@@ -34,6 +41,8 @@ enum Life {
     Started,
     /// It runs and has reported.
     Heard,
+    /// It runs and has said nothing for too long.
+    Hung,
     /// It ended, or could not be started.
     Down,
 }
@@ -42,6 +51,7 @@ impl Keeper {
     /// It runs.
     pub fn started(&mut self) {
         self.life = Life::Started;
+        self.silent_ticks = 0;
         self.starts = self.starts.saturating_add(1);
     }
 
@@ -64,7 +74,24 @@ impl Keeper {
         if self.life == Life::Started && report.role != RoleState::Unknown {
             self.life = Life::Heard;
         }
+        self.silent_ticks = 0;
         self.report = Some((report, now));
+    }
+
+    /// Time went on. True, once, when the guest agent hangs: it is to be killed.
+    pub fn tick(&mut self) -> bool {
+        self.silent_ticks = self.silent_ticks.saturating_add(1);
+        let hangs =
+            matches!(self.life, Life::Started | Life::Heard) && self.silent_ticks > SILENT_TICKS;
+        if hangs {
+            self.life = Life::Hung;
+        }
+        hangs
+    }
+
+    /// Whether it hung and has not ended yet.
+    pub fn hung(&self) -> bool {
+        self.life == Life::Hung
     }
 
     /// The guest is on its way down.
@@ -101,7 +128,7 @@ impl Keeper {
         match self.life {
             _ if self.leaving => Health::Stopped,
             _ if self.keeps_dying(now) => Health::Critical,
-            Life::Down => Health::Critical,
+            Life::Down | Life::Hung => Health::Critical,
             Life::Heard => Health::Healthy,
             Life::None | Life::Started => Health::Unknown,
         }
@@ -149,6 +176,32 @@ mod tests {
         assert_eq!(beat.agent.map(|agent| agent.starts), Some(2));
         keeper.leave();
         assert_eq!(keeper.beat(7, "b".into(), at(23)).health, Health::Stopped);
+    }
+
+    #[test]
+    fn a_guest_agent_that_says_nothing_for_a_minute_is_killed_once() {
+        let now = Instant::now();
+        let mut keeper = Keeper::default();
+        let silence = |keeper: &mut Keeper| (0..12).any(|_| keeper.tick());
+        assert!(!silence(&mut keeper) && !keeper.tick(), "none runs");
+        // One that hangs before its first word, and one after that.
+        for words in 0..=1 {
+            keeper.started();
+            for _ in 0..words {
+                assert!(!silence(&mut keeper));
+                keeper.reported(report(RoleState::Ready), now);
+            }
+            assert!(!silence(&mut keeper));
+            assert!(!keeper.hung() && keeper.health(now) != Health::Critical);
+            assert!(keeper.tick());
+            // What it sent before is not taken for life.
+            keeper.reported(report(RoleState::Ready), now);
+            assert!(keeper.hung() && keeper.health(now) == Health::Critical);
+            assert!(!silence(&mut keeper) && !keeper.tick(), "killed twice");
+            keeper.ended(now);
+            assert!(!keeper.hung());
+            assert!(!silence(&mut keeper) && !keeper.tick(), "none runs");
+        }
     }
 
     #[test]

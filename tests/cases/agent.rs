@@ -1,7 +1,8 @@
-//! The guest agent dies alone: the role does not notice.
+//! The guest agent dies or hangs alone: the role does not notice.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::run::{INSTANCE, Run, eventually};
@@ -11,6 +12,10 @@ use e2e::{Place, limit};
 /// Kills the guest agent, and with it the connection of this command.
 const KILL: &str = r#"for p in /proc/[0-9]*; do
     if [ "$(cat $p/comm)" = guest-agent ]; then kill -9 ${p#/proc/}; fi; done; sleep 1000"#;
+/// Stops the guest agent when it has told of this command's end.
+const HANG: &str = r#"for p in /proc/[0-9]*; do
+    if [ "$(cat $p/comm)" = guest-agent ]; then
+        setsid sh -c "sleep 5; kill -STOP ${p#/proc/}" </dev/null >/dev/null 2>&1 & fi; done"#;
 /// Process ids of the bootstrapper and of every process of the role.
 const STACK: &str = "cat /sys/fs/cgroup/stack/cgroup.procs /sys/fs/cgroup/stack/role/cgroup.procs";
 
@@ -24,8 +29,12 @@ fn stack(run: &Run<'_>) -> Result<String> {
 }
 
 fn echoes(port: u16) -> Result<bool> {
+    echoes_within(port, limit(10))
+}
+
+fn echoes_within(port: u16, time: Duration) -> Result<bool> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    stream.set_read_timeout(Some(limit(10)))?;
+    stream.set_read_timeout(Some(time))?;
     stream.write_all(b"ping")?;
     let mut back = [0; 4];
     Ok(stream.read_exact(&mut back).is_ok() && back == *b"ping")
@@ -81,6 +90,45 @@ fn a_killed_guest_agent_is_started_again_and_finds_the_role_as_it_was() -> Resul
     let last = *ticks.last().context("no ticks")?;
     ensure!(ticks.is_sorted(), "{ticks:?}");
     ensure!(ticks.len() as u64 + 3 > last, "{ticks:?}");
+    run.stop()?;
+    place.assert_nothing_left()
+}
+
+#[test]
+fn a_guest_agent_that_hangs_is_killed_after_a_minute_and_the_endpoint_works_again() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::echo()?;
+    let port = service.port.context("the echo service has a port")?;
+    let service = service.write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    eventually("the echo server answers", || {
+        Ok(echoes(port).unwrap_or(false))
+    })?;
+    let before = run.shell(STACK)?;
+    run.shell(HANG)?;
+    eventually("nobody serves the endpoint", || {
+        Ok(!echoes_within(port, Duration::from_secs(2)).unwrap_or(false))
+    })?;
+    // A client that comes meanwhile waits, and is not left to wait for ever.
+    let mut waiting = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    waiting.set_read_timeout(Some(Duration::from_secs(60) + limit(10)))?;
+    let closed = waiting.read(&mut [0]);
+    let ended = match &closed {
+        Ok(bytes) => *bytes == 0,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    };
+    ensure!(ended, "{closed:?}");
+
+    let death = run.event("guest-agent", |event| event["error"].is_string())?;
+    ensure!(death.to_string().contains("said nothing"), "{death}");
+    run.event("guest-agent", |event| event["error"].is_null())?;
+    eventually("the endpoint works again", || {
+        Ok(echoes(port).unwrap_or(false))
+    })?;
+    eventually("exec works again", || Ok(run.shell("true").is_ok()))?;
+    let after = run.shell(STACK)?;
+    ensure!(before == after, "{before}became\n{after}");
     run.stop()?;
     place.assert_nothing_left()
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use guest_agent::bootstrapper::stack::Stack;
 use guest_agent::bus::Open;
-use guest_agent::keeper::Keeper;
+use guest_agent::keeper::{Keeper, TICK};
 use guest_agent::log::uptime_ms;
 use guest_agent::os::{boot, disk, loopback, power};
 use guest_agent::report::{self, Report};
@@ -91,14 +91,18 @@ async fn init(init_ms: u64) {
     if let Err(error) = loopback::up() {
         eprintln!("{NAME}: loopback: {error}");
     }
-    if let Err(error) = listen_for_reports(Arc::clone(&shared)) {
-        eprintln!("{NAME}: {}: {error}", report::SOCKET);
-    }
     let (agent, current) = watch::channel(Process::None);
     let agent = Arc::new(agent);
     tokio::spawn(reap(Arc::clone(&agent)));
     tokio::spawn(keep_agent(Arc::clone(&shared), agent));
     if let Some((then, deadline)) = powered.recv().await {
+    match listen_for_reports(Arc::clone(&shared)) {
+        Ok(()) => {
+            tokio::spawn(watch_agent(Arc::clone(&shared), Arc::clone(&agent)));
+        }
+        // A guest agent that nobody can hear must not be taken for silent.
+        Err(error) => eprintln!("{NAME}: {}: {error}", report::SOCKET),
+    }
         shut_down(&shared, current, then, deadline).await;
     }
 }
@@ -201,6 +205,19 @@ async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
     while let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await {
         let error = Some(chain(&error));
         let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
+/// Ends a guest agent that hangs: its death is noticed, by this process and by
+/// the clients of its tunnels, and what it had at work goes on.
+async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
+    loop {
+        tokio::time::sleep(TICK).await;
+        if with(&shared, Keeper::tick)
+            && let Process::Running(pid) = *agent.borrow()
+        {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
         open = bus::dial_until_open(Channel::Agent, NAME).await;
     }
     let mut process = agent.subscribe();
@@ -216,11 +233,17 @@ async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
                 }
             }
         };
-        let (wait, leaving) = with(&shared, |keeper| {
-            (keeper.ended(Instant::now()), keeper.leaving())
+        let (hung, wait, leaving) = with(&shared, |keeper| {
+            let hung = keeper.hung();
+            (hung, keeper.ended(Instant::now()), keeper.leaving())
         });
         if leaving {
             return;
+        let end = if hung {
+            format!("said nothing for a minute and {end}")
+        } else {
+            end
+        };
         }
         eprintln!("{NAME}: guest agent {end}");
         tell(&mut open, Some(end)).await;
