@@ -14,9 +14,10 @@ use vmbus::version::{Hello, SUPPORTED, Welcome};
 
 /// Bind to whatever context id the guest has.
 const ANY_CID: u32 = u32::MAX;
-/// First wait before another dial, and the longest.
-const FIRST_WAIT: Duration = Duration::from_secs(1);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// First wait before another attempt to get something from the host.
+pub const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// Why a channel is not open.
 #[derive(Debug, thiserror::Error)]

@@ -160,7 +160,11 @@ fn listen_for_reports(shared: Shared) -> std::io::Result<()> {
     let listener = UnixListener::bind(report::SOCKET)?;
     std::fs::set_permissions(report::SOCKET, std::fs::Permissions::from_mode(0o600))?;
     tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
+        loop {
+            let Ok((socket, _)) = listener.accept().await else {
+                tokio::time::sleep(bus::ACCEPT_PAUSE).await;
+                continue;
+            };
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
                 let mut reader = FrameReader::new(socket);
@@ -218,8 +222,10 @@ async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
     }
 }
 
-        open = bus::dial_until_open(Channel::Agent, NAME).await;
-    }
+/// Takes the guest agent over the bus, runs it, and runs it again. What the
+/// guest agent before it had at work goes on meanwhile.
+async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
+    let mut open = take_program().await;
     let mut process = agent.subscribe();
     while !with(&shared, |keeper| keeper.leaving()) {
         let end = match start_agent(&shared, &agent) {
@@ -247,6 +253,24 @@ async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
         }
         eprintln!("{NAME}: guest agent {end}");
         tell(&mut open, Some(end)).await;
+/// Takes the program, with growing waits after attempts that fail; the channel
+/// on which it came.
+async fn take_program() -> Open {
+    let mut wait = bus::FIRST_WAIT;
+    loop {
+        let mut open = bus::dial_until_open(Channel::Agent, NAME).await;
+        let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await else {
+            return open;
+        };
+        let error = chain(&error);
+        eprintln!("{NAME}: guest agent not delivered: {error}");
+        let error = Some(error);
+        let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(bus::LONGEST_WAIT);
+    }
+}
+
         tokio::time::sleep(wait).await;
     }
 }
