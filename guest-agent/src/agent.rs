@@ -160,7 +160,9 @@ impl Agent {
         self.start_at = None;
         self.applied = None;
         if step == Step::Stop {
-            self.set(RoleState::Stopped, String::new());
+            if self.status.borrow().state != RoleState::Stopped {
+                self.set(RoleState::Stopped, String::new());
+            }
             return;
         }
         self.set(RoleState::Creating, String::new());
@@ -248,7 +250,11 @@ impl Agent {
         if let Err(error) = stopped {
             self.log(format!("stop: {error}"));
         }
-        self.set(RoleState::Stopped, String::new());
+        // The bootstrapper's last word is how the role stopped.
+        if self.status.borrow().state != RoleState::Stopped {
+            self.set(RoleState::Stopped, "killed with its bootstrapper".into());
+            self.status.send_modify(|status| status.killed = true);
+        }
     }
 
     fn heard(&self, said: Said) {
@@ -283,6 +289,7 @@ impl Agent {
             status.state = state;
             status.detail = detail;
             status.retry_in_ms = None;
+            status.killed = false;
         });
     }
 
@@ -304,6 +311,7 @@ fn status(incarnation: u64, role: Role) -> Status {
         recycles: role.recycles,
         last_exit: role.last_exit,
         retry_in_ms: role.retry_in_ms,
+        killed: role.killed,
     }
 }
 

@@ -48,6 +48,30 @@ fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
 }
 
 #[test]
+fn a_role_that_does_not_stop_in_its_time_is_killed_and_that_is_no_clean_end() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(STUBBORN).write(&place.file("service"))?;
+    let mut command = place.command();
+    command
+        .args(["run", "--format", "jsonl"])
+        .arg(&service)
+        .env("HOST_AGENT_TIMEOUT_SCALE", "1");
+    let mut run = Run::of(&place, command)?;
+    run.ready()?;
+    heard(&place, "at work")?;
+    run.interrupt()?;
+    let stopped = run.event("role", |event| event["state"] == "stopped")?;
+    ensure!(stopped.to_string().contains("killed"), "{stopped}");
+    let (status, seen) = run.wait()?;
+    let seen = seen.join("\n");
+    ensure!(!status.success(), "{status}: {seen}");
+    // The guest itself went down in good order.
+    ensure!(seen.contains("HA-0403"), "{seen}");
+    ensure!(seen.contains(r#""clean":false"#), "{seen}");
+    place.assert_nothing_left()
+}
+
+#[test]
 fn ctrl_c_before_the_guest_runs_leaves_nothing() -> Result<()> {
     let place = Place::new()?;
     let service = Service::script(POLITE).write(&place.file("service"))?;

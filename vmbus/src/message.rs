@@ -158,6 +158,10 @@ pub struct Status {
     pub last_exit: Option<ExitCause>,
     /// Milliseconds until the next start, while recycling.
     pub retry_in_ms: Option<u64>,
+    /// The role did not stop in its time, or could not be asked to, and was
+    /// killed.
+    #[serde(default)]
+    pub killed: bool,
 }
 
 /// How a process ended.

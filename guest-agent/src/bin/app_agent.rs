@@ -30,6 +30,9 @@ const NAME: &str = "app-agent";
 const PROGRAM: &str = "/run/host-agent/guest-agent";
 /// Serial number of the OS disk.
 const OS_DISK: &str = "os";
+/// Time beyond the role's own for the guest agent to tell that it had to kill it.
+/// With the last steps (`power`) it is less than the host waits.
+const TELL_MARGIN: Duration = Duration::from_secs(3);
 
 type Shared = Arc<Mutex<Keeper>>;
 
@@ -93,9 +96,6 @@ async fn init(init_ms: u64) {
     }
     let (agent, current) = watch::channel(Process::None);
     let agent = Arc::new(agent);
-    tokio::spawn(reap(Arc::clone(&agent)));
-    tokio::spawn(keep_agent(Arc::clone(&shared), agent));
-    if let Some((then, deadline)) = powered.recv().await {
     match listen_for_reports(Arc::clone(&shared)) {
         Ok(()) => {
             tokio::spawn(watch_agent(Arc::clone(&shared), Arc::clone(&agent)));
@@ -103,6 +103,9 @@ async fn init(init_ms: u64) {
         // A guest agent that nobody can hear must not be taken for silent.
         Err(error) => eprintln!("{NAME}: {}: {error}", report::SOCKET),
     }
+    tokio::spawn(reap(Arc::clone(&agent)));
+    tokio::spawn(keep_agent(Arc::clone(&shared), agent));
+    if let Some((then, deadline)) = powered.recv().await {
         shut_down(&shared, current, then, deadline).await;
     }
 }
@@ -202,13 +205,6 @@ async fn reap(agent: Arc<watch::Sender<Process>>) {
     }
 }
 
-/// Takes the guest agent over the bus, runs it, and runs it again. What the
-/// guest agent before it had at work goes on meanwhile.
-async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
-    let mut open = bus::dial_until_open(Channel::Agent, NAME).await;
-    while let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await {
-        let error = Some(chain(&error));
-        let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
 /// Ends a guest agent that hangs: its death is noticed, by this process and by
 /// the clients of its tunnels, and what it had at work goes on.
 async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
@@ -243,16 +239,20 @@ async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
             let hung = keeper.hung();
             (hung, keeper.ended(Instant::now()), keeper.leaving())
         });
-        if leaving {
-            return;
         let end = if hung {
             format!("said nothing for a minute and {end}")
         } else {
             end
         };
+        if leaving {
+            return;
         }
         eprintln!("{NAME}: guest agent {end}");
         tell(&mut open, Some(end)).await;
+        tokio::time::sleep(wait).await;
+    }
+}
+
 /// Takes the program, with growing waits after attempts that fail; the channel
 /// on which it came.
 async fn take_program() -> Open {
@@ -268,10 +268,6 @@ async fn take_program() -> Open {
         let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(bus::LONGEST_WAIT);
-    }
-}
-
-        tokio::time::sleep(wait).await;
     }
 }
 
@@ -308,10 +304,10 @@ async fn shut_down(
     let end = Instant::now() + deadline;
     let process = agent.borrow().clone();
     if let Process::Running(pid) = process {
-        // The guest agent stops the role within its own limit.
+        // The guest agent stops the role within this limit, and tells how.
         let _ = kill(pid, Signal::SIGTERM);
         let gone = agent.wait_for(|it| matches!(it, Process::Ended(_)));
-        let _ = tokio::time::timeout(deadline, gone).await;
+        let _ = tokio::time::timeout(deadline + TELL_MARGIN, gone).await;
     }
     // A role whose guest agent died is stopped all the same.
     let left = end.saturating_duration_since(Instant::now());

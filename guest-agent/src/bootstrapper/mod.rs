@@ -78,6 +78,8 @@ pub struct Role {
     pub last_exit: Option<ExitCause>,
     /// Milliseconds until the next start.
     pub retry_in_ms: Option<u64>,
+    /// It did not stop in its time and was killed.
+    pub killed: bool,
 }
 
 impl Role {
@@ -89,6 +91,7 @@ impl Role {
             recycles: 0,
             last_exit: None,
             retry_in_ms: None,
+            killed: false,
         }
     }
 }

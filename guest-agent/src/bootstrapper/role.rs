@@ -43,8 +43,8 @@ enum Over {
     Exit(ExitStatus, Option<Duration>),
     /// It cannot be started.
     Impossible(String),
-    /// The guest agent wants it down.
-    Told,
+    /// The guest agent wanted it down, and it is; whether it stopped in time.
+    Told(bool),
 }
 
 /// Runs until told to stop.
@@ -83,10 +83,18 @@ async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc
         desk,
         recycling: Recycling::default(),
         last_exit: None,
+        killed: false,
     };
+    let mut detail = String::new();
     loop {
-        let (state, detail, delay) = match watch.run_once(orders).await {
-            Over::Told => break,
+        let (state, why, delay) = match watch.run_once(orders).await {
+            Over::Told(in_time) => {
+                if !in_time {
+                    detail = format!("killed: not stopped within {} ms", role.stop_timeout_ms);
+                }
+                watch.killed = !in_time;
+                break;
+            }
             Over::Impossible(detail) => {
                 watch.say(RoleState::Failed, detail, None);
                 orders.recv().await;
@@ -96,17 +104,17 @@ async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc
                 let cause = cause(status);
                 watch.last_exit = Some(cause);
                 let (delay, state) = watch.recycling.ended(ready_for);
-                let detail = format!("{} {}", role.command.join(" "), words(cause));
-                (state, detail, delay)
+                let why = format!("{} {}", role.command.join(" "), words(cause));
+                (state, why, delay)
             }
         };
-        watch.say(state, detail, Some(delay));
+        watch.say(state, why, Some(delay));
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             _ = orders.recv() => break,
         }
     }
-    watch.say(RoleState::Stopped, String::new(), None);
+    watch.say(RoleState::Stopped, detail, None);
 }
 
 /// A role and its record.
@@ -116,6 +124,7 @@ struct Watch<'a> {
     desk: &'a Arc<Desk>,
     recycling: Recycling,
     last_exit: Option<ExitCause>,
+    killed: bool,
 }
 
 impl Watch<'_> {
@@ -126,6 +135,7 @@ impl Watch<'_> {
             recycles: self.recycling.total(),
             last_exit: self.last_exit,
             retry_in_ms: retry.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            killed: self.killed,
         });
     }
 
@@ -174,8 +184,7 @@ impl Watch<'_> {
                 _ = orders.recv() => {
                     self.say(RoleState::Stopping, String::new(), None);
                     let limit = Duration::from_millis(role.stop_timeout_ms);
-                    stop(&mut child, limit).await;
-                    break Over::Told;
+                    break Over::Told(stop(&mut child, limit).await);
                 }
                 Ok(count) = notify.recv(&mut message), if ready_since.is_none() => {
                     message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
@@ -229,13 +238,13 @@ fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
 }
 
 /// Asks the role's process group to end and waits for its first process, for
-/// at most `limit`. What is left then is the caller's to kill.
-async fn stop(child: &mut Child, limit: Duration) {
+/// at most `limit`; whether it ended. What is left then is the caller's to kill.
+async fn stop(child: &mut Child, limit: Duration) -> bool {
     // A child that was not waited for keeps its process id, and so the group.
     if let Some(id) = child.id().and_then(|id| i32::try_from(id).ok()) {
         let _ = killpg(Pid::from_raw(id), Signal::SIGTERM);
     }
-    let _ = tokio::time::timeout(limit, child.wait()).await;
+    tokio::time::timeout(limit, child.wait()).await.is_ok()
 }
 
 fn empty(directory: &Path) -> io::Result<()> {
@@ -267,5 +276,34 @@ fn words(cause: ExitCause) -> String {
     match cause {
         ExitCause::Code(code) => format!("exited with code {code}"),
         ExitCause::Signal(signal) => format!("was ended by signal {signal}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncBufReadExt, BufReader};
+
+    /// A process in a group of its own that runs `script` and said that it does.
+    async fn running(script: &str) -> Child {
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(said.next_line().await.unwrap().as_deref(), Some("runs"));
+        child
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_role_that_does_not_stop_in_its_time_is_told_from_one_that_does() {
+        let mut polite = running("trap 'exit 3' TERM; echo runs; sleep 60 & wait").await;
+        assert!(stop(&mut polite, Duration::from_secs(60)).await);
+        let mut stubborn = running("trap '' TERM; echo runs; exec sleep 60").await;
+        assert!(!stop(&mut stubborn, Duration::from_millis(100)).await);
     }
 }

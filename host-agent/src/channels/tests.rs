@@ -234,6 +234,7 @@ async fn changes_of_state_arrive_at_once_and_a_flood_of_them_slowly() {
         recycles: 0,
         last_exit: None,
         retry_in_ms: None,
+        killed: false,
     }));
     let started = Instant::now();
     guest.write_all(&hello(Channel::Status)).unwrap();

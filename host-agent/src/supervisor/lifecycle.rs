@@ -239,7 +239,7 @@ impl Lifecycle {
             (Input::Ended(reason), State::Stopping) => {
                 // A guest in which nothing of ours ran yet has nothing to stop.
                 let clean = match reason {
-                    ExitReason::PowerOff => true,
+                    ExitReason::PowerOff => !self.status.as_ref().is_some_and(|it| it.killed),
                     ExitReason::Stopped => !self.connected,
                     _ => false,
                 };

@@ -63,15 +63,20 @@ fn beat() -> impl Strategy<Value = Beat> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let rest = (option::of(exit_cause()), option::of(any::<u64>()));
+    let rest = (
+        option::of(exit_cause()),
+        option::of(any::<u64>()),
+        any::<bool>(),
+    );
     (any::<u64>(), role_state(), text(), any::<u32>(), rest).prop_map(
-        |(incarnation, state, detail, recycles, (last_exit, retry_in_ms))| Status {
+        |(incarnation, state, detail, recycles, (last_exit, retry_in_ms, killed))| Status {
             incarnation,
             state,
             detail,
             recycles,
             last_exit,
             retry_in_ms,
+            killed,
         },
     )
 }

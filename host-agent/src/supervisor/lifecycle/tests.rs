@@ -21,6 +21,7 @@ fn status(state: RoleState) -> Status {
         recycles: 0,
         last_exit: None,
         retry_in_ms: None,
+        killed: false,
     }
 }
 
@@ -222,6 +223,19 @@ fn a_stop_asks_the_guest_and_a_power_off_then_is_a_clean_end() {
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
     assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean: true })));
     assert_eq!(effects.last(), Some(&Effect::Finish));
+}
+
+#[test]
+fn a_stop_for_which_the_role_had_to_be_killed_is_not_clean() {
+    let mut life = ready();
+    life.on(Input::Stop, Duration::ZERO, 0.5);
+    let killed = Status {
+        killed: true,
+        ..status(RoleState::Stopped)
+    };
+    life.on(Input::Status(killed), Duration::ZERO, 0.5);
+    let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean: false })));
 }
 
 #[test]
