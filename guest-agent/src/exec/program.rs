@@ -1,5 +1,6 @@
 //! One command of an operator: its process, its standard streams or terminal.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
@@ -17,6 +18,7 @@ use vmbus::message::{EXEC_WINDOW, ExecOutput, ExecRequest};
 use crate::os::cgroup::Group;
 use crate::os::child;
 use crate::os::terminal::{self, Size};
+use crate::setup::PATH;
 
 /// Bytes of output per frame.
 const CHUNK: usize = 16 * 1024;
@@ -55,10 +57,7 @@ impl Program {
         command
             .args(arguments)
             .env_clear()
-            .env("PATH", crate::setup::PATH)
-            .env("HOME", "/root")
-            .envs(variables)
-            .envs(request.environment.iter().cloned())
+            .envs(environment(variables, &request.environment))
             .current_dir("/")
             .kill_on_drop(true);
         let host_side = |error: io::Error| refuse(error.to_string(), 125);
@@ -143,6 +142,23 @@ impl Program {
         self.ended.send_replace(true);
         while self.pumps.join_next().await.is_some() {}
     }
+}
+
+/// The role's variables without those that name its directories: it writes there,
+/// and a command runs as root, so that a start-up file of a shell would be the
+/// role's way to become root too.
+fn environment(
+    role: Vec<(String, String)>,
+    asked: &[(String, String)],
+) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::from([("PATH".to_owned(), PATH.to_owned())]);
+    all.extend(role);
+    for name in ["TEMP", "TMP", "TMPDIR"] {
+        all.remove(name);
+    }
+    all.insert("HOME".to_owned(), "/root".to_owned());
+    all.extend(asked.iter().cloned());
+    all
 }
 
 /// The terminal becomes the command's standard streams; our end of it.
@@ -322,5 +338,25 @@ mod tests {
         let (_, status) = outcome(&["sleep", "100"], None, act).await;
         use std::os::unix::process::ExitStatusExt;
         assert_eq!(status.signal(), Some(libc::SIGTERM));
+    }
+
+    #[test]
+    fn a_command_has_the_roles_variables_but_no_directory_where_the_role_writes() {
+        let pairs = |names: &[&str], value: &str| -> Vec<(String, String)> {
+            let pair = |name: &&str| ((*name).to_owned(), value.to_owned());
+            names.iter().map(pair).collect()
+        };
+        let role = pairs(&["HOME", "TEMP", "TMP", "TMPDIR", "RoleName"], "role's");
+        let seen = environment(role.clone(), &pairs(&["TERM"], "xterm"));
+        let seen: Vec<(&str, &str)> = seen.iter().map(|(n, v)| (&**n, &**v)).collect();
+        let wanted = [
+            ("HOME", "/root"),
+            ("PATH", PATH),
+            ("RoleName", "role's"),
+            ("TERM", "xterm"),
+        ];
+        assert_eq!(seen, wanted);
+        let seen = environment(role, &pairs(&["HOME", "TMPDIR"], "asked for"));
+        assert_eq!([&seen["HOME"], &seen["TMPDIR"]], ["asked for"; 2]);
     }
 }
