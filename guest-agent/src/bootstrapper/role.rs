@@ -184,13 +184,15 @@ impl Watch<'_> {
                 _ = orders.recv() => {
                     self.say(RoleState::Stopping, String::new(), None);
                     let limit = Duration::from_millis(role.stop_timeout_ms);
-                    break Over::Told(stop(&mut child, limit).await);
+                    break Over::Told(stop(&mut child, &notify, limit).await);
                 }
-                Ok(count) = notify.recv(&mut message), if ready_since.is_none() => {
+                // Taken whatever it says, then and later: a role would wait for
+                // ever to send one more than the kernel keeps.
+                Ok(count) = notify.recv(&mut message) => {
                     message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
                 }
             };
-            if becomes_ready {
+            if becomes_ready && ready_since.is_none() {
                 ready_since = Some(self.ready());
             }
         };
@@ -239,12 +241,22 @@ fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
 
 /// Asks the role's process group to end and waits for its first process, for
 /// at most `limit`; whether it ended. What is left then is the caller's to kill.
-async fn stop(child: &mut Child, limit: Duration) -> bool {
+/// What it has to say meanwhile is taken from `notify`.
+async fn stop(child: &mut Child, notify: &UnixDatagram, limit: Duration) -> bool {
     // A child that was not waited for keeps its process id, and so the group.
     if let Some(id) = child.id().and_then(|id| i32::try_from(id).ok()) {
         let _ = killpg(Pid::from_raw(id), Signal::SIGTERM);
     }
-    tokio::time::timeout(limit, child.wait()).await.is_ok()
+    let mut message = [0; 256];
+    let ended = async {
+        loop {
+            tokio::select! {
+                _ = child.wait() => break,
+                Ok(_) = notify.recv(&mut message) => {}
+            }
+        }
+    };
+    tokio::time::timeout(limit, ended).await.is_ok()
 }
 
 fn empty(directory: &Path) -> io::Result<()> {
@@ -301,9 +313,25 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_role_that_does_not_stop_in_its_time_is_told_from_one_that_does() {
+        let notify = UnixDatagram::unbound().unwrap();
         let mut polite = running("trap 'exit 3' TERM; echo runs; sleep 60 & wait").await;
-        assert!(stop(&mut polite, Duration::from_secs(60)).await);
+        assert!(stop(&mut polite, &notify, Duration::from_secs(60)).await);
         let mut stubborn = running("trap '' TERM; echo runs; exec sleep 60").await;
-        assert!(!stop(&mut stubborn, Duration::from_millis(100)).await);
+        assert!(!stop(&mut stubborn, &notify, Duration::from_millis(100)).await);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_role_that_has_much_to_say_while_it_stops_does_not_wait_for_ever() {
+        let (notify, role) = UnixDatagram::pair().unwrap();
+        let mut child = running("trap '' TERM; echo runs; read line").await;
+        let end = child.stdin.take();
+        let says = async {
+            for _ in 0..1000 {
+                role.send(b"STATUS=on its way down").await.unwrap();
+            }
+            drop(end);
+        };
+        let ((), in_time) = tokio::join!(says, stop(&mut child, &notify, Duration::from_secs(60)));
+        assert!(in_time);
     }
 }
