@@ -91,7 +91,7 @@ async fn init(init_ms: u64) {
         Ok(Err(reason)) => die(&reason),
         Err(error) => die(&error.to_string()),
     }
-    if let Err(error) = loopback::up() {
+    if let Err(error) = loopback::up().and_then(|()| loopback::free_low_ports()) {
         eprintln!("{NAME}: loopback: {error}");
     }
     let (agent, current) = watch::channel(Process::None);

@@ -1,10 +1,16 @@
-//! Brings the loopback interface up.
+//! The guest's network, which is the loopback interface.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// Lets the role's user listen on every port: an endpoint may well have port 80.
+/// The bus's own privileged ports stay for root alone.
+pub fn free_low_ports() -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
+}
 
 /// Sets `lo` up; the kernel gives it its addresses.
 pub fn up() -> io::Result<()> {
