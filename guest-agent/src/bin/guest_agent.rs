@@ -5,11 +5,15 @@ use std::process::ExitCode;
 
 use guest_agent::agent;
 use guest_agent::bootstrapper::role;
+use guest_agent::os::limits;
 use vmbus::text::chain;
 
 const NAME: &str = "guest-agent";
 
 fn main() -> ExitCode {
+    if let Err(error) = limits::raise() {
+        eprintln!("{NAME}: limits: {error}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

@@ -229,11 +229,9 @@ fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true);
-    if !role.elevated {
-        command.uid(ROLE_ID).gid(ROLE_ID);
-    }
     child::join(&mut command, group)
         .map_err(|error| format!("{program} has no control group: {error}"))?;
+    child::ordinary(&mut command, (!role.elevated).then_some(ROLE_ID));
     command
         .spawn()
         .map_err(|error| format!("{program} cannot be started: {error}"))

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod cgroup;
 pub mod child;
 pub mod disk;
+pub mod limits;
 pub mod loopback;
 pub mod power;
 pub mod quota;
