@@ -13,6 +13,10 @@ const NEW_ROOT: &str = "/newroot";
 /// Kernel modules in the initial RAM file system, and their order.
 const MODULES: &str = "/modules";
 
+/// File systems in memory that everyone writes: what the kernel would allow them
+/// is half of the memory each, and together all of it.
+const SHARED: &str = "mode=1777,size=20%,nr_inodes=16k";
+
 /// What kept the guest from booting.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what}")]
@@ -111,8 +115,8 @@ pub fn switch_root(device: &Path) -> Result<(), BootError> {
     chdir("/").map_err(failed("change directory"))?;
     for (kind, target, data) in [
         ("devpts", "/dev/pts", Some("mode=0620,gid=5")),
-        ("tmpfs", "/dev/shm", Some("mode=1777")),
-        ("tmpfs", "/tmp", Some("mode=1777")),
+        ("tmpfs", "/dev/shm", Some(SHARED)),
+        ("tmpfs", "/tmp", Some(SHARED)),
         ("cgroup2", "/sys/fs/cgroup", None),
     ] {
         let made = fs::create_dir_all(target);
