@@ -84,8 +84,7 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
     ));
     user::create(ROLE_ROOT).map_err(file("add the role's user to", Path::new("/etc/passwd")))?;
     let hosts = Path::new("/etc/hosts");
-    let names = format!("127.0.0.1 localhost {}\n::1 localhost\n", goal.instance);
-    fs::write(hosts, names).map_err(file("write", hosts))?;
+    fs::write(hosts, host_names(&goal.instance)).map_err(file("write", hosts))?;
     let hostname = Path::new("/proc/sys/kernel/hostname");
     fs::write(hostname, host_name(&goal.instance)).map_err(file("write", hostname))?;
 
@@ -125,6 +124,12 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
         ready_on_start,
         stop_timeout_ms: goal.stop_timeout_ms,
     })
+}
+
+/// The guest's table of names: its own, in both spellings.
+fn host_names(instance: &str) -> String {
+    let host = host_name(instance);
+    format!("127.0.0.1 localhost {host} {instance}\n::1 localhost\n")
 }
 
 /// The instance's name in the characters of a host name.
@@ -183,4 +188,17 @@ fn environment(
         variables.insert(name.clone(), value);
     }
     variables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_finds_itself_by_its_host_name_and_by_its_instances() {
+        let table = host_names("Cache_IN_0");
+        let names: Vec<&str> = table.split_whitespace().collect();
+        assert!(names.contains(&host_name("Cache_IN_0").as_str()), "{table}");
+        assert!(names.contains(&"Cache_IN_0"), "{table}");
+    }
 }
