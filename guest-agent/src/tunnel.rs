@@ -15,7 +15,7 @@ use crate::bus;
 /// Bytes copied at once, each way.
 const BUFFER: usize = 64 * 1024;
 
-/// Serves the tunnel of `local_port` until the task is dropped.
+/// Serves the tunnel of `local_port` until the task is aborted.
 pub fn serve(local_port: u16) -> io::Result<JoinHandle<()>> {
     let listener = bus::listen(tunnel_port(local_port))?;
     Ok(tokio::spawn(async move {

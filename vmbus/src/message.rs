@@ -133,7 +133,7 @@ pub enum RoleState {
     Busy,
     /// The role ended and is started again after a delay.
     Recycling,
-    /// Recycled too often; next try after the longest delay.
+    /// Recycled again and again; the next try is after a delay that grows.
     Cycling,
     /// On its way down by request.
     Stopping,
