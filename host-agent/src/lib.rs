@@ -9,6 +9,7 @@
 pub mod api;
 pub mod cgroup;
 pub mod channels;
+pub mod child;
 pub mod cli;
 pub mod descriptors;
 pub mod doctor;

@@ -4,4 +4,5 @@ mod disk_full;
 mod memory;
 mod no_kvm;
 mod packages;
+mod signals;
 mod unsupported;

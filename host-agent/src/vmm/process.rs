@@ -57,10 +57,10 @@ enum StartError {
     Machine(#[from] MachineError),
 }
 
-/// The whole process: standard input is the control socket.
+/// The whole process, after [`crate::child::begin`]: standard input is the
+/// control socket.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    close_strays();
     limit_itself();
     let control = io::stdin().as_fd().try_clone_to_owned();
     let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
@@ -103,17 +103,6 @@ pub fn main() -> ExitCode {
 fn hopeless(error: &io::Error) -> ExitCode {
     note(&format!("no control socket: {error}"));
     ExitCode::from(2)
-}
-
-/// Closes what the supervisor's own parent may have left open: a descriptor
-/// held here would outlive both.
-#[allow(unsafe_code)]
-fn close_strays() {
-    // SAFETY: this is the first act of the process. Nothing in it has opened
-    // a descriptor besides the three standard ones, which are kept.
-    unsafe {
-        libc::close_range(3, libc::c_uint::MAX, 0);
-    }
 }
 
 /// Warnings go to standard error, which the supervisor keeps as a file. Those
