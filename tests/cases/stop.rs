@@ -12,6 +12,7 @@ use e2e::service::Service;
 use e2e::{Place, limit, text};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::signal::Signal;
 
 /// Says when it would hear, then that it was asked to stop, and stops or does not.
 const STUBBORN: &str =
@@ -44,6 +45,26 @@ fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
     ensure!(status.code() == Some(130), "{status}: {seen}");
     ensure!(asked.elapsed() < limit(2), "{:?}: {seen}", asked.elapsed());
     ensure!(seen.contains(r#""clean":false"#), "{seen}");
+    place.assert_nothing_left()
+}
+
+/// The shell sends a hang-up to its jobs, and the kernel another.
+#[test]
+fn a_second_hang_up_leaves_a_role_its_time_to_stop() -> Result<()> {
+    let place = Place::new()?;
+    let role = POLITE.replace("stop; exit 0", "stop; sleep 5; exit 0");
+    let service = Service::script(&role).write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    heard(&place, "at work")?;
+    run.signal(Signal::SIGHUP)?;
+    run.event("stopping", |_| true)?;
+    heard(&place, "asked to stop")?;
+    run.signal(Signal::SIGHUP)?;
+    let (status, seen) = run.wait()?;
+    let seen = seen.join("\n");
+    ensure!(status.code() == Some(0), "{status}: {seen}");
+    ensure!(seen.contains(r#""clean":true"#), "{seen}");
     place.assert_nothing_left()
 }
 

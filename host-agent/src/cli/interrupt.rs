@@ -1,4 +1,5 @@
-//! Signals that end a command: the first asks, the second insists.
+//! Signals that end a command: the first asks, the second insists, unless it
+//! is a hang-up.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 

@@ -194,7 +194,8 @@ impl Running {
     }
 
     /// Stops the service; waits until it is down. A signal from here on kills,
-    /// and one more waits no longer. Returns how long it took.
+    /// and one more waits no longer; but a hang-up, which a closing terminal
+    /// sends twice, only ever asks. Returns how long it took.
     pub async fn stop(
         &mut self,
         output: &Output,
@@ -211,6 +212,7 @@ impl Running {
             };
             match self.wait(None, told).await {
                 Ok(Ended::Finished) => return result.map(|()| started.elapsed()),
+                Ok(Ended::Signal(number)) if i32::from(number) == libc::SIGHUP => {}
                 Ok(Ended::Signal(number)) if self.was_killed() => {
                     // A killed process that does not end hangs in the kernel.
                     output.warn("not waiting any longer; what is left is removed later");
