@@ -349,8 +349,7 @@ impl Instance {
         let Some(boot) = &mut self.boot else {
             return true;
         };
-        boot.pings += 1;
-        if boot.pings > PINGS_MISSED {
+        if boot.pings >= PINGS_MISSED {
             boot.pings = 0;
             return self.condemn(
                 Verdict::VmmHung,
@@ -358,7 +357,10 @@ impl Instance {
                 false,
             );
         }
-        let _ = self.command(&Command::Ping { id }, Vec::new());
+        // One that was not sent cannot be answered.
+        if boot.process.send(&Command::Ping { id }, Vec::new()).is_ok() {
+            boot.pings += 1;
+        }
         true
     }
 

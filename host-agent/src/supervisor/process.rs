@@ -17,8 +17,9 @@ use crate::vmm::control::{Command, Event, ExitReason};
 use crate::vmm::spec::GuestSpec;
 use crate::vmm::wire;
 
-/// Commands kept for a socket that is full at the moment.
-const MOST_WAITING: usize = 256;
+/// Commands kept for a socket that is full at the moment, before what others
+/// ask for is refused.
+const MOST_WAITING: usize = 192;
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -90,14 +91,18 @@ impl VmmProcess {
     }
 
     /// Sends a command, or keeps it until the socket takes it again: the kernel
-    /// queues few packets. Never waits; fails when too many are kept.
+    /// queues few packets. Never waits. A command of the supervisor's own is
+    /// never lost for want of room: they are few. Whoever passes on what others
+    /// want asks [`VmmProcess::is_behind`] before.
     pub fn send(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
-        let bytes = wire::encode(command)?;
-        if self.waiting.len() >= MOST_WAITING {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        self.waiting.push_back((bytes, files));
+        self.waiting.push_back((wire::encode(command)?, files));
         self.flush()
+    }
+
+    /// Whether so much waits for the process that no more is to be asked of it
+    /// on behalf of others.
+    pub fn is_behind(&self) -> bool {
+        self.waiting.len() >= MOST_WAITING
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -224,10 +229,54 @@ async fn receive<T: DeserializeOwned>(
 mod tests {
     use super::*;
 
+    fn process(child: Child, ours: OwnedFd) -> VmmProcess {
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        VmmProcess {
+            pid: 1,
+            child,
+            control: UnixStream::from_std(ours.into()).unwrap(),
+            waiting: VecDeque::new(),
+            deaf: false,
+            killed: false,
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_crowd_of_clients_takes_no_room_from_the_supervisors_own_commands() {
+        let (ours, theirs) = wire::pair().unwrap();
+        let child = Program::new("true").spawn().unwrap();
+        let mut process = process(child, ours);
+        let mut dialed = 0;
+        while !process.is_behind() {
+            let dial = Command::Dial {
+                id: dialed,
+                port: 1,
+            };
+            process.send(&dial, Vec::new()).unwrap();
+            dialed += 1;
+        }
+        let own = [
+            Command::Ping { id: 7 },
+            Command::Resume {},
+            Command::Stop {},
+        ];
+        for command in &own {
+            process.send(command, Vec::new()).unwrap();
+        }
+        // Now it takes them, in their order.
+        let mut taken = Vec::new();
+        while taken.len() < dialed as usize + own.len() {
+            process.control.writable().await.unwrap();
+            process.flush().unwrap();
+            taken.push(wire::recv::<Command>(theirs.as_fd()).unwrap().unwrap().0);
+        }
+        assert_eq!(taken[dialed as usize..], own);
+        assert!(!process.is_behind());
+    }
+
     #[tokio::test(flavor = "current_thread")]
     async fn what_a_process_said_last_is_heard_before_its_end() {
         let (ours, theirs) = wire::pair().unwrap();
-        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         let mut child = Program::new("true").spawn().unwrap();
         let said = [Event::GuestPanicked {}, Event::Exited(ExitReason::PowerOff)];
         for event in &said {
@@ -239,14 +288,7 @@ mod tests {
         while child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        let mut process = VmmProcess {
-            pid: 1,
-            child,
-            control: UnixStream::from_std(ours.into()).unwrap(),
-            waiting: VecDeque::new(),
-            deaf: false,
-            killed: false,
-        };
+        let mut process = process(child, ours);
         for event in said {
             assert!(matches!(process.next().await, Happening::Event(heard, _) if heard == event));
         }

@@ -33,6 +33,9 @@ impl Instance {
         match request {
             Request::Stop => return self.feed(Input::Stop),
             Request::Kill => return self.feed(Input::Kill),
+            Request::Pause(_, answer) if self.is_behind() => {
+                let _ = answer.send(Err(BUSY.into()));
+            }
             Request::Pause(paused, answer) => {
                 let command = if paused {
                     Command::Pause {}
@@ -73,7 +76,14 @@ impl Instance {
     /// Whether one more question would be too many.
     fn is_busy(&self) -> bool {
         let boot = self.boot.as_ref();
-        boot.is_some_and(|boot| boot.dials.len() + boot.stats.len() >= MOST_ASKED)
+        self.is_behind()
+            || boot.is_some_and(|boot| boot.dials.len() + boot.stats.len() >= MOST_ASKED)
+    }
+
+    /// Whether the VMM process does not keep up with what is asked of it.
+    fn is_behind(&self) -> bool {
+        let boot = self.boot.as_ref();
+        boot.is_some_and(|boot| boot.process.is_behind())
     }
 
     fn exec(&mut self, answer: oneshot::Sender<Result<UnixStream, String>>) {
@@ -98,10 +108,14 @@ impl Instance {
         }
     }
 
+    /// Passes a client on. A VMM process that is behind or gone takes none: its
+    /// connection closes.
     pub(super) fn connect(&mut self, connection: Incoming) {
+        if self.is_behind() {
+            return;
+        }
         let id = self.dial_id();
         let port = tunnel_port(connection.local_port);
-        // A VMM process that takes no more closes the client's connection.
         let _ = self.command(&Command::Dial { id, port }, vec![connection.socket]);
     }
 
