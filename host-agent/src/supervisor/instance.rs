@@ -9,6 +9,7 @@ mod space;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
+use std::mem::discriminant;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ use vmbus::message::{Goal, Health};
 use super::event::{EventKind, Verdict, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
-use super::quota::Quota;
+use super::quota::{Quota, Trouble};
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
@@ -40,8 +41,6 @@ const CHANNEL_BACKLOG: usize = 256;
 const INCOMING_BACKLOG: usize = 256;
 /// Pings without an answer that make a VMM process hung.
 const PINGS_MISSED: u32 = 3;
-/// Violations reported per boot; later ones only count.
-const MOST_VIOLATIONS_TOLD: u32 = 10;
 /// Questions to a VMM process that may be open at a time.
 const MOST_ASKED: usize = 64;
 /// Connections to the channels of one boot: two for each channel, as when an
@@ -283,7 +282,7 @@ impl Instance {
                 if fresh && self.last_health != Some(beat.health) {
                     self.last_health = Some(beat.health);
                     if beat.health == Health::Critical {
-                        self.violation(EventKind::GuestAgent {
+                        self.trouble(EventKind::GuestAgent {
                             error: Some("is down or keeps dying".into()),
                         });
                     }
@@ -299,7 +298,7 @@ impl Instance {
                 self.feed(Input::Status(status))
             }
             ChannelEvent::AgentResult { error } => {
-                self.violation(EventKind::GuestAgent { error });
+                self.trouble(EventKind::GuestAgent { error });
                 true
             }
             ChannelEvent::ShutdownBegun => {
@@ -307,7 +306,7 @@ impl Instance {
                 true
             }
             ChannelEvent::Violation { channel, reason } => {
-                self.violation(EventKind::Warning {
+                self.trouble(EventKind::Warning {
                     text: format!("channel {}: {reason}", channel_name(channel)),
                 });
                 true
@@ -371,12 +370,23 @@ impl Instance {
         }
     }
 
-    /// Tells of something that a guest can cause at will: a few times a boot.
-    fn violation(&mut self, kind: EventKind) {
+    /// Tells of something that a guest can cause at will: now and then, and how
+    /// often it was not told.
+    fn trouble(&mut self, kind: EventKind) {
         let Some(boot) = &mut self.boot else { return };
-        boot.violations += 1;
-        if boot.violations <= MOST_VIOLATIONS_TOLD {
+        let now = clock(ClockId::CLOCK_MONOTONIC);
+        let trouble = boot.trouble.entry(discriminant(&kind));
+        let trouble = trouble.or_insert_with(|| Trouble::new(now));
+        if let Some(untold) = trouble.tell(now) {
+            self.tell_untold(untold);
             self.tell(kind);
+        }
+    }
+
+    fn tell_untold(&self, untold: u64) {
+        if untold > 0 {
+            let text = format!("{untold} more troubles of this guest were not told: too many");
+            self.tell(EventKind::Warning { text });
         }
     }
 

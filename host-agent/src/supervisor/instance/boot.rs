@@ -1,7 +1,8 @@
 //! One boot of an instance's guest: its VMM process is started, its events are
 //! taken in.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::mem::Discriminant;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -14,6 +15,7 @@ use super::super::guest;
 use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
 use super::super::process::{Happening, VmmProcess};
+use super::super::quota::Trouble;
 use super::dial::Dialed;
 use super::space::Standing;
 use super::{Instance, MOST_CHANNELS};
@@ -34,7 +36,7 @@ pub(super) struct Boot {
     /// The host has no room for what the guest writes.
     pub(super) standing: Option<Standing>,
     pub(super) pings: u32,
-    pub(super) violations: u32,
+    pub(super) trouble: HashMap<Discriminant<EventKind>, Trouble>,
     pub(super) dials: BTreeMap<u64, Dialed>,
     pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
 }
@@ -82,7 +84,7 @@ impl Instance {
             exit: None,
             standing: None,
             pings: 0,
-            violations: 0,
+            trouble: HashMap::new(),
             dials: BTreeMap::new(),
             stats: VecDeque::new(),
         });
@@ -119,7 +121,7 @@ impl Instance {
             Happening::Event(event, files) => self.event(event, files),
             Happening::Garbled(error) => {
                 let text = format!("VMM process sent what is no event: {}", chain(&error));
-                self.violation(EventKind::Warning { text });
+                self.trouble(EventKind::Warning { text });
                 self.kill();
                 true
             }
@@ -131,6 +133,9 @@ impl Instance {
                     .exit
                     .take()
                     .unwrap_or_else(|| Happening::died(how, why, killed));
+                let untold = boot.trouble.values().map(Trouble::untold);
+                let untold = untold.fold(0, u64::saturating_add);
+                self.tell_untold(untold);
                 self.boot = None;
                 self.wait = None;
                 self.probe_deadline = None;
@@ -158,7 +163,7 @@ impl Instance {
                 // Each connection's task has a share of the channels.
                 if Arc::strong_count(&boot.channels) > MOST_CHANNELS {
                     let text = "more connections to channels than there can be".into();
-                    self.violation(EventKind::Warning { text });
+                    self.trouble(EventKind::Warning { text });
                 } else if let Some(socket) = files.into_iter().next() {
                     boot.channels.accept(port, source_port, socket);
                 }
@@ -182,12 +187,12 @@ impl Instance {
                 }
             }
             Event::DeviceNeedsReset { device, reason } => {
-                self.violation(EventKind::DeviceNeedsReset { device, reason });
+                self.trouble(EventKind::DeviceNeedsReset { device, reason });
             }
             Event::DiskFailed { disk, error, full } => {
                 let file = guest::disk_file(&disk).unwrap_or("disk");
                 let file = self.parts.dir.join(file);
-                self.violation(EventKind::DiskFailed {
+                self.trouble(EventKind::DiskFailed {
                     disk,
                     file,
                     error,

@@ -75,7 +75,7 @@ impl Instance {
 
     fn no_such_disk(&mut self) -> bool {
         let text = "VMM process lacks room for a disk that there is not".into();
-        self.violation(EventKind::Warning { text });
+        self.trouble(EventKind::Warning { text });
         true
     }
 }
