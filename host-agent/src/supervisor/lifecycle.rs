@@ -118,7 +118,8 @@ pub struct Lifecycle {
     state: State,
     generation: u64,
     budget: RestartBudget,
-    first_beat: Option<Duration>,
+    /// When the first and the last heartbeat of this boot came.
+    beats: Option<(Duration, Duration)>,
     connected: bool,
     status: Option<Status>,
     /// The status has changed since it was last told.
@@ -153,7 +154,7 @@ impl Lifecycle {
             state: State::Idle,
             generation: 0,
             budget: RestartBudget::default(),
-            first_beat: None,
+            beats: None,
             connected: false,
             status: None,
             untold: false,
@@ -188,11 +189,11 @@ impl Lifecycle {
                 effects.push(Effect::Tell(EventKind::Failed {
                     error: error.clone(),
                 }));
-                self.plan_restart(error, now, jitter, &mut effects);
+                self.plan_restart(error, jitter, &mut effects);
             }
             (Input::Connected, _) => self.connected = true,
             (Input::Beat, State::Running) => {
-                self.first_beat.get_or_insert(now);
+                self.beats.get_or_insert((now, now)).1 = now;
                 self.tell_status(now, &mut effects);
             }
             (Input::NoSpace, _) => {
@@ -230,11 +231,11 @@ impl Lifecycle {
                 self.rotate(false, &mut effects);
                 let because = exit_text(&reason);
                 effects.push(exited(reason, None));
-                self.plan_restart(because, now, jitter, &mut effects);
+                self.plan_restart(because, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Ending { because }) => {
                 effects.push(exited(reason, Some(&because)));
-                self.plan_restart(because, now, jitter, &mut effects);
+                self.plan_restart(because, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Stopping) => {
                 // A guest in which nothing of ours ran yet has nothing to stop.
@@ -292,7 +293,7 @@ impl Lifecycle {
     fn boot(&mut self, effects: &mut Vec<Effect>) {
         self.generation += 1;
         self.state = State::Running;
-        self.first_beat = None;
+        self.beats = None;
         self.connected = false;
         self.no_space = false;
         self.status = None;
@@ -356,14 +357,9 @@ impl Lifecycle {
         effects.push(Effect::Wait(Wait::VmmStop, self.limits.vmm_stop));
     }
 
-    fn plan_restart(
-        &mut self,
-        because: String,
-        now: Duration,
-        jitter: f64,
-        effects: &mut Vec<Effect>,
-    ) {
-        let healthy = self.first_beat.map(|first| now.saturating_sub(first));
+    fn plan_restart(&mut self, because: String, jitter: f64, effects: &mut Vec<Effect>) {
+        // The silence before a verdict is no health.
+        let healthy = self.beats.map(|(first, last)| last.saturating_sub(first));
         self.state = State::Waiting;
         let delay = match self.budget.boot_ended(healthy, jitter) {
             Decision::After(delay) => {

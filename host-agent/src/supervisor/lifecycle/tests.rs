@@ -82,6 +82,28 @@ fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
 }
 
 #[test]
+fn silence_before_a_verdict_does_not_count_as_health() {
+    let delay_after = |health: Duration| {
+        let mut life = ready();
+        life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+        life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+        life.on(Input::Beat, Duration::ZERO, 0.5);
+        life.on(Input::Beat, health, 0.5);
+        let condemned = health + Duration::from_mins(10);
+        life.on(silent(false), condemned, 0.5);
+        let effects = life.on(Input::Ended(ExitReason::Killed), condemned, 0.5);
+        effects.iter().find_map(|effect| match effect {
+            Effect::Wait(Wait::Restart, delay) => Some(*delay),
+            _ => None,
+        })
+    };
+    // Half an hour of health forgives the restart before.
+    let second = Duration::from_secs(10);
+    assert_eq!(delay_after(Duration::from_mins(25)), Some(second));
+    assert_eq!(delay_after(Duration::from_mins(30)), Some(Duration::ZERO));
+}
+
+#[test]
 fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
     let reasons = [
         ExitReason::PowerOff,
