@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use vmbus::text::chain;
 
 use super::event::EventKind;
@@ -92,7 +92,8 @@ pub enum DeployError {
 pub struct Deployment {
     instances: Vec<InstanceHandle>,
     tasks: Vec<JoinHandle<()>>,
-    listeners: Vec<JoinHandle<()>>,
+    // Ends when it is dropped.
+    _listeners: JoinSet<()>,
     published: BTreeMap<String, SocketAddr>,
     dir: DeploymentDir,
     _janitor: Janitor,
@@ -113,7 +114,7 @@ pub async fn deploy(
     timeline: Timeline,
     progress: Progress,
 ) -> Result<Deployment, DeployError> {
-    let mut listeners = Vec::new();
+    let mut listeners = JoinSet::new();
     let mut published = BTreeMap::new();
     let mut rotations = Vec::new();
     for role in &model.roles {
@@ -121,7 +122,10 @@ pub async fn deploy(
         for endpoint in &role.endpoints {
             let address = SocketAddr::new(options.address, endpoint.port);
             let listener = endpoints::listen(&endpoint.name, address)?;
-            listeners.push((listener, rotation.clone(), endpoint.local_port));
+            // From here on clients can connect: one that comes before there is
+            // an instance is closed, not left to wait.
+            let (rotation, port) = (rotation.clone(), endpoint.local_port);
+            listeners.spawn(endpoints::serve(listener, rotation, port));
             published.insert(endpoint.name.clone(), address);
         }
         rotations.push(rotation);
@@ -215,10 +219,6 @@ pub async fn deploy(
         instances.push(handle);
         tasks.push(task);
     }
-    let listeners = listeners
-        .into_iter()
-        .map(|(listener, rotation, port)| tokio::spawn(endpoints::serve(listener, rotation, port)))
-        .collect();
     for role in &model.roles {
         for endpoint in &role.endpoints {
             timeline.tell(
@@ -234,7 +234,7 @@ pub async fn deploy(
     Ok(Deployment {
         instances,
         tasks,
-        listeners,
+        _listeners: listeners,
         published,
         dir,
         _janitor: janitor,
@@ -298,7 +298,7 @@ impl Deployment {
 
 impl Drop for Deployment {
     fn drop(&mut self) {
-        for task in self.listeners.iter().chain(&self.tasks) {
+        for task in &self.tasks {
             task.abort();
         }
     }
