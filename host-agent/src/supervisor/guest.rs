@@ -13,6 +13,7 @@ use crate::progress::Progress;
 use crate::service::build_application_image;
 use crate::service::model::Role;
 use crate::store::image::Image;
+use crate::store::log_file::previous;
 use crate::vmm::disk;
 use crate::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 
@@ -28,6 +29,8 @@ const RESOURCE_RESERVE_MIB: u64 = 512;
 
 /// Size at which the serial log turns over, in bytes.
 const SERIAL_BYTES: u64 = 10 << 20;
+/// Size at which the VMM processes' log turns over, in bytes.
+const VMM_LOG_BYTES: u64 = 1 << 20;
 
 /// Name of the resource disk.
 const RESOURCE: &str = "resource.raw";
@@ -140,8 +143,8 @@ pub fn prepare(
     let kvm = add(open(Path::new("/dev/kvm"), true)?);
     let kernel = add(again(&image.kernel)?);
     let initrd = add(again(&image.initrd)?);
-    let current = add(append(&dir.join("serial.log"))?);
-    let previous = add(append(&dir.join("serial.log.1"))?);
+    let current = add(open_or_make(&dir.join("serial.log"))?);
+    let older = add(open_or_make(&dir.join("serial.log.1"))?);
     let diff = add(open(&dir.join("diff.qcow2"), true)?);
     let base = add(open(&image.base_path, false)?);
     let resource = add(open(&dir.join(RESOURCE), true)?);
@@ -156,7 +159,7 @@ pub fn prepare(
         initrd,
         serial: SerialSpec {
             current,
-            previous,
+            previous: older,
             max_bytes: SERIAL_BYTES,
         },
         disks: vec![
@@ -194,9 +197,17 @@ pub fn disk_file(serial: &str) -> Option<&'static str> {
     }
 }
 
-/// Opens `path` for the VMM process's own messages.
+/// Opens the log of the VMM process's own messages, in which those of earlier
+/// boots stay. It turns over between two boots: what a process says is limited.
 pub fn vmm_log(dir: &Path) -> Result<File, GuestError> {
-    append(&dir.join("vmm.log"))
+    let path = dir.join("vmm.log");
+    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() > VMM_LOG_BYTES) {
+        // It grows on if it cannot.
+        let _ = fs::rename(&path, previous(&path));
+    }
+    let mut options = OpenOptions::new();
+    options.append(true).create(true);
+    with(&mut options, "open", &path)
 }
 
 fn make(path: &Path) -> Result<File, GuestError> {
@@ -205,7 +216,7 @@ fn make(path: &Path) -> Result<File, GuestError> {
     with(&mut options, "create", path)
 }
 
-fn append(path: &Path) -> Result<File, GuestError> {
+fn open_or_make(path: &Path) -> Result<File, GuestError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
     with(&mut options, "open", path)
@@ -290,6 +301,27 @@ mod tests {
         for private in ["diff.qcow2", "resource.raw"] {
             assert_ne!(inode(&first, private), inode(&second, private));
         }
+    }
+
+    #[test]
+    fn what_the_process_of_an_earlier_boot_said_stays() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        for boot in 1..=3 {
+            let mut log = vmm_log(dir.path()).unwrap();
+            writeln!(log, "boot {boot}").unwrap();
+        }
+        let path = dir.path().join("vmm.log");
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "boot 1\nboot 2\nboot 3\n");
+        let long = vec![b'x'; VMM_LOG_BYTES as usize + 1];
+        vmm_log(dir.path()).unwrap().write_all(&long).unwrap();
+        assert_eq!(vmm_log(dir.path()).unwrap().metadata().unwrap().len(), 0);
+        assert!(
+            fs::read_to_string(previous(&path))
+                .unwrap()
+                .starts_with(&text)
+        );
     }
 
     #[test]
