@@ -84,21 +84,43 @@ impl Drop for DeploymentDir {
     }
 }
 
+/// What of dead deployments could not be removed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot remove what a deployment left in {}", path.display())]
+pub struct SweepError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
 /// Removes the directories of deployments whose owner is gone and who were
-/// not to be kept. Returns their ids.
-pub fn sweep(data_dir: &Path) -> io::Result<Vec<String>> {
-    let mut swept = Vec::new();
-    let entries = match fs::read_dir(data_dir.join("deployments")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(swept),
-        other => other?,
+/// not to be kept.
+///
+/// # Errors
+/// The first that could not be removed; it keeps no other.
+pub fn sweep(data_dir: &Path) -> Result<(), SweepError> {
+    let directory = data_dir.join("deployments");
+    let failed = |path: &Path, source| SweepError {
+        path: path.to_owned(),
+        source,
     };
+    let entries = match fs::read_dir(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|error| failed(&directory, error))?,
+    };
+    let mut first = Ok(());
     for entry in entries {
-        let path = entry?.path();
-        if remove_if_dead(&path, forgotten(&path))? && !path.exists() {
-            swept.extend(path.file_name().map(|n| n.to_string_lossy().into_owned()));
-        }
+        let removed = match entry {
+            Ok(entry) => {
+                let path = entry.path();
+                let removed = remove_if_dead(&path, forgotten(&path));
+                removed.map_err(|error| failed(&path, error))
+            }
+            Err(error) => Err(failed(&directory, error)),
+        };
+        first = first.and(removed.map(drop));
     }
-    Ok(swept)
+    first
 }
 
 /// Removes a deployment's directory if its owner is gone and it was not to be
@@ -145,6 +167,7 @@ fn lock_file(dir: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::SystemTime;
 
     #[test]
     fn a_live_deployment_survives_a_sweep_and_a_dead_or_ended_one_does_not() {
@@ -154,7 +177,7 @@ mod tests {
         let dead = dir.path().join("deployments/dead");
         fs::create_dir_all(dead.join("Role_IN_0")).unwrap();
         fs::write(dead.join(LOCK), b"").unwrap();
-        assert_eq!(sweep(dir.path()).unwrap(), ["dead"]);
+        sweep(dir.path()).unwrap();
         assert!(live.path().exists() && !dead.exists());
         let path = live.path().to_owned();
         drop(live);
@@ -162,6 +185,26 @@ mod tests {
         let kept = DeploymentDir::create(dir.path(), true).unwrap();
         let path = kept.path().to_owned();
         drop(kept);
-        assert!(sweep(dir.path()).unwrap().is_empty() && path.exists());
+        sweep(dir.path()).unwrap();
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn one_that_cannot_be_removed_is_named_and_keeps_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let deployments = dir.path().join("deployments");
+        let name = |number: u32| deployments.join(format!("{number:032x}"));
+        // The order in which a directory is read is the file system's.
+        for number in (0..16).filter(|number| *number != 8) {
+            fs::create_dir_all(name(number)).unwrap();
+            fs::write(name(number).join(LOCK), b"").unwrap();
+        }
+        // What is no directory and has been there for long.
+        let file = File::create(name(8)).unwrap();
+        file.set_modified(SystemTime::now() - 2 * SETTLED).unwrap();
+        let error = sweep(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&*name(8).to_string_lossy()), "{error}");
+        let left: Vec<_> = fs::read_dir(&deployments).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1);
     }
 }

@@ -134,14 +134,18 @@ pub async fn deploy(
     let data_dir = options.data_dir.clone();
     let name = model.image.clone();
     let checking = progress.clone();
-    let image = blocking(move || {
-        // Remains of a command that was killed; failing to remove them is no
-        // reason not to run.
-        let _ = sweep(&data_dir);
-        image::open(&data_dir, &name, &checking)
+    let (swept, image) = blocking(move || {
+        // Remains of a command that was killed.
+        let swept = sweep(&data_dir);
+        (swept, image::open(&data_dir, &name, &checking))
     })
-    .await??;
-    let image = Arc::new(image);
+    .await?;
+    if let Err(error) = swept {
+        // No reason not to run.
+        let text = chain(&error);
+        timeline.tell(None, EventKind::Warning { text });
+    }
+    let image = Arc::new(image?);
     timeline.tell(
         None,
         EventKind::ImageVerified {
