@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +24,9 @@ use crate::supervisor::instance::InstanceHandle;
 
 /// How often a followed log is looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
+
+/// Age from which a socket that refuses is nobody's.
+const SETTLED: Duration = Duration::from_mins(1);
 
 /// Pause after a connection that could not be accepted.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
@@ -59,6 +62,8 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
     let path = runtime_dir.join(format!("{short}.sock"));
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    let directory = runtime_dir.to_owned();
+    tokio::spawn(async move { sweep(&directory, SETTLED).await });
     let shared = Arc::new(Shared {
         deployment,
         about,
@@ -79,6 +84,29 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
         }
     });
     Ok(Server { path, task })
+}
+
+/// Removes sockets of which nobody listens at the other end: their owner was
+/// killed, and its janitor too. One younger than `settled` may be about to be
+/// listened to. What cannot be removed does no harm.
+async fn sweep(runtime_dir: &Path, settled: Duration) {
+    let entries = fs::read_dir(runtime_dir).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        let Ok(metadata) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let age = metadata.modified().map(|time| time.elapsed());
+        let old = matches!(age, Ok(Ok(age)) if age >= settled);
+        if !old || !metadata.file_type().is_socket() {
+            continue;
+        }
+        // One with a full queue says something else.
+        if let Err(error) = UnixStream::connect(&path).await
+            && error.kind() == io::ErrorKind::ConnectionRefused
+        {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 impl Drop for Server {
@@ -283,5 +311,24 @@ async fn pour(file: &mut File, stream: &mut UnixStream) -> Result<(), StreamErro
         }
         let bytes = buffer[..count].to_vec();
         send(stream, &Response::LogChunk { bytes }).await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_socket_that_nobody_listens_to_is_swept_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let [dead, live, file] =
+            ["dead.sock", "live.sock", "file.sock"].map(|name| dir.path().join(name));
+        drop(UnixListener::bind(&dead).unwrap());
+        let _listener = UnixListener::bind(&live).unwrap();
+        fs::write(&file, b"").unwrap();
+        sweep(dir.path(), SETTLED).await;
+        assert!(dead.exists());
+        sweep(dir.path(), Duration::ZERO).await;
+        assert!(!dead.exists() && live.exists() && file.exists());
     }
 }
