@@ -167,6 +167,7 @@ pub async fn deploy(
     let limits = Limits {
         role_stop: scaled(30),
         power_off: scaled(10),
+        begin: scaled(3),
         condemned: scaled(30),
         vmm_stop: scaled(2),
         death: scaled(10),

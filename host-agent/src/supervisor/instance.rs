@@ -303,7 +303,7 @@ impl Instance {
             }
             ChannelEvent::ShutdownBegun => {
                 self.monitor.booting();
-                true
+                self.feed(Input::ShutdownBegun)
             }
             ChannelEvent::Violation { channel, reason } => {
                 self.trouble(EventKind::Warning {

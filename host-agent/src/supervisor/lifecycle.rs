@@ -44,6 +44,8 @@ pub enum Input {
         /// Whether the guest's kernel answered.
         kernel_alive: bool,
     },
+    /// The guest has begun to shut down.
+    ShutdownBegun,
     /// The VMM process ended.
     Ended(ExitReason),
     /// [`Effect::Wait`] is over.
@@ -103,7 +105,10 @@ pub struct Limits {
     pub role_stop: Duration,
     /// Time for the guest beyond that to power off.
     pub power_off: Duration,
-    /// Time for a condemned guest whose kernel answers to shut down.
+    /// Time for a condemned guest whose kernel answers to begin to shut down.
+    /// Its agent, which would, is most likely what is dead.
+    pub begin: Duration,
+    /// Time for a condemned guest that shuts down to do so.
     pub condemned: Duration,
     /// Time for the VMM process to flush and end.
     pub vmm_stop: Duration,
@@ -137,7 +142,11 @@ enum State {
     /// A VMM process runs, or is being started.
     Running,
     /// It is being ended so that it can be started again.
-    Ending { because: String },
+    Ending {
+        because: String,
+        /// The guest was asked to shut down, and did not begin to so far.
+        asked: bool,
+    },
     /// Waiting to start again.
     Waiting,
     /// Being stopped for good.
@@ -216,16 +225,29 @@ impl Lifecycle {
                 self.rotate(false, &mut effects);
                 let because = verdict.to_string();
                 effects.push(Effect::Tell(EventKind::Verdict { verdict, evidence }));
-                self.state = State::Ending { because };
-                if kernel_alive && self.connected {
+                let asked = kernel_alive && self.connected;
+                self.state = State::Ending { because, asked };
+                if asked {
                     effects.push(Effect::AskShutdown {
                         then: PowerAction::PowerOff,
                         deadline: self.limits.condemned / 2,
                     });
-                    effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
+                    effects.push(Effect::Wait(Wait::Shutdown, self.limits.begin));
                 } else {
                     self.kill_vmm(&mut effects);
                 }
+            }
+            // Once: a guest that says so again gets no more time.
+            (
+                Input::ShutdownBegun,
+                State::Ending {
+                    because,
+                    asked: true,
+                },
+            ) => {
+                let asked = false;
+                self.state = State::Ending { because, asked };
+                effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
             }
             (Input::Ended(reason), State::Running) => {
                 self.rotate(false, &mut effects);
@@ -233,7 +255,7 @@ impl Lifecycle {
                 effects.push(exited(reason, None));
                 self.plan_restart(because, jitter, &mut effects);
             }
-            (Input::Ended(reason), State::Ending { because }) => {
+            (Input::Ended(reason), State::Ending { because, .. }) => {
                 effects.push(exited(reason, Some(&because)));
                 self.plan_restart(because, jitter, &mut effects);
             }
@@ -270,7 +292,11 @@ impl Lifecycle {
                 self.state = State::Stopping;
                 self.kill_vmm(&mut effects);
             }
-            (Input::Waited(Wait::Shutdown), State::Stopping | State::Ending { .. }) => {
+            (Input::Waited(Wait::Shutdown), state @ (State::Stopping | State::Ending { .. })) => {
+                if let State::Ending { because, .. } = state {
+                    let asked = false;
+                    self.state = State::Ending { because, asked };
+                }
                 self.stop_vmm(&mut effects);
             }
             (Input::Waited(Wait::VmmStop), State::Stopping | State::Ending { .. }) => {

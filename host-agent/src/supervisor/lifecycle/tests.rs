@@ -6,6 +6,7 @@ use proptest::prelude::*;
 const LIMITS: Limits = Limits {
     role_stop: Duration::from_secs(30),
     power_off: Duration::from_secs(10),
+    begin: Duration::from_secs(3),
     condemned: Duration::from_secs(30),
     vmm_stop: Duration::from_secs(2),
     death: Duration::from_secs(10),
@@ -129,15 +130,23 @@ fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
 }
 
 #[test]
-fn a_condemned_guest_whose_kernel_answers_is_asked_to_shut_down_first() {
-    let mut life = ready();
-    let effects = life.on(silent(true), Duration::ZERO, 0.5);
-    assert!(effects.contains(&Effect::Wait(Wait::Shutdown, LIMITS.condemned)));
-    assert!(!effects.contains(&Effect::KillVmm));
-    let effects = life.on(Input::Waited(Wait::Shutdown), Duration::ZERO, 0.5);
-    assert_eq!(effects[0], Effect::StopVmm);
-    let effects = life.on(Input::Waited(Wait::VmmStop), Duration::ZERO, 0.5);
-    assert_eq!(effects, KILLED);
+fn a_condemned_guest_whose_kernel_answers_may_shut_down_if_it_begins_to_at_once() {
+    for begins in [false, true] {
+        let mut life = ready();
+        let mut on = |input| life.on(input, Duration::ZERO, 0.5);
+        let effects = on(silent(true));
+        assert!(effects.contains(&Effect::Wait(Wait::Shutdown, LIMITS.begin)));
+        assert!(!effects.contains(&Effect::KillVmm));
+        if begins {
+            let longer = [Effect::Wait(Wait::Shutdown, LIMITS.condemned)];
+            assert_eq!(on(Input::ShutdownBegun), longer);
+            assert_eq!(on(Input::ShutdownBegun), []);
+        }
+        assert_eq!(on(Input::Waited(Wait::Shutdown))[0], Effect::StopVmm);
+        // Too late.
+        assert_eq!(on(Input::ShutdownBegun), []);
+        assert_eq!(on(Input::Waited(Wait::VmmStop)), KILLED);
+    }
 }
 
 #[test]
@@ -290,6 +299,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(Input::Beat),
         Just(Input::NoSpace),
         Just(Input::SpaceBack),
+        Just(Input::ShutdownBegun),
         Just(Input::Status(status(RoleState::Ready))),
         Just(Input::Status(status(RoleState::Recycling))),
         any::<bool>().prop_map(silent),
