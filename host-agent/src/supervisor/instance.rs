@@ -20,9 +20,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 use vmbus::channel::Channel;
 use vmbus::message::{Goal, Health};
 
-use super::event::{EventKind, Verdict, state_name};
+use super::event::{EventKind, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
+use super::probe::{Probe, Seen};
 use super::quota::{Quota, Trouble};
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
@@ -39,8 +40,6 @@ pub use handle::{InstanceHandle, Request, View};
 const CHANNEL_BACKLOG: usize = 256;
 /// Connections that may wait for the actor.
 const INCOMING_BACKLOG: usize = 256;
-/// Pings without an answer that make a VMM process hung.
-const PINGS_MISSED: u32 = 3;
 /// Questions to a VMM process that may be open at a time.
 const MOST_ASKED: usize = 64;
 /// Connections to the channels of one boot: two for each channel, as when an
@@ -90,7 +89,6 @@ struct Instance {
     paused: bool,
     ran_whole_tick: bool,
     wait: Option<(Instant, Wait)>,
-    probe_deadline: Option<(Instant, Verdict)>,
     next_dial: u64,
     last_health: Option<Health>,
     quota: Quota,
@@ -120,7 +118,6 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
         paused: false,
         ran_whole_tick: false,
         wait: None,
-        probe_deadline: None,
         next_dial: 0,
         last_health: None,
         quota: Quota::new(Duration::ZERO),
@@ -157,7 +154,6 @@ impl Instance {
         let mut running = self.feed(Input::Start);
         while running {
             let wait = self.wait;
-            let probe = self.probe_deadline;
             running = tokio::select! {
                 happening = next_happening(&mut self.boot) => self.happened(happening),
                 Some((generation, event)) = channels.recv() => self.channel(generation, event),
@@ -169,10 +165,6 @@ impl Instance {
                 () = until(wait.map(|(at, _)| at)) => {
                     let (_, wait) = self.wait.take().expect("the branch waits for it");
                     self.feed(Input::Waited(wait))
-                }
-                () = until(probe.map(|(at, _)| at)) => {
-                    let (_, verdict) = self.probe_deadline.take().expect("the branch waits for it");
-                    self.condemn(verdict, "the guest's kernel does not answer a probe", false)
                 }
                 _ = tick.tick() => {
                     let mut more = true;
@@ -315,6 +307,12 @@ impl Instance {
     }
 
     fn tick(&mut self) -> bool {
+        // One that stands still for want of room cannot answer.
+        let boot = self.boot.as_mut().filter(|boot| boot.standing.is_none());
+        let probe = boot.and_then(|boot| boot.probe.as_mut());
+        if let Some(seen) = probe.and_then(Probe::tick) {
+            return self.condemn(seen);
+        }
         let now = Now {
             monotonic: clock(ClockId::CLOCK_MONOTONIC),
             boottime: clock(ClockId::CLOCK_BOOTTIME),
@@ -334,12 +332,14 @@ impl Instance {
         }
     }
 
-    fn condemn(&mut self, verdict: Verdict, evidence: &str, kernel_alive: bool) -> bool {
-        self.probe_deadline = None;
+    fn condemn(&mut self, seen: Seen) -> bool {
+        if let Some(boot) = &mut self.boot {
+            boot.probe = None;
+        }
         self.feed(Input::Condemned {
-            verdict,
-            evidence: evidence.to_owned(),
-            kernel_alive,
+            verdict: seen.verdict,
+            evidence: seen.evidence.to_owned(),
+            kernel_alive: seen.kernel_alive,
         })
     }
 
@@ -348,17 +348,11 @@ impl Instance {
         let Some(boot) = &mut self.boot else {
             return true;
         };
-        if boot.pings >= PINGS_MISSED {
-            boot.pings = 0;
-            return self.condemn(
-                Verdict::VmmHung,
-                "three pings of its control socket unanswered",
-                false,
-            );
+        if let Some(seen) = boot.pings.due() {
+            return self.condemn(seen);
         }
-        // One that was not sent cannot be answered.
         if boot.process.send(&Command::Ping { id }, Vec::new()).is_ok() {
-            boot.pings += 1;
+            boot.pings.sent();
         }
         true
     }

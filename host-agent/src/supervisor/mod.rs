@@ -1,7 +1,7 @@
 //! The long-lived part of the host agent: keeps each instance at its goal.
 //!
-//! Policy is in the pure files ([`lifecycle`], [`heartbeat`], [`restart`],
-//! [`goal`]); the `instance` actor performs what they decide.
+//! Policy is in the pure files ([`lifecycle`], [`heartbeat`], [`probe`],
+//! [`restart`], [`goal`]); the `instance` actor performs what they decide.
 
 pub mod deployment;
 pub mod event;
@@ -10,6 +10,7 @@ pub mod guest;
 pub mod heartbeat;
 pub mod instance;
 pub mod lifecycle;
+pub mod probe;
 pub mod process;
 pub mod quota;
 pub mod restart;

@@ -14,6 +14,7 @@ use super::super::event::EventKind;
 use super::super::guest;
 use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
+use super::super::probe::{Pings, Probe};
 use super::super::process::{Happening, VmmProcess};
 use super::super::quota::Trouble;
 use super::dial::Dialed;
@@ -35,7 +36,8 @@ pub(super) struct Boot {
     pub(super) exit: Option<ExitReason>,
     /// The host has no room for what the guest writes.
     pub(super) standing: Option<Standing>,
-    pub(super) pings: u32,
+    pub(super) pings: Pings,
+    pub(super) probe: Option<Probe>,
     pub(super) trouble: HashMap<Discriminant<EventKind>, Trouble>,
     pub(super) dials: BTreeMap<u64, Dialed>,
     pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
@@ -46,7 +48,6 @@ impl Instance {
         self.monitor.booting();
         self.paused = false;
         self.wait = None;
-        self.probe_deadline = None;
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let parts = &self.parts;
         let (spec, files) = guest::prepare(&parts.dir, &parts.name, &parts.role, &parts.image)
@@ -83,7 +84,8 @@ impl Instance {
             shutdown,
             exit: None,
             standing: None,
-            pings: 0,
+            pings: Pings::default(),
+            probe: None,
             trouble: HashMap::new(),
             dials: BTreeMap::new(),
             stats: VecDeque::new(),
@@ -138,7 +140,6 @@ impl Instance {
                 self.tell_untold(untold);
                 self.boot = None;
                 self.wait = None;
-                self.probe_deadline = None;
                 self.last_health = None;
                 self.view.send_modify(|view| {
                     view.pid = 0;
@@ -180,7 +181,7 @@ impl Instance {
                 quota,
             } => return self.no_space(disk, needed, quota),
             Event::SpaceBack {} => return self.space_back(),
-            Event::Pong { .. } => boot.pings = 0,
+            Event::Pong { .. } => boot.pings.answered(),
             Event::Stats(stats) => {
                 if let Some(answer) = boot.stats.pop_front() {
                     let _ = answer.send(Ok(stats));

@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 use vmbus::channel::{EXEC_PORT, tunnel_port};
 
 use super::super::event::Verdict;
 use super::super::lifecycle::Input;
+use super::super::probe::{Probe, Seen};
 use super::{Instance, MOST_ASKED, Request};
 use crate::endpoints::Incoming;
 use crate::vmm::control::{Command, DialOutcome};
@@ -21,12 +21,8 @@ const BUSY: &str = "too many questions to the VMM process are open";
 const NO_SPACE: &str = "the host has no space for what the guest writes: it goes on by itself \
     when there is";
 
-/// What an answer to a dial is for.
-#[derive(Debug)]
-pub(super) enum Dialed {
-    Exec(UnixStream, oneshot::Sender<Result<UnixStream, String>>),
-    Probe(Verdict),
-}
+/// Our end of a dial to the exec service, and who waits for it.
+pub(super) type Dialed = (UnixStream, oneshot::Sender<Result<UnixStream, String>>);
 
 impl Instance {
     pub(super) fn request(&mut self, request: Request) -> bool {
@@ -97,7 +93,7 @@ impl Instance {
         })();
         match (result, &mut self.boot) {
             (Ok((id, stream)), Some(boot)) => {
-                boot.dials.insert(id, Dialed::Exec(stream, answer));
+                boot.dials.insert(id, (stream, answer));
             }
             (Err(error), _) => {
                 let _ = answer.send(Err(error.to_string()));
@@ -130,44 +126,35 @@ impl Instance {
     /// absence, is the evidence.
     pub(super) fn look_closer(&mut self, verdict: Verdict) -> bool {
         if self.paused {
-            return self.condemn(verdict, "its vCPUs are stopped", false);
+            return self.condemn(Seen::stopped(verdict));
         }
         let id = self.dial_id();
-        self.probe_deadline = Some((Instant::now() + self.parts.probe_limit, verdict));
         let port = EXEC_PORT;
-        if self
-            .command(&Command::Probe { id, port }, Vec::new())
-            .is_ok()
-            && let Some(boot) = &mut self.boot
-        {
-            boot.dials.insert(id, Dialed::Probe(verdict));
+        // One that cannot be sent is not answered.
+        let _ = self.command(&Command::Probe { id, port }, Vec::new());
+        let (limit, tick) = (self.parts.probe_limit, self.parts.rule.tick());
+        if let Some(boot) = &mut self.boot {
+            boot.probe = Some(Probe::new(verdict, id, limit, tick));
         }
         true
     }
 
     /// The guest answered, or not.
     pub(super) fn dialed(&mut self, id: u64, outcome: DialOutcome) -> bool {
-        let dialed = self.boot.as_mut().and_then(|boot| boot.dials.remove(&id));
-        match dialed {
-            Some(Dialed::Exec(stream, answer)) => {
-                let result = match outcome {
-                    DialOutcome::Connected => Ok(stream),
-                    other => Err(format!("guest agent does not take exec: {other:?}")),
-                };
-                let _ = answer.send(result);
-            }
-            Some(Dialed::Probe(verdict)) if self.probe_deadline.take().is_some() => {
-                let alive = matches!(outcome, DialOutcome::Connected | DialOutcome::Refused);
-                let evidence = if alive {
-                    "the guest's kernel answers: its agent is dead or hung"
-                } else {
-                    "the guest's kernel does not answer a probe"
-                };
-                return self.condemn(verdict, evidence, alive);
-            }
-            // A client's connection, or a probe that came too late: nobody
-            // waits for the outcome.
-            None | Some(Dialed::Probe(_)) => {}
+        let Some(boot) = &mut self.boot else {
+            return true;
+        };
+        let seen = boot.probe.as_ref().map(|probe| probe.answered(id, outcome));
+        if let Some(seen) = seen.flatten() {
+            return self.condemn(seen);
+        }
+        // Nobody waits for the outcome of a client's connection.
+        if let Some((stream, answer)) = boot.dials.remove(&id) {
+            let result = match outcome {
+                DialOutcome::Connected => Ok(stream),
+                other => Err(format!("guest agent does not take exec: {other:?}")),
+            };
+            let _ = answer.send(result);
         }
         true
     }
