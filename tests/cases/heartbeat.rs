@@ -1,9 +1,11 @@
 //! A guest that falls silent is restarted on its disks.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::Place;
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 #[test]
 fn a_frozen_guest_is_restarted_at_the_limit_as_the_next_generation_with_its_data() -> Result<()> {
@@ -30,6 +32,34 @@ fn a_frozen_guest_is_restarted_at_the_limit_as_the_next_generation_with_its_data
     run.event("restarting", |event| event["generation"] == 2)?;
     run.ready()?;
     ensure!(run.shell(&format!("cat {}/mark /root-mark", data.trim()))? == "kept\nkept\n");
+    run.stop()?;
+    place.assert_nothing_left()
+}
+
+#[test]
+fn a_vmm_process_that_stands_still_is_told_as_hung_and_replaced() -> Result<()> {
+    let place = Place::new()?;
+    let service =
+        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
+    // Pings alone find it before the heartbeat rule's ten minutes are over.
+    let mut command = place.command();
+    command
+        .args(["run", "--format", "jsonl"])
+        .arg(service)
+        .env("HOST_AGENT_TIMEOUT_SCALE", "2");
+    let mut run = Run::of(&place, command)?;
+    let started = run.event("guest-starting", |_| true)?;
+    let pid = started["pid"].as_i64().context("a process id")?;
+    run.ready()?;
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGSTOP)?;
+    run.event("verdict", |event| event["verdict"]["kind"] == "vmm-hung")?;
+    let ended = run.event("guest-exited", |_| true)?;
+    ensure!(
+        ended["reason"] == "killed" && ended["because"] == "VMM process does not answer",
+        "{ended}"
+    );
+    run.event("restarting", |event| event["generation"] == 2)?;
+    run.ready()?;
     run.stop()?;
     place.assert_nothing_left()
 }

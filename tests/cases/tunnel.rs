@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use e2e::run::{Run, eventually};
@@ -11,6 +12,8 @@ use e2e::{Place, limit};
 use sha2::{Digest, Sha256};
 
 const MIB: usize = 1 << 20;
+/// Short, so that a lost heartbeat is a verdict while this test runs.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(30);
 
 fn connect(port: u16) -> Result<TcpStream> {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
@@ -63,7 +66,8 @@ fn a_tunnel_carries_64_mib_each_way_and_200_connections_and_a_stalled_reader_sta
     let service = Service::echo()?;
     let port = service.port.context("the echo service has a port")?;
     let service = service.write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &["--heartbeat-limit", "60"])?;
+    let seconds = HEARTBEAT_LIMIT.as_secs().to_string();
+    let mut run = Run::start(&place, &service, &["--heartbeat-limit", &seconds])?;
     run.ready()?;
     eventually("the echo server listens", || {
         Ok(matches!(echo(port, 1, 1), Ok((sent, back)) if sent == back))
@@ -77,6 +81,7 @@ fn a_tunnel_carries_64_mib_each_way_and_200_connections_and_a_stalled_reader_sta
     stalled.set_nonblocking(true)?;
     let block = vec![0; 64 * 1024];
     while stalled.write(&block).is_ok() {}
+    let began = Instant::now();
 
     let mut open = Vec::new();
     for _ in 0..200 {
@@ -96,6 +101,13 @@ fn a_tunnel_carries_64_mib_each_way_and_200_connections_and_a_stalled_reader_sta
     drop(open);
     let (sent, back) = echo(port, 3, MIB)?;
     ensure!(sent == back, "after the crowd");
+    // Long enough for a verdict if the stall held up heartbeats, of which six
+    // are asked for in the limit.
+    while began.elapsed() < HEARTBEAT_LIMIT + limit(5) {
+        let (sent, back) = echo(port, 4, 64)?;
+        ensure!(sent == back, "beside the stalled reader");
+        thread::sleep(Duration::from_millis(200));
+    }
     drop(stalled);
     let seen = run.stop()?;
     ensure!(
