@@ -1,14 +1,14 @@
 //! Answers requests on the socket of a running deployment.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -18,7 +18,7 @@ use vmbus::stream::{FrameReader, StreamError, join, send};
 use super::types::{
     DeploymentInfo, EndpointInfo, Failure, InstanceInfo, LogFile, MAX_CHUNK, Request, Response,
 };
-use crate::store::log_file::previous;
+use crate::store::log_tail::LogTail;
 use crate::supervisor::deployment::DeploymentHandle;
 use crate::supervisor::instance::InstanceHandle;
 
@@ -268,50 +268,42 @@ async fn logs(
     follow: bool,
     stream: &mut UnixStream,
 ) -> Result<(), StreamError> {
-    if let Ok(mut file) = File::open(previous(&path)) {
-        pour(&mut file, stream).await?;
-    }
-    let mut log = File::open(&path).ok();
+    let mut log = blocking(move || Ok(LogTail::open(&path))).await?;
     loop {
-        if let Some(file) = &mut log {
-            pour(file, stream).await?;
-        }
+        log = pour(log, stream).await?;
         if !follow {
             return send(stream, &Response::LogEnd {}).await;
         }
-        tokio::time::sleep(FOLLOW_EVERY).await;
-        log = current(log, &path)?;
-    }
-}
-
-/// The file to go on with: another one when the log turned over, the same
-/// from its beginning when it was emptied.
-fn current(log: Option<File>, path: &Path) -> io::Result<Option<File>> {
-    let Ok(now) = fs::metadata(path) else {
-        return Ok(log);
-    };
-    let Some(mut file) = log else {
-        return Ok(File::open(path).ok());
-    };
-    if file.metadata()?.ino() != now.ino() {
-        return Ok(File::open(path).ok());
-    }
-    if file.stream_position()? > now.len() {
-        file.seek(SeekFrom::Start(0))?;
-    }
-    Ok(Some(file))
-}
-
-async fn pour(file: &mut File, stream: &mut UnixStream) -> Result<(), StreamError> {
-    let mut buffer = vec![0; MAX_CHUNK];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
+        // A client has nothing more to say: one that is heard went away.
+        let gone = stream.read_u8();
+        if tokio::time::timeout(FOLLOW_EVERY, gone).await.is_ok() {
             return Ok(());
         }
-        let bytes = buffer[..count].to_vec();
+    }
+}
+
+/// Sends what is written so far.
+async fn pour(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, StreamError> {
+    loop {
+        let (back, bytes) = blocking(move || {
+            let bytes = log.read(MAX_CHUNK)?;
+            Ok((log, bytes))
+        })
+        .await?;
+        log = back;
+        if bytes.is_empty() {
+            return Ok(log);
+        }
         send(stream, &Response::LogChunk { bytes }).await?;
     }
+}
+
+/// A slow disk holds up whoever reads from it, and no guest.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(io::Error::other)?
 }
 
 #[cfg(test)]
@@ -330,5 +322,21 @@ mod tests {
         assert!(dead.exists());
         sweep(dir.path(), Duration::ZERO).await;
         assert!(!dead.exists() && live.exists() && file.exists());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_client_that_leaves_a_quiet_log_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("role.log");
+        fs::write(&path, "all there is\n").unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let following =
+            tokio::spawn(async move { logs(path, LogFile::Role, true, &mut ours).await });
+        let mut client = FrameReader::new(theirs);
+        let first = client.next::<Response>().await.unwrap();
+        assert!(matches!(first, Some(Response::LogChunk { .. })));
+        drop(client);
+        let noticed = tokio::time::timeout(Duration::from_secs(20), following);
+        noticed.await.expect("it is noticed").unwrap().unwrap();
     }
 }

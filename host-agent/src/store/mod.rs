@@ -4,4 +4,5 @@ pub mod deployment;
 pub mod image;
 pub mod janitor;
 pub mod log_file;
+pub mod log_tail;
 pub mod paths;
