@@ -18,6 +18,7 @@ use vmbus::stream::{FrameReader, StreamError, join, send};
 use super::types::{
     DeploymentInfo, EndpointInfo, Failure, InstanceInfo, LogFile, MAX_CHUNK, Request, Response,
 };
+use crate::store::deployment::socket_name;
 use crate::store::log_tail::LogTail;
 use crate::supervisor::deployment::DeploymentHandle;
 use crate::supervisor::instance::InstanceHandle;
@@ -58,8 +59,8 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
         let text = format!("{} belongs to another user", runtime_dir.display());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }
-    let short: String = deployment.id().chars().take(8).collect();
-    let path = runtime_dir.join(format!("{short}.sock"));
+    // The directory of a deployment has its id for a name.
+    let path = runtime_dir.join(socket_name(Path::new(deployment.id())));
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     let directory = runtime_dir.to_owned();

@@ -403,7 +403,7 @@ mod tests {
                 Code::Boot,
                 "no contact",
             ),
-            (verdict(Verdict::VmmDied), Code::Role, "died"),
+            (verdict(Verdict::VmmHung), Code::Role, "does not answer"),
             (disk_failed(true), Code::HostFull, "disk os of A_IN_1"),
             (disk_failed(false), Code::Start, "disk os of A_IN_1"),
         ];

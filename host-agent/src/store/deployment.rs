@@ -148,11 +148,15 @@ fn forgotten(path: &Path) -> bool {
     changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > SETTLED))
 }
 
-/// The first digits of the id of the deployment in `directory`, by which its
-/// socket is named.
+/// The first digits of the id of the deployment in `directory`.
 pub fn short_id(directory: &Path) -> String {
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
     name.chars().take(8).collect()
+}
+
+/// Name of the socket of the deployment in `directory`, in the run-time directory.
+pub fn socket_name(directory: &Path) -> String {
+    format!("{}.sock", short_id(directory))
 }
 
 fn lock_file(dir: &Path) -> io::Result<File> {

@@ -75,11 +75,6 @@ pub enum ImageError {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Manifest {
     schema: String,
-    /// Image name.
-    pub name: String,
-    /// Version of the kernel package.
-    #[serde(default)]
-    pub kernel_version: String,
     files: BTreeMap<String, ManifestFile>,
 }
 

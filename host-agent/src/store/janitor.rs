@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::deployment::{remove_if_dead, short_id};
+use super::deployment::{remove_if_dead, socket_name};
 use crate::cgroup;
 
 /// First argument of a janitor process.
@@ -119,7 +119,7 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
     if let Some(group) = arguments.next() {
         remove_group(&group, deadline);
     }
-    let socket = runtime_dir.join(format!("{}.sock", short_id(&directory)));
+    let socket = runtime_dir.join(socket_name(&directory));
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -202,8 +202,6 @@ pub enum Verdict {
     },
     /// The VMM process does not answer its control socket.
     VmmHung,
-    /// The VMM process died.
-    VmmDied,
 }
 
 impl fmt::Display for Verdict {
@@ -214,7 +212,6 @@ impl fmt::Display for Verdict {
                 write!(f, "no contact {} after start", ms(*waited_ms))
             }
             Self::VmmHung => write!(f, "VMM process does not answer"),
-            Self::VmmDied => write!(f, "VMM process died"),
         }
     }
 }

@@ -189,11 +189,6 @@ impl Monitor {
         fresh
     }
 
-    /// Whether a heartbeat came in this boot.
-    pub fn has_contact(&self) -> bool {
-        self.heard.is_some()
-    }
-
     /// Silence so far.
     pub const fn silence(&self) -> Duration {
         self.silence

@@ -45,7 +45,7 @@ pub(super) struct Boot {
 
 impl Instance {
     pub(super) fn spawn(&mut self, generation: u64) -> Result<u32, String> {
-        self.monitor.booting();
+        self.monitor = Monitor::new(self.parts.rule);
         self.paused = false;
         self.wait = None;
         let (shutdown, shutdown_receiver) = watch::channel(None);
@@ -76,7 +76,6 @@ impl Instance {
             alive: self.alive.clone(),
             sequence: AtomicU64::new(0),
         });
-        self.monitor = Monitor::new(parts.rule);
         self.boot = Some(Boot {
             process,
             group,
