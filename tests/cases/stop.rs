@@ -6,13 +6,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use e2e::run::{INSTANCE, Run, eventually};
 use e2e::service::Service;
 use e2e::{Place, limit, text};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Says when it would hear, then that it was asked to stop, and stops or does not.
 const STUBBORN: &str =
@@ -46,6 +47,67 @@ fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
     ensure!(asked.elapsed() < limit(2), "{:?}: {seen}", asked.elapsed());
     ensure!(seen.contains(r#""clean":false"#), "{seen}");
     place.assert_nothing_left()
+}
+
+/// Processes that the command started, with their command lines.
+fn children(run: &Run<'_>) -> Result<Vec<(Pid, String)>> {
+    let parent = format!("PPid:\t{}", run.pid());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        // Those that end meanwhile are none of them.
+        let read = |name| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        if read("status").lines().any(|line| line == parent) {
+            let pid = entry.file_name().to_string_lossy().parse()?;
+            found.push((Pid::from_raw(pid), read("cmdline").replace('\0', " ")));
+        }
+    }
+    Ok(found)
+}
+
+/// As the end of a systemd scope or a shutdown of the host does.
+#[test]
+fn a_signal_to_every_process_stops_the_role_before_its_guest() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(POLITE).write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    heard(&place, "at work")?;
+    // The command last: the worst order.
+    let children = children(&run)?;
+    ensure!(children.len() == 2, "{children:?}");
+    for (pid, _) in children {
+        kill(pid, Signal::SIGTERM)?;
+    }
+    run.signal(Signal::SIGTERM)?;
+    let (status, seen) = run.wait()?;
+    let seen = seen.join("\n");
+    ensure!(status.code() == Some(0), "{status}: {seen}");
+    ensure!(seen.contains(r#""clean":true"#), "{seen}");
+    ensure!(!seen.contains(r#""event":"restarting""#), "{seen}");
+    place.assert_nothing_left()
+}
+
+#[test]
+fn a_killed_janitor_is_followed_by_another_that_cleans_up() -> Result<()> {
+    let place = Place::new()?;
+    let service = Service::script(POLITE).write(&place.file("service"))?;
+    let mut run = Run::start(&place, &service, &[])?;
+    run.ready()?;
+    let janitor = || -> Result<Option<Pid>> {
+        let mut children = children(&run)?.into_iter();
+        let found = children.find(|(_, line)| line.contains(" janitor "));
+        Ok(found.map(|(pid, _)| pid))
+    };
+    let first = janitor()?.context("no janitor")?;
+    kill(first, Signal::SIGKILL)?;
+    eventually("another janitor runs", || {
+        Ok(janitor()?.is_some_and(|pid| pid != first))
+    })?;
+    run.signal(Signal::SIGKILL)?;
+    drop(run);
+    eventually("nothing is left", || {
+        Ok(place.assert_nothing_left().is_ok())
+    })
 }
 
 /// The shell sends a hang-up to its jobs, and the kernel another.
