@@ -2,9 +2,10 @@
 //! The same files give the same bytes.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{self, Read};
 use std::iter::once;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::archive_writer::ArchiveWriter;
 use super::definition::{self, Definition};
@@ -38,12 +39,39 @@ pub struct Packed {
 }
 
 /// Packs the service in `directory` into the file `out`, which appears only
-/// when it is complete. Times in it are `$SOURCE_DATE_EPOCH`, else 1980-01-01.
+/// when it is complete. A link is followed. Times in it are `$SOURCE_DATE_EPOCH`, else 1980-01-01.
 ///
 /// # Errors
 /// What is wrong with the service, or with writing `out`.
 pub fn pack(directory: &Path, out: &Path, progress: &Progress) -> Result<Packed, ServiceError> {
-    pack_at(directory, out, Stamp::from_environment()?, progress)
+    let stamp = Stamp::from_environment()?;
+    pack_at(directory, &destination(out)?, stamp, progress)
+}
+
+/// The file that a package named `out` becomes. Only a regular file is
+/// replaced: `-o /dev/null` by root must not put a file in place of the device.
+fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
+    const HINT: &str = "name a file: host-agent pack DIR -o FILE.cspkg";
+    let cannot = |source| ServiceError::io(out, "cannot write the package", source);
+    match fs::metadata(out) {
+        Ok(found) if found.is_file() => fs::canonicalize(out).map_err(cannot),
+        Ok(found) => {
+            let what = if found.is_dir() {
+                "the package would replace a directory"
+            } else {
+                "the package would replace what is not a regular file"
+            };
+            Err(ServiceError::new(out, what).with_hint(HINT))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(out) {
+            Ok(target) => {
+                let what = format!("is a link to {}, which is not there", target.display());
+                Err(ServiceError::new(out, what).with_hint("remove the link, or name its target"))
+            }
+            Err(_) => Ok(out.to_owned()),
+        },
+        Err(error) => Err(cannot(error)),
+    }
 }
 
 fn pack_at(

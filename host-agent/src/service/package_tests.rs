@@ -121,6 +121,39 @@ fn a_service_that_is_refused_leaves_no_package() {
     assert!(error.what().contains("cannot write the package"), "{error}");
 }
 
+#[test]
+fn a_package_replaces_a_regular_file_and_nothing_else() {
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name);
+    let pack = |name| pack(Path::new(REDIS), &path(name), &Progress::default());
+    fs::write(path("old"), "old").unwrap();
+    std::os::unix::fs::symlink("old", path("link")).unwrap();
+    std::os::unix::fs::symlink("gone", path("dangling")).unwrap();
+    std::os::unix::fs::symlink("/dev/null", path("null")).unwrap();
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::create_dir(path("directory")).unwrap();
+    for (name, why) in [
+        ("fifo", "not a regular file"),
+        ("null", "not a regular file"),
+        ("directory", "a directory"),
+        ("dangling", "a link to gone"),
+    ] {
+        let before = fs::symlink_metadata(path(name)).unwrap().file_type();
+        let error = pack(name).unwrap_err();
+        assert!(error.what().contains(why), "{error}");
+        assert!(error.hint().is_some(), "{error}");
+        let after = fs::symlink_metadata(path(name)).unwrap().file_type();
+        assert_eq!(after, before, "{name}");
+    }
+    let packed = pack("link").unwrap();
+    assert_eq!(fs::read_link(path("link")).unwrap(), Path::new("old"));
+    assert_eq!(
+        fs::symlink_metadata(path("old")).unwrap().len(),
+        packed.bytes
+    );
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 6);
+}
+
 /// The package of the redis service, in parts.
 fn parts() -> Vec<(String, Vec<u8>)> {
     let out = tempfile::tempdir().unwrap();
