@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use super::types::{
 };
 use crate::store::deployment::socket_name;
 use crate::store::log_tail::LogTail;
-use crate::supervisor::deployment::DeploymentHandle;
+use crate::supervisor::deployment::{DeploymentHandle, Published};
 use crate::supervisor::instance::InstanceHandle;
 
 /// How often a followed log is looked at.
@@ -228,19 +227,17 @@ fn failed(kind: Failure, message: impl Into<String>) -> Response {
 /// Endpoints of a model with the addresses on which they are published.
 pub fn endpoints(
     model: &crate::service::model::ServiceModel,
-    published: &std::collections::BTreeMap<String, SocketAddr>,
+    published: &Published,
 ) -> Vec<(String, EndpointInfo)> {
     let mut all = Vec::new();
-    for role in &model.roles {
-        for endpoint in &role.endpoints {
-            if let Some(address) = published.get(&endpoint.name) {
-                let info = EndpointInfo {
-                    name: endpoint.name.clone(),
-                    address: *address,
-                    local_port: endpoint.local_port,
-                };
-                all.push((role.name.clone(), info));
-            }
+    for (role, endpoint) in model.endpoints() {
+        if let Some(address) = published.get(&(role.name.clone(), endpoint.name.clone())) {
+            let info = EndpointInfo {
+                name: endpoint.name.clone(),
+                address: *address,
+                local_port: endpoint.local_port,
+            };
+            all.push((role.name.clone(), info));
         }
     }
     all

@@ -9,6 +9,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::service::model::{InputEndpoint, Role, ServiceModel, full_name};
+
 /// A TCP connection that is open and silent this long is a success: many
 /// protocols let the client speak first. The host accepts before the guest
 /// does, so a refusal shows as an early end. Times the timeout scale, to a
@@ -26,7 +28,7 @@ const MAX_STATUS_LINE: usize = 1024;
 /// What to try.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// Name of the endpoint.
+    /// Name of the endpoint, or of its role and it.
     pub endpoint: String,
     kind: Kind,
 }
@@ -35,6 +37,15 @@ pub struct Probe {
 enum Kind {
     Tcp,
     Http { path: String, code: u16 },
+}
+
+/// Why a probe has no one endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unresolved {
+    /// No endpoint has that name; these are there.
+    Unknown(Vec<String>),
+    /// These have it.
+    Ambiguous(Vec<String>),
 }
 
 /// How a probe ended.
@@ -109,6 +120,38 @@ impl fmt::Display for Probe {
 }
 
 impl Probe {
+    /// The endpoint that is meant, and its role: by its bare name where only
+    /// one has it, else as ROLE.ENDPOINT.
+    pub fn resolve<'a>(
+        &self,
+        model: &'a ServiceModel,
+    ) -> Result<(&'a Role, &'a InputEndpoint), Unresolved> {
+        // Either name may hold dots: whole names are compared, nothing is split.
+        let mut found: Vec<_> = model
+            .endpoints()
+            .filter(|(role, endpoint)| {
+                endpoint.name == self.endpoint
+                    || full_name(&role.name, &endpoint.name) == self.endpoint
+            })
+            .collect();
+        match (found.pop(), found.is_empty()) {
+            (Some(only), true) => Ok(only),
+            (Some(last), false) => Err(Unresolved::Ambiguous(
+                found
+                    .into_iter()
+                    .chain([last])
+                    .map(|(role, endpoint)| full_name(&role.name, &endpoint.name))
+                    .collect(),
+            )),
+            (None, _) => Err(Unresolved::Unknown(
+                model
+                    .endpoints()
+                    .map(|(role, endpoint)| model.endpoint_name(role, endpoint))
+                    .collect(),
+            )),
+        }
+    }
+
     /// Tries until it succeeds or `deadline` is reached: Ready says that the
     /// role's process runs, not that it listens already.
     pub async fn run(&self, address: SocketAddr, deadline: Instant, scale: u32) -> Outcome {
@@ -193,6 +236,10 @@ fn status(head: &[u8]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::definition;
+    use crate::service::model::Payload;
+    use std::collections::BTreeMap;
+    use std::path::Path;
     use tokio::net::TcpListener;
 
     #[test]
@@ -222,6 +269,78 @@ mod tests {
         ] {
             assert!(bad.parse::<Probe>().is_err(), "{bad}");
         }
+    }
+
+    /// Each role with its endpoints; the ports count up from 1.
+    fn model(roles: &[(&str, &[&str])]) -> ServiceModel {
+        let mut port = 0;
+        let roles: String = roles
+            .iter()
+            .map(|(role, endpoints)| {
+                let endpoints = endpoints.iter().map(|endpoint| {
+                    port += 1;
+                    format!("<InputEndpoint name='{endpoint}' protocol='tcp' port='{port}'/>")
+                });
+                let endpoints: String = endpoints.collect();
+                format!(
+                    "<WorkerRole name='{role}'><Endpoints>{endpoints}</Endpoints><Runtime><EntryPoint>\
+                     <ProgramEntryPoint commandLine='run'/></EntryPoint></Runtime></WorkerRole>"
+                )
+            })
+            .collect();
+        let text = format!(
+            "<ServiceDefinition name='S' xmlns='{}'>{roles}</ServiceDefinition>",
+            definition::NAMESPACE
+        );
+        let definition = definition::parse(Path::new("S.csdef"), text).unwrap();
+        let payload = Payload::Directory("/".into());
+        let roles = definition.roles.into_iter().map(|role| Role {
+            name: role.name,
+            instances: 1,
+            size: role.size,
+            command: role.command,
+            ready_on_start: true,
+            elevated: false,
+            endpoints: role.endpoints,
+            local_storage: Vec::new(),
+            settings: BTreeMap::default(),
+            environment: Vec::new(),
+            payload: payload.clone(),
+        });
+        ServiceModel {
+            name: "S".into(),
+            image: "minimal".into(),
+            roles: roles.collect(),
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_named_alone_or_with_its_role_but_never_guessed() {
+        let model = model(&[
+            ("Web", &["Endpoint1", "Admin"]),
+            ("Web.Api", &["Endpoint1"]),
+            ("Mail", &["Api.Endpoint1"]),
+        ]);
+        let port = |name: &str| {
+            let probe: Probe = format!("tcp://{name}").parse().unwrap();
+            let (_, endpoint) = probe.resolve(&model)?;
+            Ok::<u16, Unresolved>(endpoint.port)
+        };
+        assert_eq!(port("Web.Endpoint1"), Ok(1));
+        assert_eq!(port("Admin"), Ok(2));
+        assert_eq!(port("Web.Admin"), Ok(2));
+        assert_eq!(port("Web.Api.Endpoint1"), Ok(3));
+        assert_eq!(port("Api.Endpoint1"), Ok(4));
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let both = names(&["Web.Endpoint1", "Web.Api.Endpoint1"]);
+        assert_eq!(port("Endpoint1"), Err(Unresolved::Ambiguous(both)));
+        let all = names(&[
+            "Web.Endpoint1",
+            "Admin",
+            "Web.Api.Endpoint1",
+            "Api.Endpoint1",
+        ]);
+        assert_eq!(port("Mail.Admin"), Err(Unresolved::Unknown(all)));
     }
 
     #[test]

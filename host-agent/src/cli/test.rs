@@ -10,7 +10,7 @@ use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
-use super::probe::Probe;
+use super::probe::{Probe, Unresolved};
 use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, Step, TestReport, rfc3339, stages,
 };
@@ -96,7 +96,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     let model = deploy::load(&args.service, output)?;
     report.service.clone_from(&model.name);
-    check_probes(&args.probes, &model)?;
+    let probes = resolve(&args.probes, &model)?;
     let host = deploy::host();
     report.host = HostFacts {
         kvm: host.kind.map(str::to_owned),
@@ -123,7 +123,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
             Ok(())
         })
         .await?;
-        let mut result = drive(&mut running, args, &host, deadline, output, report).await;
+        let mut result = drive(&mut running, &probes, &host, deadline, output, report).await;
         describe(&running, &mut result, report);
         result = preserve(&running, args, &data_dir, result, report);
         running.finish(output).await;
@@ -149,35 +149,44 @@ impl From<CliError> for Failure {
     }
 }
 
-/// A probe that names no endpoint of the service is bad usage, told before
-/// anything is started.
-fn check_probes(probes: &[Probe], model: &ServiceModel) -> Result<(), CliError> {
-    let names: Vec<_> = model
-        .roles
-        .iter()
-        .flat_map(|role| role.endpoints.iter().map(|endpoint| endpoint.name.as_str()))
-        .collect();
+/// A probe with the names of a role and an endpoint.
+type Target<'a> = (&'a Probe, (String, String));
+
+/// A probe that does not name one endpoint of the service is bad usage, told
+/// before anything is started.
+fn resolve<'a>(probes: &'a [Probe], model: &ServiceModel) -> Result<Vec<Target<'a>>, CliError> {
+    let mut targets = Vec::new();
     for probe in probes {
-        if !names.contains(&probe.endpoint.as_str()) {
-            let what = format!(
-                "probe {probe}: the service has no endpoint {}",
-                probe.endpoint
-            );
-            return Err(
-                CliError::new(Code::Usage, what).hint(match names.as_slice() {
-                    [] => "the definition declares no InputEndpoint".to_owned(),
-                    names => format!("endpoints: {}", names.join(", ")),
-                }),
-            );
-        }
+        let error = match probe.resolve(model) {
+            Ok((role, endpoint)) => {
+                targets.push((probe, (role.name.clone(), endpoint.name.clone())));
+                continue;
+            }
+            Err(Unresolved::Unknown(names)) => {
+                let what = format!("the service has no endpoint {}", probe.endpoint);
+                CliError::new(Code::Usage, format!("probe {probe}: {what}")).hint(
+                    if names.is_empty() {
+                        "the definition declares no InputEndpoint".to_owned()
+                    } else {
+                        format!("endpoints: {}", names.join(", "))
+                    },
+                )
+            }
+            Err(Unresolved::Ambiguous(names)) => {
+                let what = format!("several roles have an endpoint {}", probe.endpoint);
+                CliError::new(Code::Usage, format!("probe {probe}: {what}"))
+                    .hint(format!("name one of: {}", names.join(", ")))
+            }
+        };
+        return Err(error);
     }
-    Ok(())
+    Ok(targets)
 }
 
 /// Ready, probes, still Ready, clean stop.
 async fn drive(
     running: &mut Running,
-    args: &TestArgs,
+    probes: &[Target<'_>],
     host: &HostReport,
     deadline: Instant,
     output: &Output,
@@ -189,13 +198,13 @@ async fn drive(
     };
     let ended = running.wait(Some(deadline), tell).await?;
     let mut result = ready(running, ended);
-    for probe in &args.probes {
-        let name = probe.to_string();
+    for target in probes {
+        let name = target.0.to_string();
         if result.is_err() {
             report.probes.push(Step::new(name, Outcome::Skip, 0));
             continue;
         }
-        let step = run_probe(running, probe, host.timeout_scale(), deadline, tell).await;
+        let step = run_probe(running, target, host.timeout_scale(), deadline, tell).await;
         let step = match step {
             Ok(step) => step,
             Err(failure) => {
@@ -271,15 +280,15 @@ fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
 /// Probes while the service is watched: if it breaks, the probe need not wait.
 async fn run_probe(
     running: &mut Running,
-    probe: &Probe,
+    (probe, endpoint): &Target<'_>,
     scale: u32,
     deadline: Instant,
     mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
 ) -> Result<Step, Failure> {
     let published = running.deployment().published();
     let address = *published
-        .get(&probe.endpoint)
-        .expect("probes were checked against the definition");
+        .get(endpoint)
+        .expect("probes were resolved by the definition");
     let broken = async {
         loop {
             match running.wait(None, &mut tell).await {

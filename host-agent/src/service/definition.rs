@@ -182,7 +182,7 @@ impl Definition {
     }
 }
 
-/// `ports` holds every public port so far, with its endpoint.
+/// `ports` holds every public port so far, with its endpoint and role.
 fn worker_role(
     element: Element<'_>,
     ports: &mut HashMap<u16, String>,
@@ -199,7 +199,7 @@ fn worker_role(
     let size = vm_size(element)?;
     let settings = settings(element)?;
     let local_storage = local_storage(element, size)?;
-    let endpoints = endpoints(element, ports)?;
+    let endpoints = endpoints(element, &name, ports)?;
 
     let missing = || {
         element
@@ -332,6 +332,7 @@ fn local_storage(role: Element<'_>, size: VmSize) -> Result<Vec<LocalStorage>, S
 
 fn endpoints(
     role: Element<'_>,
+    role_name: &str,
     ports: &mut HashMap<u16, String>,
 ) -> Result<Vec<InputEndpoint>, ServiceError> {
     let Some(list_element) = role.child("Endpoints")? else {
@@ -367,11 +368,10 @@ fn endpoints(
         }
         let port_value = element.required("port")?;
         let port = port_value.number(1..=65535)? as u16;
-        if let Some(other) = ports.insert(port, name.clone()) {
+        let owner = format!("endpoint \"{name}\" of role \"{role_name}\"");
+        if let Some(other) = ports.insert(port, owner) {
             return Err(port_value
-                .refuse(format!(
-                    "port {port} is already taken by endpoint \"{other}\""
-                ))
+                .refuse(format!("port {port} is already taken by {other}"))
                 .with_hint("ports are unique over the service; choose another"));
         }
         let local_value = element.attribute("localPort");

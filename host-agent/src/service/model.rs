@@ -14,6 +14,32 @@ pub struct ServiceModel {
     pub roles: Vec<Role>,
 }
 
+impl ServiceModel {
+    /// Every endpoint with its role.
+    pub fn endpoints(&self) -> impl Iterator<Item = (&Role, &InputEndpoint)> {
+        self.roles
+            .iter()
+            .flat_map(|role| role.endpoints.iter().map(move |endpoint| (role, endpoint)))
+    }
+
+    /// The shortest name that tells `endpoint` of `role` from all others:
+    /// names are unique only within a role.
+    pub fn endpoint_name(&self, role: &Role, endpoint: &InputEndpoint) -> String {
+        let namesakes = self
+            .endpoints()
+            .filter(|(_, other)| other.name == endpoint.name);
+        if namesakes.count() == 1 {
+            return endpoint.name.clone();
+        }
+        full_name(&role.name, &endpoint.name)
+    }
+}
+
+/// `ROLE.ENDPOINT`.
+pub fn full_name(role: &str, endpoint: &str) -> String {
+    format!("{role}.{endpoint}")
+}
+
 /// A worker role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Role {

@@ -87,6 +87,10 @@ pub enum DeployError {
     Internal(String),
 }
 
+/// Public addresses by the names of role and endpoint: two roles may each have
+/// an endpoint of one name.
+pub type Published = BTreeMap<(String, String), SocketAddr>;
+
 /// A running deployment. Its disks go when it is dropped, unless kept.
 #[derive(Debug)]
 pub struct Deployment {
@@ -94,7 +98,7 @@ pub struct Deployment {
     tasks: Vec<JoinHandle<()>>,
     // Ends when it is dropped.
     _listeners: JoinSet<()>,
-    published: BTreeMap<String, SocketAddr>,
+    published: Published,
     dir: DeploymentDir,
     _janitor: Janitor,
 }
@@ -115,18 +119,19 @@ pub async fn deploy(
     progress: Progress,
 ) -> Result<Deployment, DeployError> {
     let mut listeners = JoinSet::new();
-    let mut published = BTreeMap::new();
+    let mut published = Published::new();
     let mut rotations = Vec::new();
     for role in &model.roles {
         let rotation = Rotation::default();
         for endpoint in &role.endpoints {
             let address = SocketAddr::new(options.address, endpoint.port);
-            let listener = endpoints::listen(&endpoint.name, address)?;
+            let name = model.endpoint_name(role, endpoint);
+            let listener = endpoints::listen(&name, address)?;
             // From here on clients can connect: one that comes before there is
             // an instance is closed, not left to wait.
             let (rotation, port) = (rotation.clone(), endpoint.local_port);
             listeners.spawn(endpoints::serve(listener, rotation, port));
-            published.insert(endpoint.name.clone(), address);
+            published.insert((role.name.clone(), endpoint.name.clone()), address);
         }
         rotations.push(rotation);
     }
@@ -224,17 +229,15 @@ pub async fn deploy(
         instances.push(handle);
         tasks.push(task);
     }
-    for role in &model.roles {
-        for endpoint in &role.endpoints {
-            timeline.tell(
-                None,
-                EventKind::EndpointPublished {
-                    endpoint: endpoint.name.clone(),
-                    address: published[&endpoint.name],
-                    local_port: endpoint.local_port,
-                },
-            );
-        }
+    for (role, endpoint) in model.endpoints() {
+        timeline.tell(
+            None,
+            EventKind::EndpointPublished {
+                endpoint: model.endpoint_name(role, endpoint),
+                address: SocketAddr::new(options.address, endpoint.port),
+                local_port: endpoint.local_port,
+            },
+        );
     }
     Ok(Deployment {
         instances,
@@ -281,7 +284,7 @@ impl Deployment {
     }
 
     /// Public address of each endpoint.
-    pub const fn published(&self) -> &BTreeMap<String, SocketAddr> {
+    pub const fn published(&self) -> &Published {
         &self.published
     }
 

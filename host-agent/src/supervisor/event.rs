@@ -78,7 +78,8 @@ pub enum EventKind {
     },
     /// An endpoint can be reached.
     EndpointPublished {
-        /// Endpoint name.
+        /// Endpoint name, after that of the role where several roles have one
+        /// of that name.
         endpoint: String,
         /// Address on the host.
         address: SocketAddr,
