@@ -22,7 +22,7 @@ fn refused(
     let output = place.output(&["test", &service.to_string_lossy()])?;
     let text = text(&output);
     ensure!(output.status.code() == Some(code), "want {code}: {text}");
-    for word in words {
+    for word in words.iter().chain([&"\n  hint "]) {
         ensure!(text.contains(word), "`{word}` is not in: {text}");
     }
     place.assert_nothing_left()
@@ -41,7 +41,7 @@ fn a_malformed_or_foreign_document_names_file_and_line() -> Result<()> {
     refused(
         |dir| edit(dir, definition, "</WorkerRole>", ""),
         3,
-        &["ServiceDefinition.csdef:", "error["],
+        &["ServiceDefinition.csdef:15:", "error["],
     )?;
     refused(
         |dir| {
@@ -70,7 +70,7 @@ fn a_malformed_or_foreign_document_names_file_and_line() -> Result<()> {
             )
         },
         3,
-        &["ServiceDefinition.csdef:", "Greeting"],
+        &["ServiceDefinition.csdef:11:", "Greeting"],
     )
 }
 
@@ -79,7 +79,7 @@ fn an_entry_point_that_is_missing_or_not_executable_names_the_path() -> Result<(
     refused(
         |dir| Ok(fs::remove_file(dir.join("Role/entry"))?),
         3,
-        &["entry"],
+        &["ServiceDefinition.csdef:9:", "entry"],
     )?;
     refused(
         |dir| {
@@ -87,7 +87,7 @@ fn an_entry_point_that_is_missing_or_not_executable_names_the_path() -> Result<(
             Ok(fs::set_permissions(dir.join("Role/entry"), mode)?)
         },
         3,
-        &["entry", "chmod"],
+        &["ServiceDefinition.csdef:9:", "entry", "chmod"],
     )
 }
 

@@ -68,7 +68,9 @@ const SETTING: Schema = Schema {
 
 /// Reads the configuration of `definition` in `file`.
 pub fn read(file: &Path, definition: &Definition) -> Result<Configuration, ServiceError> {
-    parse(file, &xml::read_text(file)?, definition)
+    xml::read_text(file)
+        .and_then(|text| parse(file, &text, definition))
+        .map_err(|error| error.or_hint("correct the configuration; host-agent validate checks it"))
 }
 
 /// Reads the configuration `text` of `definition`, naming it `file` in errors.
@@ -77,7 +79,7 @@ pub fn parse(
     text: &str,
     definition: &Definition,
 ) -> Result<Configuration, ServiceError> {
-    let document = xml::parse(file, text, xml::MAX_BYTES as u32)?;
+    let document = xml::parse_written(file, text)?;
     let root = xml::root(file, text, &document, "ServiceConfiguration", NAMESPACE)?;
     root.check(&SERVICE)?;
     let service = root.required("serviceName")?;

@@ -127,12 +127,14 @@ const fn list(children: &'static [&'static str]) -> Schema {
 
 /// Reads the definition in `file`.
 pub fn read(file: &Path) -> Result<Definition, ServiceError> {
-    parse(file, xml::read_text(file)?)
+    xml::read_text(file)
+        .and_then(|text| parse(file, text))
+        .map_err(|error| error.or_hint("correct the definition; host-agent validate checks it"))
 }
 
 /// Reads the definition `text`, naming it `file` in errors.
 pub fn parse(file: &Path, text: String) -> Result<Definition, ServiceError> {
-    let document = xml::parse(file, &text, xml::MAX_BYTES as u32)?;
+    let document = xml::parse_written(file, &text)?;
     let root = xml::root(file, &text, &document, "ServiceDefinition", NAMESPACE)?;
     root.check(&SERVICE)?;
     let name = root.required("name")?.identifier()?.to_owned();
@@ -402,7 +404,10 @@ fn endpoints(
 /// The command and the place of its attribute.
 fn command_line(element: Element<'_>) -> Result<(Vec<String>, usize), ServiceError> {
     let line = element.required("commandLine")?;
-    let mut words = command::words(line.text).map_err(|what| line.refuse(what))?;
+    let mut words = command::words(line.text).map_err(|what| {
+        line.refuse(what)
+            .with_hint("write one line, with double quotes in pairs around words with spaces")
+    })?;
     let Some(first) = words.first_mut() else {
         return Err(line
             .refuse("the command line is empty")

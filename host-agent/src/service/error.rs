@@ -1,6 +1,7 @@
 //! The one error of reading a service: which file, where, what, and the way out.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Longest source line quoted in an error, in characters.
@@ -65,9 +66,33 @@ impl ServiceError {
         self
     }
 
-    /// An operation of the system on `file` failed.
+    /// The system did not let `file` be read.
     pub fn io(file: &Path, what: impl Into<String>, source: std::io::Error) -> Self {
+        let hint = match source.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => Some("correct the path"),
+            ErrorKind::PermissionDenied => {
+                Some("give this user the right to read it (chmod), or be one who has it")
+            }
+            _ => None,
+        };
         let mut error = Self::new(file, what);
+        error.0.hint = hint.map(Into::into);
+        error.0.source = Some(source);
+        error
+    }
+
+    /// The system did not let `file`, which is to be made, be written.
+    pub fn output(file: &Path, what: impl Into<String>, source: std::io::Error) -> Self {
+        let hint = match source.kind() {
+            ErrorKind::NotFound => Some("make its directory first (mkdir -p)"),
+            ErrorKind::NotADirectory => Some("correct the path"),
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                Some("name a file where this user can write")
+            }
+            _ => None,
+        };
+        let mut error = Self::new(file, what);
+        error.0.hint = hint.map(Into::into);
         error.0.source = Some(source);
         error
     }

@@ -205,7 +205,7 @@ fn each_malformed_definition_gives_one_error_at_its_line() {
         );
         assert!(error.what().contains(what), "{old} -> {new}: {error}");
         assert!(
-            error.hint().unwrap_or("").contains(hint),
+            error.hint().is_some_and(|found| found.contains(hint)),
             "{error}: {:?}",
             error.hint()
         );
@@ -300,7 +300,7 @@ fn each_malformed_configuration_gives_one_error_at_its_line() {
         );
         assert!(error.what().contains(what), "{old} -> {new}: {error}");
         assert!(
-            error.hint().unwrap_or("").contains(hint),
+            error.hint().is_some_and(|found| found.contains(hint)),
             "{error}: {:?}",
             error.hint()
         );
@@ -475,7 +475,7 @@ fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
         );
         assert!(text.contains(what), "{text} should contain {what}");
         assert!(
-            error.hint().unwrap_or("").contains(hint),
+            error.hint().is_some_and(|found| found.contains(hint)),
             "{text}: {:?}",
             error.hint()
         );

@@ -52,7 +52,7 @@ pub fn pack(directory: &Path, out: &Path, progress: &Progress) -> Result<Packed,
 /// replaced: `-o /dev/null` by root must not put a file in place of the device.
 fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
     const HINT: &str = "name a file: host-agent pack DIR -o FILE.cspkg";
-    let cannot = |source| ServiceError::io(out, "cannot write the package", source);
+    let cannot = |source| ServiceError::output(out, "cannot write the package", source);
     match fs::metadata(out) {
         Ok(found) if found.is_file() => fs::canonicalize(out).map_err(cannot),
         Ok(found) => {
@@ -91,19 +91,21 @@ fn pack_at(
     let files = roles.iter().map(|(_, files)| files.entries().len()).sum();
     if files > MAX_FILES {
         let what = format!("the roles hold more than {MAX_FILES} files together");
-        return Err(ServiceError::new(directory, what));
+        return Err(
+            ServiceError::new(directory, what).with_hint("take out what the roles do not need")
+        );
     }
     drop(step);
     let plan = Plan::of(&definition, &roles, progress)?;
     let manifest: u64 = plan.manifest(stamp).map(|piece| piece.len() as u64).sum();
     if manifest > MAX_MANIFEST {
-        return Err(ServiceError::new(
-            directory,
-            "the file names are too long for a package",
-        ));
+        return Err(
+            ServiceError::new(directory, "the file names are too long for a package")
+                .with_hint("take out what the roles do not need, or give shorter names"),
+        );
     }
 
-    let cannot = |source| ServiceError::io(out, "cannot write the package", source);
+    let cannot = |source| ServiceError::output(out, "cannot write the package", source);
     // Readable as any new file is, not only by its owner.
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
     let temporary = tempfile::Builder::new()
@@ -130,7 +132,8 @@ fn pack_at(
         };
         archive.add(&content_name(digest), open).map_err(|source| {
             let place = content.files.locate(&content.entry.path);
-            ServiceError::io(out, format!("cannot pack {}", place.display()), source)
+            ServiceError::output(out, format!("cannot pack {}", place.display()), source)
+                .or_hint("pack again, and leave the files alone meanwhile")
         })?;
     }
     let file = archive.finish().map_err(cannot)?;

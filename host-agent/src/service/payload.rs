@@ -85,7 +85,9 @@ impl Files {
             entries: Vec::new(),
             total: 0,
         };
-        walk.directory(path, "", 0)?;
+        walk.directory(path, "", 0).map_err(|error| {
+            error.or_hint("take out of the directory what the role does not need")
+        })?;
         let mut entries = walk.entries;
         entries.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(Self {

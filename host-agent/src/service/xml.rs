@@ -137,6 +137,12 @@ pub(super) fn parse<'a>(
     })
 }
 
+/// Parses `text`, the content of `file`, which a person wrote.
+pub(super) fn parse_written<'a>(file: &Path, text: &'a str) -> Result<Document<'a>, ServiceError> {
+    let hint = "close every tag and quote, and write &amp; and &lt; for & and < in values";
+    parse(file, text, MAX_BYTES as u32).map_err(|error| error.or_hint(hint))
+}
+
 /// Byte offset of a line and a column in characters, both counted from 1.
 fn offset_of(text: &str, row: u32, column: u32) -> usize {
     let mut start = 0;
@@ -218,7 +224,9 @@ pub(super) fn root<'a>(
         node: document.root_element(),
     };
     if root.name() != name {
-        return Err(root.refuse(format!("expected <{name}>, found <{}>", root.name())));
+        return Err(root
+            .refuse(format!("expected <{name}>, found <{}>", root.name()))
+            .with_hint(format!("write <{name} xmlns=\"{namespace}\" …>")));
     }
     match root.node.tag_name().namespace() {
         Some(found) if found == namespace => Ok(root),
@@ -402,6 +410,7 @@ impl<'a> Value<'a> {
                 "{} is not a number from {low} to {high}",
                 self.quoted()
             ))
+            .with_hint(format!("write a whole number from {low} to {high}"))
         })
     }
 
