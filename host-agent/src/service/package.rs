@@ -1,7 +1,9 @@
 //! Reads a package (`.cspkg`) of the open format: parts, manifest, and the
 //! files of each role, each content held to its size and SHA-256.
 
-use std::collections::{HashMap, HashSet};
+mod layouts;
+
+use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,10 +12,11 @@ use super::archive::{Archive, Part, PartReader};
 use super::definition::{self, Definition};
 use super::digest::{Digest, Verified};
 use super::error::ServiceError;
-use super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
+use super::payload::Entry;
 use super::xml::{self, EMPTY, Element, Schema};
 use super::xml_cut::LargeXml;
 use crate::progress::Progress;
+use layouts::{Layout, check_all_used, layouts};
 
 /// Part that gives each other part its media type.
 pub(super) const CONTENT_TYPES: &str = "[Content_Types].xml";
@@ -73,13 +76,6 @@ pub(super) struct Package {
     layouts: HashMap<String, Layout>,
 }
 
-/// The files of a role, sorted by path, and the index of each one's content.
-#[derive(Debug)]
-struct Layout {
-    entries: Arc<[Entry]>,
-    contents: Box<[u32]>,
-}
-
 #[derive(Debug)]
 struct Content {
     /// Index of its part.
@@ -90,16 +86,12 @@ struct Content {
 /// Indices of contents by name.
 type ByName = HashMap<Box<str>, u32>;
 
+const TYPES: Schema = Schema {
+    children: &["Default", "Override"],
+    ..EMPTY
+};
 const MANIFEST: Schema = Schema {
     children: &["PackageMetaData", "PackageContents", "PackageLayouts"],
-    ..EMPTY
-};
-const METADATA: Schema = Schema {
-    children: &["KeyValuePair"],
-    ..EMPTY
-};
-const KEY_VALUE: Schema = Schema {
-    children: &["Key", "Value"],
     ..EMPTY
 };
 const CONTENTS: Schema = Schema {
@@ -117,31 +109,6 @@ const CONTENT_DESCRIPTION: Schema = Schema {
         "IntegrityCheckHashAlgortihm",
         "IntegrityCheckHash",
         "DataStorePath",
-    ],
-    ..EMPTY
-};
-const LAYOUTS: Schema = Schema {
-    children: &["LayoutDefinition"],
-    ..EMPTY
-};
-const LAYOUT: Schema = Schema {
-    children: &["Name", "LayoutDescription"],
-    ..EMPTY
-};
-const LAYOUT_DESCRIPTION: Schema = Schema {
-    children: &["FileDefinition"],
-    ..EMPTY
-};
-const FILE: Schema = Schema {
-    children: &["FilePath", "FileDescription"],
-    ..EMPTY
-};
-const FILE_DESCRIPTION: Schema = Schema {
-    children: &[
-        "DataContentReference",
-        "CreatedTimeUtc",
-        "ModifiedTimeUtc",
-        "ReadOnly",
     ],
     ..EMPTY
 };
@@ -177,6 +144,11 @@ impl Package {
                 let what = format!("the package has no files for role \"{}\"", role.name);
                 return Err(ServiceError::new(&place, what));
             }
+        }
+        let defined = |name: &str| definition.roles.iter().any(|role| role.name == name);
+        if let Some(name) = layouts.keys().filter(|name| !defined(name)).min() {
+            let what = format!("layout \"{ROLE_LAYOUT}{name}\" is of no role of the definition");
+            return Err(ServiceError::new(&place, what));
         }
         Ok(Self {
             archive,
@@ -257,6 +229,7 @@ fn read_manifest(
         let (contents, by_name) = contents(archive, &manifest, root)?;
         check_all_named(archive, &part.name, &contents)?;
         let layouts = layouts(archive, &manifest, root, &contents, &by_name)?;
+        check_all_used(place, &by_name, &layouts)?;
         let definition = read_definition(archive, &contents, &by_name)?;
         Ok((definition, contents, layouts))
     })
@@ -297,8 +270,7 @@ fn check_content_types(archive: &Archive) -> Result<(), ServiceError> {
     let place = archive.path().join(CONTENT_TYPES);
     let root = ("Types", CONTENT_TYPES_NAMESPACE);
     let types = large(archive, part, &place, root, OVERRIDES)?;
-    types.read_rest(&types.rest()?, |_| Ok(()))?;
-    types.read_records(0, |_, _| Ok(()))
+    types.read_rest(&types.rest()?, |root| root.check(&TYPES))
 }
 
 /// The part that the package's one relationship of the right type names.
@@ -430,159 +402,4 @@ fn read_definition(
         xml::MAX_BYTES,
     )?;
     definition::parse(&place, text)
-}
-
-/// The files of each role.
-fn layouts<R: Read>(
-    archive: &Archive,
-    manifest: &LargeXml<'_, impl Fn() -> R>,
-    root: Element<'_>,
-    contents: &[Content],
-    by_name: &ByName,
-) -> Result<HashMap<String, Layout>, ServiceError> {
-    let mut executable = executables(root)?;
-    let mut roles: Vec<RoleFiles<'_>> = Vec::new();
-    if let Some(list) = root.child("PackageLayouts")? {
-        list.check(&LAYOUTS)?;
-        for layout in list.children("LayoutDefinition") {
-            layout.check(&LAYOUT)?;
-            let name = layout.leaf("Name")?;
-            let Some(role) = name.strip_prefix(ROLE_LAYOUT) else {
-                let what = format!("layout \"{name}\" is not supported yet");
-                return Err(layout.refuse(what));
-            };
-            if roles.iter().any(|other| other.role == role) {
-                return Err(layout.refuse(format!("duplicate layout \"{name}\"")));
-            }
-            // Each layout has one: the first list of files is that of the first.
-            let description = layout.required_child("LayoutDescription")?;
-            description.check(&LAYOUT_DESCRIPTION)?;
-            roles.push(RoleFiles {
-                role,
-                description,
-                executable: executable.remove(role).unwrap_or_default(),
-                files: Vec::new(),
-            });
-        }
-    }
-    let mut count = 0;
-    manifest.read_records(FILE_RECORDS, |list, number| {
-        list.check(&LAYOUT_DESCRIPTION)?;
-        let Some(of) = roles.get_mut(number) else {
-            return Err(list.refuse("the manifest changed while it was read"));
-        };
-        for element in list.children("FileDefinition") {
-            count += 1;
-            if count > MAX_FILES {
-                return Err(element.refuse(format!("more than {MAX_FILES} files")));
-            }
-            let size =
-                |content: u32| archive.parts()[contents[content as usize].part as usize].size;
-            let file = packed_file(element, by_name, &of.executable, size)?;
-            of.files.push(file);
-        }
-        Ok(())
-    })?;
-    let layouts = roles.into_iter().map(|mut of| {
-        of.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
-        let contents = of.files.iter().map(|(_, content)| *content).collect();
-        let entries: Vec<Entry> = of.files.into_iter().map(|(entry, _)| entry).collect();
-        check_files(of.description, &entries)?;
-        let layout = Layout {
-            entries: entries.into(),
-            contents,
-        };
-        Ok((of.role.to_owned(), layout))
-    });
-    layouts.collect()
-}
-
-/// What is known of a role's files while the manifest is read.
-struct RoleFiles<'a> {
-    role: &'a str,
-    description: Element<'a>,
-    executable: HashSet<&'a str>,
-    files: Vec<(Entry, u32)>,
-}
-
-/// By role, the paths below its layout of files that may be executed.
-fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, ServiceError> {
-    let mut executables = HashMap::new();
-    let Some(list) = root.child("PackageMetaData")? else {
-        return Ok(executables);
-    };
-    list.check(&METADATA)?;
-    for pair in list.children("KeyValuePair") {
-        pair.check(&KEY_VALUE)?;
-        let (key, value) = (pair.leaf("Key")?, pair.leaf("Value")?);
-        if let Some(role) = key.strip_prefix(EXECUTABLE_KEY)
-            && executables.insert(role, value.lines().collect()).is_some()
-        {
-            return Err(pair.refuse(format!("duplicate key \"{key}\"")));
-        }
-    }
-    Ok(executables)
-}
-
-/// A file and the index of its content; `size` gives that of a content.
-fn packed_file(
-    element: Element<'_>,
-    by_name: &ByName,
-    executable: &HashSet<&str>,
-    size: impl Fn(u32) -> u64,
-) -> Result<(Entry, u32), ServiceError> {
-    element.check(&FILE)?;
-    let written = element.leaf("FilePath")?;
-    let path = written.strip_prefix(APPROOT).ok_or_else(|| {
-        element
-            .refuse(format!("file \"{written}\" is not below {APPROOT}"))
-            .with_hint("other files of a package are not supported yet")
-    })?;
-    let pieces: Vec<&str> = path.split('\\').collect();
-    if pieces.len() > MAX_DEPTH + 1 {
-        return Err(element.refuse(format!("directories nested deeper than {MAX_DEPTH}")));
-    }
-    for piece in &pieces {
-        check_name(piece).map_err(|what| element.refuse(format!("file \"{written}\": {what}")))?;
-    }
-    let description = element.required_child("FileDescription")?;
-    description.check(&FILE_DESCRIPTION)?;
-    let reference = description.leaf("DataContentReference")?;
-    let content = *by_name
-        .get(reference)
-        .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
-    let entry = Entry {
-        path: pieces.join("/"),
-        size: size(content),
-        executable: executable.contains(written),
-    };
-    Ok((entry, content))
-}
-
-/// Refuses two files of one path, a file that is also a directory, and too
-/// many bytes. `files` is sorted by path.
-fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError> {
-    let mut paths = HashSet::new();
-    let mut total = 0_u64;
-    for file in files {
-        total = total.saturating_add(file.size);
-        if total > MAX_UNPACKED {
-            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
-            return Err(layout.refuse(what));
-        }
-        let path = file.path.as_str();
-        if !paths.insert(path) {
-            return Err(layout.refuse(format!("duplicate file \"{path}\"")));
-        }
-    }
-    for path in &paths {
-        let mut parent = *path;
-        while let Some(slash) = parent.rfind('/') {
-            parent = &parent[..slash];
-            if paths.contains(parent) {
-                return Err(layout.refuse(format!("\"{parent}\" is a file and a directory")));
-            }
-        }
-    }
-    Ok(())
 }

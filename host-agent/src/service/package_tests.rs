@@ -9,6 +9,7 @@ use super::archive::Archive;
 use super::archive_writer::ArchiveWriter;
 use super::load_tests::service_directory;
 use super::model::{Payload, ServiceModel};
+use super::package::EXECUTABLE_KEY;
 use super::{ServiceError, Validated, build_application_image, load, pack, validate};
 use crate::progress::Progress;
 
@@ -210,6 +211,12 @@ fn each_lie_of_a_manifest_gives_one_error() {
     let second = |name: &str| file.replace("run.sh", name);
     let hash = manifest.find("<IntegrityCheckHash>").unwrap() + "<IntegrityCheckHash>".len();
     let hash = &manifest[hash..hash + 44];
+    let nobody = format!(
+        "<KeyValuePair><Key>{EXECUTABLE_KEY}Nobody</Key><Value></Value></KeyValuePair>\
+         </PackageMetaData>"
+    );
+    let ghost = "<LayoutDefinition><Name>Roles/Ghost</Name><LayoutDescription>\
+                 </LayoutDescription></LayoutDefinition></PackageLayouts>";
     #[rustfmt::skip]
     let lies: &[(&str, &str, &str)] = &[
         (&run, &path("\\approot\\..\\..\\etc\\run.sh"), "\"..\" is not the name of a file"),
@@ -218,8 +225,9 @@ fn each_lie_of_a_manifest_gives_one_error() {
         (&run, &path("\\approot\\a&#10;run.sh"), "holds '\\n'"),
         (&run, &path("/etc/passwd"), "is not below \\approot\\"),
         (&run, &path("\\base\\x64\\WaHostBootstrapper.exe"), "is not below \\approot\\"),
-        (&run, &path("\\approot\\gone.sh"), "entry point \"run.sh\" does not exist"),
-        (&run, &path("\\approot\\run.sh\\x"), "entry point \"run.sh\" is a directory"),
+        (&run, &path("\\approot\\gone.sh"), "names \"\\approot\\run.sh\", which is no file"),
+        ("\\approot\\run.sh", "\\approot\\gone.sh", "entry point \"run.sh\" does not exist"),
+        ("\\approot\\run.sh", "\\approot\\run.sh\\x", "entry point \"run.sh\" is a directory"),
         (&run, &path(&format!("\\approot{}", "\\d".repeat(40))), "nested deeper than 32"),
         (file, &format!("{file}{file}"), "duplicate file \"run.sh\""),
         (file, &format!("{file}{}", second("run.sh\\x")), "\"run.sh\" is a file and a directory"),
@@ -232,9 +240,14 @@ fn each_lie_of_a_manifest_gives_one_error() {
         (hash, "abc", "not a SHA-256 in base64"),
         (">Sha256<", ">None<", "has no SHA-256"),
         ("<DataStorePath>S", "<DataStorePath>../S", "has no part"),
-        ("Roles/Cache</Name>", "Roles/Other</Name>", "no files for role \"Cache\""),
+        ("Cache<", "Other<", "no files for role \"Cache\""),
         ("Roles/Cache</Name>", "Startup/Cache</Name>", "layout \"Startup/Cache\" is not supported yet"),
-        ("executable:Cache", "executable:Cachet", "\"run.sh\" is not executable"),
+        ("executable:Cache", "executable:Cachet", "executable:Cachet\" is of a role without a layout"),
+        ("</PackageMetaData>", &nobody, "executable:Nobody\" is of a role without"),
+        ("\\approot\\run.sh</Value>", "\\approot\\run.sh\n\\approot\\nosuch</Value>", "names \"\\approot\\nosuch\", which is no file"),
+        ("\\approot\\run.sh</Value>", "</Value>", "\"run.sh\" is not executable"),
+        ("</PackageLayouts>", ghost, "layout \"Roles/Ghost\" is of no role"),
+        (&reference, "<DataContentReference>ServiceDefinition/ServiceDefinition.csdef<", "\" is in no layout"),
         ("<PackageLayouts>", "<PackageLayouts/><PackageLayouts>", "second <PackageLayouts>"),
         ("<PackageLayouts>", "<Extra/><PackageLayouts>", "unknown element <Extra>"),
         ("<FilePath>", "<FilePath a=\"1\">", "unknown attribute on <FilePath>"),
@@ -245,7 +258,7 @@ fn each_lie_of_a_manifest_gives_one_error() {
     for (old, new, why) in lies {
         assert!(manifest.contains(old), "{old}");
         let mut parts = original.clone();
-        parts[2].1 = manifest.replacen(old, new, 1).into_bytes();
+        parts[2].1 = manifest.replace(old, new).into_bytes();
         let error = load_parts(&parts)
             .err()
             .unwrap_or_else(|| panic!("accepted: {new}"));
@@ -280,6 +293,33 @@ fn each_missing_or_foreign_part_is_named() {
     let error = load_parts(&parts).unwrap_err().to_string();
     assert!(
         error.contains("\"extra.sh\" is not in the manifest"),
+        "{error}"
+    );
+    let mut parts = original.clone();
+    let types = String::from_utf8(parts[0].1.clone()).unwrap();
+    parts[0].1 = types.replace("</Types>", "<Bogus/></Types>").into_bytes();
+    let error = load_parts(&parts).unwrap_err().to_string();
+    assert!(
+        error.contains("unknown element <Bogus> in <Types>"),
+        "{error}"
+    );
+    // What describes the package is of no role, anything else must be.
+    let manifest = String::from_utf8(original[2].1.clone()).unwrap();
+    let end = "</ContentDefinition>";
+    let start = manifest.find("<ContentDefinition>").unwrap();
+    let content = &manifest[start..manifest.find(end).unwrap() + end.len()];
+    let with = |name: &str| {
+        let name = format!("<Name>{name}<");
+        let second = content.replace("<Name>ServiceDefinition/ServiceDefinition.csdef<", &name);
+        let all = format!("{second}</PackageContents>");
+        let mut parts = original.clone();
+        parts[2].1 = manifest.replace("</PackageContents>", &all).into_bytes();
+        load_parts(&parts)
+    };
+    with("NamedStreams/SupportData/Cache/1.0").unwrap();
+    let error = with("Extra").unwrap_err().to_string();
+    assert!(
+        error.contains("content \"Extra\" is in no layout"),
         "{error}"
     );
     // A package of the old format: another relationship.

@@ -1,0 +1,247 @@
+//! The files of each role, as the manifest of a package lists them.
+
+use std::collections::{HashMap, HashSet};
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::super::archive::Archive;
+use super::super::error::ServiceError;
+use super::super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
+use super::super::xml::{EMPTY, Element, Schema};
+use super::super::xml_cut::LargeXml;
+use super::{APPROOT, ByName, Content, EXECUTABLE_KEY, FILE_RECORDS, ROLE_LAYOUT};
+
+/// Contents of such names describe the package: no layout has them.
+const RESERVED: [&str; 2] = ["ServiceDefinition/", "NamedStreams/"];
+
+/// The files of a role, sorted by path, and the index of each one's content.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub entries: Arc<[Entry]>,
+    pub contents: Box<[u32]>,
+}
+
+const METADATA: Schema = Schema {
+    children: &["KeyValuePair"],
+    ..EMPTY
+};
+const KEY_VALUE: Schema = Schema {
+    children: &["Key", "Value"],
+    ..EMPTY
+};
+const LAYOUTS: Schema = Schema {
+    children: &["LayoutDefinition"],
+    ..EMPTY
+};
+const LAYOUT: Schema = Schema {
+    children: &["Name", "LayoutDescription"],
+    ..EMPTY
+};
+const LAYOUT_DESCRIPTION: Schema = Schema {
+    children: &["FileDefinition"],
+    ..EMPTY
+};
+const FILE: Schema = Schema {
+    children: &["FilePath", "FileDescription"],
+    ..EMPTY
+};
+const FILE_DESCRIPTION: Schema = Schema {
+    children: &[
+        "DataContentReference",
+        "CreatedTimeUtc",
+        "ModifiedTimeUtc",
+        "ReadOnly",
+    ],
+    ..EMPTY
+};
+
+/// The files of each role.
+pub(super) fn layouts<R: Read>(
+    archive: &Archive,
+    manifest: &LargeXml<'_, impl Fn() -> R>,
+    root: Element<'_>,
+    contents: &[Content],
+    by_name: &ByName,
+) -> Result<HashMap<String, Layout>, ServiceError> {
+    let mut executable = executables(root)?;
+    let mut roles: Vec<RoleFiles<'_>> = Vec::new();
+    if let Some(list) = root.child("PackageLayouts")? {
+        list.check(&LAYOUTS)?;
+        for layout in list.children("LayoutDefinition") {
+            layout.check(&LAYOUT)?;
+            let name = layout.leaf("Name")?;
+            let Some(role) = name.strip_prefix(ROLE_LAYOUT) else {
+                let what = format!("layout \"{name}\" is not supported yet");
+                return Err(layout.refuse(what));
+            };
+            if roles.iter().any(|other| other.role == role) {
+                return Err(layout.refuse(format!("duplicate layout \"{name}\"")));
+            }
+            // Each layout has one: the first list of files is that of the first.
+            let description = layout.required_child("LayoutDescription")?;
+            description.check(&LAYOUT_DESCRIPTION)?;
+            roles.push(RoleFiles {
+                role,
+                description,
+                executable: executable.remove(role).unwrap_or_default(),
+                files: Vec::new(),
+            });
+        }
+    }
+    if let Some(role) = executable.keys().min() {
+        let what = format!("\"{EXECUTABLE_KEY}{role}\" is of a role without a layout");
+        return Err(root.refuse(what));
+    }
+    let mut count = 0;
+    manifest.read_records(FILE_RECORDS, |list, number| {
+        list.check(&LAYOUT_DESCRIPTION)?;
+        let Some(of) = roles.get_mut(number) else {
+            return Err(list.refuse("the manifest changed while it was read"));
+        };
+        for element in list.children("FileDefinition") {
+            count += 1;
+            if count > MAX_FILES {
+                return Err(element.refuse(format!("more than {MAX_FILES} files")));
+            }
+            let size =
+                |content: u32| archive.parts()[contents[content as usize].part as usize].size;
+            let file = packed_file(element, by_name, &mut of.executable, size)?;
+            of.files.push(file);
+        }
+        Ok(())
+    })?;
+    let layouts = roles.into_iter().map(|mut of| {
+        if let Some(path) = of.executable.iter().min() {
+            let role = of.role;
+            let what = format!("\"{EXECUTABLE_KEY}{role}\" names \"{path}\", which is no file");
+            return Err(of.description.refuse(what));
+        }
+        of.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
+        let contents = of.files.iter().map(|(_, content)| *content).collect();
+        let entries: Vec<Entry> = of.files.into_iter().map(|(entry, _)| entry).collect();
+        check_files(of.description, &entries)?;
+        let layout = Layout {
+            entries: entries.into(),
+            contents,
+        };
+        Ok((of.role.to_owned(), layout))
+    });
+    layouts.collect()
+}
+
+/// What is known of a role's files while the manifest is read; in the end
+/// `executable` holds what was not found.
+struct RoleFiles<'a> {
+    role: &'a str,
+    description: Element<'a>,
+    executable: HashSet<&'a str>,
+    files: Vec<(Entry, u32)>,
+}
+
+/// By role, the paths below its layout of files that may be executed.
+fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, ServiceError> {
+    let mut executables = HashMap::new();
+    let Some(list) = root.child("PackageMetaData")? else {
+        return Ok(executables);
+    };
+    list.check(&METADATA)?;
+    for pair in list.children("KeyValuePair") {
+        pair.check(&KEY_VALUE)?;
+        let (key, value) = (pair.leaf("Key")?, pair.leaf("Value")?);
+        if let Some(role) = key.strip_prefix(EXECUTABLE_KEY)
+            && executables.insert(role, value.lines().collect()).is_some()
+        {
+            return Err(pair.refuse(format!("duplicate key \"{key}\"")));
+        }
+    }
+    Ok(executables)
+}
+
+/// A file and the index of its content; `size` gives that of a content.
+fn packed_file(
+    element: Element<'_>,
+    by_name: &ByName,
+    executable: &mut HashSet<&str>,
+    size: impl Fn(u32) -> u64,
+) -> Result<(Entry, u32), ServiceError> {
+    element.check(&FILE)?;
+    let written = element.leaf("FilePath")?;
+    let path = written.strip_prefix(APPROOT).ok_or_else(|| {
+        element
+            .refuse(format!("file \"{written}\" is not below {APPROOT}"))
+            .with_hint("other files of a package are not supported yet")
+    })?;
+    let pieces: Vec<&str> = path.split('\\').collect();
+    if pieces.len() > MAX_DEPTH + 1 {
+        return Err(element.refuse(format!("directories nested deeper than {MAX_DEPTH}")));
+    }
+    for piece in &pieces {
+        check_name(piece).map_err(|what| element.refuse(format!("file \"{written}\": {what}")))?;
+    }
+    let description = element.required_child("FileDescription")?;
+    description.check(&FILE_DESCRIPTION)?;
+    let reference = description.leaf("DataContentReference")?;
+    let content = *by_name
+        .get(reference)
+        .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
+    let entry = Entry {
+        path: pieces.join("/"),
+        size: size(content),
+        executable: executable.remove(written),
+    };
+    Ok((entry, content))
+}
+
+/// Refuses two files of one path, a file that is also a directory, and too
+/// many bytes. `files` is sorted by path.
+fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError> {
+    let mut paths = HashSet::new();
+    let mut total = 0_u64;
+    for file in files {
+        total = total.saturating_add(file.size);
+        if total > MAX_UNPACKED {
+            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
+            return Err(layout.refuse(what));
+        }
+        let path = file.path.as_str();
+        if !paths.insert(path) {
+            return Err(layout.refuse(format!("duplicate file \"{path}\"")));
+        }
+    }
+    for path in &paths {
+        let mut parent = *path;
+        while let Some(slash) = parent.rfind('/') {
+            parent = &parent[..slash];
+            if paths.contains(parent) {
+                return Err(layout.refuse(format!("\"{parent}\" is a file and a directory")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses contents that no role gets.
+pub(super) fn check_all_used(
+    place: &Path,
+    by_name: &ByName,
+    layouts: &HashMap<String, Layout>,
+) -> Result<(), ServiceError> {
+    let mut used = vec![false; by_name.len()];
+    for layout in layouts.values() {
+        for content in &layout.contents {
+            used[*content as usize] = true;
+        }
+    }
+    let unused = by_name.iter().filter(|(name, content)| {
+        let reserved = RESERVED.iter().any(|start| name.starts_with(start));
+        !reserved && !used[**content as usize]
+    });
+    match unused.map(|(name, _)| name).min() {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!("content \"{name}\" is in no layout");
+            Err(ServiceError::new(place, what))
+        }
+    }
+}
