@@ -103,7 +103,7 @@ fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()
             )
         },
         4,
-        &["nosuch", "images/build"],
+        &["ServiceConfiguration.cscfg:2:", "nosuch", "images/build"],
     )?;
     let place = Place::new()?;
     fs::remove_file(place.data().join("images"))?;
@@ -125,9 +125,10 @@ fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()
     let text = text(&output);
     ensure!(output.status.code() == Some(3), "{text}");
     ensure!(
-        text.contains("initrd") && text.contains("SHA-256"),
+        text.contains("initrd") && text.contains("SHA-256") && text.contains("\n  hint "),
         "{text}"
     );
+    ensure!(text.contains("ServiceConfiguration.cscfg:2:"), "{text}");
     Ok(())
 }
 
@@ -142,8 +143,9 @@ fn a_port_in_use_is_a_conflict_that_names_endpoint_and_address() -> Result<()> {
     let text = text(&output);
     ensure!(output.status.code() == Some(5), "{text}");
     ensure!(
-        text.contains("Echo") && text.contains(&port.to_string()),
+        text.contains("Echo") && text.contains(&port.to_string()) && text.contains("\n  hint "),
         "{text}"
     );
+    ensure!(text.contains("ServiceDefinition.csdef:13:"), "{text}");
     place.assert_nothing_left()
 }

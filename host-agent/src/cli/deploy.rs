@@ -65,8 +65,8 @@ pub fn options(
 /// Why a deployment could not begin, and what helps.
 pub fn refused(error: &DeployError) -> CliError {
     match error {
-        DeployError::Image(error) => image(error),
-        DeployError::Listen(error) => listen(error),
+        DeployError::Image { place, source } => image(source).at(place),
+        DeployError::Listen { place, source } => listen(source).at(place),
         DeployError::Guest { .. } | DeployError::Directory { .. } | DeployError::Internal(_) => {
             let this = CliError::chain(Code::Start, error);
             match system_error(error) {
@@ -167,19 +167,31 @@ pub fn cannot_write(path: &Path, error: &io::Error) -> CliError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::{Place, Position};
     use crate::supervisor::event::EventKind;
+
+    fn place() -> Place {
+        Place {
+            file: "s.xml".into(),
+            position: Position { line: 4, column: 7 },
+        }
+    }
 
     #[test]
     fn a_port_in_use_is_a_conflict_that_names_endpoint_and_port() {
-        let error = DeployError::Listen(ListenError {
-            endpoint: "redis".into(),
-            address: ([127, 0, 0, 1], 6379).into(),
-            source: io::Error::from(io::ErrorKind::AddrInUse),
-        });
+        let error = DeployError::Listen {
+            place: place(),
+            source: ListenError {
+                endpoint: "redis".into(),
+                address: ([127, 0, 0, 1], 6379).into(),
+                source: io::Error::from(io::ErrorKind::AddrInUse),
+            },
+        };
         let error = refused(&error);
         assert_eq!(error.exit(), Exit::Conflict);
         let text = error.human(false);
-        assert!(text.contains("redis") && text.contains("sport = :6379"));
+        assert!(text.starts_with("error[HA-0207]: s.xml:4:7: endpoint redis"));
+        assert!(text.contains("sport = :6379"));
     }
 
     #[test]
@@ -196,11 +208,15 @@ mod tests {
 
     #[test]
     fn an_image_that_is_not_there_says_how_to_make_it() {
-        let error = DeployError::Image(ImageError::Missing {
-            name: "web".into(),
-            path: "/data/images/web".into(),
-        });
+        let error = DeployError::Image {
+            place: place(),
+            source: ImageError::Missing {
+                name: "web".into(),
+                path: "/data/images/web".into(),
+            },
+        };
         let error = refused(&error);
+        assert_eq!(error.json()["line"], 4);
         assert_eq!(error.exit(), Exit::NotFound);
         assert_eq!(error.hint_text(), Some("images/build web"));
     }

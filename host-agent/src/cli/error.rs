@@ -9,7 +9,7 @@ use super::exit::Exit;
 use crate::api::client::ClientError;
 use crate::api::types::Failure;
 use crate::doctor::{HostReport, Verdict};
-use crate::service::{Position, ServiceError};
+use crate::service::{Place, Position, ServiceError};
 
 /// A class of error: its number is stable, scripts and people look it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,6 +188,13 @@ impl CliError {
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// What is at fault stands at `place`.
+    #[must_use]
+    pub fn at(mut self, place: &Place) -> Self {
+        self.0.place = Some((place.file.display().to_string(), Some(place.position)));
         self
     }
 

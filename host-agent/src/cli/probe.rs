@@ -236,8 +236,8 @@ fn status(head: &[u8]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::definition;
     use crate::service::model::Payload;
+    use crate::service::{Place, Position, definition};
     use std::collections::BTreeMap;
     use std::path::Path;
     use tokio::net::TcpListener;
@@ -310,6 +310,10 @@ mod tests {
         ServiceModel {
             name: "S".into(),
             image: "minimal".into(),
+            image_place: Place {
+                file: "S.cscfg".into(),
+                position: Position { line: 1, column: 1 },
+            },
             roles: roles.collect(),
         }
     }

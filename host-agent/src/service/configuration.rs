@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::definition::{Definition, RoleDefinition};
-use super::error::{ServiceError, nearest};
+use super::error::{Place, ServiceError, nearest};
 use super::xml::{self, EMPTY, Element, Names, Schema};
 
 /// Namespace of configurations.
@@ -24,6 +24,8 @@ pub const MAX_INSTANCES: u32 = 1000;
 pub struct Configuration {
     /// `osFamily`: name of the guest image.
     pub image: String,
+    /// Where it is named, or should be.
+    pub image_place: Place,
     /// One for each role of the definition, in its order.
     pub roles: Vec<RoleConfiguration>,
 }
@@ -100,7 +102,7 @@ pub fn parse(
             .refuse(format!("{} is not supported yet", version.quoted()))
             .with_hint("write osVersion=\"*\" or remove it"));
     }
-    let image = image(root)?;
+    let (image, image_place) = image(root)?;
 
     let mut names = Names::of("role");
     let mut found: BTreeMap<&str, RoleConfiguration> = BTreeMap::new();
@@ -131,13 +133,17 @@ pub fn parse(
             })
         })
         .collect::<Result<_, _>>()?;
-    Ok(Configuration { image, roles })
+    Ok(Configuration {
+        image,
+        image_place,
+        roles,
+    })
 }
 
-/// The image's name, safe as the name of a directory.
-fn image(root: Element<'_>) -> Result<String, ServiceError> {
+/// The image's name, safe as the name of a directory, and its place.
+fn image(root: Element<'_>) -> Result<(String, Place), ServiceError> {
     let Some(value) = root.attribute("osFamily") else {
-        return Ok(DEFAULT_IMAGE.into());
+        return Ok((DEFAULT_IMAGE.into(), root.place()));
     };
     let name = value.text;
     let usable = name.len() <= 64
@@ -146,7 +152,7 @@ fn image(root: Element<'_>) -> Result<String, ServiceError> {
             byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte)
         });
     if usable {
-        return Ok(name.into());
+        return Ok((name.into(), value.place()));
     }
     Err(value
         .refuse(format!("{} is not the name of an image", value.quoted()))

@@ -396,6 +396,7 @@ fn endpoints(
             name,
             port,
             local_port,
+            place: port_value.place(),
         });
     }
     Ok(endpoints)

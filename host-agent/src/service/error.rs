@@ -31,6 +31,26 @@ pub struct Position {
     pub column: usize,
 }
 
+/// Where in which file something is written: what turns out to be wrong with
+/// it later is told there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub file: PathBuf,
+    /// Where in it.
+    pub position: Position,
+}
+
+impl Place {
+    /// The byte at `offset` of `text`, which is the content of `file`.
+    pub(super) fn of(file: &Path, text: &str, offset: usize) -> Self {
+        Self {
+            file: file.to_owned(),
+            position: locate(text, offset).0,
+        }
+    }
+}
+
 impl ServiceError {
     /// `file` as a whole is refused because of `what`.
     pub fn new(file: &Path, what: impl Into<String>) -> Self {

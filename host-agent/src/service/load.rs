@@ -189,6 +189,7 @@ fn join(
     ServiceModel {
         name: definition.name.clone(),
         image: configuration.image,
+        image_place: configuration.image_place,
         roles: roles
             .map(|(role, configured)| Role {
                 name: role.name.clone(),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::error::ServiceError;
+use super::error::{Place, Position, ServiceError};
 use super::model::{InputEndpoint, InstanceValue, LocalStorage, Payload, Value};
 use super::{configuration, definition, load};
 use crate::progress::Progress;
@@ -83,14 +83,26 @@ fn a_definition_with_everything_supported_is_read_as_written() {
     assert_eq!((cart.size.name, cart.size.memory_mib), ("ExtraSmall", 768));
     assert_eq!(cart.command, ["bin/serve", "--flag", "two words"]);
     assert!(!cart.ready_on_start && cart.elevated);
-    let endpoint = |name: &str, port, local_port| InputEndpoint {
+    let place = |file: &str, line, column| Place {
+        file: directory.path().join(file),
+        position: Position { line, column },
+    };
+    assert_eq!(
+        model.image_place,
+        place("ServiceConfiguration.cscfg", 2, 52)
+    );
+    let endpoint = |name: &str, port, local_port, line| InputEndpoint {
         name: name.into(),
         port,
         local_port,
+        place: place("ServiceDefinition.csdef", line, 54),
     };
     assert_eq!(
         cart.endpoints,
-        [endpoint("Api", 8080, 80), endpoint("Any", 9000, 9000)]
+        [
+            endpoint("Api", 8080, 80, 12),
+            endpoint("Any", 9000, 9000, 13)
+        ]
     );
     let storage = |name: &str, size_mib, clean_on_role_recycle| LocalStorage {
         name: name.into(),

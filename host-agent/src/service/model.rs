@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::error::Place;
+
 /// A definition and a configuration that agree, with the payload of each role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceModel {
@@ -10,6 +12,8 @@ pub struct ServiceModel {
     pub name: String,
     /// `ServiceConfiguration@osFamily`: the name of the guest image.
     pub image: String,
+    /// Where it is named, or should be.
+    pub image_place: Place,
     /// Roles, in document order.
     pub roles: Vec<Role>,
 }
@@ -103,6 +107,8 @@ pub struct InputEndpoint {
     pub port: u16,
     /// Port on which the role listens in the guest.
     pub local_port: u16,
+    /// Where the public port is written.
+    pub place: Place,
 }
 
 /// A `LocalStorage` element.

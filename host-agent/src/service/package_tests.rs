@@ -53,6 +53,12 @@ fn a_packed_service_is_the_same_as_its_directory() {
         };
         assert_eq!(read.roles[index].payload, expected);
         read.roles[index].payload = role.payload.clone();
+        // The definition in the package is another file with the same lines.
+        for (read, original) in std::iter::zip(&mut read.roles[index].endpoints, &role.endpoints) {
+            assert_eq!(read.place.position, original.place.position);
+            assert!(read.place.file.starts_with(&file));
+            read.place.clone_from(&original.place);
+        }
     }
     assert_eq!(read, original);
 

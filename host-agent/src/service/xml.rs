@@ -8,7 +8,7 @@ use std::path::Path;
 
 use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
-use super::error::{ServiceError, nearest};
+use super::error::{Place, ServiceError, nearest};
 
 /// Largest definition or configuration. Real ones are some kilobytes.
 pub const MAX_BYTES: u64 = 1 << 20;
@@ -250,6 +250,11 @@ impl<'a> Element<'a> {
         self.node.range().start
     }
 
+    /// Where it is.
+    pub fn place(self) -> Place {
+        Place::of(self.file, self.text, self.start())
+    }
+
     /// An error at this element.
     pub fn refuse(self, what: impl Into<String>) -> ServiceError {
         ServiceError::at(self.file, self.text, self.start(), what)
@@ -377,6 +382,11 @@ impl<'a> Value<'a> {
     /// Byte offset of the value in its file.
     pub fn start(self) -> usize {
         self.attribute.range_value().start
+    }
+
+    /// Where it is.
+    pub fn place(self) -> Place {
+        Place::of(self.element.file, self.element.text, self.start())
     }
 
     /// An error at this value.

@@ -19,6 +19,7 @@ use super::timeline::Timeline;
 use crate::cgroup::{self, DeploymentGroup};
 use crate::endpoints::{self, ListenError, Rotation};
 use crate::progress::Progress;
+use crate::service::Place;
 use crate::service::model::ServiceModel;
 use crate::store::deployment::{DeploymentDir, short_id, sweep};
 use crate::store::image::{self, ImageError};
@@ -58,10 +59,20 @@ impl Options {
 pub enum DeployError {
     /// The guest image.
     #[error("guest image")]
-    Image(#[from] ImageError),
+    Image {
+        /// Where the service names it.
+        place: Place,
+        /// Why.
+        source: ImageError,
+    },
     /// A public port.
     #[error("public endpoint")]
-    Listen(#[from] ListenError),
+    Listen {
+        /// Where the service asks for it.
+        place: Place,
+        /// Why.
+        source: ListenError,
+    },
     /// Disks or logs of an instance.
     #[error("instance {instance}")]
     Guest {
@@ -125,8 +136,11 @@ pub async fn deploy(
         let rotation = Rotation::default();
         for endpoint in &role.endpoints {
             let address = SocketAddr::new(options.address, endpoint.port);
-            let name = model.endpoint_name(role, endpoint);
-            let listener = endpoints::listen(&name, address)?;
+            let listener = endpoints::listen(&model.endpoint_name(role, endpoint), address)
+                .map_err(|source| DeployError::Listen {
+                    place: endpoint.place.clone(),
+                    source,
+                })?;
             // From here on clients can connect: one that comes before there is
             // an instance is closed, not left to wait.
             let (rotation, port) = (rotation.clone(), endpoint.local_port);
@@ -150,7 +164,10 @@ pub async fn deploy(
         let text = chain(&error);
         timeline.tell(None, EventKind::Warning { text });
     }
-    let image = Arc::new(image?);
+    let image = Arc::new(image.map_err(|source| DeployError::Image {
+        place: model.image_place.clone(),
+        source,
+    })?);
     timeline.tell(
         None,
         EventKind::ImageVerified {
