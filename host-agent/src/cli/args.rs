@@ -314,6 +314,9 @@ pub struct ValidateArgs {
     /// Service directories, .csdef, .cscfg, .cspkg
     #[arg(required = true, value_name = "F")]
     pub files: Vec<PathBuf>,
+    /// Configuration, when it is not beside the service
+    #[arg(long, value_name = "F.cscfg")]
+    pub config: Option<PathBuf>,
 }
 
 /// `completion`.

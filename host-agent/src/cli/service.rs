@@ -60,7 +60,7 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     let mut exit = Exit::Success;
     let meter = Meter::start(output);
     for file in &args.files {
-        match service::validate(file, meter.progress()) {
+        match service::validate(file, args.config.as_deref(), meter.progress()) {
             Ok(found) => {
                 lines.push(format!("ok    {}  {}", file.display(), words(found)));
                 results.push(json!({"file": file, "valid": true, "what": words(found)}));
@@ -91,9 +91,9 @@ fn words(found: Validated) -> &'static str {
     match found {
         Validated::Service => "definition, configuration and files agree",
         Validated::Definition => "definition",
-        Validated::Configuration => "configuration agrees with the definition beside it",
-        Validated::PackagedService => "package agrees with the configuration beside it",
-        Validated::Package => "package; no configuration beside it",
+        Validated::Configuration => "configuration and definition agree",
+        Validated::PackagedService => "package and configuration agree",
+        Validated::Package => "package; no one configuration beside it (see --config)",
     }
 }
 

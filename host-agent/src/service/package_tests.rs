@@ -10,10 +10,14 @@ use super::archive_writer::ArchiveWriter;
 use super::load_tests::service_directory;
 use super::model::{Payload, ServiceModel};
 use super::package::EXECUTABLE_KEY;
-use super::{ServiceError, Validated, build_application_image, load, pack, validate};
+use super::{ServiceError, Validated, build_application_image, load, pack};
 use crate::progress::Progress;
 
 const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+
+fn validate(path: &Path, progress: &Progress) -> Result<Validated, ServiceError> {
+    super::validate(path, None, progress)
+}
 
 fn image(model: &ServiceModel, role: usize) -> Vec<u8> {
     let out = tempfile::NamedTempFile::new().unwrap();
@@ -75,6 +79,38 @@ fn a_packed_service_is_the_same_as_its_directory() {
         validate(&file, &Progress::default()).unwrap(),
         Validated::PackagedService
     );
+    // The definition of a configuration may be in the package beside it.
+    let beside = out.path().join("any.cscfg");
+    assert_eq!(
+        validate(&beside, &Progress::default()).unwrap(),
+        Validated::Configuration
+    );
+    // One of several is not chosen, and a good package is not blamed for it.
+    fs::write(out.path().join("other.cscfg"), "<other/>").unwrap();
+    assert_eq!(
+        validate(&file, &Progress::default()).unwrap(),
+        Validated::Package
+    );
+    let chosen =
+        |path: &Path, config: &Path| super::validate(path, Some(config), &Progress::default());
+    assert_eq!(chosen(&file, &beside).unwrap(), Validated::PackagedService);
+    let other = chosen(&file, &out.path().join("other.cscfg")).unwrap_err();
+    assert!(other.to_string().contains("other.cscfg:1:1"), "{other}");
+    fs::write(directory.path().join("other.cscfg"), "").unwrap();
+    fs::rename(&config, directory.path().join("mine.cscfg")).unwrap();
+    let error = validate(directory.path(), &Progress::default()).unwrap_err();
+    assert!(error.hint().unwrap().contains("--config"), "{error}");
+    assert_eq!(
+        chosen(directory.path(), &beside).unwrap(),
+        Validated::Service
+    );
+    let definition = directory.path().join("ServiceDefinition.csdef");
+    assert_eq!(
+        chosen(&definition, &beside).unwrap(),
+        Validated::Configuration
+    );
+    assert!(chosen(&beside, &beside).is_err());
+    fs::rename(directory.path().join("mine.cscfg"), &config).unwrap();
     assert_eq!(
         validate(directory.path(), &Progress::default()).unwrap(),
         Validated::Service
@@ -83,7 +119,6 @@ fn a_packed_service_is_the_same_as_its_directory() {
         validate(&config, &Progress::default()).unwrap(),
         Validated::Configuration
     );
-    let definition = directory.path().join("ServiceDefinition.csdef");
     assert_eq!(
         validate(&definition, &Progress::default()).unwrap(),
         Validated::Definition

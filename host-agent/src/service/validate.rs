@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
+use super::configuration;
+use super::definition::{self, Definition};
 use super::error::ServiceError;
-use super::load::{directory_of, find_configuration, load, load_package, verified, with_extension};
+use super::load::{
+    directory_of, find_configuration, find_definition, load, load_package, verified, with_extension,
+};
 use super::package::Package;
-use super::{configuration, definition};
 use crate::progress::Progress;
 
 /// What was found to be right.
@@ -15,42 +18,67 @@ pub enum Validated {
     Service,
     /// A definition by itself.
     Definition,
-    /// A configuration and the definition beside it.
+    /// A configuration and its definition.
     Configuration,
-    /// A package and the configuration beside it.
+    /// A package and its configuration.
     PackagedService,
-    /// A package by itself: there is no configuration beside it.
+    /// A package by itself: none was named, and not one is beside it.
     Package,
 }
 
-/// Checks `path`: a service directory, `.csdef`, `.cscfg` or `.cspkg`.
+/// Checks `path`: a service directory, `.csdef`, `.cscfg` or `.cspkg`, with
+/// the configuration `config` or the one beside it.
 ///
 /// # Errors
 /// The first thing that is wrong with it.
-pub fn validate(path: &Path, progress: &Progress) -> Result<Validated, ServiceError> {
+pub fn validate(
+    path: &Path,
+    config: Option<&Path>,
+    progress: &Progress,
+) -> Result<Validated, ServiceError> {
     let metadata = std::fs::metadata(path)
         .map_err(|source| ServiceError::io(path, "cannot open the file", source))?;
     if metadata.is_dir() {
-        return load(path, None, progress).map(|_| Validated::Service);
+        return load(path, config, progress).map(|_| Validated::Service);
     }
     let extension = path.extension().and_then(|extension| extension.to_str());
-    match extension.map(str::to_ascii_lowercase).as_deref() {
-        Some("csdef") => definition::read(path).map(|_| Validated::Definition),
-        Some("cscfg") => {
-            let definition = super::load::find_definition(directory_of(path))?;
-            configuration::read(path, &definition::read(&definition)?)
-                .map(|_| Validated::Configuration)
+    match (extension.map(str::to_ascii_lowercase).as_deref(), config) {
+        (Some("csdef"), None) => definition::read(path).map(|_| Validated::Definition),
+        (Some("csdef"), Some(config)) => {
+            configuration::read(config, &definition::read(path)?).map(|_| Validated::Configuration)
         }
-        Some("cspkg") => {
+        (Some("cscfg"), None) => {
+            let definition = definition_beside(directory_of(path))?;
+            configuration::read(path, &definition).map(|_| Validated::Configuration)
+        }
+        (Some("cscfg"), Some(_)) => Err(ServiceError::new(path, "is a configuration itself")
+            .with_hint("give --config with a directory, .csdef or .cspkg")),
+        (Some("cspkg"), config) => {
             let package = Package::open(path)?;
-            let directory = directory_of(path);
-            if with_extension(directory, "cscfg")?.is_empty() {
-                return verified(package, progress).map(|_| Validated::Package);
+            let config = match config {
+                Some(config) => Some(config.to_owned()),
+                // None of several says anything about the package.
+                None => find_configuration(directory_of(path)).ok(),
+            };
+            match config {
+                Some(config) => {
+                    load_package(package, &config, progress).map(|_| Validated::PackagedService)
+                }
+                None => verified(package, progress).map(|_| Validated::Package),
             }
-            load_package(package, &find_configuration(directory)?, progress)
-                .map(|_| Validated::PackagedService)
         }
         _ => Err(ServiceError::new(path, "is not a file of a service")
             .with_hint("give a directory, or a file named .csdef, .cscfg or .cspkg")),
     }
+}
+
+/// The definition in `directory`, or that of its only package.
+fn definition_beside(directory: &Path) -> Result<Definition, ServiceError> {
+    if let ([], [package]) = (
+        with_extension(directory, "csdef")?.as_slice(),
+        with_extension(directory, "cspkg")?.as_slice(),
+    ) {
+        return Ok(Package::open(package)?.definition().clone());
+    }
+    definition::read(&find_definition(directory)?)
 }
