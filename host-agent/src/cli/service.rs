@@ -41,7 +41,7 @@ pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     output.answer(&text, || {
         json!({
             "schema": "host-agent.pack/1",
-            "file": args.output,
+            "file": args.output.display().to_string(),
             "service": packed.service,
             "roles": packed.roles,
             "files": packed.files,
@@ -60,16 +60,18 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     let mut exit = Exit::Success;
     let meter = Meter::start(output);
     for file in &args.files {
+        // JSON has no other names than those in UTF-8.
+        let name = file.display().to_string();
         match service::validate(file, args.config.as_deref(), meter.progress()) {
             Ok(found) => {
-                lines.push(format!("ok    {}  {}", file.display(), words(found)));
-                results.push(json!({"file": file, "valid": true, "what": words(found)}));
+                lines.push(format!("ok    {name}  {}", words(found)));
+                results.push(json!({"file": name, "valid": true, "what": words(found)}));
             }
             Err(error) => {
                 let error = CliError::from(error);
                 output.error(&error);
-                lines.push(format!("fail  {}  {}", file.display(), error.code().name()));
-                results.push(json!({"file": file, "valid": false, "error": error.json()}));
+                lines.push(format!("fail  {name}  {}", error.code().name()));
+                results.push(json!({"file": name, "valid": false, "error": error.json()}));
                 if exit == Exit::Success {
                     exit = error.exit();
                 }
@@ -120,5 +122,36 @@ impl io::Write for HashWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::CommandLine;
+    use clap::Parser as _;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn a_path_that_is_not_utf8_is_no_reason_to_panic() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &[u8]| directory.path().join(OsStr::from_bytes(name));
+        let line = ["host-agent", "version", "--json"];
+        let output = Output::new(&CommandLine::try_parse_from(line).unwrap().global);
+        let file = path(b"\xff.csdef");
+        let text = "<ServiceDefinition/>";
+        std::fs::write(&file, text).unwrap();
+        let args = ValidateArgs {
+            files: vec![file, path(b"\xff.cspkg")],
+            config: None,
+        };
+        assert_eq!(validate(&args, &output).unwrap(), Exit::Invalid);
+        let redis = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+        let args = PackArgs {
+            dir: redis.into(),
+            output: path(b"\xff.cspkg"),
+        };
+        assert_eq!(pack(&args, &output).unwrap(), Exit::Success);
     }
 }
