@@ -9,7 +9,7 @@ use super::exit::Exit;
 use crate::api::client::ClientError;
 use crate::api::types::Failure;
 use crate::doctor::{HostReport, Verdict};
-use crate::service::{Place, Position, ServiceError};
+use crate::service::{Blame, Place, Position, ServiceError};
 
 /// A class of error: its number is stable, scripts and people look it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -349,12 +349,26 @@ impl From<ServiceError> for CliError {
         let system = std::error::Error::source(&error)
             .and_then(|source| source.downcast_ref::<std::io::Error>())
             .map(std::io::Error::kind);
-        let (code, exit) = match system {
-            None => (Code::Service, Exit::Invalid),
-            Some(ErrorKind::NotFound) => (Code::ServiceFile, Exit::NotFound),
-            Some(ErrorKind::PermissionDenied) => (Code::ServiceFile, Exit::Permission),
-            Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => (Code::HostFull, Exit::Host),
-            Some(_) => (Code::ServiceFile, Exit::Invalid),
+        let code = match (error.blame(), system) {
+            (Blame::Usage, _) => Code::Usage,
+            (_, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded)) => Code::HostFull,
+            (Blame::Output, _) => Code::Output,
+            (Blame::Service, None) => Code::Service,
+            (Blame::Service, Some(_)) => Code::ServiceFile,
+        };
+        let exit = match (code, system) {
+            // Something else is there.
+            (Code::Output, None) => Exit::Conflict,
+            (Code::ServiceFile | Code::Output, Some(kind)) => match kind {
+                ErrorKind::NotFound | ErrorKind::NotADirectory => Exit::NotFound,
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Exit::Permission,
+                // The content is bad; deflate says it in its own way.
+                ErrorKind::InvalidData | ErrorKind::UnexpectedEof | ErrorKind::InvalidInput => {
+                    Exit::Invalid
+                }
+                _ => Exit::Unclassified,
+            },
+            (code, _) => code.row().1,
         };
         let mut this = Self::new(code, error.what()).exit_with(exit);
         this.0.place = Some((error.file().display().to_string(), error.position()));
@@ -435,6 +449,35 @@ mod tests {
         let value = error.json();
         assert_eq!((&value["line"], &value["column"]), (&json!(2), &json!(5)));
         assert_eq!(value["exit_code"], 3);
+    }
+
+    #[test]
+    fn what_the_system_said_of_a_file_decides_how_the_command_ends() {
+        let path = Path::new("x");
+        let ends = |error: ServiceError| {
+            let error = CliError::from(error);
+            (error.code(), error.exit())
+        };
+        for (kind, exit) in [
+            (ErrorKind::NotFound, Exit::NotFound),
+            (ErrorKind::NotADirectory, Exit::NotFound),
+            (ErrorKind::PermissionDenied, Exit::Permission),
+            (ErrorKind::ReadOnlyFilesystem, Exit::Permission),
+            (ErrorKind::InvalidData, Exit::Invalid),
+            (ErrorKind::UnexpectedEof, Exit::Invalid),
+            (ErrorKind::Other, Exit::Unclassified),
+        ] {
+            let read = ServiceError::io(path, "cannot read", kind.into());
+            assert_eq!(ends(read), (Code::ServiceFile, exit), "{kind}");
+            let written = ServiceError::output(path, "cannot write", kind.into());
+            assert_eq!(ends(written), (Code::Output, exit), "{kind}");
+        }
+        let full = ServiceError::output(path, "cannot write", ErrorKind::StorageFull.into());
+        assert_eq!(ends(full), (Code::HostFull, Exit::Host));
+        assert_eq!(
+            ends(ServiceError::new(path, "is wrong")),
+            (Code::Service, Exit::Invalid)
+        );
     }
 
     #[test]

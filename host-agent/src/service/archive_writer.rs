@@ -54,7 +54,10 @@ impl ArchiveWriter {
             packed = size;
         }
         let end = start + header + packed;
-        let too_large = || io::Error::other("the package grows too large");
+        let too_large = || {
+            let what = "the package grows too large";
+            io::Error::new(io::ErrorKind::InvalidData, what)
+        };
         if end > MAX_PACKED {
             return Err(too_large());
         }

@@ -15,11 +15,23 @@ pub struct ServiceError(Box<Inner>);
 #[derive(Debug)]
 struct Inner {
     file: PathBuf,
+    blame: Blame,
     position: Option<Position>,
     what: String,
     hint: Option<String>,
     snippet: Option<String>,
     source: Option<std::io::Error>,
+}
+
+/// What was to be done with the file that an error names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// It is part of a service, and was to be read.
+    Service,
+    /// It was to be written.
+    Output,
+    /// It is none: the command was asked for something that makes no sense.
+    Usage,
 }
 
 /// A place in a text file.
@@ -56,6 +68,7 @@ impl ServiceError {
     pub fn new(file: &Path, what: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             file: file.to_owned(),
+            blame: Blame::Service,
             position: None,
             what: what.into(),
             hint: None,
@@ -111,10 +124,17 @@ impl ServiceError {
             }
             _ => None,
         };
-        let mut error = Self::new(file, what);
+        let mut error = Self::new(file, what).blaming(Blame::Output);
         error.0.hint = hint.map(Into::into);
         error.0.source = Some(source);
         error
+    }
+
+    /// Says what was to be done with the file.
+    #[must_use]
+    pub(super) fn blaming(mut self, blame: Blame) -> Self {
+        self.0.blame = blame;
+        self
     }
 
     /// Adds what to do about it.
@@ -134,6 +154,11 @@ impl ServiceError {
     /// The file that was refused.
     pub fn file(&self) -> &Path {
         &self.0.file
+    }
+
+    /// What was to be done with it.
+    pub fn blame(&self) -> Blame {
+        self.0.blame
     }
 
     /// Where in the file, when the error is about a place in a text.

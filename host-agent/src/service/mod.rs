@@ -26,7 +26,7 @@ mod xml;
 mod xml_cut;
 mod xpath;
 
-pub use error::{Place, Position, ServiceError};
+pub use error::{Blame, Place, Position, ServiceError};
 pub use load::load;
 pub use pack::{Packed, pack};
 pub use squashfs::{ImageError, build_application_image};

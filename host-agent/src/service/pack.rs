@@ -2,6 +2,7 @@
 //! The same files give the same bytes.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::iter::once;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use super::archive_writer::ArchiveWriter;
 use super::definition::{self, Definition};
 use super::digest::{Digest, Verified};
-use super::error::ServiceError;
+use super::error::{Blame, ServiceError};
 use super::load::{check_directory, directory_of, find_definition};
 use super::package::{
     APPROOT, CONTENT_TYPES, CONTENT_TYPES_NAMESPACE, DEFINITION, EXECUTABLE_KEY,
@@ -61,12 +62,16 @@ fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
             } else {
                 "the package would replace what is not a regular file"
             };
-            Err(ServiceError::new(out, what).with_hint(HINT))
+            Err(ServiceError::new(out, what)
+                .blaming(Blame::Output)
+                .with_hint(HINT))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(out) {
             Ok(target) => {
                 let what = format!("is a link to {}, which is not there", target.display());
-                Err(ServiceError::new(out, what).with_hint("remove the link, or name its target"))
+                Err(ServiceError::new(out, what)
+                    .blaming(Blame::Output)
+                    .with_hint("remove the link, or name its target"))
             }
             Err(_) => Ok(out.to_owned()),
         },
@@ -366,12 +371,18 @@ impl Stamp {
     const RANGE: std::ops::RangeInclusive<u64> = 315_532_800..=4_354_819_199;
 
     fn from_environment() -> Result<Self, ServiceError> {
-        let Some(text) = std::env::var_os("SOURCE_DATE_EPOCH") else {
+        Self::of_variable(std::env::var_os("SOURCE_DATE_EPOCH").as_deref())
+    }
+
+    /// The time that the variable says; an empty one is as good as none.
+    fn of_variable(value: Option<&OsStr>) -> Result<Self, ServiceError> {
+        let Some(text) = value.filter(|text| !text.is_empty()) else {
             return Ok(Self::at(*Self::RANGE.start()));
         };
         let seconds = text.to_str().and_then(|text| text.parse::<u64>().ok());
         seconds.map(Self::at).ok_or_else(|| {
             ServiceError::new(Path::new("SOURCE_DATE_EPOCH"), "is not a number of seconds")
+                .blaming(Blame::Usage)
                 .with_hint("set it to seconds since 1970, or unset it")
         })
     }
@@ -446,5 +457,16 @@ mod tests {
         );
         assert_eq!(written(951_782_400).0, "2000-02-29T00:00:00Z");
         assert_eq!(written(u64::MAX).0, "2107-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn an_empty_variable_is_none_and_one_without_a_number_is_bad_usage() {
+        let stamp = |text: &str| Stamp::of_variable(Some(text.as_ref()));
+        assert_eq!(stamp("").unwrap().rfc3339(), "1980-01-01T00:00:00Z");
+        assert_eq!(
+            stamp("951782400").unwrap().rfc3339(),
+            "2000-02-29T00:00:00Z"
+        );
+        assert_eq!(stamp("now").unwrap_err().blame(), Blame::Usage);
     }
 }

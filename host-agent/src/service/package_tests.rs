@@ -10,7 +10,7 @@ use super::archive_writer::ArchiveWriter;
 use super::load_tests::service_directory;
 use super::model::{Payload, ServiceModel};
 use super::package::EXECUTABLE_KEY;
-use super::{ServiceError, Validated, build_application_image, load, pack};
+use super::{Blame, ServiceError, Validated, build_application_image, load, pack};
 use crate::progress::Progress;
 
 const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
@@ -184,6 +184,7 @@ fn a_package_replaces_a_regular_file_and_nothing_else() {
         let error = pack(name).unwrap_err();
         assert!(error.what().contains(why), "{error}");
         assert!(error.hint().is_some(), "{error}");
+        assert_eq!(error.blame(), Blame::Output, "{error}");
         let after = fs::symlink_metadata(path(name)).unwrap().file_type();
         assert_eq!(after, before, "{name}");
     }
