@@ -15,6 +15,7 @@ use flate2::Crc;
 use flate2::bufread::DeflateDecoder;
 
 use super::error::ServiceError;
+use super::open::open_regular;
 use super::payload::{MAX_DEPTH, MAX_UNPACKED};
 
 /// Largest package: 600 MiB.
@@ -86,14 +87,11 @@ struct Central<'a> {
 impl Archive {
     /// Opens the archive at `path` and checks its structure.
     pub fn open(path: &Path) -> Result<Self, ServiceError> {
-        let cannot = |source| ServiceError::io(path, "cannot read the package", source);
+        const CANNOT: &str = "cannot read the package";
+        let cannot = |source| ServiceError::io(path, CANNOT, source);
         let bad = |what: String| ServiceError::new(path, what);
-        let file = File::open(path).map_err(cannot)?;
-        let metadata = file.metadata().map_err(cannot)?;
-        if !metadata.is_file() {
-            return Err(bad("is not a regular file".into()));
-        }
-        let length = metadata.len();
+        let file = open_regular(path, CANNOT)?;
+        let length = file.metadata().map_err(cannot)?.len();
         if length > MAX_PACKED {
             return Err(bad(format!(
                 "the package is larger than {MAX_PACKED} bytes"

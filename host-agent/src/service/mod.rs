@@ -14,6 +14,7 @@ mod load;
 #[cfg(test)]
 mod load_tests;
 pub mod model;
+mod open;
 mod pack;
 mod package;
 #[cfg(test)]

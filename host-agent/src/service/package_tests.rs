@@ -197,6 +197,23 @@ fn a_package_replaces_a_regular_file_and_nothing_else() {
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 6);
 }
 
+/// This test does not end where a pipe is opened as a file is.
+#[test]
+fn a_pipe_in_place_of_a_file_is_refused_at_once() {
+    let out = tempfile::tempdir().unwrap();
+    for name in ["a.csdef", "a.cscfg", "a.cspkg"] {
+        let pipe = out.path().join(name);
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = match name {
+            "a.cscfg" => super::validate(Path::new(REDIS), Some(&pipe), &Progress::default()),
+            _ => validate(&pipe, &Progress::default()),
+        };
+        let error = error.unwrap_err();
+        assert_eq!(error.file(), pipe);
+        assert_eq!(error.what(), "is not a regular file");
+    }
+}
+
 /// The package of the redis service, in parts.
 fn parts() -> Vec<(String, Vec<u8>)> {
     let out = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ use nix::sys::stat::Mode;
 
 use super::error::ServiceError;
 use super::model::Payload;
+use super::open::open_regular;
 use super::package::Package;
 
 /// Most files of a role and of a package.
@@ -230,8 +231,7 @@ impl Walk<'_> {
             let what = format!("holds more than {MAX_FILES} files");
             return Err(ServiceError::new(self.root, what));
         }
-        File::open(here)
-            .map_err(|source| ServiceError::io(here, "cannot read the file", source))?;
+        open_regular(here, "cannot read the file")?;
         self.entries.push(Entry {
             path,
             size: metadata.len(),

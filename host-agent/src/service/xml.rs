@@ -2,13 +2,13 @@
 //! size and depth, and no element or attribute passed over in silence.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
 use super::error::{Place, ServiceError, nearest};
+use super::open::open_regular;
 
 /// Largest definition or configuration. Real ones are some kilobytes.
 pub const MAX_BYTES: u64 = 1 << 20;
@@ -61,16 +61,12 @@ pub(super) struct Value<'a> {
 
 /// Reads `file` as text.
 pub(super) fn read_text(file: &Path) -> Result<String, ServiceError> {
-    let cannot = |source| ServiceError::io(file, "cannot read the file", source);
+    const CANNOT: &str = "cannot read the file";
     let mut bytes = Vec::new();
-    let handle = File::open(file).map_err(cannot)?;
-    if !handle.metadata().map_err(cannot)?.is_file() {
-        return Err(ServiceError::new(file, "is not a regular file"));
-    }
-    handle
+    open_regular(file, CANNOT)?
         .take(MAX_BYTES + 1)
         .read_to_end(&mut bytes)
-        .map_err(cannot)?;
+        .map_err(|source| ServiceError::io(file, CANNOT, source))?;
     text_of(file, bytes, MAX_BYTES)
 }
 
