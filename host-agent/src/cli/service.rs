@@ -7,12 +7,16 @@ use std::time::Instant;
 
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
+use tokio::task::JoinError;
 
 use super::args::{PackArgs, ValidateArgs};
 use super::error::{CliError, Code};
 use super::exit::Exit;
+use super::interrupt::Interrupts;
 use super::meter::Meter;
 use super::output::Output;
+use super::running::interrupted;
+use super::runtime;
 use crate::doctor::iec;
 use crate::progress::Progress;
 use crate::service::{self, Validated};
@@ -22,10 +26,14 @@ use crate::store::image::hex;
 pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     let started = Instant::now();
     let meter = Meter::start(output);
-    let packed = service::pack(&args.dir, &args.output, meter.progress())?;
-    let digest = digest_of(&args.output, meter.progress()).map_err(|error| {
-        let what = format!("cannot read {} again", args.output.display());
-        CliError::new(Code::Output, what).cause(error.to_string())
+    let PackArgs { dir, output: out } = args.clone();
+    let (packed, digest) = interruptible(meter.progress(), move |progress| {
+        let packed = service::pack(&dir, &out, progress)?;
+        let digest = digest_of(&out, progress).map_err(|error| {
+            let what = format!("cannot read {} again", out.display());
+            CliError::new(Code::Output, what).cause(error.to_string())
+        })?;
+        Ok((packed, digest))
     })?;
     drop(meter);
     let text = format!(
@@ -50,6 +58,36 @@ pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
         })
     })?;
     Ok(Exit::Success)
+}
+
+/// Does `work` beside. A signal makes it give up and remove what it made; the
+/// second one does not wait for that.
+fn interruptible<T: Send + 'static>(
+    progress: &Progress,
+    work: impl FnOnce(&Progress) -> Result<T, CliError> + Send + 'static,
+) -> Result<T, CliError> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(async {
+        let mut interrupts = Interrupts::listen()?;
+        let theirs = progress.clone();
+        let mut working = tokio::task::spawn_blocking(move || work(&theirs));
+        let number = tokio::select! {
+            done = &mut working => return joined(done),
+            number = interrupts.next() => number,
+        };
+        progress.cancel();
+        tokio::select! {
+            // It may have been through already.
+            done = working => joined(done).map_err(|_| interrupted(number)),
+            number = interrupts.next() => Err(interrupted(number)),
+        }
+    });
+    runtime.shutdown_background();
+    result
+}
+
+fn joined<T>(done: Result<Result<T, CliError>, JoinError>) -> Result<T, CliError> {
+    done.unwrap_or_else(|error| Err(CliError::chain(Code::Unclassified, &error)))
 }
 
 /// Checks each file; the answer lists those that are right, errors tell of

@@ -9,6 +9,7 @@ mod command;
 pub mod configuration;
 pub mod definition;
 mod digest;
+mod draft;
 mod error;
 mod load;
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::archive_writer::ArchiveWriter;
 use super::definition::{self, Definition};
 use super::digest::{Digest, Verified};
+use super::draft::Draft;
 use super::error::{Blame, ServiceError};
 use super::load::{check_directory, directory_of, find_definition};
 use super::package::{
@@ -111,14 +112,8 @@ fn pack_at(
     }
 
     let cannot = |source| ServiceError::output(out, "cannot write the package", source);
-    // Readable as any new file is, not only by its owner.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-    let temporary = tempfile::Builder::new()
-        .prefix(".pack-")
-        .permissions(mode)
-        .tempfile_in(directory_of(out))
-        .map_err(cannot)?;
-    let file = temporary.as_file().try_clone().map_err(cannot)?;
+    let draft = Draft::in_directory(directory_of(out)).map_err(cannot)?;
+    let file = draft.file().try_clone().map_err(cannot)?;
     let (date, time) = stamp.ms_dos();
     let mut archive = ArchiveWriter::new(file, date, time);
     archive
@@ -144,9 +139,8 @@ fn pack_at(
     let file = archive.finish().map_err(cannot)?;
     file.sync_all().map_err(cannot)?;
     let bytes = file.metadata().map_err(cannot)?.len();
-    temporary
-        .persist(out)
-        .map_err(|error| cannot(error.error))?;
+    progress.check().map_err(cannot)?;
+    draft.publish(out).map_err(cannot)?;
     Ok(Packed {
         service: definition.name.clone(),
         roles: roles.len(),

@@ -154,6 +154,10 @@ fn a_service_that_is_refused_leaves_no_package() {
     let error = pack(directory.path(), &file, &Progress::default()).unwrap_err();
     assert!(error.what().contains("\"run\" does not exist"), "{error}");
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+    let given_up = Progress::default();
+    given_up.cancel();
+    pack(Path::new(REDIS), &file, &given_up).unwrap_err();
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
     let error = pack(
         Path::new(REDIS),
         Path::new("/nowhere/x.cspkg"),
