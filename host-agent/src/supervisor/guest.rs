@@ -124,13 +124,24 @@ pub fn prepare(
     role: &Role,
     image: &Image,
 ) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
+    prepare_on(open(Path::new("/dev/kvm"), true)?, dir, name, role, image)
+}
+
+fn prepare_on(
+    kvm: File,
+    dir: &Path,
+    name: &str,
+    role: &Role,
+    image: &Image,
+) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
     let mut files: Vec<OwnedFd> = Vec::new();
     let mut add = |file: File| {
         files.push(file.into());
         FileIndex(u8::try_from(files.len() - 1).expect("a guest has fewer than 256 files"))
     };
-    // The file that was verified, with a position of its own: guests that start
-    // together read it together.
+    // The file that was verified, whatever its name means by now: a diff is of no
+    // use over another base. With a position and locks of its own: guests that
+    // start together read it together.
     let again = |file: &File| {
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         // A link by its nature, and our own.
@@ -140,13 +151,13 @@ pub fn prepare(
             source,
         })
     };
-    let kvm = add(open(Path::new("/dev/kvm"), true)?);
+    let kvm = add(kvm);
     let kernel = add(again(&image.kernel)?);
     let initrd = add(again(&image.initrd)?);
     let current = add(open_or_make(&dir.join("serial.log"))?);
     let older = add(open_or_make(&dir.join("serial.log.1"))?);
     let diff = add(open(&dir.join("diff.qcow2"), true)?);
-    let base = add(open(&image.base_path, false)?);
+    let base = add(again(&image.base)?);
     let resource = add(open(&dir.join(RESOURCE), true)?);
     let application = add(open(&dir.join(APPLICATION), false)?);
     let spec = GuestSpec {
@@ -255,7 +266,7 @@ mod tests {
     use crate::service;
     use crate::store::image;
     use sha2::{Digest as _, Sha256};
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     /// An image of files that hold their own names.
     fn image(data_dir: &Path) -> Image {
@@ -322,6 +333,32 @@ mod tests {
                 .unwrap()
                 .starts_with(&text)
         );
+    }
+
+    #[test]
+    fn every_boot_gets_the_base_that_was_verified_though_another_has_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = image(dir.path());
+        let role = redis();
+        create_disks(dir.path(), &role, &image, None, &Progress::default()).unwrap();
+        let boot = || {
+            let kvm = tempfile::tempfile().unwrap();
+            let (spec, mut files) = prepare_on(kvm, dir.path(), "a", &role, &image).unwrap();
+            let DiskBacking::Diff { base, .. } = spec.disks[0].backing else {
+                panic!("the OS disk has a base");
+            };
+            File::from(files.swap_remove(usize::from(base.0)))
+        };
+        let first = boot();
+        let other = dir.path().join("other");
+        fs::write(&other, "another base").unwrap();
+        fs::rename(&other, &image.base_path).unwrap();
+        let second = boot();
+        let inode = |file: &File| file.metadata().unwrap().ino();
+        assert_eq!(inode(&second), inode(&first));
+        let mut content = vec![0; "base.ext4".len()];
+        second.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(content, b"base.ext4");
     }
 
     #[test]
