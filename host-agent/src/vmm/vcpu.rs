@@ -1,8 +1,8 @@
 //! Threads of the virtual processors: run, answer exits, stop when told.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,16 +12,13 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::{Action, Bus};
 use super::control::ExitReason;
+use super::gate::Gate;
 
 /// Most time for a processor to leave the guest after a kick.
 const KICK_LIMIT: Duration = Duration::from_secs(5);
 /// Time between two kicks: the first may come just before the processor
 /// enters the guest.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
-
-const RUN: u8 = 0;
-const PAUSE: u8 = 1;
-const STOP: u8 = 2;
 
 /// What a processor reports to the main thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,10 +38,7 @@ pub struct Processors {
 
 #[derive(Debug)]
 struct Shared {
-    wanted: AtomicU8,
-    parked: AtomicUsize,
-    changed: Condvar,
-    lock: Mutex<()>,
+    gate: Gate,
     exits: Vec<AtomicU64>,
 }
 
@@ -69,10 +63,7 @@ impl Processors {
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let shared = Arc::new(Shared {
-            wanted: AtomicU8::new(RUN),
-            parked: AtomicUsize::new(0),
-            changed: Condvar::new(),
-            lock: Mutex::new(()),
+            gate: Gate::default(),
             exits: vcpus.iter().map(|_| AtomicU64::new(0)).collect(),
         });
         let mut threads = Vec::new();
@@ -98,12 +89,12 @@ impl Processors {
 
     /// Takes every processor out of the guest until [`Processors::resume`].
     pub fn pause(&self) -> Result<(), KickError> {
-        self.shared.set(PAUSE);
+        self.shared.gate.close();
         let all = self.threads.len();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
             let ended = self.threads.iter().filter(|t| t.is_finished()).count();
-            let running = all.saturating_sub(self.shared.parked.load(Ordering::Acquire) + ended);
+            let running = all.saturating_sub(self.shared.gate.parked() + ended);
             if running == 0 {
                 return Ok(());
             }
@@ -117,7 +108,7 @@ impl Processors {
 
     /// Lets the processors run again.
     pub fn resume(&self) {
-        self.shared.set(RUN);
+        self.shared.gate.open();
     }
 
     /// Exits of each processor that reached this process.
@@ -128,7 +119,7 @@ impl Processors {
 
     /// Ends every thread.
     pub fn stop(self) -> Result<(), KickError> {
-        self.shared.set(STOP);
+        self.shared.gate.shut_down();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
             let running = self.threads.iter().filter(|t| !t.is_finished()).count();
@@ -154,34 +145,6 @@ impl Processors {
     }
 }
 
-impl Shared {
-    fn set(&self, wanted: u8) {
-        let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        self.wanted.store(wanted, Ordering::Release);
-        self.changed.notify_all();
-    }
-
-    /// Parks while a pause is wanted, after a word to `vcpu`; false when the
-    /// thread shall end.
-    fn may_run(&self, vcpu: &VcpuFd) -> bool {
-        if self.wanted.load(Ordering::Acquire) == PAUSE {
-            // Or the guest's watchdogs take the gap for a hang. It fails when
-            // the guest does not use the clock of KVM, and hears of nothing.
-            let _ = vcpu.kvmclock_ctrl();
-            let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            self.parked.fetch_add(1, Ordering::AcqRel);
-            while self.wanted.load(Ordering::Acquire) == PAUSE {
-                guard = self
-                    .changed
-                    .wait(guard)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            self.parked.fetch_sub(1, Ordering::AcqRel);
-        }
-        self.wanted.load(Ordering::Acquire) == RUN
-    }
-}
-
 /// Runs one processor; the reason if it ended the machine.
 fn run(
     id: usize,
@@ -190,7 +153,15 @@ fn run(
     bus: &Bus,
     report: &impl Fn(Report),
 ) -> Option<ExitReason> {
-    while shared.may_run(&vcpu) {
+    loop {
+        let goes_on = shared.gate.pass(|| {
+            // Or the guest's watchdogs take the gap for a hang. It fails when
+            // the guest does not use the clock of KVM, and hears of nothing.
+            let _ = vcpu.kvmclock_ctrl();
+        });
+        if !goes_on {
+            return None;
+        }
         let exit = vcpu.run();
         shared.exits[id].fetch_add(1, Ordering::Relaxed);
         match exit {
@@ -217,5 +188,4 @@ fn run(
             }
         }
     }
-    None
 }
