@@ -358,17 +358,11 @@ impl Loop<'_> {
                 }
             }
             Command::Probe { id, port } => self.machine.vsock().probe(id, port),
-            Command::Pause {} => match self.machine.processors().pause() {
-                Ok(()) => {
-                    self.standing.ordered = true;
-                    self.tell(&Event::Paused { paused: true });
-                }
-                Err(error) => {
-                    return Some(ExitReason::Failed {
-                        detail: error.to_string(),
-                    });
-                }
-            },
+            Command::Pause {} => {
+                self.stand_still();
+                self.standing.ordered = true;
+                self.tell(&Event::Paused { paused: true });
+            }
             Command::Resume {} => {
                 self.standing.ordered = false;
                 if !self.standing.no_space {
@@ -414,7 +408,7 @@ impl Loop<'_> {
             let violations = transport.interrupt().violations();
             if violations > *told {
                 let event = Event::DeviceNeedsReset {
-                    device: transport.name(),
+                    device: transport.interrupt().name().to_owned(),
                     reason: transport.interrupt().reason(),
                 };
                 self.outbox.send(&event, vec![]);
@@ -424,18 +418,21 @@ impl Loop<'_> {
         self.disks.tell_failures(self.outbox);
     }
 
+    /// Takes the processors out of the guest. One that is late is not in it: it
+    /// resets a device, say, that waits for the host's disk. It stops when it
+    /// would enter the guest again.
+    fn stand_still(&self) {
+        if let Err(error) = self.machine.processors().pause() {
+            note(&error);
+        }
+    }
+
     /// Takes the processors out of the guest while a disk waits for room, so
     /// that no time limit in the guest runs out over it.
     fn stand_still_without_room(&mut self) {
         let before = std::mem::replace(&mut self.standing.no_space, self.disks.look());
         match (before, self.standing.no_space) {
-            (false, true) => {
-                // One that is late stops when it comes out: the write is held
-                // anyway.
-                if let Err(error) = self.machine.processors().pause() {
-                    note(&error);
-                }
-            }
+            (false, true) => self.stand_still(),
             (true, false) if !self.standing.ordered => self.machine.processors().resume(),
             _ => {}
         }

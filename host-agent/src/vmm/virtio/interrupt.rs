@@ -55,6 +55,11 @@ impl Interrupt {
         }))
     }
 
+    /// Name of the device.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
     /// Tells the driver that buffers were used.
     pub fn used(&self) {
         self.raise(USED_BUFFER);

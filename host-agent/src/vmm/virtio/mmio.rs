@@ -1,9 +1,11 @@
 //! The virtio-mmio transport (virtio 1.2, 4.2): registers of one device.
 //!
 //! Reads and acknowledgements of the interrupt status, which come with every
-//! interrupt, take no lock; all else is rare and takes the transport's.
+//! interrupt, take no lock; all else is rare and takes the transport's. A reset
+//! may hold it for as long as the host's disk likes, so it is for processors
+//! alone: what the main thread wants to know is in [`Interrupt`].
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
@@ -171,14 +173,15 @@ impl Transport {
         &self.interrupt
     }
 
-    /// Name of the device.
-    pub fn name(&self) -> String {
-        self.lock().device.name().to_owned()
-    }
-
-    /// The device stops using guest RAM.
+    /// The device stops using guest RAM, once no processor is at work on it any
+    /// more. One that is, and could not be stopped, may be waiting for a disk,
+    /// and is not waited for.
     pub fn stop(&self) {
-        self.lock().device.reset();
+        match self.state.try_lock() {
+            Ok(mut state) => state.device.reset(),
+            Err(TryLockError::Poisoned(state)) => state.into_inner().device.reset(),
+            Err(TryLockError::WouldBlock) => {}
+        }
     }
 
     /// A read of `data.len()` bytes at `offset`. What is no register reads 0.

@@ -71,7 +71,8 @@ pub enum ActivateError {
 }
 
 /// The front half of a device. Called on vCPU threads, under the transport's
-/// lock; nothing here may wait for the guest or for a disk.
+/// lock; nothing here may wait for the guest, and only [`Device::reset`] for the
+/// host.
 pub trait Device: Send {
     /// Device id (virtio 1.2, section 5).
     fn id(&self) -> u32;
@@ -93,7 +94,8 @@ pub trait Device: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
     /// The driver resets the device: stop using guest memory before returning,
-    /// whatever is in flight. Idempotent.
+    /// whatever is in flight. That can be a system call on a disk of the host,
+    /// which nothing cuts short. Idempotent.
     fn reset(&mut self);
 }
 

@@ -213,8 +213,9 @@ impl Device for Block {
     }
 
     /// Waits for the system call in progress, which may write to guest memory
-    /// until it returns: one piece of at most 1 MiB. A write that is held for
-    /// want of room is dropped.
+    /// until it returns: one piece of at most 1 MiB, or a flush, which takes as
+    /// long as the host's disk does. A write that is held for want of room is
+    /// dropped.
     fn reset(&mut self) {
         if !self.active {
             return;

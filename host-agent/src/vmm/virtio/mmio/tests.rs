@@ -1,6 +1,7 @@
 //! The registers against a reference written from virtio 1.2, 2.1 and 4.2.2.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
@@ -388,4 +389,76 @@ proptest! {
             prop_assert_eq!(told, std::mem::take(&mut model.raised), "{:?}", step);
         }
     }
+}
+
+/// A device that waits in each reset, as one does whose disk is slow.
+struct Slow {
+    begun: mpsc::Sender<()>,
+    goes_on: mpsc::Receiver<()>,
+}
+
+impl Device for Slow {
+    fn id(&self) -> u32 {
+        ID
+    }
+
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &CONFIG
+    }
+
+    fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.begun.send(()).unwrap();
+        // Also over when the test is.
+        let _ = self.goes_on.recv();
+    }
+}
+
+#[test]
+fn a_reset_that_waits_for_the_host_holds_up_its_processor_alone() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let (begun, has_begun) = mpsc::channel();
+    let (go_on, goes_on) = mpsc::channel();
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    let interrupt = Interrupt::new(line, "slow");
+    let device = Box::new(Slow { begun, goes_on });
+    let transport = Arc::new(Transport::new(device, memory, interrupt).unwrap());
+    let processor = std::thread::spawn({
+        let transport = Arc::clone(&transport);
+        move || transport.write(register::STATUS, &0_u32.to_le_bytes())
+    });
+    has_begun.recv().unwrap();
+    let (done, is_done) = mpsc::channel();
+    std::thread::spawn({
+        let transport = Arc::clone(&transport);
+        move || {
+            let interrupt = transport.interrupt();
+            let seen = (interrupt.name().to_owned(), interrupt.violations());
+            transport.stop();
+            done.send(seen).unwrap();
+        }
+    });
+    let seen = is_done.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!(seen, ("slow".to_owned(), 0));
+    // Whoever stops it when no processor is at work on it waits for it.
+    go_on.send(()).unwrap();
+    processor.join().unwrap();
+    go_on.send(()).unwrap();
+    transport.stop();
+    has_begun.recv().unwrap();
 }
