@@ -74,7 +74,7 @@ impl DiskWatch {
         }
     }
 
-    /// Tells of each disk that the host failed to serve, once.
+    /// Tells of each disk that the host failed to serve, until it is heard.
     pub fn tell_failures(&mut self, outbox: &Outbox) {
         for Watched { disk, failed, .. } in &mut self.0 {
             if let (Some(failure), false) = (disk.counters.first_failure.get(), *failed) {
@@ -83,8 +83,7 @@ impl DiskWatch {
                     error: failure.error.clone(),
                     full: failure.full,
                 };
-                outbox.send(&event, vec![]);
-                *failed = true;
+                *failed = outbox.send(&event, vec![]);
             }
         }
     }
@@ -99,7 +98,7 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::vmm::virtio::blk::Room;
+    use crate::vmm::virtio::blk::{HostFailure, Room};
     use crate::vmm::wire;
 
     fn event() -> EventFd {
@@ -164,11 +163,12 @@ mod tests {
     #[test]
     fn a_supervisor_that_did_not_hear_of_it_hears_of_it_later_and_never_of_half() {
         let ([os, _], mut watch, outbox, theirs) = watch();
+        let counters = Arc::clone(&watch.0[0].disk.counters);
         let quota = io::Error::from_raw_os_error(libc::EDQUOT);
         let stuff = || while outbox.send(&Event::Pong { id: 0 }, vec![]) {};
         let relieve = || {
             let mut all = told(&theirs);
-            while outbox.is_behind() {
+            while outbox.wants_room() {
                 outbox.flush();
                 all.extend(told(&theirs));
             }
@@ -197,5 +197,20 @@ mod tests {
         assert_eq!(relieve(), []);
         watch.tell_room(&outbox);
         assert_eq!(relieve(), [Event::SpaceBack {}]);
+        // Nor is a failure lost, and it is told once.
+        stuff();
+        let failure = HostFailure::from(&io::Error::from_raw_os_error(libc::EIO));
+        counters.first_failure.set(failure.clone()).unwrap();
+        watch.tell_failures(&outbox);
+        assert_eq!(relieve(), []);
+        let failed = Event::DiskFailed {
+            disk: "os".into(),
+            error: failure.error,
+            full: false,
+        };
+        for told in [vec![failed], vec![]] {
+            watch.tell_failures(&outbox);
+            assert_eq!(relieve(), told);
+        }
     }
 }

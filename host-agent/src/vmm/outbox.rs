@@ -21,6 +21,8 @@ use super::wire;
 /// Most events kept. A guest can cause one for each connection it opens, and
 /// each may hold a descriptor; a supervisor so far behind has lost its guest.
 const MOST_WAITING: usize = 256;
+/// Time until a message that the kernel refused is tried again at the end.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// Where every thread puts its events. Clones share one queue.
 #[derive(Debug, Clone)]
@@ -37,7 +39,13 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     events: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    /// The other end is gone.
     closed: bool,
+    /// The last event is there: none may follow.
+    complete: bool,
+    /// The kernel would not have the first event, though the socket may have
+    /// room: that there is room says nothing.
+    refused: bool,
 }
 
 impl Outbox {
@@ -64,7 +72,7 @@ impl Outbox {
             return false;
         };
         let mut waiting = self.lock();
-        if waiting.closed || waiting.events.len() >= MOST_WAITING {
+        if waiting.closed || waiting.complete || waiting.events.len() >= MOST_WAITING {
             return false;
         }
         waiting.events.push_back((bytes, files));
@@ -76,9 +84,29 @@ impl Outbox {
         !waiting.closed
     }
 
-    /// Whether events wait for room in the socket.
-    pub fn is_behind(&self) -> bool {
+    /// Sends the last event and all that wait before it, however many, for at
+    /// most `limit`. Of several threads that end the process the first has the
+    /// word.
+    pub fn finish(&self, last: &Event, limit: Duration) {
+        if let Ok(bytes) = wire::encode(last) {
+            let mut waiting = self.lock();
+            if !waiting.closed && !waiting.complete {
+                waiting.complete = true;
+                waiting.events.push_back((bytes, vec![]));
+            }
+        }
+        self.drain(limit);
+    }
+
+    /// Whether events wait.
+    fn is_behind(&self) -> bool {
         !self.lock().events.is_empty()
+    }
+
+    /// Whether events wait for room in the socket, and for nothing else.
+    pub fn wants_room(&self) -> bool {
+        let waiting = self.lock();
+        !waiting.events.is_empty() && !waiting.refused
     }
 
     /// Sends what the socket takes now.
@@ -87,7 +115,7 @@ impl Outbox {
     }
 
     /// Sends everything, for at most `limit`.
-    pub fn drain(&self, limit: Duration) {
+    fn drain(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         loop {
             self.flush();
@@ -95,10 +123,15 @@ impl Outbox {
             if !self.is_behind() || left.is_zero() {
                 return;
             }
-            let mut fds = [PollFd::new(self.socket(), PollFlags::POLLOUT)];
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let (interest, time) = if self.wants_room() {
+                (PollFlags::POLLOUT, left)
+            } else {
+                (PollFlags::empty(), left.min(AGAIN))
+            };
+            let mut fds = [PollFd::new(self.socket(), interest)];
+            let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
             // An interrupted wait is tried again until the deadline.
-            let _ = poll(&mut fds, left);
+            let _ = poll(&mut fds, time);
         }
     }
 
@@ -112,9 +145,14 @@ impl Outbox {
 
 impl Waiting {
     fn flush(&mut self, socket: &OwnedFd) {
+        self.flush_by(|bytes, files| wire::send_bytes(socket.as_fd(), bytes, files));
+    }
+
+    fn flush_by(&mut self, send: impl Fn(&[u8], &[BorrowedFd<'_>]) -> io::Result<()>) {
+        self.refused = false;
         while let Some((bytes, files)) = self.events.front() {
             let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-            match wire::send_bytes(socket.as_fd(), bytes, &files) {
+            match send(bytes, &files) {
                 Ok(()) => {
                     self.events.pop_front();
                 }
@@ -127,6 +165,7 @@ impl Waiting {
                         Some(libc::ENOBUFS | libc::ENOMEM | libc::ETOOMANYREFS)
                     ) =>
                 {
+                    self.refused = true;
                     return;
                 }
                 Err(_) => {
@@ -141,6 +180,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::control::ExitReason;
 
     fn outbox() -> (Outbox, OwnedFd, EventFd) {
         let (ours, theirs) = wire::pair().unwrap();
@@ -184,6 +224,47 @@ mod tests {
         outbox.drain(Duration::from_secs(20));
         assert!(!outbox.is_behind());
         assert!(!outbox.send(&opened, vec![]));
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_waits_and_asks_for_no_room_meanwhile() {
+        let (outbox, theirs, _wake) = outbox();
+        while outbox.send(&Event::Pong { id: 0 }, vec![]) {}
+        assert!(outbox.wants_room());
+        let refuse =
+            |_: &[u8], _: &[BorrowedFd<'_>]| Err(io::Error::from_raw_os_error(libc::ETOOMANYREFS));
+        outbox.lock().flush_by(refuse);
+        assert!(outbox.is_behind() && !outbox.wants_room());
+        // It is tried again whenever there is an occasion.
+        outbox.flush();
+        assert!(outbox.wants_room());
+        while outbox.is_behind() {
+            wire::recv::<Event>(theirs.as_fd()).unwrap().unwrap();
+            outbox.flush();
+        }
+        assert!(!outbox.wants_room());
+    }
+
+    #[test]
+    fn the_last_word_is_sent_though_no_more_is_taken_and_nothing_follows_it() {
+        let (outbox, theirs, _wake) = outbox();
+        while outbox.send(&Event::Pong { id: 0 }, vec![]) {}
+        outbox.finish(&Event::Exited(ExitReason::PowerOff), Duration::ZERO);
+        outbox.finish(&Event::Exited(ExitReason::Stopped), Duration::ZERO);
+        assert!(!outbox.send(&Event::Pong { id: 1 }, vec![]));
+        let reader = std::thread::spawn(move || {
+            let mut heard = Vec::new();
+            while let Ok(Some((event, _))) = wire::recv::<Event>(theirs.as_fd()) {
+                heard.push(event);
+            }
+            heard
+        });
+        outbox.drain(Duration::from_secs(20));
+        drop(outbox);
+        let heard = reader.join().unwrap();
+        let (last, others) = heard.split_last().unwrap();
+        assert_eq!(*last, Event::Exited(ExitReason::PowerOff));
+        assert!(others.iter().all(|event| *event == Event::Pong { id: 0 }));
     }
 
     #[test]

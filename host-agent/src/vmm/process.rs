@@ -95,8 +95,7 @@ pub fn main() -> ExitCode {
         }
     };
     let code = reason.code();
-    outbox.send(&Event::Exited(reason), vec![]);
-    outbox.drain(FAREWELL);
+    outbox.finish(&Event::Exited(reason), FAREWELL);
     ExitCode::from(code)
 }
 
@@ -147,8 +146,7 @@ fn report_panics(outbox: Outbox) {
             detail: format!("bug: {panic}"),
         };
         let code = reason.code();
-        outbox.send(&Event::Exited(reason), vec![]);
-        outbox.drain(FAREWELL);
+        outbox.finish(&Event::Exited(reason), FAREWELL);
         std::process::exit(i32::from(code));
     }));
 }
@@ -292,7 +290,7 @@ impl Loop<'_> {
         let mut fds = vec![PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
         if self.supervised {
             let mut interest = PollFlags::POLLIN;
-            interest.set(PollFlags::POLLOUT, self.outbox.is_behind());
+            interest.set(PollFlags::POLLOUT, self.outbox.wants_room());
             fds.push(PollFd::new(self.outbox.socket(), interest));
         }
         match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
@@ -301,9 +299,9 @@ impl Loop<'_> {
             Ok(_) => {
                 let got = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
                 let control = fds.get(1).map_or(PollFlags::empty(), got);
-                if control.contains(PollFlags::POLLOUT) {
-                    self.outbox.flush();
-                }
+                // Not only when the socket has room: the kernel may have refused
+                // them for other reasons, and tells nobody when those are gone.
+                self.outbox.flush();
                 // The end of the stream and errors count as readable.
                 let command = !(control - PollFlags::POLLOUT).is_empty();
                 Ok((command, !got(&fds[0]).is_empty()))
