@@ -13,14 +13,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Command, Event, ExitReason, Stats};
+use super::control::{Command, DialOutcome, Event, ExitReason, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
 use super::serial::Log;
 use super::spec::GuestSpec;
 use super::vcpu::Report;
-use super::virtio::borrow_event;
+use super::virtio::{Throttle, borrow_event};
 use super::wire;
 
 /// How often devices are looked over for violations and buffered serial
@@ -182,6 +182,7 @@ fn run(
         told_violations: Vec::new(),
         disks,
         standing: Standing::default(),
+        complaints: Throttle::new(),
         supervised: true,
     }
     .run())
@@ -205,6 +206,7 @@ struct Loop<'a> {
     told_violations: Vec<u64>,
     disks: DiskWatch,
     standing: Standing,
+    complaints: Throttle,
     supervised: bool,
 }
 
@@ -309,6 +311,13 @@ impl Loop<'_> {
         }
     }
 
+    /// Notes what is wrong with a packet, at a limited rate.
+    fn complain(&mut self, text: &dyn std::fmt::Display) {
+        if let Some(suppressed) = self.complaints.pass(Instant::now()) {
+            note(&format_args!("{text}; {suppressed} more before"));
+        }
+    }
+
     /// A supervisor that is gone or hung loses events; the guest goes on.
     fn tell(&self, event: &Event) {
         self.outbox.send(event, vec![]);
@@ -340,6 +349,11 @@ impl Loop<'_> {
             }
             Ok(None) => Some(ExitReason::Stopped),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            // One packet, and not the stream: a guest is worth more than that.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                self.complain(&format!("not a command: {error}"));
+                None
+            }
             Err(error) => Some(ExitReason::Failed {
                 detail: format!("control socket: {error}"),
             }),
@@ -353,6 +367,10 @@ impl Loop<'_> {
             Command::Dial { id, port } => {
                 if let Some(socket) = files.into_iter().next() {
                     self.machine.vsock().dial(id, port, socket);
+                } else {
+                    self.complain(&"a connection came without its descriptor");
+                    let outcome = DialOutcome::Unavailable;
+                    self.tell(&Event::Dialed { id, outcome });
                 }
             }
             Command::Probe { id, port } => self.machine.vsock().probe(id, port),

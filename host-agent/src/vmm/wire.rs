@@ -9,12 +9,14 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::control::{MAX_FILES, MAX_PACKET};
+
+/// Bytes before the descriptors in a control message.
+const CMSG_HEADER: usize = 16;
 
 /// A connected pair of control sockets, both close-on-exec and blocking.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -89,38 +91,41 @@ pub fn send_bytes(
 }
 
 /// Receives one message and its files; `None` when the other end is closed.
-/// The files are close-on-exec.
+/// The files are close-on-exec. Those for which this process had no descriptor
+/// left are missing at the end: whoever needs one has to look.
 ///
 /// # Errors
 /// `InvalidData` if the packet is longer or carries more files than the
-/// protocol allows, or is not a `T`; else what the socket said.
+/// protocol allows, or is not a `T`; its files are closed, and the next call
+/// receives the next packet. Else what the socket said.
 pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    recv_with(socket, &mut nix::cmsg_space!([RawFd; MAX_FILES]))
+}
+
+fn recv_with<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+    control: &mut [u8],
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut bytes = vec![0; MAX_PACKET];
-    let mut control = nix::cmsg_space!([RawFd; MAX_FILES]);
-    let (length, flags, files) = loop {
+    control.fill(0);
+    let (length, flags) = loop {
         let mut parts = [IoSliceMut::new(&mut bytes)];
         match recvmsg::<()>(
             socket.as_raw_fd(),
             &mut parts,
-            Some(&mut control),
+            Some(&mut *control),
             MsgFlags::MSG_CMSG_CLOEXEC,
         ) {
-            Ok(message) => {
-                let mut files = Vec::new();
-                for part in message.cmsgs()? {
-                    if let ControlMessageOwned::ScmRights(raw) = part {
-                        files.extend(raw.into_iter().map(owned));
-                    }
-                }
-                break (message.bytes, message.flags, files);
-            }
+            Ok(message) => break (message.bytes, message.flags),
             // The other end is gone and left a packet unread: told once, and
             // before the packets that it had sent.
             Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(error) => return Err(error.into()),
         }
     };
-    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    let files = installed(control);
+    let many = flags.contains(MsgFlags::MSG_CTRUNC) && files.len() == MAX_FILES;
+    if many || flags.contains(MsgFlags::MSG_TRUNC) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "control packet is longer or carries more files than the protocol allows",
@@ -132,6 +137,29 @@ pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T
     let message = serde_json::from_slice(&bytes[..length])
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Some((message, files)))
+}
+
+/// The files in a control buffer that was all zeros before one message was
+/// received with it. From a message that was cut off `nix` gives none, and those
+/// that the kernel has installed would stay open for good. One `cmsghdr`
+/// (`cmsg(3)`, x86-64: length, level, type) holds all of them.
+fn installed(control: &[u8]) -> Vec<OwnedFd> {
+    let Some((header, data)) = control.split_first_chunk::<CMSG_HEADER>() else {
+        return Vec::new();
+    };
+    let [l0, l1, l2, l3, l4, l5, l6, l7, kind @ ..] = *header;
+    let length = u64::from_ne_bytes([l0, l1, l2, l3, l4, l5, l6, l7]);
+    let length = usize::try_from(length).unwrap_or(0);
+    let rights = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+    if kind != *rights.as_flattened() {
+        return Vec::new();
+    }
+    let count = length.saturating_sub(CMSG_HEADER) / size_of::<RawFd>();
+    let (numbers, _) = data.as_chunks();
+    let numbers = numbers.iter().take(count);
+    numbers
+        .map(|number| owned(RawFd::from_ne_bytes(*number)))
+        .collect()
 }
 
 #[allow(unsafe_code)]
@@ -203,6 +231,49 @@ mod tests {
         nix::sys::socket::send(a.as_raw_fd(), &long, MsgFlags::empty()).unwrap();
         let error = recv::<Command>(b.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn files_that_do_not_arrive_cost_neither_the_others_nor_the_message() {
+        let (a, b) = pair().unwrap();
+        let (carried, far) = pair().unwrap();
+        let pong = Event::Pong { id: 7 };
+        send(a.as_fd(), &pong, &[carried.as_fd(); 3]).unwrap();
+        // As when this process has two descriptors left.
+        let mut control = nix::cmsg_space!([RawFd; 2]);
+        let (event, files) = recv_with::<Event>(b.as_fd(), &mut control)
+            .unwrap()
+            .unwrap();
+        assert_eq!((event, files.len()), (pong.clone(), 2));
+        send(a.as_fd(), &pong, &[carried.as_fd()]).unwrap();
+        let (event, none) = recv_with::<Event>(b.as_fd(), &mut []).unwrap().unwrap();
+        assert_eq!((event, none.len()), (pong, 0));
+        drop((carried, files));
+        assert!(recv::<Event>(far.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_packet_with_more_files_than_there_may_be_leaves_none_open() {
+        let (a, b) = pair().unwrap();
+        let (carried, far) = pair().unwrap();
+        let raw = [carried.as_raw_fd(); MAX_FILES + 1];
+        let bytes = encode(&Event::Pong { id: 7 }).unwrap();
+        sendmsg::<()>(
+            a.as_raw_fd(),
+            &[IoSlice::new(&bytes)],
+            &[ControlMessage::ScmRights(&raw)],
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        let error = recv::<Event>(b.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        drop(carried);
+        assert!(recv::<Event>(far.as_fd()).unwrap().is_none());
+        // The next packet is as good as any.
+        let pong = Event::Pong { id: 8 };
+        send(a.as_fd(), &pong, &[]).unwrap();
+        assert_eq!(recv::<Event>(b.as_fd()).unwrap().unwrap().0, pong);
     }
 
     fn event() -> impl Strategy<Value = Event> {

@@ -20,6 +20,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use interrupt::Interrupt;
+pub(super) use throttle::Throttle;
 
 /// Everything that moves into a device when its driver is ready.
 #[derive(Debug)]
