@@ -168,7 +168,7 @@ mod tests {
         let stuff = || while outbox.send(&Event::Pong { id: 0 }, vec![]) {};
         let relieve = || {
             let mut all = told(&theirs);
-            while outbox.wants_room() {
+            while outbox.is_behind() {
                 outbox.flush();
                 all.extend(told(&theirs));
             }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
 use vmbus::channel::GUEST_CID;
@@ -122,7 +121,7 @@ impl Machine {
         outbox: &Outbox,
         wake: &EventFd,
         reports: mpsc::Sender<Report>,
-        started: Instant,
+        serial: Output,
     ) -> Result<Self, MachineError> {
         check(spec)?;
         let host = |what| move |source| MachineError::Host { what, source };
@@ -134,8 +133,6 @@ impl Machine {
         // The serial port.
         let line = event().map_err(host("eventfd"))?;
         vm.interrupt(&line, layout::SERIAL_GSI)?;
-        let serial_wake = wake.try_clone().map_err(host("eventfd"))?;
-        let serial = Output::new(serial_wake, started);
         let port = Port::new(Line(line), serial.clone());
 
         // virtio devices, each with its registers, kicks and interrupt line.

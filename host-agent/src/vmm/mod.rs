@@ -10,6 +10,7 @@ pub mod control;
 mod cpu;
 pub mod disk;
 mod disk_watch;
+mod ending;
 mod gate;
 mod layout;
 mod machine;

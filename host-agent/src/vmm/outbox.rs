@@ -16,8 +16,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Event;
+use super::virtio::borrow_event;
 use super::wire;
 
+/// How often the main thread has a look at everything, in milliseconds.
+const LOOK_MS: u16 = 500;
 /// Most events kept. A guest can cause one for each connection it opens, and
 /// each may hold a descriptor; a supervisor so far behind has lost its guest.
 const MOST_WAITING: usize = 256;
@@ -99,18 +102,44 @@ impl Outbox {
     }
 
     /// Whether events wait.
-    fn is_behind(&self) -> bool {
+    pub(super) fn is_behind(&self) -> bool {
         !self.lock().events.is_empty()
     }
 
     /// Whether events wait for room in the socket, and for nothing else.
-    pub fn wants_room(&self) -> bool {
+    fn wants_room(&self) -> bool {
         let waiting = self.lock();
         !waiting.events.is_empty() && !waiting.refused
     }
 
+    /// Waits for a command, if there is a supervisor, for a wake-up, and for no
+    /// longer than until the next look; which of the two came. Sends events that
+    /// had to wait as soon as there is room.
+    pub fn wait(&self, wake: &EventFd, supervised: bool) -> nix::Result<(bool, bool)> {
+        let mut fds = vec![PollFd::new(borrow_event(wake), PollFlags::POLLIN)];
+        if supervised {
+            let mut interest = PollFlags::POLLIN;
+            interest.set(PollFlags::POLLOUT, self.wants_room());
+            fds.push(PollFd::new(self.socket(), interest));
+        }
+        match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
+            Err(nix::errno::Errno::EINTR) => Ok((false, false)),
+            Err(errno) => Err(errno),
+            Ok(_) => {
+                let got = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
+                let control = fds.get(1).map_or(PollFlags::empty(), got);
+                // Not only when the socket has room: the kernel may have refused
+                // them for other reasons, and tells nobody when those are gone.
+                self.flush();
+                // The end of the stream and errors count as readable.
+                let command = !(control - PollFlags::POLLOUT).is_empty();
+                Ok((command, !got(&fds[0]).is_empty()))
+            }
+        }
+    }
+
     /// Sends what the socket takes now.
-    pub fn flush(&self) {
+    pub(super) fn flush(&self) {
         self.lock().flush(&self.0.socket);
     }
 

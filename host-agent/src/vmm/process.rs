@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,22 +16,18 @@ use super::control::{Command, DialOutcome, Event, ExitReason, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
-use super::serial::Log;
+use super::serial::{Log, Output, Writer};
 use super::spec::GuestSpec;
 use super::vcpu::Report;
-use super::virtio::{Throttle, borrow_event};
-use super::wire;
+use super::virtio::Throttle;
+use super::{ending, wire};
 
-/// How often devices are looked over for violations and buffered serial
-/// output without an end of line is written, in milliseconds.
-const LOOK_MS: u16 = 500;
-
-/// What Linux says last before it resets after a panic. A panic before the
-/// panic notifier's driver is loaded is known by this alone; a guest that
-/// forges it only changes the story of its own end.
-const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
-/// Serial output kept for finding it, in bytes.
-const TAIL: usize = 64 * 1024;
+/// Most time for the machine to stop, the disks' last flush with it. By then a
+/// guest has what it flushed itself, and nobody knows whether the rest will ever
+/// be written.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// Time for the last serial output to get into its log.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
 /// File descriptors: 1,023 connections with one each, those of the devices, and
 /// as many again on their way in packets.
@@ -163,19 +158,19 @@ fn run(
     // Only what a process list shows depends on it.
     let _ = std::fs::write("/proc/self/comm", name);
     let mut files = Files::new(files);
-    let log = serial_log(&spec, &mut files)?;
+    let serial = Output::new(started);
+    let log = serial
+        .write_to(serial_log(&spec, &mut files)?)
+        .map_err(StartError::Serial)?;
     let (reports, reported) = mpsc::channel();
-    let machine = Machine::build(&spec, files, outbox, &wake, reports, started)?;
+    let machine = Machine::build(&spec, files, outbox, &wake, reports, serial)?;
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     outbox.send(&Event::Running { setup_us }, vec![]);
     let disks = DiskWatch::new(machine.disks());
     Ok(Loop {
         outbox,
         machine,
-        console: Console {
-            log,
-            tail: Vec::new(),
-        },
+        log,
         wake,
         reported,
         outlive,
@@ -195,11 +190,11 @@ fn serial_log(spec: &GuestSpec, files: &mut Files) -> Result<Log, StartError> {
     Log::new(current, previous, spec.serial.max_bytes).map_err(StartError::Serial)
 }
 
-/// The main thread: commands, reports of processors, serial output.
+/// The main thread: commands, reports of processors, the state of devices.
 struct Loop<'a> {
     outbox: &'a Outbox,
     machine: Machine,
-    console: Console,
+    log: Writer,
     wake: EventFd,
     reported: mpsc::Receiver<Report>,
     outlive: bool,
@@ -219,37 +214,15 @@ struct Standing {
     no_space: bool,
 }
 
-/// Serial output on its way to the log, and the end of it.
-struct Console {
-    log: Log,
-    tail: Vec<u8>,
-}
-
-impl Console {
-    fn write(&mut self, bytes: &[u8]) {
-        self.log.write(bytes);
-        self.tail.extend_from_slice(bytes);
-        let excess = self.tail.len().saturating_sub(TAIL);
-        self.tail.drain(..excess);
-    }
-
-    fn shows_panic(&self) -> bool {
-        self.tail
-            .windows(PANIC_TEXT.len())
-            .any(|text| text == PANIC_TEXT)
-    }
-}
-
 impl Loop<'_> {
     fn run(mut self) -> ExitReason {
         let reason = loop {
-            match self.wait() {
+            match self.outbox.wait(&self.wake, self.supervised) {
                 Ok((command, woken)) => {
                     if woken {
                         // Reset of a counter that may already be zero.
                         let _ = self.wake.read();
                     }
-                    self.write_serial();
                     if let Some(reason) = self.reports() {
                         break reason;
                     }
@@ -268,46 +241,28 @@ impl Loop<'_> {
         };
         let Self {
             machine,
-            mut console,
+            log,
             mut disks,
             outbox,
+            wake,
+            supervised,
             ..
         } = self;
         let serial = machine.serial().clone();
-        if let Err(error) = machine.stop() {
-            note(&error);
+        let stop = |machine: Machine| {
+            if let Err(error) = machine.stop() {
+                note(&error);
+            }
+        };
+        if !ending::answering(machine, stop, STOP_LIMIT, (outbox, &wake), supervised) {
+            note(&"the disks were not flushed in time");
         }
         // The last flush is part of the stop.
         disks.tell_failures(outbox);
-        console.write(&serial.take());
+        log.finish(LAST_OUTPUT);
         match reason {
-            ExitReason::Reboot if console.shows_panic() => ExitReason::Panic,
+            ExitReason::Reboot if serial.shows_panic() => ExitReason::Panic,
             other => other,
-        }
-    }
-
-    /// Waits for a command or a wake-up; which of them came. Sends events that
-    /// had to wait as soon as there is room.
-    fn wait(&self) -> nix::Result<(bool, bool)> {
-        let mut fds = vec![PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
-        if self.supervised {
-            let mut interest = PollFlags::POLLIN;
-            interest.set(PollFlags::POLLOUT, self.outbox.wants_room());
-            fds.push(PollFd::new(self.outbox.socket(), interest));
-        }
-        match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
-            Err(nix::errno::Errno::EINTR) => Ok((false, false)),
-            Err(errno) => Err(errno),
-            Ok(_) => {
-                let got = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
-                let control = fds.get(1).map_or(PollFlags::empty(), got);
-                // Not only when the socket has room: the kernel may have refused
-                // them for other reasons, and tells nobody when those are gone.
-                self.outbox.flush();
-                // The end of the stream and errors count as readable.
-                let command = !(control - PollFlags::POLLOUT).is_empty();
-                Ok((command, !got(&fds[0]).is_empty()))
-            }
         }
     }
 
@@ -321,13 +276,6 @@ impl Loop<'_> {
     /// A supervisor that is gone or hung loses events; the guest goes on.
     fn tell(&self, event: &Event) {
         self.outbox.send(event, vec![]);
-    }
-
-    fn write_serial(&mut self) {
-        let bytes = self.machine.serial().take();
-        if !bytes.is_empty() {
-            self.console.write(&bytes);
-        }
     }
 
     fn reports(&mut self) -> Option<ExitReason> {
@@ -402,7 +350,7 @@ impl Loop<'_> {
         Stats {
             exits: self.machine.processors().exits(),
             first_serial_us: serial.first_us(),
-            serial_dropped: serial.dropped() + self.console.log.dropped(),
+            serial_dropped: serial.dropped(),
             violations: self
                 .machine
                 .bus()

@@ -1,13 +1,14 @@
 //! The serial port: a 16550 whose output goes to a log of bounded size.
 //!
-//! A vCPU thread only puts bytes in a bounded buffer; the main thread writes
-//! them to the file, so a slow disk does not stop the guest.
+//! A vCPU thread only puts bytes in a bounded buffer; a thread of its own writes
+//! them to the file, so a disk that is slow or stands still stops neither the
+//! guest nor the main thread.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
@@ -15,6 +16,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Most bytes waiting to be written.
 const BUFFER: usize = 1 << 20;
+/// Time for a line to be completed before it is written as it is.
+const LINE_LIMIT: Duration = Duration::from_millis(500);
+
+/// What Linux says last before it resets after a panic. A panic before the
+/// panic notifier's driver is loaded is known by this alone; a guest that
+/// forges it only changes the story of its own end.
+const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
+/// Output kept for finding it, in bytes.
+const TAIL: usize = 64 * 1024;
 
 /// Raises the port's interrupt line.
 #[derive(Debug)]
@@ -33,34 +43,75 @@ pub type Port = Serial<Line, NoEvents, Output>;
 /// Output on its way from the port to the log.
 #[derive(Debug, Clone)]
 pub struct Output {
-    shared: Arc<Mutex<Waiting>>,
-    wake: Arc<EventFd>,
+    shared: Arc<Shared>,
     started: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     bytes: VecDeque<u8>,
+    /// A line is complete, or much waits.
+    due: bool,
+    /// Nothing more will come.
+    over: bool,
     dropped: u64,
     first_us: Option<u64>,
+    /// The end of all output, whether the log took it or not.
+    tail: VecDeque<u8>,
 }
 
 impl Output {
-    /// `wake` is signalled when a line is complete or much waits.
-    pub fn new(wake: EventFd, started: Instant) -> Self {
+    /// Output of a process that started then.
+    pub fn new(started: Instant) -> Self {
         Self {
             shared: Arc::default(),
-            wake: Arc::new(wake),
             started,
         }
     }
 
-    /// Takes what waits.
-    pub fn take(&self) -> Vec<u8> {
-        self.lock().bytes.drain(..).collect()
+    /// Starts the thread that writes to `log`.
+    pub fn write_to(&self, mut log: Log) -> io::Result<Writer> {
+        let output = self.clone();
+        let (written, done) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("serial".into())
+            .spawn(move || {
+                while let Some(bytes) = output.next() {
+                    let dropped = log.dropped();
+                    log.write(&bytes);
+                    output.lock().dropped += log.dropped() - dropped;
+                }
+                drop(written);
+            })?;
+        Ok(Writer {
+            output: self.clone(),
+            done,
+        })
     }
 
-    /// Bytes lost because the buffer was full.
+    /// Waits for bytes to write; `None` when there will be no more.
+    fn next(&self) -> Option<Vec<u8>> {
+        let changed = &self.shared.changed;
+        let empty = |waiting: &mut Waiting| waiting.bytes.is_empty() && !waiting.over;
+        let waiting = changed
+            .wait_while(self.lock(), empty)
+            .unwrap_or_else(PoisonError::into_inner);
+        let early = |waiting: &mut Waiting| !waiting.due && !waiting.over;
+        let (mut waiting, _) = changed
+            .wait_timeout_while(waiting, LINE_LIMIT, early)
+            .unwrap_or_else(PoisonError::into_inner);
+        waiting.due = false;
+        let bytes: Vec<u8> = waiting.bytes.drain(..).collect();
+        (!bytes.is_empty()).then_some(bytes)
+    }
+
+    /// Bytes lost because the buffer was full, or the files could not take them.
     pub fn dropped(&self) -> u64 {
         self.lock().dropped
     }
@@ -70,8 +121,18 @@ impl Output {
         self.lock().first_us
     }
 
+    /// Whether a panic of the guest's kernel is in the last of the output.
+    pub fn shows_panic(&self) -> bool {
+        self.lock()
+            .tail
+            .make_contiguous()
+            .windows(PANIC_TEXT.len())
+            .any(|text| text == PANIC_TEXT)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        let waiting = &self.shared.waiting;
+        waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -81,19 +142,41 @@ impl Write for Output {
         if waiting.first_us.is_none() {
             waiting.first_us = u64::try_from(self.started.elapsed().as_micros()).ok();
         }
+        waiting.tail.extend(bytes);
+        let excess = waiting.tail.len().saturating_sub(TAIL);
+        waiting.tail.drain(..excess);
+        let begins = waiting.bytes.is_empty();
         let room = BUFFER - waiting.bytes.len();
         let kept = bytes.len().min(room);
         waiting.bytes.extend(&bytes[..kept]);
         waiting.dropped += (bytes.len() - kept) as u64;
-        if bytes.contains(&b'\n') || waiting.bytes.len() >= BUFFER / 2 {
-            // A full counter means that the main thread is awake already.
-            let _ = self.wake.write(1);
+        let due = bytes.contains(&b'\n') || waiting.bytes.len() >= BUFFER / 2;
+        waiting.due |= due;
+        if begins || due {
+            self.shared.changed.notify_one();
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The thread that writes the log.
+#[derive(Debug)]
+pub struct Writer {
+    output: Output,
+    done: mpsc::Receiver<()>,
+}
+
+impl Writer {
+    /// Waits, for at most `limit`, until all output is written.
+    pub fn finish(self, limit: Duration) {
+        self.output.lock().over = true;
+        self.output.shared.changed.notify_one();
+        // Its end is the answer; there is no other.
+        let _ = self.done.recv_timeout(limit);
     }
 }
 
@@ -169,12 +252,11 @@ mod tests {
 
     #[test]
     fn a_flood_is_bounded_in_memory_and_on_disk_and_the_newest_is_kept() {
-        let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let mut output = Output::new(wake, Instant::now());
+        let mut output = Output::new(Instant::now());
         for _ in 0..300 {
             output.write_all(&[b'x'; 8192]).unwrap();
         }
-        assert_eq!(output.take().len(), BUFFER);
+        assert_eq!(output.next().unwrap().len(), BUFFER);
         assert_eq!(output.dropped(), 300 * 8192 - BUFFER as u64);
 
         let (current, previous) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
@@ -188,6 +270,41 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert!(text.ends_with("line 4999\n") && text.len() <= 8192);
         assert!(previous.metadata().unwrap().len() <= 8192);
+    }
+
+    #[test]
+    fn a_disk_that_stands_still_holds_up_nobody_and_a_panic_is_seen_all_the_same() {
+        // A pipe that nobody reads; a log begins where its file ends.
+        let (mut reader, writer) = io::pipe().unwrap();
+        let log = Log {
+            current: std::os::fd::OwnedFd::from(writer).into(),
+            previous: tempfile::tempfile().unwrap(),
+            size: 0,
+            max_bytes: u64::MAX,
+            dropped: 0,
+        };
+        let mut output = Output::new(Instant::now());
+        let thread = output.write_to(log).unwrap();
+        output.write_all(b"first, without an end").unwrap();
+        let mut first = [0; 21];
+        reader.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"first, without an end");
+        for _ in 0..100_000 {
+            output.write_all(b"one of very many lines\n").unwrap();
+        }
+        assert!(output.dropped() > 0 && !output.shows_panic());
+        output.write_all(b"Kernel panic - ").unwrap();
+        output.write_all(b"not syncing: lost\n").unwrap();
+        assert!(output.shows_panic());
+        thread.finish(Duration::from_millis(1));
+
+        // The thread ends when everything is written after all.
+        let dropped = output.dropped();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let written = first.len() + text.len();
+        let said = first.len() + 100_000 * 23 + 33;
+        assert_eq!(written as u64 + dropped, said as u64);
     }
 
     #[test]
