@@ -316,6 +316,7 @@ fn prepare_ours(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Re
             max_bytes: SERIAL_BYTES,
         },
         disks,
+        dial_limit_ms: 2000,
         outlive_supervisor: false,
     };
     let mut command = Program::new(program);

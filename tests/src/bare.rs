@@ -86,6 +86,7 @@ impl Bare {
                 max_bytes: 1 << 20,
             },
             disks,
+            dial_limit_ms: 2000,
             outlive_supervisor: false,
         };
         let (control, theirs) = wire::pair()?;

@@ -231,6 +231,7 @@ pub async fn deploy(
                 limits,
                 group: group.clone(),
                 hello_limit: scaled(10),
+                dial_limit: scaled(2),
                 probe_limit: scaled(3),
                 ping_every: scaled(10),
                 rotation: rotation.clone(),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
@@ -123,8 +124,10 @@ pub fn prepare(
     name: &str,
     role: &Role,
     image: &Image,
+    dial_limit: Duration,
 ) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
-    prepare_on(open(Path::new("/dev/kvm"), true)?, dir, name, role, image)
+    let kvm = open(Path::new("/dev/kvm"), true)?;
+    prepare_on(kvm, dir, name, role, image, dial_limit)
 }
 
 fn prepare_on(
@@ -133,6 +136,7 @@ fn prepare_on(
     name: &str,
     role: &Role,
     image: &Image,
+    dial_limit: Duration,
 ) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
     let mut files: Vec<OwnedFd> = Vec::new();
     let mut add = |file: File| {
@@ -193,6 +197,7 @@ fn prepare_on(
                 },
             },
         ],
+        dial_limit_ms: u32::try_from(dial_limit.as_millis()).unwrap_or(u32::MAX),
         outlive_supervisor: false,
     };
     Ok((spec, files))
@@ -343,7 +348,8 @@ mod tests {
         create_disks(dir.path(), &role, &image, None, &Progress::default()).unwrap();
         let boot = || {
             let kvm = tempfile::tempfile().unwrap();
-            let (spec, mut files) = prepare_on(kvm, dir.path(), "a", &role, &image).unwrap();
+            let limit = Duration::from_secs(2);
+            let (spec, mut files) = prepare_on(kvm, dir.path(), "a", &role, &image, limit).unwrap();
             let DiskBacking::Diff { base, .. } = spec.disks[0].backing else {
                 panic!("the OS disk has a base");
             };

@@ -71,7 +71,9 @@ pub struct InstanceParts {
     pub group: Option<Arc<DeploymentGroup>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
-    /// Most time for the guest's kernel to answer a probe.
+    /// Most time for the guest's kernel to answer a dial.
+    pub dial_limit: Duration,
+    /// Most time until the answer to a probe, which is a dial, is here.
     pub probe_limit: Duration,
     /// Time between two pings of the VMM process.
     pub ping_every: Duration,

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 use vmbus::channel::GUEST_CID;
@@ -148,8 +149,10 @@ impl Machine {
             });
             devices.push(Box::new(block));
         }
-        let vsock = Vsock::new(u64::from(GUEST_CID), tell_effects(outbox.clone()))
-            .map_err(host("vsock thread"))?;
+        let dial_limit = Duration::from_millis(u64::from(spec.dial_limit_ms));
+        let sink = tell_effects(outbox.clone());
+        let vsock =
+            Vsock::new(u64::from(GUEST_CID), dial_limit, sink).map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
         devices.push(Box::new(vsock));
         devices.push(Box::new(Rng::default()));

@@ -35,6 +35,8 @@ pub struct GuestSpec {
     pub serial: SerialSpec,
     /// Disks in the order in which the guest numbers them (`vda`, `vdb`, …).
     pub disks: Vec<DiskSpec>,
+    /// The guest's kernel must answer a dial within this, in milliseconds.
+    pub dial_limit_ms: u32,
     /// Keep the guest alive when the control socket closes. A command in the
     /// foreground owns its guests and says `false`.
     pub outlive_supervisor: bool,

@@ -50,8 +50,14 @@ impl Instance {
         self.wait = None;
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let parts = &self.parts;
-        let (spec, files) = guest::prepare(&parts.dir, &parts.name, &parts.role, &parts.image)
-            .map_err(|e| chain(&e))?;
+        let (spec, files) = guest::prepare(
+            &parts.dir,
+            &parts.name,
+            &parts.role,
+            &parts.image,
+            parts.dial_limit,
+        )
+        .map_err(|e| chain(&e))?;
         let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
         let group = self.limited(&spec);
         let process = VmmProcess::spawn(spec, &files, log, |pid| {

@@ -85,12 +85,20 @@ pub struct Handle {
 }
 
 impl Vsock {
-    /// A device for the guest `cid`, whose thread waits for its driver.
-    pub fn new(cid: u64, sink: Sink) -> io::Result<Self> {
+    /// A device for the guest `cid`, whose thread waits for its driver. The guest
+    /// must answer a dial within `dial_limit`.
+    pub fn new(cid: u64, dial_limit: Duration, sink: Sink) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let (orders, ordered) = channel();
         let counters = Arc::new(Counters::default());
-        let worker = Worker::new(cid, ordered, Arc::clone(&wake), Arc::clone(&counters), sink)?;
+        let worker = Worker::new(
+            cid,
+            dial_limit,
+            ordered,
+            Arc::clone(&wake),
+            Arc::clone(&counters),
+            sink,
+        )?;
         std::thread::Builder::new()
             .name("vsock".into())
             .spawn(move || worker.run())?;

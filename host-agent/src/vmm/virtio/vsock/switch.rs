@@ -22,9 +22,6 @@ use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
 use crate::vmm::virtio::throttle::Throttle;
 
-/// The guest must answer a dial within this.
-pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(2);
-
 /// The guest must answer the end of a connection within this, or is told that
 /// it is over. Linux does not answer before its reader has read everything.
 pub const CLOSE_LIMIT: Duration = Duration::from_secs(2);
@@ -39,6 +36,8 @@ const TURN: u32 = MAX_PAYLOAD;
 /// Connections of one device, with their sockets.
 pub struct Switch {
     guest_cid: u64,
+    /// The guest must answer a dial within this.
+    dial_limit: Duration,
     muxer: Muxer<Endpoint>,
     sink: Sink,
     counters: Arc<Counters>,
@@ -49,9 +48,16 @@ pub struct Switch {
 
 impl Switch {
     /// No connections. Tokens in the poll set up to `reserved` are not used.
-    pub fn new(guest_cid: u64, reserved: u64, counters: Arc<Counters>, sink: Sink) -> Self {
+    pub fn new(
+        guest_cid: u64,
+        reserved: u64,
+        dial_limit: Duration,
+        counters: Arc<Counters>,
+        sink: Sink,
+    ) -> Self {
         Self {
             guest_cid,
+            dial_limit,
             muxer: Muxer::new(guest_cid, reserved),
             sink,
             counters,
@@ -96,7 +102,7 @@ impl Switch {
         let ports = self.muxer.dial_ports(port);
         let connection = Connection::dialing(ports, self.guest_cid);
         let id = self.muxer.insert(connection, Endpoint::new(origin, stream));
-        self.muxer.set_deadline(id, Some(now + HANDSHAKE_LIMIT));
+        self.muxer.set_deadline(id, Some(now + self.dial_limit));
         self.muxer.schedule(id);
     }
 

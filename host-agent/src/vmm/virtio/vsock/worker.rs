@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -68,6 +68,7 @@ impl Worker {
     /// A thread without queues.
     pub fn new(
         cid: u64,
+        dial_limit: Duration,
         orders: Receiver<Order>,
         wake: Arc<EventFd>,
         counters: Arc<Counters>,
@@ -81,7 +82,7 @@ impl Worker {
         )?;
         Ok(Self {
             poll,
-            switch: Switch::new(cid, ORDERS, Arc::clone(&counters), sink),
+            switch: Switch::new(cid, ORDERS, dial_limit, Arc::clone(&counters), sink),
             rings: None,
             orders,
             wake,

@@ -17,6 +17,8 @@ use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE, Vsock};
 pub(crate) const RX: usize = 0;
 pub(crate) const TX: usize = 1;
 pub(crate) const CID: u64 = 3;
+/// The guest must answer a dial within this.
+pub(crate) const DIAL_LIMIT: Duration = Duration::from_secs(2);
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -84,7 +86,7 @@ impl Guest {
             let _ = sender.send(effect);
         });
         let mut guest = Self {
-            device: Vsock::new(CID, sink).unwrap(),
+            device: Vsock::new(CID, DIAL_LIMIT, sink).unwrap(),
             effects,
             driver: TestDriver::new(&[QUEUE_SIZE; 3]),
             features,
