@@ -108,7 +108,7 @@ impl Vm {
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("get CPUID"))?;
-        cpuid::adapt(&mut cpuid, id, count);
+        cpuid::adapt(&mut cpuid, id, count).map_err(|_| VmError::Missing("room for CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
         regs::set(&vcpu, id == 0, entry).map_err(|source| VmError::Processor { id, source })?;
         Ok(vcpu)

@@ -1,16 +1,25 @@
 //! CPUID leaves of each processor: what KVM supports, with the topology of
 //! this machine: one socket, one thread per core.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Leaf 1: features and initial APIC id (Intel SDM 2A, CPUID).
 const FEATURES: u32 = 1;
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HTT: u32 = 1 << 28;
+/// Leaves of the extended topology, and their parts: threads, cores, the end.
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+const TOPOLOGY_PARTS: u32 = 3;
+
+/// KVM takes no more entries.
+#[derive(Debug, thiserror::Error)]
+#[error("no room for the topology in CPUID")]
+pub struct NoRoom;
 
 /// Adapts `cpuid` to processor `id` of `count`.
-pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) {
+pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) -> Result<(), NoRoom> {
+    add_topology(cpuid)?;
     let id = u32::from(id);
     let count = u32::from(count);
     let bits = u32::BITS - (count - 1).leading_zeros();
@@ -44,6 +53,32 @@ pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) {
             _ => {}
         }
     }
+    Ok(())
+}
+
+/// Since Linux 6.2 KVM has no topology to offer, not to tell of the host's: of
+/// each leaf there is the first part alone, and all cores would be one.
+fn add_topology(cpuid: &mut CpuId) -> Result<(), NoRoom> {
+    for function in TOPOLOGY {
+        let is_there = |cpuid: &CpuId, index| {
+            let entries = cpuid.as_slice();
+            entries
+                .iter()
+                .any(|entry| (entry.function, entry.index) == (function, index))
+        };
+        for index in 1..TOPOLOGY_PARTS {
+            if is_there(cpuid, 0) && !is_there(cpuid, index) {
+                let entry = kvm_cpuid_entry2 {
+                    function,
+                    index,
+                    flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                    ..kvm_cpuid_entry2::default()
+                };
+                cpuid.push(entry).map_err(|_| NoRoom)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn topology(entry: &mut kvm_cpuid_entry2, index: u32, id: u32, count: u32, bits: u32) {
@@ -56,4 +91,80 @@ fn topology(entry: &mut kvm_cpuid_entry2, index: u32, id: u32, count: u32, bits:
     entry.ebx = number;
     entry.ecx = index | (kind << 8);
     entry.edx = id;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            // Of the host, and none of the guest's business.
+            eax: 7,
+            ebx: 0x7777_7777,
+            ecx: 0x7777,
+            edx: 0x7777,
+            ..kvm_cpuid_entry2::default()
+        }
+    }
+
+    fn adapted(entries: &[(u32, u32)], id: u8, count: u8) -> CpuId {
+        let entries: Vec<_> = entries.iter().map(|(f, i)| entry(*f, *i)).collect();
+        let mut cpuid = CpuId::from_entries(&entries).unwrap();
+        adapt(&mut cpuid, id, count).unwrap();
+        cpuid
+    }
+
+    /// Registers of the one entry for this leaf, if there is one.
+    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<[u32; 4]> {
+        let mut found = cpuid
+            .as_slice()
+            .iter()
+            .filter(|entry| (entry.function, entry.index) == (function, index));
+        let registers = found
+            .next()
+            .map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx]);
+        assert!(found.next().is_none());
+        registers
+    }
+
+    #[test]
+    fn every_processor_is_a_core_of_its_own_whatever_kvm_tells_of_the_host() {
+        let before_6_2 = [(0, 0), (1, 0), (0xb, 0), (0xb, 1), (0xb, 2), (0x1f, 0)];
+        let since_6_2 = [(0, 0), (1, 0), (0xb, 0), (0x1f, 0)];
+        for entries in [&before_6_2[..], &since_6_2[..]] {
+            for (count, bits) in [(1, 0), (2, 1), (3, 2), (8, 3)] {
+                for id in 0..count {
+                    let cpuid = adapted(entries, id, count);
+                    let (id, count) = (u32::from(id), u32::from(count));
+                    for function in TOPOLOGY {
+                        let part = |index| leaf(&cpuid, function, index).unwrap();
+                        assert_eq!(part(0), [0, 1, 0x100, id]);
+                        assert_eq!(part(1), [bits, count, 0x201, id]);
+                        assert_eq!(part(2), [0, 0, 2, id]);
+                    }
+                    let [_, ebx, _, edx] = leaf(&cpuid, 1, 0).unwrap();
+                    assert_eq!(ebx, 0x7777 | count << 16 | id << 24);
+                    assert_eq!(edx & HTT != 0, count > 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_host_without_extended_topology_gives_its_guest_none() {
+        let cpuid = adapted(&[(0, 0), (1, 0)], 1, 2);
+        assert_eq!(cpuid.as_slice().len(), 2);
+    }
+
+    #[test]
+    fn added_parts_are_found_by_their_index() {
+        let cpuid = adapted(&[(0xb, 0)], 0, 2);
+        let added = &cpuid.as_slice()[1..];
+        assert_eq!(added.len(), 2);
+        let by_index = |entry: &kvm_cpuid_entry2| entry.flags == KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+        assert!(added.iter().all(by_index));
+    }
 }
