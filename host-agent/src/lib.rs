@@ -3,8 +3,9 @@
 //!
 //! Dependencies point one way: `cli` → `supervisor` → `channels`,
 //! `endpoints`, `store`, `service`. `vmm` is everything inside a VMM process
-//! and imports nothing above it; the two sides meet in [`vmm::spec`] and
-//! [`vmm::control`] only.
+//! and imports nothing above it; the two sides meet in [`vmm::spec`],
+//! [`vmm::control`] and [`vmm::wire`], and `supervisor` makes disks with
+//! [`vmm::disk::create_diff`].
 
 pub mod api;
 pub mod cgroup;

@@ -119,7 +119,6 @@ fn run(kvm: File) -> Result<Probe, String> {
         (Cap::Irqfd, "KVM_CAP_IRQFD"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     ] {
         if !kvm.check_extension(capability) {
             return Err(name.into());

@@ -1,17 +1,14 @@
 //! The one protocol between supervisor and VMM process.
 //!
 //! A `SOCK_SEQPACKET` pair: each message is one packet of JSON, file
-//! descriptors ride along (`SCM_RIGHTS`). The VMM process trusts the
+//! descriptors ride along (`SCM_RIGHTS`). The VMM process has its end as standard
+//! input, which a parent can set without code between `fork` and `exec`. The VMM process trusts the
 //! supervisor; the supervisor treats every event as a claim of a process that
 //! its guest may have taken over.
 
 use serde::{Deserialize, Serialize};
 
 use super::spec::GuestSpec;
-
-/// File descriptor number of the control socket in a VMM process: standard
-/// input, which a parent can set without code between `fork` and `exec`.
-pub const CONTROL_FD: i32 = 0;
 
 /// Longest packet in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;

@@ -5,9 +5,6 @@ use serde::{Deserialize, Serialize};
 /// Most virtual processors of a guest.
 pub const MAX_VCPUS: u8 = 8;
 
-/// Longest disk serial number (virtio 1.2, 5.2.6.1: 20 bytes of ASCII).
-pub const MAX_SERIAL: usize = 20;
-
 /// Position of a file descriptor in the list passed with
 /// [`super::control::Command::Start`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +57,7 @@ pub struct SerialSpec {
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     /// What the guest reads as the disk's serial number, at most
-    /// [`MAX_SERIAL`] bytes of ASCII.
+    /// 20 printable ASCII characters (virtio 1.2, 5.2.6.1).
     pub serial: String,
     /// What backs it.
     pub backing: DiskBacking,

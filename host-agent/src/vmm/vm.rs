@@ -64,7 +64,6 @@ impl Vm {
             (Cap::Ioeventfd, "ioeventfd"),
             (Cap::Irqfd, "irqfd"),
             (Cap::UserMemory, "user memory"),
-            (Cap::ImmediateExit, "immediate exit"),
         ] {
             if !kvm_device.check_extension(capability) {
                 return Err(VmError::Missing(name));
@@ -135,8 +134,8 @@ fn map(fd: &VmFd, memory: &GuestMemoryMmap) -> Result<(), VmError> {
             memory_size: region.len(),
             userspace_addr: address as u64,
         };
-        // SAFETY: the range is a mapping that `memory` owns; every holder of
-        // the machine also holds a clone of `memory`, which keeps it mapped.
+        // SAFETY: the range is guest RAM as `memory::allocate` mapped it, which
+        // is never unmapped: it is there for as long as the machine can be.
         unsafe { fd.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))?;
     }
     Ok(())

@@ -109,12 +109,6 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Index of the first descriptor; unique among the chains in flight of an
-    /// honest driver, so for log lines only.
-    pub fn head(&self) -> u16 {
-        self.head
-    }
-
     /// What the driver wrote for the device.
     pub fn readable(&self) -> &[Range] {
         &self.ranges[..self.readable]
@@ -207,6 +201,7 @@ pub struct CheckedQueue {
     queue: Queue,
     kick: EventFd,
     memory: GuestMemoryMmap,
+    /// Chains taken and not yet returned; never more than the queue's size.
     in_flight: u16,
     /// Range lists of returned chains, so that a busy queue allocates nothing.
     spare: Vec<Vec<Range>>,
@@ -235,11 +230,6 @@ impl CheckedQueue {
     /// Signalled by the driver's kick; for the device's event loop.
     pub fn kick(&self) -> &EventFd {
         &self.kick
-    }
-
-    /// Chains taken and not yet returned; never more than the queue's size.
-    pub fn in_flight(&self) -> u16 {
-        self.in_flight
     }
 
     /// The next chain, or `None` if the driver has offered all there is.
