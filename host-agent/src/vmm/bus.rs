@@ -124,7 +124,7 @@ fn serial_register(port: u16) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use proptest::prelude::*;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -146,13 +146,13 @@ mod tests {
     /// A bus with a serial port and two devices.
     fn bus() -> Bus {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
-        let vsock = Vsock::new(3, Box::new(|_| {})).unwrap();
+        let vsock = Vsock::new(3, Duration::from_secs(2), Box::new(|_| {})).unwrap();
         let devices: [Box<dyn Device>; 2] = [Box::new(Rng::default()), Box::new(vsock)];
         let virtio = devices.map(|device| {
             let interrupt = Interrupt::new(event(), device.name());
             Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())
         });
-        let output = Output::new(event(), Instant::now());
+        let output = Output::new(Instant::now());
         Bus::new(Port::new(Line(event()), output), virtio.into())
     }
 
