@@ -1,10 +1,10 @@
 //! Readers of the timeline that are slow or gone hold up no supervision.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use e2e::run::{INSTANCE, eventually};
 use e2e::service::Service;
 use e2e::{Place, limit};
@@ -85,6 +85,48 @@ fn a_reader_that_went_away_ends_the_command_and_its_guest_without_a_word() -> Re
     ensure!(
         !errors.contains("error") && !errors.contains("panic"),
         "{errors}"
+    );
+    place.assert_nothing_left()
+}
+
+#[test]
+fn a_followed_log_ends_with_the_service_and_that_is_a_success() -> Result<()> {
+    let place = Place::new()?;
+    let service =
+        Service::script("#!/bin/sh\necho up\nexec sleep 100000\n").write(&place.file("service"))?;
+    let mut child = place
+        .command()
+        .arg("run")
+        .arg(service)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    eventually("the service is Ready", || ready(&place, 1))?;
+    let mut follower = place
+        .command()
+        .args(["logs", INSTANCE, "--follow"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let stdout = follower.stdout.take().context("stdout is piped")?;
+    let mut first = String::new();
+    // Kept to the end: a reader that goes away is another matter.
+    let mut stdout = BufReader::new(stdout);
+    stdout.read_line(&mut first)?;
+    ensure!(first.contains("up"), "{first}");
+    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
+    let status = ends(&mut child)?;
+    ensure!(status.code() == Some(0), "{status}");
+    let status = ends(&mut follower)?;
+    let mut errors = String::new();
+    if let Some(mut stderr) = follower.stderr.take() {
+        stderr.read_to_string(&mut errors)?;
+    }
+    ensure!(
+        status.code() == Some(0) && errors.is_empty(),
+        "{status}: {errors}"
     );
     place.assert_nothing_left()
 }

@@ -16,10 +16,10 @@ const READ_SIZE: usize = 8 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The stream failed.
-    #[error("stream")]
+    #[error("the connection broke")]
     Io(#[from] io::Error),
     /// The peer broke the framing.
-    #[error("frame")]
+    #[error("a frame is not valid")]
     Frame(#[from] FrameError),
 }
 

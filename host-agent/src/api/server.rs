@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmbus::message::ExecRequest;
 use vmbus::stream::{FrameReader, StreamError, join, send};
 
 use super::types::{
-    DeploymentInfo, EndpointInfo, Failure, InstanceInfo, LogFile, MAX_CHUNK, Request, Response,
+    DeploymentInfo, EndpointInfo, Failure, InstanceInfo, MAX_CHUNK, Request, Response,
 };
 use crate::store::deployment::socket_name;
 use crate::store::log_tail::LogTail;
@@ -27,6 +28,9 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
 /// Age from which a socket that refuses is nobody's.
 const SETTLED: Duration = Duration::from_mins(1);
+
+/// Most time at the end for those who follow a log to take the rest of it.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Pause after a connection that could not be accepted.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
@@ -45,6 +49,7 @@ pub struct About {
 pub struct Server {
     path: PathBuf,
     task: JoinHandle<()>,
+    ended: Arc<watch::Sender<bool>>,
 }
 
 /// Serves `deployment` on its socket in `runtime_dir`.
@@ -64,9 +69,11 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     let directory = runtime_dir.to_owned();
     tokio::spawn(async move { sweep(&directory, SETTLED).await });
+    let ended = Arc::new(watch::Sender::new(false));
     let shared = Arc::new(Shared {
         deployment,
         about,
+        ended: Arc::clone(&ended),
         started: Instant::now(),
     });
     let task = tokio::spawn(async move {
@@ -83,7 +90,18 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
             });
         }
     });
-    Ok(Server { path, task })
+    Ok(Server { path, task, ended })
+}
+
+impl Server {
+    /// The deployment has ended: who follows a log is given the rest of it and
+    /// told that this was all.
+    pub async fn close(self) {
+        self.task.abort();
+        self.ended.send_replace(true);
+        // Whoever pauses now misses the end, and holds up nobody.
+        let _ = tokio::time::timeout(LAST_LINES, self.ended.closed()).await;
+    }
 }
 
 /// Removes sockets of which nobody listens at the other end: their owner was
@@ -119,6 +137,8 @@ impl Drop for Server {
 struct Shared {
     deployment: DeploymentHandle,
     about: About,
+    /// Whether the deployment has ended; each log that is sent has a receiver.
+    ended: Arc<watch::Sender<bool>>,
     started: Instant,
 }
 
@@ -142,13 +162,10 @@ impl Shared {
                 source,
                 follow,
             } => {
+                let ended = self.ended.subscribe();
                 self.with(&instance, &mut stream, |it, stream| {
-                    Box::pin(logs(
-                        it.dir.join(source.file_name()),
-                        source,
-                        follow,
-                        stream,
-                    ))
+                    let path = it.dir.join(source.file_name());
+                    Box::pin(logs(path, follow, ended, stream))
                 })
                 .await
             }
@@ -262,20 +279,23 @@ async fn exec_in(
 
 async fn logs(
     path: PathBuf,
-    _source: LogFile,
     follow: bool,
+    mut ended: watch::Receiver<bool>,
     stream: &mut UnixStream,
 ) -> Result<(), StreamError> {
     let mut log = blocking(move || Ok(LogTail::open(&path))).await?;
     loop {
+        // Asked before the file is read: what was written last is sent too.
+        let last = !follow || *ended.borrow() || ended.has_changed().is_err();
         log = pour(log, stream).await?;
-        if !follow {
+        if last {
             return send(stream, &Response::LogEnd {}).await;
         }
-        // A client has nothing more to say: one that is heard went away.
-        let gone = stream.read_u8();
-        if tokio::time::timeout(FOLLOW_EVERY, gone).await.is_ok() {
-            return Ok(());
+        tokio::select! {
+            // A client has nothing more to say: one that is heard went away.
+            _ = stream.read_u8() => return Ok(()),
+            _ = ended.wait_for(|ended| *ended) => {}
+            () = tokio::time::sleep(FOLLOW_EVERY) => {}
         }
     }
 }
@@ -307,6 +327,7 @@ async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write as _;
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_socket_that_nobody_listens_to_is_swept_and_no_other() {
@@ -328,13 +349,44 @@ mod tests {
         let path = dir.path().join("role.log");
         fs::write(&path, "all there is\n").unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let following =
-            tokio::spawn(async move { logs(path, LogFile::Role, true, &mut ours).await });
+        let (_going_on, ended) = watch::channel(false);
+        let following = tokio::spawn(async move { logs(path, true, ended, &mut ours).await });
         let mut client = FrameReader::new(theirs);
         let first = client.next::<Response>().await.unwrap();
         assert!(matches!(first, Some(Response::LogChunk { .. })));
         drop(client);
         let noticed = tokio::time::timeout(Duration::from_secs(20), following);
         noticed.await.expect("it is noticed").unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_followed_log_ends_with_what_was_written_last_and_with_a_word() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("role.log");
+        let mut log = fs::File::create(&path).unwrap();
+        log.write_all(b"first\n").unwrap();
+        let ended = watch::Sender::new(false);
+        let receiver = ended.subscribe();
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let of_task = path.clone();
+        let sending = tokio::spawn(async move { logs(of_task, true, receiver, &mut near).await });
+        let mut reader = FrameReader::new(far);
+        let first = reader.next().await.unwrap();
+        let chunk = |text: &str| {
+            Some(Response::LogChunk {
+                bytes: text.as_bytes().to_vec(),
+            })
+        };
+        assert_eq!(first, chunk("first\n"));
+        log.write_all(b"last\n").unwrap();
+        // As at the end of a deployment that is not kept.
+        fs::remove_file(&path).unwrap();
+        ended.send_replace(true);
+        assert_eq!(reader.next().await.unwrap(), chunk("last\n"));
+        let end: Option<Response> = reader.next().await.unwrap();
+        assert_eq!(end, Some(Response::LogEnd {}));
+        sending.await.unwrap().unwrap();
+        // Nobody is waited for any more.
+        ended.closed().await;
     }
 }

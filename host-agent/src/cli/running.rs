@@ -25,7 +25,7 @@ pub struct Running {
     deployment: Deployment,
     handle: DeploymentHandle,
     // Its socket goes when this is dropped.
-    _server: Option<Server>,
+    server: Option<Server>,
     events: Events,
     ended: bool,
     abandoned: bool,
@@ -108,7 +108,7 @@ impl Running {
                     return Ok(Self {
                         handle: deployment.handle(),
                         deployment,
-                        _server: server,
+                        server,
                         events,
                         ended: false,
                         abandoned: false,
@@ -252,6 +252,10 @@ impl Running {
         if !self.ended {
             // Whatever made this necessary has been told already.
             let _ = self.stop(output, |_, _| Ok(())).await;
+        }
+        // While the logs are there to be read.
+        if let Some(server) = self.server {
+            server.close().await;
         }
         if !self.abandoned {
             self.deployment.finished().await;
