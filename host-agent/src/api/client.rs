@@ -9,6 +9,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use vmbus::stream::{FrameReader, StreamError, send};
 
 use super::types::{DeploymentInfo, Failure, Request, Response};
+use crate::store::paths;
 
 /// A deployment that does not answer within this is passed over. It is a local
 /// process whose loop never blocks.
@@ -17,7 +18,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Why a deployment could not be found or asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The runtime directory cannot be read.
+    /// The runtime directory cannot be read, or is not this user's alone: then
+    /// nothing in it is talked to.
     #[error("cannot list running deployments in {}", directory.display())]
     List {
         /// The directory.
@@ -86,11 +88,12 @@ pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
         directory: runtime.to_owned(),
         source,
     };
-    let entries = match std::fs::read_dir(runtime) {
-        Ok(entries) => entries,
+    match paths::check_own(runtime) {
+        Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(failed(error)),
-    };
+    }
+    let entries = std::fs::read_dir(runtime).map_err(failed)?;
     let mut running = Vec::new();
     for entry in entries {
         let socket = entry.map_err(failed)?.path();
@@ -269,13 +272,33 @@ mod tests {
         assert_eq!(running.len(), 3);
     }
 
+    fn with_mode(mode: u32) -> tempfile::TempDir {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        let mut builder = tempfile::Builder::new();
+        builder.permissions(mode).tempdir().unwrap()
+    }
+
     #[tokio::test]
     async fn a_socket_that_nobody_serves_is_passed_over() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = with_mode(0o700);
         let socket = directory.path().join("dead.sock");
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
         assert_eq!(list(directory.path()).await.unwrap(), []);
         let absent = directory.path().join("absent");
         assert_eq!(list(&absent).await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn sockets_in_a_directory_that_is_open_to_others_are_not_even_tried() {
+        let directory = with_mode(0o755);
+        let socket = directory.path().join("theirs.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let Err(ClientError::List { source, .. }) = list(directory.path()).await else {
+            panic!("it was read");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::PermissionDenied);
+        let asked = listener.accept().map_err(|error| error.kind());
+        assert_eq!(asked.unwrap_err(), io::ErrorKind::WouldBlock);
     }
 }

@@ -20,6 +20,7 @@ use super::types::{
 };
 use crate::store::deployment::socket_name;
 use crate::store::log_tail::LogTail;
+use crate::store::paths;
 use crate::supervisor::deployment::{DeploymentHandle, Published};
 use crate::supervisor::instance::InstanceHandle;
 
@@ -58,11 +59,7 @@ pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> 
         .recursive(true)
         .mode(0o700)
         .create(runtime_dir)?;
-    let mine = nix::unistd::Uid::effective().as_raw();
-    if fs::symlink_metadata(runtime_dir)?.uid() != mine {
-        let text = format!("{} belongs to another user", runtime_dir.display());
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-    }
+    paths::check_own(runtime_dir)?;
     // The directory of a deployment has its id for a name.
     let path = runtime_dir.join(socket_name(Path::new(deployment.id())));
     let listener = UnixListener::bind(&path)?;

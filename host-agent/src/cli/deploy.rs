@@ -2,7 +2,7 @@
 //! errors of a deployment that cannot begin.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use super::args::ServiceArgs;
@@ -33,15 +33,9 @@ pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliErro
     )?)
 }
 
-/// The data directory, as a path that does not depend on where we are.
-pub fn data_dir() -> PathBuf {
-    let directory = paths::data_dir();
-    std::path::absolute(&directory).unwrap_or(directory)
-}
-
 /// Looks at the host.
 pub fn host() -> HostReport {
-    doctor::check(&data_dir())
+    doctor::check(&paths::data_dir())
 }
 
 /// The options of a deployment on `host`.
@@ -50,7 +44,7 @@ pub fn options(
     keep: bool,
     heartbeat_limit: Option<Duration>,
 ) -> Result<Options, CliError> {
-    let mut options = Options::new(data_dir());
+    let mut options = Options::new(paths::data_dir());
     options.timeout_scale = f64::from(host.timeout_scale());
     options.keep = keep;
     if let Some(limit) = heartbeat_limit {

@@ -56,6 +56,8 @@ pub enum Code {
     Ambiguous,
     /// The host agent or an agent in the guest does not answer.
     Unreachable,
+    /// The directory with the sockets of running deployments cannot be used.
+    RuntimeDirectory,
     /// `exec`: the host side failed.
     ExecHost,
     /// `exec`: the program could not be started in the guest.
@@ -67,7 +69,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 24] = [
+    const ALL: [Self; 25] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -89,6 +91,7 @@ impl Code {
         Self::NoInstance,
         Self::Ambiguous,
         Self::Unreachable,
+        Self::RuntimeDirectory,
         Self::ExecHost,
         Self::ExecGuest,
         Self::Interrupted,
@@ -121,6 +124,7 @@ impl Code {
             Self::Unreachable => (503, Exit::Unreachable),
             Self::ExecHost => (504, Exit::ExecHost),
             Self::ExecGuest => (505, Exit::Guest(127)),
+            Self::RuntimeDirectory => (506, Exit::Permission),
         }
     }
 
@@ -400,7 +404,8 @@ impl From<ClientError> for CliError {
                 kind: Failure::Invalid,
                 ..
             } => Code::Usage,
-            ClientError::List { .. } | ClientError::Refused { .. } => Code::Unclassified,
+            ClientError::List { .. } => Code::RuntimeDirectory,
+            ClientError::Refused { .. } => Code::Unclassified,
         };
         let this = Self::chain(code, &error);
         match error {
@@ -413,6 +418,10 @@ impl From<ClientError> for CliError {
             ClientError::Ambiguous { matches, .. } => {
                 this.hint(format!("name one of: {}", matches.join(", ")))
             }
+            ClientError::List { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+                this.hint("export XDG_RUNTIME_DIR=/directory/of/your/own")
+            }
+            ClientError::List { .. } => this.exit_with(Exit::Unclassified),
             _ => this,
         }
     }
@@ -506,5 +515,15 @@ mod tests {
         });
         assert_eq!(error.exit(), Exit::NotFound);
         assert!(error.human(false).contains("running: 12345678/B_IN_0"));
+    }
+
+    #[test]
+    fn a_runtime_directory_that_may_not_be_read_is_a_matter_of_permission() {
+        let error = CliError::from(ClientError::List {
+            directory: "/run/x".into(),
+            source: ErrorKind::PermissionDenied.into(),
+        });
+        assert_eq!(error.exit(), Exit::Permission);
+        assert!(error.hint_text().unwrap().contains("XDG_RUNTIME_DIR"));
     }
 }

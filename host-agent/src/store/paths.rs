@@ -1,39 +1,138 @@
 //! Where things live: data directory and run-time directory.
 
 use std::env;
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
-use nix::unistd::Uid;
+use nix::unistd::{Uid, User};
 
 /// Images and deployments: `HOST_AGENT_DATA_DIR`, else `host-agent` under
-/// `XDG_DATA_HOME` or `~/.local/share`.
+/// `XDG_DATA_HOME` or `~/.local/share`. Does not depend on where we are.
 pub fn data_dir() -> PathBuf {
-    if let Some(dir) = set("HOST_AGENT_DATA_DIR") {
-        return dir;
-    }
-    if let Some(dir) = set("XDG_DATA_HOME") {
-        return dir.join("host-agent");
-    }
-    let home = set("HOME").unwrap_or_else(|| PathBuf::from("/"));
-    home.join(".local/share/host-agent")
+    let home = || Some(User::from_uid(Uid::effective()).ok()??.dir);
+    let directory = data_dir_of(|name| env::var_os(name), home);
+    // Fails only when the working directory is gone.
+    std::path::absolute(&directory).unwrap_or(directory)
 }
 
 /// Sockets: `host-agent` under `XDG_RUNTIME_DIR`, `/run` for root, else a
 /// directory of the user's own in `/tmp`. Short, since socket paths are.
 pub fn runtime_dir() -> PathBuf {
-    if let Some(dir) = set("XDG_RUNTIME_DIR") {
+    runtime_dir_of(|name| env::var_os(name), Uid::effective())
+}
+
+/// Whether nobody but this user, and root, can put something into `directory`.
+/// What is found in another one is not to be trusted.
+///
+/// # Errors
+/// Somebody can, or it cannot be told.
+pub fn check_own(directory: &Path) -> io::Result<()> {
+    let found = fs::symlink_metadata(directory)?;
+    let refused = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    let mode = found.mode() & 0o7777;
+    if !found.is_dir() {
+        return refused("it is not a directory".into());
+    }
+    if found.uid() != Uid::effective().as_raw() {
+        return refused(format!("it belongs to another user, {}", found.uid()));
+    }
+    if mode & 0o077 != 0 {
+        return refused(format!("its mode is {mode:04o} and must be 0700"));
+    }
+    Ok(())
+}
+
+fn data_dir_of(
+    variable: impl Fn(&str) -> Option<OsString>,
+    home: impl FnOnce() -> Option<PathBuf>,
+) -> PathBuf {
+    let set = |name| set(&variable, name);
+    if let Some(dir) = set("HOST_AGENT_DATA_DIR") {
+        return dir;
+    }
+    if let Some(dir) = set("XDG_DATA_HOME").filter(|dir| dir.is_absolute()) {
         return dir.join("host-agent");
     }
-    let uid = Uid::effective();
-    if uid.is_root() {
-        PathBuf::from("/run/host-agent")
-    } else {
-        PathBuf::from(format!("/tmp/host-agent-{uid}"))
+    let home = set("HOME").or_else(home);
+    let home = home.unwrap_or_else(|| PathBuf::from("/"));
+    home.join(".local/share/host-agent")
+}
+
+fn runtime_dir_of(variable: impl Fn(&str) -> Option<OsString>, user: Uid) -> PathBuf {
+    // The XDG specification: a relative path is to be ignored.
+    match set(&variable, "XDG_RUNTIME_DIR").filter(|dir| dir.is_absolute()) {
+        Some(dir) => dir.join("host-agent"),
+        None if user.is_root() => PathBuf::from("/run/host-agent"),
+        None => PathBuf::from(format!("/tmp/host-agent-{user}")),
     }
 }
 
-fn set(name: &str) -> Option<PathBuf> {
-    env::var_os(name)
+fn set(variable: impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
+    variable(name)
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn only_a_directory_that_is_ours_alone_is_trusted() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("run");
+        assert_eq!(
+            check_own(&directory).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+        fs::create_dir(&directory).unwrap();
+        let with_mode = |mode| {
+            fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();
+            check_own(&directory).map_err(|error| error.kind())
+        };
+        assert_eq!(with_mode(0o700), Ok(()));
+        for mode in [0o770, 0o701, 0o704, 0o1777] {
+            assert_eq!(with_mode(mode), Err(io::ErrorKind::PermissionDenied));
+        }
+        assert_eq!(with_mode(0o700), Ok(()));
+        let link = root.path().join("link");
+        std::os::unix::fs::symlink(&directory, &link).unwrap();
+        assert!(check_own(&link).is_err());
+        // It belongs to root, and to nobody when we are root ourselves.
+        if !Uid::effective().is_root() {
+            assert!(check_own(Path::new("/root")).is_err());
+        }
+    }
+
+    #[test]
+    fn directories_come_from_the_environment_unless_it_is_empty_or_relative() {
+        let data = |set: &[(&str, &str)]| {
+            let variable = |name: &str| {
+                let found = set.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| OsString::from(value))
+            };
+            let home = || Some(PathBuf::from("/home/passwd"));
+            data_dir_of(variable, home).display().to_string()
+        };
+        let of_passwd = "/home/passwd/.local/share/host-agent";
+        assert_eq!(data(&[]), of_passwd);
+        assert_eq!(data(&[("HOME", "")]), of_passwd);
+        assert_eq!(data(&[("HOME", "/h")]), "/h/.local/share/host-agent");
+        assert_eq!(data(&[("XDG_DATA_HOME", "/x")]), "/x/host-agent");
+        assert_eq!(data(&[("XDG_DATA_HOME", "x")]), of_passwd);
+        let ours = [("HOST_AGENT_DATA_DIR", "/d"), ("XDG_DATA_HOME", "/x")];
+        assert_eq!(data(&ours), "/d");
+        let runtime = |value: &str, user| {
+            let variable = |_: &str| Some(OsString::from(value));
+            let directory = runtime_dir_of(variable, Uid::from_raw(user));
+            directory.display().to_string()
+        };
+        assert_eq!(runtime("/run/user/7", 7), "/run/user/7/host-agent");
+        assert_eq!(runtime("run", 7), "/tmp/host-agent-7");
+        assert_eq!(runtime("", 0), "/run/host-agent");
+    }
 }
