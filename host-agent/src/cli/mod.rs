@@ -13,6 +13,7 @@ mod interrupt;
 mod logs;
 mod meter;
 mod output;
+mod printable;
 mod probe;
 mod report;
 mod run;
@@ -115,7 +116,9 @@ fn usage(error: &clap::Error) -> Exit {
 /// From the parser's text: its first paragraph, its tip, or where help is.
 fn usage_error(text: &str) -> CliError {
     let what = text.split("\n\n").next().unwrap_or(text);
-    let what = what.strip_prefix("error: ").unwrap_or(what).trim_end();
+    let what: Vec<_> = what.lines().map(str::trim).collect();
+    let what = what.join(" ");
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
     let tip = text
         .lines()
         .find_map(|line| line.trim_start().strip_prefix("tip: "));
