@@ -56,7 +56,8 @@ fn exec_gives_the_guests_true_exit_code_and_logs_show_the_role() -> Result<()> {
     ensure!(run.exec(&["/etc/passwd"])?.status.code() == Some(126));
     ensure!(run.shell("echo out")? == "out\n");
     let missing = place.output(&["exec", "Nobody_IN_0", "--", "true"])?;
-    ensure!(missing.status.code() == Some(4), "{}", text(&missing));
+    ensure!(missing.status.code() == Some(125), "{}", text(&missing));
+    ensure!(text(&missing).contains("HA-0501"), "{}", text(&missing));
 
     let logs = place.output(&["logs", INSTANCE, "--source", "role"])?;
     let log = String::from_utf8_lossy(&logs.stdout).into_owned();

@@ -2,20 +2,21 @@
 
 mod keys;
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
-use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
-use vmbus::stream::send;
+use vmbus::stream::{FrameReader, StreamError, send};
 
 use super::args::ExecArgs;
 use super::error::{CliError, Code};
 use super::exit::Exit;
+use super::sink::{Place, Sink};
 use super::terminal::{RawMode, window_size};
-use super::{instances, output, runtime};
+use super::{instances, runtime};
 use crate::api::client::{Connection, Target};
 use crate::api::types::Request;
 use keys::{Keys, Signals};
@@ -38,10 +39,10 @@ pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     let result = runtime.block_on(execute(args, mode));
     // A thread may still wait for standard input: it ends with the process.
     runtime.shutdown_background();
-    // That the instance does not exist is told apart from what the program
-    // says; everything else on this side is 125.
+    // Whatever fails on this side is 125, and its HA number says what: an exit
+    // code below that is the program's own.
     result.map_err(|error| match error.code() {
-        Code::NoInstance | Code::Ambiguous | Code::ExecGuest => error,
+        Code::ExecGuest => error,
         _ if error.exit() == Exit::Signal(13) => error,
         _ => error.exit_with(Exit::ExecHost),
     })
@@ -116,6 +117,11 @@ async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, C
     connection.accepted().await?;
     let (mut reader, writer) = connection.into_parts();
     let mut signals = Signals::listen()?;
+    let sink = |file: io::Result<Sink>| {
+        let what = "cannot print what the command says";
+        file.map_err(|error| CliError::new(Code::ExecHost, what).cause(error.to_string()))
+    };
+    let (stdout, stderr) = (sink(Sink::to(io::stdout()))?, sink(Sink::to(io::stderr()))?);
     // Until this returns, or panics: errors are printed on a terminal in its
     // own mode.
     let _raw = if mode.input && mode.terminal {
@@ -140,9 +146,11 @@ async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, C
             .hint("host-agent ps")
     };
     let mut told_to_end: Option<(u8, Instant)> = None;
-    loop {
-        let frame = tokio::select! {
-            frame = reader.next::<ExecOutput>() => frame,
+    let last = loop {
+        let (places, frame) = tokio::select! {
+            frame = next_frame(&mut reader, &stdout, &stderr) => frame,
+            // Nothing more may ever come that would show it.
+            () = stdout.broken() => break Err(lost("standard output is closed".into())),
             (place, piece) = next_piece(&input, &mut keys) => {
                 if piece == (ExecInput::StdinEnd {}) {
                     keys = None;
@@ -172,22 +180,64 @@ async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, C
             number = overdue(told_to_end) => return Ok(Last::Signal(number)),
         };
         match frame {
-            Ok(Some(ExecOutput::Stdout { bytes })) => output::write(&bytes)?,
+            Ok(Some(ExecOutput::Stdout { bytes })) => match places.stdout {
+                Some(place) => place.send(bytes),
+                None => break Err(lost("standard output is closed".into())),
+            },
             Ok(Some(ExecOutput::Stderr { bytes })) => {
-                let mut stderr = io::stderr().lock();
                 // Nothing can be told when standard error is gone.
-                let _ = stderr.write_all(&bytes);
+                if let Some(place) = places.stderr {
+                    place.send(bytes);
+                }
             }
             Ok(Some(ExecOutput::Consumed { bytes })) => {
                 if let Some(keys) = &mut keys {
                     keys.consumed(bytes);
                 }
             }
-            Ok(Some(last)) => return Ok(Last::Frame(last)),
-            Ok(None) => return Err(lost("the connection was closed".into())),
-            Err(error) => return Err(lost(vmbus::text::chain(&error))),
+            Ok(Some(last)) => break Ok(Last::Frame(last)),
+            Ok(None) => break Err(lost("the connection was closed".into())),
+            Err(error) => break Err(lost(vmbus::text::chain(&error))),
+        }
+    };
+    let printed = async {
+        stdout.finish().await?;
+        // Nothing can be told when standard error is gone.
+        let _ = stderr.finish().await;
+        Ok::<(), CliError>(())
+    };
+    let mut printed = std::pin::pin!(printed);
+    loop {
+        // There is no program any more that a signal could be meant for.
+        tokio::select! {
+            // That something was not written comes first.
+            printed = &mut printed => return printed.and(last),
+            number = signals.next() => if number != libc::SIGWINCH {
+                return Ok(Last::Signal(u8::try_from(number).expect("Linux has 64 signals")));
+            },
+            number = overdue(told_to_end) => return Ok(Last::Signal(number)),
         }
     }
+}
+
+/// Room for a piece of each stream, as long as it has a reader.
+struct Places<'a> {
+    stdout: Option<Place<'a>>,
+    stderr: Option<Place<'a>>,
+}
+
+/// The next frame, when there is room for what it may say. Cancelling loses
+/// nothing.
+async fn next_frame<'a>(
+    reader: &mut FrameReader<OwnedReadHalf>,
+    stdout: &'a Sink,
+    stderr: &'a Sink,
+) -> (Places<'a>, Result<Option<ExecOutput>, StreamError>) {
+    let places = Places {
+        stdout: stdout.place().await,
+        stderr: stderr.place().await,
+    };
+    (places, reader.next().await)
 }
 
 /// Sends frames, `urgent` ones first, until the guest is gone, which the reader

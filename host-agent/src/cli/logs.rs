@@ -11,9 +11,11 @@ use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::instances;
 use super::interrupt::Interrupts;
+use super::sink::Sink;
 use super::{output, runtime};
 use crate::api::client::{Connection, Target};
 use crate::api::types::{Request, Response};
+use crate::store::log_file::previous;
 use crate::store::paths;
 
 /// Bytes of a file printed at once.
@@ -38,24 +40,43 @@ async fn stream(target: &Target, args: &LogsArgs) -> Result<Exit, CliError> {
         follow: args.follow,
     };
     let mut connection = Connection::open(&target.socket, &request).await?;
-    loop {
-        let answer = tokio::select! {
-            answer = connection.answer() => answer?,
-            // Ending `-f` is how it is meant to end.
-            number = interrupts.next() => {
-                return Ok(if args.follow { Exit::Success } else { Exit::Signal(number) });
-            }
-        };
-        match answer {
-            Response::LogChunk { bytes } => output::write(&bytes)?,
-            Response::LogEnd {} => return Ok(Exit::Success),
-            Response::Ok {} => {}
-            other => {
-                let what = format!("the host agent answered with {other:?}");
-                return Err(CliError::new(Code::Unreachable, what));
-            }
+    let stdout = Sink::to(io::stdout());
+    let stdout = stdout.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
+    tokio::select! {
+        copied = copy(&mut connection, stdout) => copied,
+        // Ending `-f` is how it is meant to end.
+        number = interrupts.next() => {
+            Ok(if args.follow { Exit::Success } else { Exit::Signal(number) })
         }
     }
+}
+
+/// Copies the log to `stdout` until it ends.
+async fn copy(connection: &mut Connection, stdout: Sink) -> Result<Exit, CliError> {
+    let ended = loop {
+        let answer = tokio::select! {
+            answer = connection.answer() => answer,
+            // Nothing more may ever come that would show it.
+            () = stdout.broken() => break Ok(Exit::Success),
+        };
+        match answer {
+            Ok(Response::LogChunk { bytes }) => {
+                let Some(place) = stdout.place().await else {
+                    break Ok(Exit::Success);
+                };
+                place.send(bytes);
+            }
+            Ok(Response::LogEnd {}) => break Ok(Exit::Success),
+            Ok(Response::Ok {}) => {}
+            Ok(other) => {
+                let what = format!("the host agent answered with {other:?}");
+                break Err(CliError::new(Code::Unreachable, what));
+            }
+            Err(error) => break Err(error.into()),
+        }
+    };
+    stdout.finish().await?;
+    ended
 }
 
 /// The log of the newest kept deployment that has it, if there is one.
@@ -83,20 +104,27 @@ fn newest(deployments: &Path, name: &str, log: &str) -> Option<PathBuf> {
         .map(|(_, file)| file)
 }
 
-fn print(path: &Path) -> Result<Exit, CliError> {
-    let failed = |error: io::Error| {
-        let what = format!("cannot read {}", path.display());
-        CliError::new(Code::Unclassified, what).cause(error.to_string())
-    };
-    let mut file = File::open(path).map_err(failed)?;
-    let mut piece = vec![0; PIECE];
-    loop {
-        let count = file.read(&mut piece).map_err(failed)?;
-        if count == 0 {
-            return Ok(Exit::Success);
+/// Prints a log, the part before it first, as it is sent while it is written.
+fn print(log: &Path) -> Result<Exit, CliError> {
+    for part in [previous(log).as_path(), log] {
+        let failed = |error: io::Error| {
+            let what = format!("cannot read {}", part.display());
+            CliError::new(Code::Unclassified, what).cause(error.to_string())
+        };
+        let mut file = match File::open(part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened.map_err(failed)?,
+        };
+        let mut piece = vec![0; PIECE];
+        loop {
+            let count = file.read(&mut piece).map_err(failed)?;
+            if count == 0 {
+                break;
+            }
+            output::write(&piece[..count])?;
         }
-        output::write(&piece[..count])?;
     }
+    Ok(Exit::Success)
 }
 
 #[cfg(test)]

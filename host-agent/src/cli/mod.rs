@@ -19,6 +19,7 @@ mod report;
 mod run;
 mod running;
 mod service;
+mod sink;
 mod stream;
 mod terminal;
 mod test;

@@ -222,7 +222,8 @@ pub fn write(bytes: &[u8]) -> Result<(), CliError> {
     written.map_err(|error| cannot_write(&error))
 }
 
-fn cannot_write(error: &io::Error) -> CliError {
+/// Standard output cannot be written; a reader that went away ends us silently.
+pub fn cannot_write(error: &io::Error) -> CliError {
     let failure = CliError::new(Code::Output, "cannot write to standard output");
     let failure = failure.cause(error.to_string());
     if error.kind() == io::ErrorKind::BrokenPipe {
