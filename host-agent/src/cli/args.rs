@@ -44,17 +44,10 @@ pub struct CommandLine {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 pub struct Global {
-    /// Form of the answer
-    #[arg(
-        long,
-        global = true,
-        env = "HOST_AGENT_FORMAT",
-        hide_env = true,
-        default_value = "table",
-        hide_default_value = true
-    )]
-    pub format: Format,
-    /// Same as --format json
+    /// Form of the answer [default: table]
+    #[arg(long, global = true)]
+    pub format: Option<Format>,
+    /// Same as --format json; with run, jsonl
     #[arg(long, global = true)]
     pub json: bool,
     /// Print the answer and errors only
@@ -85,7 +78,7 @@ pub struct Global {
 pub enum Format {
     /// For people.
     Table,
-    /// One JSON document.
+    /// One JSON document; for `run`, whose answer grows, as `jsonl`.
     Json,
     /// One JSON document a line.
     Jsonl,
@@ -250,14 +243,9 @@ pub struct TestArgs {
     /// Copy logs of every instance here
     #[arg(long, value_name = "DIR")]
     pub artifacts: Option<PathBuf>,
-    /// On a machine that cannot run guests
-    #[arg(
-        long,
-        default_value = "fail",
-        env = "HOST_AGENT_ON_NO_KVM",
-        hide_env = true
-    )]
-    pub on_no_kvm: OnNoKvm,
+    /// On a machine that cannot run guests [default: fail]
+    #[arg(long)]
+    pub on_no_kvm: Option<OnNoKvm>,
 }
 
 /// What a test is on a machine that cannot run guests.

@@ -4,6 +4,7 @@ mod args;
 mod completion;
 mod deploy;
 mod doctor;
+mod environment;
 mod error;
 mod evidence;
 mod exec;
@@ -43,7 +44,13 @@ pub fn main() -> ExitCode {
         Ok(line) => line,
         Err(error) => return usage(&error).into(),
     };
-    let output = Output::new(&line.global);
+    let output = match Output::new(&line.global) {
+        Ok(output) => output,
+        Err(error) => {
+            before_flags().error(&error);
+            return error.exit().into();
+        }
+    };
     start_log(line.global.verbose, &output);
     let no_input = line.global.no_input;
     let result = match line.verb {
@@ -99,19 +106,17 @@ fn usage(error: &clap::Error) -> Exit {
             Exit::Usage
         }
         _ => {
-            let arguments = || std::env::args().take_while(|argument| argument != "--");
-            let json = arguments().any(|argument| {
-                matches!(
-                    argument.as_str(),
-                    "--json" | "--error-format=json" | "--format=json"
-                )
-            }) || arguments()
-                .zip(arguments().skip(1))
-                .any(|(name, value)| name == "--error-format" && value == "json");
-            Output::before_flags(json).error(&usage_error(&error.render().to_string()));
+            before_flags().error(&usage_error(&error.render().to_string()));
             Exit::Usage
         }
     }
+}
+
+/// How an error is printed when the flags are not understood.
+fn before_flags() -> Output {
+    let variable = std::env::var_os(output::FORMAT).unwrap_or_default();
+    let json = environment::errors_are_json(std::env::args_os(), &variable);
+    Output::before_flags(json)
 }
 
 /// From the parser's text: its first paragraph, its tip, or where help is.
@@ -132,7 +137,8 @@ fn usage_error(text: &str) -> CliError {
 }
 
 /// Log lines to standard error: warnings, more with `-v`, or as
-/// `HOST_AGENT_LOG` says (`info`, `host_agent::vmm=debug,warn`, …).
+/// `HOST_AGENT_LOG` says (`info`, `host_agent::supervisor=debug,warn`, …). VMM
+/// processes get no environment: they log warnings and errors, always.
 fn start_log(verbose: u8, output: &Output) {
     let level = match verbose {
         0 => LevelFilter::WARN,

@@ -1,6 +1,7 @@
 //! What is printed where: the answer to standard output, everything else to
 //! standard error.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -8,12 +9,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::args::{Color, ErrorFormat, Format, Global, Progress};
+use super::environment;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::stream::Stream;
 
 /// `SIGPIPE`: the end of a program whose reader went away.
 const SIGPIPE: u8 = 13;
+
+/// The variable that stands in for `--format`.
+pub const FORMAT: &str = "HOST_AGENT_FORMAT";
 
 /// Most time for a slow reader to take what is left when the command ends.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -50,18 +55,21 @@ struct Screen {
 }
 
 impl Output {
-    /// From the flags and the terminal.
-    pub fn new(global: &Global) -> Self {
-        let format = if global.json {
-            Format::Json
-        } else {
-            global.format
+    /// From the flags, the environment and the terminal.
+    ///
+    /// # Errors
+    /// A variable of the environment makes no sense.
+    pub fn new(global: &Global) -> Result<Self, CliError> {
+        let format = match global.format {
+            _ if global.json => Format::Json,
+            Some(format) => format,
+            None => environment::choice(FORMAT)?.unwrap_or(Format::Table),
         };
         let derived = match format {
             Format::Table => ErrorFormat::Human,
             Format::Json | Format::Jsonl => ErrorFormat::Json,
         };
-        Self {
+        Ok(Self {
             format,
             error_format: global.error_format.unwrap_or(derived),
             progress: match global.progress {
@@ -73,7 +81,7 @@ impl Output {
             warnings: !global.quiet,
             color: colored(global.color),
             screen: Arc::default(),
-        }
+        })
     }
 
     /// For errors before the flags are known.
@@ -241,12 +249,39 @@ fn is_screen() -> bool {
 }
 
 fn colored(choice: Color) -> bool {
-    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     match choice {
         Color::Always => true,
         Color::Never => false,
-        Color::Auto if set("NO_COLOR") => false,
-        Color::Auto if set("CLICOLOR_FORCE") => true,
-        Color::Auto => io::stderr().is_terminal(),
+        Color::Auto => suits_color(|name| std::env::var_os(name), io::stderr().is_terminal()),
+    }
+}
+
+fn suits_color(variable: impl Fn(&str) -> Option<OsString>, terminal: bool) -> bool {
+    let value = |name| variable(name).filter(|value| !value.is_empty());
+    if value("NO_COLOR").is_some() {
+        return false;
+    }
+    let forced = value("CLICOLOR_FORCE").is_some_and(|value| value != "0");
+    forced || (terminal && value("TERM").is_none_or(|term| term != "dumb"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colors_suit_a_terminal_that_has_them_and_whoever_insists() {
+        let suits = |terminal, set: &[(&str, &str)]| {
+            let variable = |name: &str| {
+                let found = set.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| OsString::from(value))
+            };
+            suits_color(variable, terminal)
+        };
+        assert!(suits(true, &[]) && suits(true, &[("TERM", "xterm"), ("NO_COLOR", "")]));
+        assert!(!suits(false, &[]) && !suits(true, &[("TERM", "dumb")]));
+        assert!(suits(false, &[("CLICOLOR_FORCE", "1"), ("TERM", "dumb")]));
+        assert!(!suits(false, &[("CLICOLOR_FORCE", "0")]));
+        assert!(!suits(true, &[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")]));
     }
 }

@@ -17,7 +17,7 @@ use super::report::{
 use super::run::{not_ready, tails};
 use super::running::{Ended, Running, STEADY, interrupted};
 use super::watch::{News, Trouble};
-use super::{deploy, evidence, runtime};
+use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
 use crate::service::model::ServiceModel;
 use crate::supervisor::event::TimelineEvent;
@@ -97,6 +97,10 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
     let model = deploy::load(&args.service, output)?;
     report.service.clone_from(&model.name);
     let probes = resolve(&args.probes, &model)?;
+    let on_no_kvm = match args.on_no_kvm {
+        Some(given) => given,
+        None => environment::choice("HOST_AGENT_ON_NO_KVM")?.unwrap_or(OnNoKvm::Fail),
+    };
     let host = deploy::host();
     report.host = HostFacts {
         kvm: host.kind.map(str::to_owned),
@@ -107,7 +111,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         let error = CliError::host(&host);
         // Memory and disk can be freed: that is no machine without KVM.
         let no_kvm = !matches!(host.verdict, Verdict::NoMemory | Verdict::NoDisk);
-        return Err(match args.on_no_kvm {
+        return Err(match on_no_kvm {
             OnNoKvm::Skip if no_kvm => error.exit_with(Exit::Skipped),
             OnNoKvm::Fail | OnNoKvm::Skip => error,
         });
