@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::args::{Color, ErrorFormat, Format, Global, Progress};
 use super::environment;
@@ -110,8 +110,13 @@ impl Output {
     }
 
     /// One piece of an answer that grows: a line for people, a JSON line for
-    /// machines.
-    pub fn line(&self, text: &str, json: impl FnOnce() -> Value) -> Result<(), CliError> {
+    /// machines. `missed` makes the JSON line of lines that were dropped.
+    pub fn line(
+        &self,
+        text: &str,
+        json: impl FnOnce() -> Value,
+        missed: impl FnOnce(u64) -> Value,
+    ) -> Result<(), CliError> {
         let line = match self.format {
             Format::Table => format!("{text}\n"),
             Format::Json | Format::Jsonl => format!("{}\n", json()),
@@ -122,9 +127,7 @@ impl Output {
         };
         let gap = |count| match self.format {
             Format::Table => format!("[{count} lines dropped: the reader is too slow]\n"),
-            Format::Json | Format::Jsonl => {
-                format!("{}\n", json!({"event": "lines-dropped", "count": count}))
-            }
+            Format::Json | Format::Jsonl => format!("{}\n", missed(count)),
         };
         let queued = stdout.push(line.into_bytes(), |count| gap(count).into_bytes());
         queued.map_err(|error| cannot_write(&error))

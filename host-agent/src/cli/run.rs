@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use serde_json::json;
 use tokio::time::Instant;
 
 use super::args::{RunArgs, Until};
@@ -14,7 +13,7 @@ use super::output::Output;
 use super::running::{Ended, Running, STEADY, interrupted};
 use super::watch::{News, Trouble};
 use super::{deploy, runtime};
-use crate::supervisor::event::TimelineEvent;
+use crate::supervisor::event::{TimelineEvent, missed};
 
 /// Lines of each log shown with an error.
 const TAIL: usize = 15;
@@ -52,7 +51,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
 }
 
 fn tell(output: &Output, event: &TimelineEvent, line: String) -> Result<(), CliError> {
-    output.line(&line, || serde_json::to_value(event).unwrap_or(json!(null)))
+    output.line(&line, || event.json(), |count| missed(event.at, count))
 }
 
 type Failure = (CliError, Option<String>);

@@ -2,13 +2,17 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::{Value, json};
 use vmbus::message::{ExitCause, RoleState};
 
 use crate::vmm::control::ExitReason;
+
+/// Name of the form of an event as JSON.
+const SCHEMA: &str = "host-agent.event/1";
 
 /// One change of state.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,6 +25,26 @@ pub struct TimelineEvent {
     /// What changed.
     #[serde(flatten)]
     pub kind: EventKind,
+}
+
+impl TimelineEvent {
+    /// Schema `host-agent.event/1`: grows only by new fields and new events.
+    pub fn json(&self) -> Value {
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        value["schema"] = json!(SCHEMA);
+        value
+    }
+}
+
+/// A line for those events that a reader who was too slow has missed.
+pub fn missed(at: Duration, count: u64) -> Value {
+    json!({
+        "schema": SCHEMA,
+        "at_ms": millis(at),
+        "instance": null,
+        "event": "lines-dropped",
+        "count": count,
+    })
 }
 
 /// What changed.
@@ -100,6 +124,7 @@ pub enum EventKind {
         /// Serial number of the disk.
         disk: String,
         /// The file.
+        #[serde(serialize_with = "as_text")]
         file: PathBuf,
         /// The system's words.
         error: String,
@@ -112,8 +137,10 @@ pub enum EventKind {
         /// Serial number of the disk.
         disk: String,
         /// The file.
+        #[serde(serialize_with = "as_text")]
         file: PathBuf,
         /// Where the file system is mounted that is full.
+        #[serde(serialize_with = "as_text")]
         mount: PathBuf,
         /// Least bytes that are needed.
         needed_bytes: u64,
@@ -398,5 +425,46 @@ fn bytes(value: u64) -> String {
 }
 
 fn as_ms<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_u64(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    serializer.serialize_u64(millis(*duration))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A path need not be UTF-8, JSON must.
+fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+
+    #[test]
+    fn every_line_says_its_schema_its_time_and_its_instance() {
+        let event = TimelineEvent {
+            at: Duration::from_millis(12),
+            instance: Some("A_IN_0".into()),
+            kind: EventKind::NoSpace {
+                disk: "os".into(),
+                file: OsStr::from_bytes(b"/\xff/diff").into(),
+                mount: "/".into(),
+                needed_bytes: 1,
+                free_bytes: None,
+                quota: false,
+            },
+        };
+        let line = event.json();
+        assert_eq!(line["event"], "no-space");
+        assert_eq!(line["instance"], "A_IN_0");
+        assert_eq!(line["file"], "/\u{fffd}/diff");
+        for line in [line, missed(event.at, 7)] {
+            assert_eq!(line["schema"], "host-agent.event/1");
+            assert_eq!(line["at_ms"], 12);
+            assert!(line.as_object().unwrap().contains_key("instance"));
+        }
+    }
 }
