@@ -54,7 +54,13 @@ pub fn run(args: &TestArgs, output: &Output) -> Result<Exit, CliError> {
     if let Err(error) = result {
         output.error(&error);
     }
-    output.answer(&report.verdict(), || report.json())?;
+    if let Err(error) = output.answer(&report.verdict(), || report.json()) {
+        // A reader that went away does not want to hear about it.
+        if error.exit() != Exit::Signal(13) {
+            output.error(&error);
+        }
+        unwritten.get_or_insert(error.exit());
+    }
     Ok(match (exit, unwritten) {
         (Exit::Success, Some(unwritten)) => unwritten,
         _ => exit,

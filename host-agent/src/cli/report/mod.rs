@@ -124,6 +124,7 @@ pub struct InstanceReport {
     /// The steps it took.
     pub stages: Vec<Step>,
     /// Its logs, where they can be read after the command.
+    #[serde(serialize_with = "as_texts")]
     pub logs: Vec<PathBuf>,
     /// The last lines of its serial console, when it failed.
     pub serial_tail: Vec<String>,
@@ -157,6 +158,11 @@ impl Step {
             code: None,
         }
     }
+}
+
+/// A path need not be UTF-8, JSON must.
+fn as_texts<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 impl TestReport {
@@ -257,6 +263,15 @@ pub mod tests {
             r#"{"ms":1290,"name":"boot","result":"ok"}"#
         );
         assert_eq!(value["probes"][1]["code"], "HA-0402");
+    }
+
+    #[test]
+    fn a_log_whose_name_is_no_text_is_reported_all_the_same() {
+        let mut report = failed();
+        let name = std::os::unix::ffi::OsStrExt::from_bytes(b"out/\xff/role.log");
+        report.instances[0].logs = vec![PathBuf::from(std::ffi::OsStr::to_owned(name))];
+        let logs = &report.json()["instances"][0]["logs"];
+        assert_eq!(logs[0], "out/\u{fffd}/role.log");
     }
 
     #[test]
