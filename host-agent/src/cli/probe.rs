@@ -18,8 +18,11 @@ use crate::service::model::{InputEndpoint, Role, ServiceModel, full_name};
 const TCP_OPEN: Duration = Duration::from_millis(500);
 /// The longest silence waited for.
 const TCP_OPEN_MOST: Duration = Duration::from_secs(2);
-/// Most time of one HTTP attempt, times the timeout scale.
+/// Most time of one HTTP attempt, times the timeout scale, and no more than is
+/// left.
 const HTTP_LIMIT: Duration = Duration::from_secs(5);
+/// Time of an HTTP attempt when hardly any is left: an answer takes some.
+const HTTP_LEAST: Duration = Duration::from_secs(1);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
 /// Longest status line taken.
@@ -159,7 +162,8 @@ impl Probe {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            let result = self.attempt(address, scale).await;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let result = self.attempt(address, left, scale).await;
             if result.is_ok() || Instant::now() + PAUSE >= deadline {
                 return Outcome {
                     result,
@@ -171,14 +175,19 @@ impl Probe {
         }
     }
 
-    async fn attempt(&self, address: SocketAddr, scale: u32) -> Result<String, String> {
+    async fn attempt(
+        &self,
+        address: SocketAddr,
+        left: Duration,
+        scale: u32,
+    ) -> Result<String, String> {
         match &self.kind {
             Kind::Tcp => tcp(address, (TCP_OPEN * scale).min(TCP_OPEN_MOST)).await,
             Kind::Http { path, code } => {
-                let limit = HTTP_LIMIT * scale;
+                let limit = (HTTP_LIMIT * scale).min(left.max(HTTP_LEAST));
                 let status = timeout(limit, http(address, &self.endpoint, path))
                     .await
-                    .map_err(|_| format!("no answer in {} s", limit.as_secs()))??;
+                    .map_err(|_| format!("no answer in {:.1} s", limit.as_secs_f64()))??;
                 if status == *code {
                     Ok(format!("GET {path} {status}"))
                 } else {
@@ -219,6 +228,9 @@ async fn http(address: SocketAddr, host: &str, path: &str) -> Result<u16, String
             break;
         }
         head.extend_from_slice(&piece[..count]);
+    }
+    if head.is_empty() {
+        return Err("the connection was closed without an answer".into());
     }
     status(&head).ok_or_else(|| "the answer is not HTTP".to_owned())
 }
@@ -380,6 +392,28 @@ mod tests {
         assert_eq!(outcome.result.as_deref(), Ok("connected, the server spoke"));
         assert_eq!(outcome.attempts, 3);
         drop(server.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_attempt_takes_no_longer_than_is_left_and_says_what_it_saw() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let probe: Probe = "http://www/".parse().unwrap();
+        // Nobody accepts: the connection is open, and nothing comes.
+        let left = Duration::from_millis(1200);
+        let outcome = probe.run(address, Instant::now() + left, 1000).await;
+        assert_eq!(outcome.result, Err("no answer in 1.2 s".to_owned()));
+        assert_eq!(outcome.attempts, 1);
+        tokio::spawn(async move {
+            // The first is the one above.
+            for _ in 0..2 {
+                let (mut client, _) = listener.accept().await.unwrap();
+                client.read(&mut [0; 512]).await.unwrap();
+            }
+        });
+        let outcome = probe.run(address, Instant::now(), 1).await;
+        let wanted = "the connection was closed without an answer";
+        assert_eq!(outcome.result, Err(wanted.to_owned()));
     }
 
     #[tokio::test]
