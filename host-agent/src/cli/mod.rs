@@ -24,6 +24,7 @@ mod sink;
 mod stream;
 mod terminal;
 mod test;
+mod ticker;
 mod watch;
 
 use std::process::ExitCode;

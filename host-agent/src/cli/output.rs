@@ -13,6 +13,7 @@ use super::environment;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::stream::Stream;
+use super::terminal::window_size;
 
 /// `SIGPIPE`: the end of a program whose reader went away.
 const SIGPIPE: u8 = 13;
@@ -173,6 +174,9 @@ impl Output {
 
     /// Shows `text` until the next line of any kind.
     pub fn live(&self, text: &str) {
+        // A line that wraps cannot be taken back.
+        let width = usize::from(window_size().1).saturating_sub(1);
+        let text: String = text.chars().take(width).collect();
         self.to_stderr(&format!("\r{text}\u{1b}[K"));
         *self.live_line() = true;
     }

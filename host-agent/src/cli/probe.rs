@@ -157,19 +157,29 @@ impl Probe {
 
     /// Tries until it succeeds or `deadline` is reached: Ready says that the
     /// role's process runs, not that it listens already.
-    pub async fn run(&self, address: SocketAddr, deadline: Instant, scale: u32) -> Outcome {
+    /// Tells `failed` of each failure that is not the last.
+    pub async fn run(
+        &self,
+        address: SocketAddr,
+        deadline: Instant,
+        scale: u32,
+        mut failed: impl FnMut(&str),
+    ) -> Outcome {
         let started = Instant::now();
         let mut attempts = 0;
         loop {
             attempts += 1;
             let left = deadline.saturating_duration_since(Instant::now());
             let result = self.attempt(address, left, scale).await;
-            if result.is_ok() || Instant::now() + PAUSE >= deadline {
-                return Outcome {
-                    result,
-                    attempts,
-                    took: started.elapsed(),
-                };
+            match &result {
+                Err(why) if Instant::now() + PAUSE < deadline => failed(why),
+                _ => {
+                    return Outcome {
+                        result,
+                        attempts,
+                        took: started.elapsed(),
+                    };
+                }
             }
             sleep(PAUSE).await;
         }
@@ -388,9 +398,12 @@ mod tests {
         });
         let probe: Probe = "tcp://x".parse().unwrap();
         let deadline = Instant::now() + Duration::from_mins(1);
-        let outcome = probe.run(address, deadline, 1).await;
+        let mut failures = Vec::new();
+        let outcome = probe
+            .run(address, deadline, 1, |why| failures.push(why.to_owned()))
+            .await;
         assert_eq!(outcome.result.as_deref(), Ok("connected, the server spoke"));
-        assert_eq!(outcome.attempts, 3);
+        assert_eq!((outcome.attempts, failures.len()), (3, 2));
         drop(server.await.unwrap());
     }
 
@@ -401,7 +414,9 @@ mod tests {
         let probe: Probe = "http://www/".parse().unwrap();
         // Nobody accepts: the connection is open, and nothing comes.
         let left = Duration::from_millis(1200);
-        let outcome = probe.run(address, Instant::now() + left, 1000).await;
+        let outcome = probe
+            .run(address, Instant::now() + left, 1000, |_| {})
+            .await;
         assert_eq!(outcome.result, Err("no answer in 1.2 s".to_owned()));
         assert_eq!(outcome.attempts, 1);
         tokio::spawn(async move {
@@ -411,7 +426,7 @@ mod tests {
                 client.read(&mut [0; 512]).await.unwrap();
             }
         });
-        let outcome = probe.run(address, Instant::now(), 1).await;
+        let outcome = probe.run(address, Instant::now(), 1, |_| {}).await;
         let wanted = "the connection was closed without an answer";
         assert_eq!(outcome.result, Err(wanted.to_owned()));
     }
@@ -431,7 +446,7 @@ mod tests {
                 .unwrap();
         });
         let probe: Probe = "http://www/h".parse().unwrap();
-        let outcome = probe.run(address, Instant::now(), 1).await;
+        let outcome = probe.run(address, Instant::now(), 1, |_| {}).await;
         assert_eq!(
             outcome.result,
             Err("GET /h returned 503, not 200".to_owned())

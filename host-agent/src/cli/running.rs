@@ -11,6 +11,7 @@ use super::exit::Exit;
 use super::interrupt::Interrupts;
 use super::meter::Meter;
 use super::output::Output;
+use super::ticker::Ticker;
 use super::watch::{News, Watch, instance_names};
 use crate::api::server::{self, About, Server};
 use crate::service::model::ServiceModel;
@@ -40,6 +41,9 @@ pub struct Running {
     ready_at: Option<Instant>,
     width: usize,
     stops: u32,
+    /// Tells of the wait, until the service is Ready or cannot be, and again
+    /// while it is stopped.
+    ticker: Option<Ticker>,
 }
 
 /// What a wait ended with.
@@ -119,6 +123,7 @@ impl Running {
                         ready_at: None,
                         width,
                         stops: 0,
+                        ticker: Some(Ticker::start(output)),
                     });
                 }
             }
@@ -145,14 +150,25 @@ impl Running {
         loop {
             let event = tokio::select! {
                 event = self.events.next() => event,
+                () = due(self.ticker.as_ref()) => {
+                    self.tell_of_wait();
+                    continue;
+                }
                 number = self.interrupts.next() => return Ok(Ended::Signal(number)),
                 () = until(deadline) => return Ok(Ended::Deadline),
             };
             let Some(event) = event else {
+                self.ticker = None;
                 self.ended = true;
                 return Ok(Ended::Finished);
             };
+            if let Some(ticker) = &mut self.ticker {
+                ticker.said();
+            }
             let news = self.watch.take(&event);
+            if news != News::Nothing {
+                self.ticker = None;
+            }
             if news == News::Ready {
                 self.ready_at = Some(Instant::now());
             }
@@ -163,6 +179,13 @@ impl Running {
             if news != News::Nothing {
                 return Ok(Ended::News(news));
             }
+        }
+    }
+
+    fn tell_of_wait(&mut self) {
+        let waiting = self.watch.waiting().join(", ");
+        if let Some(ticker) = &mut self.ticker {
+            ticker.say(&format!("waiting: {waiting}"));
         }
     }
 
@@ -203,6 +226,7 @@ impl Running {
     ) -> Result<Duration, CliError> {
         let started = Instant::now();
         self.ask_to_stop().await;
+        self.ticker = Some(Ticker::start(output));
         let mut result = Ok(());
         loop {
             // A reader that went away keeps no guest running.
@@ -279,6 +303,13 @@ fn serve(deployment: &Deployment, model: &ServiceModel, output: &Output) -> Opti
             ));
             None
         }
+    }
+}
+
+async fn due(ticker: Option<&Ticker>) {
+    match ticker {
+        Some(ticker) => ticker.due().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,6 +1,8 @@
 //! `host-agent test`: deploys a service, probes it, stops it, and reports.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
@@ -10,12 +12,14 @@ use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
+use super::printable::printable;
 use super::probe::{Probe, Unresolved};
 use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, Step, TestReport, rfc3339, stages,
 };
 use super::run::{not_ready, tails};
 use super::running::{Ended, Running, STEADY, interrupted};
+use super::ticker::Ticker;
 use super::watch::{News, Trouble};
 use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
@@ -214,7 +218,7 @@ async fn drive(
             report.probes.push(Step::new(name, Outcome::Skip, 0));
             continue;
         }
-        let step = run_probe(running, target, host.timeout_scale(), deadline, tell).await;
+        let step = run_probe(running, target, host.timeout_scale(), deadline, output).await;
         let step = match step {
             Ok(step) => step,
             Err(failure) => {
@@ -293,30 +297,45 @@ async fn run_probe(
     (probe, endpoint): &Target<'_>,
     scale: u32,
     deadline: Instant,
-    mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+    output: &Output,
 ) -> Result<Step, Failure> {
+    let tell = |_: &TimelineEvent, line: String| {
+        output.progress(&line);
+        Ok(())
+    };
     let published = running.deployment().published();
     let address = *published
         .get(endpoint)
         .expect("probes were resolved by the definition");
     let broken = async {
         loop {
-            match running.wait(None, &mut tell).await {
+            match running.wait(None, tell).await {
                 Ok(Ended::News(News::Ready)) => {}
                 ended => return ended,
             }
         }
     };
-    let outcome = tokio::select! {
-        outcome = probe.run(address, deadline, scale) => outcome,
-        ended = broken => {
-            return Err(match ended? {
-                Ended::News(News::Trouble(trouble)) => failed(trouble),
-                Ended::Signal(number) => interrupted(number).into(),
-                _ => CliError::new(Code::Role, "the service ended while it was probed").into(),
-            });
+    let mut ticker = Ticker::start(output);
+    let last = RefCell::new(format!("probe {probe}"));
+    let note = |why: &str| {
+        last.replace(format!("probe {probe}: {}", printable(why)));
+    };
+    let probing = probe.run(address, deadline, scale, note);
+    let (mut broken, mut probing) = (pin!(broken), pin!(probing));
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut probing => break outcome,
+            ended = &mut broken => {
+                return Err(match ended? {
+                    Ended::News(News::Trouble(trouble)) => failed(trouble),
+                    Ended::Signal(number) => interrupted(number).into(),
+                    _ => CliError::new(Code::Role, "the service ended while it was probed").into(),
+                });
+            }
+            () = ticker.due() => ticker.say(&last.borrow()),
         }
     };
+    drop(ticker);
     let (result, detail, code) = match outcome.result {
         Ok(seen) => (Outcome::Ok, seen, None),
         Err(why) => (

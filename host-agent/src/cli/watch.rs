@@ -117,8 +117,14 @@ impl Watch {
         self.ready
     }
 
-    /// Instances that are not Ready, with their state.
+    /// Instances that are not Ready, with their state; during the stop those
+    /// that are not down.
     pub fn waiting(&self) -> Vec<String> {
+        if self.stopping {
+            let up = self.instances.iter();
+            let up = up.filter(|(_, instance)| instance.clean.is_none());
+            return up.map(|(name, _)| format!("{name} is stopping")).collect();
+        }
         let waiting = self
             .instances
             .iter()
@@ -460,7 +466,9 @@ mod tests {
         };
         assert_eq!(watch.take(&event("A_IN_0", ended)), News::Nothing);
         watch.take(&event("A_IN_0", EventKind::Stopped { clean: true }));
+        assert_eq!(watch.waiting(), ["A_IN_1 is stopping"]);
         watch.take(&event("A_IN_1", EventKind::Stopped { clean: false }));
         assert_eq!(watch.unclean(), ["A_IN_1"]);
+        assert!(watch.waiting().is_empty());
     }
 }
