@@ -100,7 +100,7 @@ async fn follow(
                     None => Ok(Exit::Success),
                 };
             }
-            Ended::Deadline => break Err((not_ready(running), Some(running.names[0].clone()))),
+            Ended::Deadline => break Err((not_ready(running), running.idle().cloned())),
             Ended::Signal(number) => {
                 output.progress("stopping; once more kills");
                 running.stop(output, tell).await.map_err(plain)?;

@@ -242,7 +242,7 @@ async fn drive(
             }
             result = Err(Failure {
                 error,
-                instance: running.names.first().cloned(),
+                instance: running.behind(&probe.endpoint).cloned(),
             });
         }
         report.probes.push(step);
@@ -278,11 +278,7 @@ fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
         Ended::News(News::Trouble(trouble)) => Err(failed(trouble)),
         Ended::Deadline => Err(Failure {
             error: not_ready(running),
-            instance: running
-                .names
-                .iter()
-                .find(|name| !running.watch.serves(name))
-                .cloned(),
+            instance: running.idle().cloned(),
         }),
         Ended::Signal(number) => Err(interrupted(number).into()),
         Ended::Finished | Ended::News(News::Nothing) => {
