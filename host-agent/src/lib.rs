@@ -17,6 +17,7 @@ pub mod doctor;
 pub mod endpoints;
 pub mod progress;
 pub mod service;
+pub mod shell;
 pub mod store;
 pub mod supervisor;
 pub mod vmm;

@@ -14,6 +14,7 @@ use super::printable::printable;
 use crate::doctor::{self, HostReport};
 use crate::endpoints::ListenError;
 use crate::service::model::ServiceModel;
+use crate::shell::quoted;
 use crate::store::image::ImageError;
 use crate::store::paths;
 use crate::supervisor::deployment::{DeployError, Options};
@@ -79,21 +80,27 @@ pub fn refused(error: &DeployError) -> CliError {
 
 fn image(error: &ImageError) -> CliError {
     match error {
-        ImageError::Missing { name, .. } => {
-            CliError::chain(Code::ImageMissing, error).hint(format!("images/build {name}"))
-        }
-        ImageError::Read { source, .. } => {
+        ImageError::Missing { name, .. } => CliError::chain(Code::ImageMissing, error)
+            .hint(format!("images/build {}", quoted(name))),
+        ImageError::Read { path, source } => {
             let this = CliError::chain(Code::ImageDamaged, error);
             match source.kind() {
                 io::ErrorKind::PermissionDenied => this.exit_with(Exit::Permission),
-                _ => this.hint("build the image again: images/build NAME"),
+                _ => this.hint(build_again(path)),
             }
         }
-        ImageError::Manifest { .. } | ImageError::Incomplete { .. } | ImageError::Digest { .. } => {
-            CliError::chain(Code::ImageDamaged, error)
-                .hint("build the image again: images/build NAME")
+        ImageError::Manifest { path, .. }
+        | ImageError::Incomplete { path, .. }
+        | ImageError::Digest { path, .. } => {
+            CliError::chain(Code::ImageDamaged, error).hint(build_again(path))
         }
     }
+}
+
+/// How to build the image again that has the file at `path`.
+fn build_again(path: &Path) -> String {
+    let name = path.parent().and_then(Path::file_name).unwrap_or_default();
+    format!("images/build {}", quoted(name))
 }
 
 fn listen(error: &ListenError) -> CliError {
@@ -211,6 +218,11 @@ mod tests {
         assert_eq!(error.json()["line"], 4);
         assert_eq!(error.exit(), Exit::NotFound);
         assert_eq!(error.hint_text(), Some("images/build web"));
+        let error = DeployError::Image(ImageError::Incomplete {
+            path: "/data/images/web/manifest.json".into(),
+            what: "no kernel".into(),
+        });
+        assert_eq!(refused(&error).hint_text(), Some("images/build web"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::ErrorKind;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -9,8 +10,9 @@ use super::exit::Exit;
 use super::printable::{printable, printable_code, printable_lines};
 use crate::api::client::ClientError;
 use crate::api::types::Failure;
-use crate::doctor::{HostReport, Verdict};
+use crate::doctor::{self, HostReport, Verdict};
 use crate::service::{Blame, Place, Position, ServiceError};
+use crate::shell::quoted;
 
 /// A class of error: its number is stable, scripts and people look it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,8 +221,8 @@ impl CliError {
         self
     }
 
-    /// Why guests cannot run on the host of `report`.
-    pub fn host(report: &HostReport) -> Self {
+    /// Why `service` cannot run on the host of `report`.
+    pub fn host(report: &HostReport, service: &Path) -> Self {
         let (code, what) = match report.verdict {
             Verdict::NoDevice => (Code::NoKvm, "this host cannot run guests: no /dev/kvm"),
             Verdict::NoPermission => (Code::KvmDenied, "no permission to open /dev/kvm"),
@@ -234,7 +236,8 @@ impl CliError {
         let mut error = Self::new(code, what);
         if let Some(check) = report.failure() {
             error.0.causes.push(check.text.clone());
-            error.0.hint.clone_from(&check.hint);
+            let hint = check.hint.as_deref();
+            error.0.hint = hint.map(|hint| hint.replace(doctor::SERVICE, &quoted(service)));
         }
         error.logs("host-agent doctor")
     }
@@ -434,7 +437,6 @@ impl From<ClientError> for CliError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn numbers_of_errors_are_unique_and_exits_are_set() {

@@ -25,7 +25,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     let model = deploy::load(&args.service, output)?;
     let host = deploy::host();
     if !host.is_usable() {
-        return Err(CliError::host(&host));
+        return Err(CliError::host(&host, &args.service.service));
     }
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, args.keep, args.heartbeat_limit)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::args::{OnNoKvm, TestArgs};
+use super::args::{OnNoKvm, ServiceArgs, TestArgs};
 use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::exit::Exit;
@@ -24,6 +24,7 @@ use super::watch::{News, Trouble};
 use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
 use crate::service::model::ServiceModel;
+use crate::shell::quoted;
 use crate::supervisor::event::TimelineEvent;
 
 /// Lines of the serial console in a report.
@@ -118,7 +119,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         timeout_scale: host.timeout_scale(),
     };
     if !host.is_usable() {
-        let error = CliError::host(&host);
+        let error = CliError::host(&host, &args.service.service);
         // Memory and disk can be freed: that is no machine without KVM.
         let no_kvm = !matches!(host.verdict, Verdict::NoMemory | Verdict::NoDisk);
         return Err(match on_no_kvm {
@@ -416,13 +417,21 @@ fn preserve(
                 error = error.cause(format!("not all logs could be copied: {trouble}"));
             }
             if error.hint_text().is_none() {
-                let service = args.service.service.display();
-                error = error.hint(format!("host-agent run {service} --keep"));
+                error = error.hint(again(&args.service));
             }
             failure.error = error;
             Err(failure)
         }
     }
+}
+
+/// The command that leaves disks and logs to look at.
+fn again(service: &ServiceArgs) -> String {
+    let mut command = format!("host-agent run {}", quoted(&service.service));
+    if let Some(config) = &service.config {
+        command.push_str(&format!(" --config {}", quoted(config)));
+    }
+    command + " --keep"
 }
 
 fn millis(time: Duration) -> u64 {
@@ -459,6 +468,13 @@ mod tests {
         assert_eq!(report["error"]["code"], "HA-0102");
         let xml = std::fs::read_to_string(path("a.xml")).unwrap();
         assert!(xml.contains("<failure message=\"HA-0102"), "{xml}");
+    }
+
+    #[test]
+    fn the_hint_after_a_failure_is_a_command_with_the_same_service() {
+        let args = args(&["my service", "--config", "a's.cscfg"]);
+        let wanted = r"host-agent run 'my service' --config 'a'\''s.cscfg' --keep";
+        assert_eq!(again(&args.service), wanted);
     }
 
     #[test]

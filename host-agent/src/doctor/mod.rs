@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-pub use verdict::{Check, Level, TimeoutScale, Verdict, iec};
+pub use verdict::{Check, Level, SERVICE, TimeoutScale, Verdict, iec};
 use verdict::{Facts, KvmFact};
 
 use kvm_probe::Probe;

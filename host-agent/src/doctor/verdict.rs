@@ -7,6 +7,8 @@ use serde::Serialize;
 use super::kvm_probe::{Measured, Probe};
 use crate::cgroup::{NotEnforced, Place};
 
+/// Stands in a command for the service, which is not known here.
+pub const SERVICE: &str = "SERVICE";
 /// Below this much free memory not even the smallest guest starts.
 const LEAST_MEMORY: u64 = 192 << 20;
 /// Below this, a guest of the usual sizes does not fit.
@@ -325,7 +327,7 @@ fn unusable_hint(facts: &Facts) -> String {
     };
     format!(
         "use a {machine} with hardware virtualization; where tests may be skipped: \
-         host-agent test --on-no-kvm skip"
+         host-agent test {SERVICE} --on-no-kvm skip"
     )
 }
 

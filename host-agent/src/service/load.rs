@@ -19,6 +19,7 @@ use super::model::{Payload, Role, ServiceModel};
 use super::package::Package;
 use super::payload::Files;
 use crate::progress::Progress;
+use crate::shell::quoted;
 
 /// The configuration taken when a directory holds several.
 const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
@@ -39,6 +40,11 @@ pub fn load(
         .map_err(|source| ServiceError::io(service, "cannot open the service", source))?;
     if metadata.is_dir() {
         return load_directory(service, config);
+    }
+    if service.extension().is_some_and(|name| name == "csdef") {
+        let directory = quoted(directory_of(service));
+        return Err(ServiceError::new(service, "is the definition of a service")
+            .with_hint(format!("name its directory: {directory}")));
     }
     let package = Package::open(service)?;
     let config = match config {
@@ -77,7 +83,7 @@ pub(super) fn verified(
         find_entry_point(definition, role, &files, |_| {
             format!(
                 "chmod +x {} in the role's directory and pack again",
-                role.command[0]
+                quoted(&role.command[0])
             )
         })?;
     }
@@ -226,7 +232,7 @@ pub(super) fn check_directory(
     }
     let files = Files::open(&Payload::Directory(directory.to_owned()))?;
     find_entry_point(definition, role, &files, |place| {
-        format!("chmod +x {place}")
+        format!("chmod +x {}", quoted(place))
     })?;
     Ok(files)
 }

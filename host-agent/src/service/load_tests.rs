@@ -494,6 +494,30 @@ fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
     }
 }
 
+#[test]
+fn hints_about_a_directory_with_a_blank_are_commands() {
+    let root = service_directory();
+    let directory = root.path().join("my service");
+    fs::create_dir(&directory).unwrap();
+    for entry in fs::read_dir(root.path()).unwrap().flatten() {
+        if entry.path() != directory {
+            fs::rename(entry.path(), directory.join(entry.file_name())).unwrap();
+        }
+    }
+    let program = directory.join("Mail/run");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o644)).unwrap();
+    let hint = |service: &Path| {
+        let error = load(service, None, &Progress::default()).unwrap_err();
+        error.hint().unwrap_or_default().to_owned()
+    };
+    assert_eq!(
+        hint(&directory),
+        format!("chmod +x '{}'", program.display())
+    );
+    let wanted = format!("name its directory: '{}'", directory.display());
+    assert_eq!(hint(&directory.join("ServiceDefinition.csdef")), wanted);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 

@@ -1,0 +1,63 @@
+//! Arguments of commands that a person may copy into a shell.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+
+/// `argument` as a shell reads it back: in quotes if it needs any.
+pub fn quoted(argument: impl AsRef<OsStr>) -> String {
+    let bytes = argument.as_ref().as_bytes();
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"_@%+=:,./-".contains(byte);
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.is_empty() && bytes.iter().all(plain) => text.to_owned(),
+        Ok(text) if !text.contains(char::is_control) => {
+            format!("'{}'", text.replace('\'', r"'\''"))
+        }
+        _ => {
+            let mut text = String::from("$'");
+            for byte in bytes {
+                match byte {
+                    b'\'' | b'\\' => {
+                        text.push('\\');
+                        text.push(char::from(*byte));
+                    }
+                    b' '..=b'~' => text.push(char::from(*byte)),
+                    // Three digits always: what follows may be one.
+                    byte => {
+                        let _ = write!(text, "\\{byte:03o}");
+                    }
+                }
+            }
+            text.push('\'');
+            text
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_quoted_argument_is_what_a_shell_reads() {
+        let cases: [&[u8]; 8] = [
+            b"./redis",
+            b"",
+            b"my dir/s\xc3\xa9rvice",
+            b"it's $HOME `x` \"y\" \\",
+            b"~root",
+            b"line\nend\x1b[2J'\\1",
+            b"\xff\xfe0",
+            b"a;b&c|d<e>f(g)*?#!",
+        ];
+        for case in cases {
+            let argument = OsStr::from_bytes(case);
+            let command = format!("printf %s {}", quoted(argument));
+            let output = Command::new("bash").args(["-c", &command]).output();
+            assert_eq!(output.unwrap().stdout, case, "{command}");
+        }
+        assert_eq!(quoted("./redis"), "./redis");
+        assert_eq!(quoted("a b"), "'a b'");
+    }
+}
