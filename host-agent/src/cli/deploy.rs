@@ -36,8 +36,12 @@ pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliErro
 }
 
 /// Looks at the host.
-pub fn host() -> HostReport {
-    doctor::check(&paths::data_dir())
+pub fn host() -> Result<HostReport, CliError> {
+    let report = doctor::check(&paths::data_dir());
+    match &report.scale_refused {
+        Some(why) => Err(CliError::new(Code::Usage, why).hint("unset HOST_AGENT_TIMEOUT_SCALE")),
+        None => Ok(report),
+    }
 }
 
 /// The options of a deployment on `host`.

@@ -449,6 +449,30 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_lists_every_error_with_its_exit_code_in_order() {
+        let manual = include_str!("../../../docs/errors.md");
+        let listed: Vec<(&str, &str)> = manual
+            .lines()
+            .filter_map(|line| {
+                let mut cells = line.strip_prefix("| ")?.split(" | ");
+                let name = cells.next().filter(|name| name.starts_with("HA-"))?;
+                Some((name, cells.next()?))
+            })
+            .collect();
+        let mut codes: Vec<_> = Code::ALL.iter().map(|code| code.row()).collect();
+        codes.sort_by_key(|(number, _)| *number);
+        let codes: Vec<_> = codes
+            .into_iter()
+            .map(|(number, exit)| (format!("HA-{number:04}"), exit.code().to_string()))
+            .collect();
+        let codes: Vec<_> = codes
+            .iter()
+            .map(|(a, b)| (a.as_str(), b.as_str()))
+            .collect();
+        assert_eq!(listed, codes);
+    }
+
+    #[test]
     fn an_error_in_a_file_shows_the_place_the_line_and_the_remedy() {
         let text = "<a>\n\t<b c='1'/>\n</a>";
         let offset = text.find("c=").unwrap();

@@ -23,7 +23,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     let model = deploy::load(&args.service, output)?;
-    let host = deploy::host();
+    let host = deploy::host()?;
     if !host.is_usable() {
         return Err(CliError::host(&host, &args.service.service));
     }

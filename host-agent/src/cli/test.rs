@@ -112,7 +112,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         Some(given) => given,
         None => environment::choice("HOST_AGENT_ON_NO_KVM")?.unwrap_or(OnNoKvm::Fail),
     };
-    let host = deploy::host();
+    let host = deploy::host()?;
     report.host = HostFacts {
         kvm: host.kind.map(str::to_owned),
         exit_us: host.exit_us,

@@ -30,7 +30,9 @@ pub fn gather(data_dir: PathBuf) -> Facts {
         disk: free_space(&data_dir),
         data_dir,
         cgroup: cgroup::find(),
-        scale_variable: std::env::var("HOST_AGENT_TIMEOUT_SCALE").ok(),
+        scale_variable: std::env::var_os("HOST_AGENT_TIMEOUT_SCALE")
+            .filter(|value| !value.is_empty())
+            .map(|value| value.to_string_lossy().into_owned()),
     }
 }
 

@@ -30,6 +30,9 @@ pub struct HostReport {
     pub kind: Option<&'static str>,
     /// Factor of every timeout.
     pub timeout_scale: TimeoutScale,
+    /// Why the factor that the user set is none; then it is not relied on.
+    #[serde(skip)]
+    pub scale_refused: Option<String>,
     /// Free memory in bytes.
     pub memory_bytes: u64,
     /// Free disk space in bytes where the data directory is.
@@ -57,6 +60,7 @@ impl HostReport {
             guest_mips: measured.map(|m| tenth(m.loop_mips)),
             kind: measured.as_ref().map(verdict::kind_of_host),
             timeout_scale: verdict::timeout_scale(facts),
+            scale_refused: verdict::scale_refused(facts),
             memory_bytes: facts.memory,
             disk_bytes: facts.disk,
             checks: verdict::checks(facts),

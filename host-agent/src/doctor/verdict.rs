@@ -130,19 +130,23 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     checks.push(memory_check(facts.memory));
     checks.push(disk_check(facts));
     checks.push(cgroup_check(&facts.cgroup));
-    if let Some(value) = &facts.scale_variable
-        && parse_scale(value).is_none()
-    {
+    if let Some(why) = scale_refused(facts) {
         checks.push(Check {
             level: Level::Warn,
             name: "timeouts",
-            text: format!(
-                "HOST_AGENT_TIMEOUT_SCALE={value} is ignored: not a number from 1 to 1000"
-            ),
+            text: why,
             hint: Some("export HOST_AGENT_TIMEOUT_SCALE=4".into()),
         });
     }
     checks
+}
+
+/// Why the factor that the user set is none.
+pub fn scale_refused(facts: &Facts) -> Option<String> {
+    let value = facts.scale_variable.as_deref()?;
+    parse_scale(value)
+        .is_none()
+        .then(|| format!("HOST_AGENT_TIMEOUT_SCALE={value} is not a whole number from 1 to 1000"))
 }
 
 /// The verdict: the first thing that keeps guests from running.
@@ -497,6 +501,9 @@ mod tests {
         host.scale_variable = Some("fast".into());
         assert_eq!(timeout_scale(&host).factor, 4);
         assert!(checks(&host).iter().any(|check| check.name == "timeouts"));
+        host.scale_variable = Some("1.5".into());
+        let why = "HOST_AGENT_TIMEOUT_SCALE=1.5 is not a whole number from 1 to 1000";
+        assert_eq!(scale_refused(&host).as_deref(), Some(why));
     }
 
     #[test]
