@@ -91,7 +91,7 @@ kernel_modules() {
   shift
   for module; do
     PATH=$PATH:/usr/sbin:/sbin modprobe -d "$dir" -C /dev/null -S "$(cat "$dir/version")" --show-depends "$module"
-  done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
+  done | sed -n 's/^insmod \(.*\.ko\).*/\1/p' | awk '!seen[$0]++'
 }
 
 # unpacked NAME PACKAGE...: prints the directory with these packages and all that

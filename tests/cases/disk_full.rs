@@ -20,7 +20,7 @@ fn small_data(place: &Place, size: &str) -> Result<Mounts> {
     let data = place.data();
     let images = e2e::images().canonicalize()?;
     Mounts::new(&format!(
-        "mount -t tmpfs -o size={size} small {data}\nln -s {images} {data}/images",
+        "mount -t tmpfs -o size={size} small '{data}'\nln -s '{images}' '{data}/images'",
         data = data.display(),
         images = images.display(),
     ))
