@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the scripts: where things lie, how a step is shown, which packages
-# are needed. Sets: project, target, cache.
+# are needed. Sets: project, target, cache, rust.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 target=$project/target
 cache=$target/cache
+rust=$target/rust
 export HOST_AGENT_DATA_DIR=${HOST_AGENT_DATA_DIR:-$target/data}
 mkdir -p "$cache" "$target/logs"
 
@@ -84,6 +85,18 @@ install_packages() {
   local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-remove --no-install-recommends)
   as_root "${install[@]}" "$@" || { as_root apt-get update && as_root "${install[@]}" "$@"; }
 }
+
+# use_rust: takes the Rust toolchain that scripts/setup installed below target/ if
+# it did, else the user's own before the distribution's.
+use_rust() {
+  if [ -x "$rust/cargo/bin/cargo" ]; then
+    unset RUSTUP_TOOLCHAIN
+    export CARGO_HOME=$rust/cargo RUSTUP_HOME=$rust/rustup PATH=$rust/cargo/bin:$PATH
+  elif [ -x "${HOME:-}/.cargo/bin/cargo" ]; then
+    export PATH=$HOME/.cargo/bin:$PATH
+  fi
+}
+use_rust
 
 # kvm_usable: can this machine itself run guests? Asked of the product.
 kvm_usable() { "${HOST_AGENT_BIN:?}" doctor >/dev/null 2>&1; }
