@@ -1,11 +1,14 @@
 # shellcheck shell=bash
 # Sourced by the scripts: where things lie, how a step is shown, which packages
-# are needed. Sets: project, target, cache, rust.
+# are needed. Sets: project, target, cache, rust, memory_tree.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 target=$project/target
 cache=$target/cache
 rust=$target/rust
+# Where a root file system is unpacked, in memory: what is there after a kill -9, the
+# next run or scripts/clean removes.
+memory_tree=/dev/shm/host-agent-$(id -u)-$(sha256sum <<<"$project" | head -c 12)
 export HOST_AGENT_DATA_DIR=${HOST_AGENT_DATA_DIR:-$target/data}
 mkdir -p "$cache" "$target/logs"
 
