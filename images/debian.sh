@@ -122,11 +122,18 @@ fetch_unpacked() {
   mv "$dir.partial" "$dir"
 }
 
-# lab_tools: prints the directory with QEMU and a static busybox for the lab. QEMU is
-# started by the script `qemu-system-x86_64` in it.
+# static_busybox: prints the path of one. That of the machine may need libraries.
+static_busybox() {
+  local dir
+  dir=$(unpacked busybox busybox-static)
+  printf '%s/bin/busybox\n' "$dir"
+}
+
+# lab_tools: prints the directory with QEMU for the lab, which is started by the script
+# `qemu-system-x86_64` in it.
 lab_tools() {
   local dir
-  dir=$(unpacked lab-tools qemu-system-x86 busybox-static)
+  dir=$(unpacked lab-tools qemu-system-x86)
   if [ ! -x "$dir/qemu-system-x86_64" ]; then
     # Through its own dynamic linker, which finds its own libraries.
     cat >"$dir/qemu.partial" <<'END'

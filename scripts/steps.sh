@@ -2,6 +2,9 @@
 # Sourced by the scripts: where things lie, how a step is shown, which packages
 # are needed. Sets: project, target, cache, rust, memory_tree.
 
+# A command substitution stops at its first error, as all else does.
+shopt -s inherit_errexit
+
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 target=$project/target
 cache=$target/cache
@@ -19,6 +22,14 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 now() { printf '%s' "${EPOCHREALTIME/,/.}"; }
 since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f s", b - a }'; }
 
+# lock NAME: waits until no other script of this project holds the lock. It is held
+# until unlock or the end of this script, and never by what a step leaves running.
+lock() {
+  exec 9>"$target/$1.lock"
+  flock -n 9 || { say "waiting for another script of this project to end ($1)"; flock 9; }
+}
+unlock() { exec 9>&-; }
+
 # step TITLE COMMAND...: runs COMMAND with its output in a log file, shows what
 # is running and how long it took; on failure shows the end of the log.
 # VERBOSE=1 shows the output as well. A COMMAND that is a function stops at its
@@ -31,13 +42,13 @@ step() {
   log=$target/logs/$(tr -cs 'a-zA-Z0-9\n' - <<<"${title,,}").log
   if [ -n "${VERBOSE:-}" ]; then
     say "-- $title"
-    set +e; ( set -e; "$@" ) </dev/null 2>&1 | tee "$log" >&2; rc=${PIPESTATUS[0]}; set -e
+    set +e; ( set -e; "$@" ) </dev/null 9>&- 2>&1 | tee "$log" >&2; rc=${PIPESTATUS[0]}; set -e
   else
     if [ -t 2 ]; then
-      ( while :; do printf '\r\033[K%s ... %s' "$title" "$(since "$start")" >&2; sleep 1; done ) &
+      ( while :; do printf '\r\033[K%s ... %s' "$title" "$(since "$start")" >&2; sleep 1; done ) 9>&- &
       ticker=$!
     fi
-    set +e; ( set -e; "$@" ) >"$log" 2>&1 </dev/null; rc=$?; set -e
+    set +e; ( set -e; "$@" ) >"$log" 2>&1 </dev/null 9>&-; rc=$?; set -e
     if [ -n "$ticker" ]; then
       kill "$ticker" 2>/dev/null || :
       wait "$ticker" 2>/dev/null || :
@@ -85,8 +96,10 @@ install_missing() {
 }
 # Never at the price of a package that is there.
 install_packages() {
-  local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-remove --no-install-recommends)
-  as_root "${install[@]}" "$@" || { as_root apt-get update && as_root "${install[@]}" "$@"; }
+  # Another installation may be under way, of updates for one.
+  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300)
+  local install=("${apt[@]}" install -y --no-remove --no-install-recommends)
+  as_root "${install[@]}" "$@" || { as_root "${apt[@]}" update && as_root "${install[@]}" "$@"; }
 }
 
 # use_rust: takes the Rust toolchain that scripts/setup installed below target/ if

@@ -62,10 +62,8 @@ impl Web {
         program(&web.join("serve"), SERVE)?;
         program(&web.join("www/cgi-bin/who"), WHO)?;
         fs::write(web.join("www/index.html"), "hello\n")?;
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"]
-            .into_iter()
-            .find(|path| Path::new(path).exists())
-            .context("busybox-static is a test dependency")?;
+        let busybox = std::env::var_os("HOST_AGENT_TEST_BUSYBOX")
+            .context("HOST_AGENT_TEST_BUSYBOX names no static busybox: run scripts/test")?;
         fs::copy(busybox, web.join("busybox"))?;
         let port = self.port;
         let mut definition = format!(
