@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::disks::check;
+use e2e::disks::{After, judge};
 use e2e::mounts::Mounts;
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
@@ -176,7 +176,8 @@ fn a_guest_whose_disk_is_full_stands_still_without_silence_and_goes_on_by_itself
     for never in ["verdict", "restarting", "disk-failed"] {
         ensure!(!seen.contains(&format!("\"event\":\"{never}\"")), "{seen}");
     }
-    check(&kept.join("Role_IN_0/diff.qcow2"))
+    let diff = kept.join("Role_IN_0/diff.qcow2");
+    judge(&diff, &place.file("reference"), After::CleanEnd)
 }
 
 #[test]
@@ -187,6 +188,12 @@ fn a_stop_does_not_wait_for_space() -> Result<()> {
     let (disk, command) = full(&service, &place, &[])?;
     let mut run = Run::of(&place, command)?;
     run.ready()?;
+    // A second name keeps the disk when the command removes its own.
+    let data = disk.seen(&place.data());
+    let deployment = fs::read_dir(data.join("deployments"))?;
+    let deployment = deployment.flatten().next().context("the deployment")?;
+    let diff = data.join("diff.qcow2");
+    fs::hard_link(deployment.path().join(INSTANCE).join("diff.qcow2"), &diff)?;
     fill(&disk, &place, 1 << 20)?;
     let write = "exec dd if=/dev/zero of=/mnt/resource/fill bs=1M count=20 conv=fsync";
     let writing = spawn_exec(&place, write)?;
@@ -209,5 +216,6 @@ fn a_stop_does_not_wait_for_space() -> Result<()> {
     fs::remove_file(disk.seen(&place.data()).join("ballast"))?;
     let left = left(&disk, &place);
     ensure!(left.is_empty(), "{left:?} was left");
+    judge(&diff, &place.file("reference"), After::CleanEnd)?;
     place.assert_nothing_left()
 }

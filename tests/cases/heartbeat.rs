@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 #[test]
 fn a_frozen_guest_is_restarted_at_the_limit_as_the_next_generation_with_its_data() -> Result<()> {
     let place = Place::new()?;
+    place.vmm_is_killed();
     let service =
         Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
     let mut run = Run::start(&place, &service, &["--heartbeat-limit", "20"])?;

@@ -105,6 +105,7 @@ fn a_guests_process_has_its_limits_and_a_killed_command_leaves_no_cgroup() -> Re
 #[test]
 fn a_process_that_outgrows_its_limit_ends_with_that_reason_and_is_started_again() -> Result<()> {
     let place = Place::new()?;
+    place.vmm_is_killed();
     let service = idle(&place)?;
     let mut run = Run::start(&place, &service, &[])?;
     run.ready()?;

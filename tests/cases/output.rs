@@ -46,6 +46,7 @@ fn ready(place: &Place, generation: u64) -> Result<bool> {
 #[test]
 fn a_reader_that_pauses_stalls_no_restart_and_the_command_ends_without_it() -> Result<()> {
     let place = Place::new()?;
+    place.vmm_is_killed();
     let (mut reader, mut writer) = io::pipe()?;
     // Full from the beginning: not one line can be written.
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096))?;

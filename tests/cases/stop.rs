@@ -31,6 +31,7 @@ fn heard(place: &Place, line: &str) -> Result<()> {
 #[test]
 fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
     let place = Place::new()?;
+    place.vmm_is_killed();
     let service = Service::script(STUBBORN).write(&place.file("service"))?;
     let mut run = Run::start(&place, &service, &[])?;
     run.ready()?;

@@ -106,7 +106,6 @@ impl<'a> Run<'a> {
         let rest = deadline.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(rest) {
             Ok(line) => {
-                self.note(&line);
                 self.seen.push(line.clone());
                 Ok(line)
             }
@@ -119,20 +118,6 @@ impl<'a> Run<'a> {
                 "the command ended before event {waiting_for}:\n{}",
                 self.seen.join("\n")
             ),
-        }
-    }
-
-    /// A guest's first start: its diff disk is there and will have been written.
-    fn note(&self, line: &str) {
-        let Ok(event) = serde_json::from_str::<Value>(line) else {
-            return;
-        };
-        if event["event"] == "guest-starting"
-            && event["generation"] == 1
-            && let (Ok(dir), Some(name)) = (self.instance_dir(), event["instance"].as_str())
-        {
-            self.place
-                .keep(&dir.with_file_name(name).join("diff.qcow2"));
         }
     }
 
