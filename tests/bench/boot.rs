@@ -5,8 +5,9 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::measure::Found;
-use crate::vmm::{self, Disk, Guest, Vmm};
+use crate::vmm::{self, Guest, Vmm};
 use crate::{Findings, Setting, process};
+use e2e::bare::Disk;
 
 /// RAM of the guest.
 const MEMORY_MIB: u32 = 128;

@@ -11,8 +11,9 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::measure::{Found, median, percentile};
-use crate::vmm::{self, Disk, Guest, Running, Vmm};
+use crate::vmm::{self, Guest, Running, Vmm};
 use crate::{Findings, Setting, client};
+use e2e::bare::Disk;
 
 /// Where `tests/bench/guest.rs` serves.
 const PORT: u32 = 7000;

@@ -9,10 +9,10 @@ use std::process::{Child, Command as Program, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
+use e2e::bare::Disk;
 use host_agent::supervisor::guest::COMMAND_LINE;
 use host_agent::vmm::control::{Command, DialOutcome, Event};
-use host_agent::vmm::disk::create_diff;
-use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
+use host_agent::vmm::spec::{FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -42,15 +42,6 @@ pub struct Guest {
     pub memory_mib: u32,
     /// Disks in order.
     pub disks: Vec<Disk>,
-}
-
-/// A disk of a guest.
-#[derive(Debug, Clone)]
-pub enum Disk {
-    /// A fresh diff over this base. Only we have it.
-    Diff(PathBuf),
-    /// This file.
-    Raw(PathBuf),
 }
 
 /// Who boots it.
@@ -276,32 +267,14 @@ fn prepare_ours(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Re
             .open(dir.join(name))
     };
     let mut files: Vec<OwnedFd> = vec![];
+    let mut disks = vec![];
+    for (number, disk) in guest.disks.iter().enumerate() {
+        disks.push(disk.open(number, dir, &mut files)?);
+    }
     let mut add = |file: File| -> Result<FileIndex> {
         files.push(file.into());
         Ok(FileIndex(u8::try_from(files.len() - 1)?))
     };
-    let mut disks = vec![];
-    for (number, disk) in guest.disks.iter().enumerate() {
-        let backing = match disk {
-            Disk::Diff(base) => {
-                let name = format!("diff{number}.qcow2");
-                let size = fs::metadata(base)?.len();
-                create_diff(fresh(&name)?, size, &base.to_string_lossy())?;
-                DiskBacking::Diff {
-                    diff: add(open(&dir.join(name))?)?,
-                    base: add(File::open(base)?)?,
-                }
-            }
-            Disk::Raw(file) => DiskBacking::Raw {
-                file: add(open(file)?)?,
-                read_only: false,
-            },
-        };
-        disks.push(DiskSpec {
-            serial: format!("disk{number}"),
-            backing,
-        });
-    }
     let spec = GuestSpec {
         name: "bench".into(),
         vcpus: 1,

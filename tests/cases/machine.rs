@@ -5,7 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use e2e::bare::{Bare, Guest, initrd};
+use e2e::bare::{Bare, Disk, Guest, initrd};
+use e2e::disks::{After, judge};
 use e2e::{images, program};
 use host_agent::vmm::control::{Command, Event, ExitReason};
 
@@ -40,7 +41,7 @@ fn evil(dir: &std::path::Path, kernel: PathBuf, vcpus: u8, memory_mib: u32) -> R
         ),
         vcpus,
         memory_mib,
-        disks: vec![disk],
+        disks: vec![Disk::Raw(disk)],
     })
 }
 
@@ -103,6 +104,38 @@ fn a_hostile_driver_breaks_only_its_device_and_a_reset_mends_it() -> Result<()> 
     );
     let told = guest.events.len();
     ensure!(told < 1000, "{told} events");
+    Ok(())
+}
+
+#[test]
+fn a_hostile_guest_that_writes_every_sector_of_its_diff_leaves_the_base_as_it_was() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut bare = evil(dir.path(), images().join("minimal/kernel"), 1, 128)?;
+    // It ends within a cluster of the diff.
+    let base = dir.path().join("base");
+    let content = "honest!!".repeat(((8 << 20) + 3 * 512) / 8);
+    fs::write(&base, &content)?;
+    bare.disks = vec![Disk::Diff(base.clone())];
+    bare.command_line = bare.command_line.replace("rounds=300", "rounds=50 fill=1");
+    let mut guest = bare.start(dir.path())?;
+    let (reason, _) = guest.end()?;
+    let console = guest.console();
+    ensure!(reason == ExitReason::PowerOff, "{reason:?}\n{console}");
+    let sectors = content.len() as u64 / 512;
+    let told = format!("evil: device 2: {sectors} of {sectors} sectors written");
+    ensure!(console.contains(&told), "{console}");
+
+    ensure!(fs::read(&base)? == content.as_bytes(), "the base changed");
+    let reference = dir.path().join("reference");
+    judge(&dir.path().join("diff0.qcow2"), &reference, After::CleanEnd)?;
+    // Each sector holds its number, 64 times.
+    let filled: Vec<u8> = (0..sectors)
+        .flat_map(|sector| sector.to_le_bytes().repeat(64))
+        .collect();
+    ensure!(
+        fs::read(&reference)? == filled,
+        "the guest wrote other bytes"
+    );
     Ok(())
 }
 

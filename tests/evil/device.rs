@@ -19,6 +19,8 @@ pub mod register {
     pub const QUEUE_DESC: u64 = 0x80;
     pub const QUEUE_DRIVER: u64 = 0x90;
     pub const QUEUE_DEVICE: u64 = 0xa0;
+    /// Of a block device: its length in sectors, 8 bytes (5.2.4).
+    pub const CAPACITY: u64 = 0x100;
 }
 
 const MAGIC: u32 = 0x7472_6976;

@@ -3,7 +3,8 @@
 //! what the devices made of it and powers off.
 //!
 //! The kernel gives it `window=ADDRESS` (16 MiB of RAM kept from the kernel by
-//! `memmap=`), `registers=ADDRESS`, `seed=N` and `rounds=N` as environment.
+//! `memmap=`), `registers=ADDRESS`, `seed=N` and `rounds=N` as environment, and
+//! `fill=1` if it is to write every sector of its disks at the end.
 
 mod device;
 mod physical;
@@ -11,7 +12,7 @@ mod random;
 
 use std::time::Duration;
 
-use device::{Device, INDIRECT, NEXT, WRITE, wait};
+use device::{Device, INDIRECT, NEXT, WRITE, register, wait};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use physical::Physical;
@@ -56,6 +57,11 @@ fn run() -> std::io::Result<()> {
     }
     println!("evil: {rounds} random rounds over");
     honest(&mut devices, &window);
+    if std::env::var_os("fill").is_some() {
+        for device in devices.iter_mut().filter(|device| device.kind == 2) {
+            fill(device, &window);
+        }
+    }
     Ok(())
 }
 
@@ -171,4 +177,44 @@ fn honest(devices: &mut [Device<'_>], window: &Physical) {
         let word = if done { "answered" } else { "ignored" };
         println!("evil: device {}: honest request {word} {text}", device.kind);
     }
+}
+
+/// Writes every sector of a block device by every rule; each holds its number.
+/// Of each cluster of a diff first one sector is written, then another, then all.
+fn fill(device: &mut Device<'_>, window: &Physical) {
+    /// Sectors of a cluster.
+    const CLUSTER: u64 = 128;
+    device.start(|at| at);
+    let high = u64::from(device.get(register::CAPACITY + 4));
+    let sectors = high << 32 | u64::from(device.get(register::CAPACITY));
+    let size = device.queues[0];
+    let (request, status, data) = (device.buffer(0), device.buffer(1), device.buffer(2));
+    let mut requests = 0_u16;
+    let mut write = |first: u64, count: u64| {
+        for sector in first..first + count {
+            let at = data + (sector - first) * 512;
+            (at..at + 512)
+                .step_by(8)
+                .for_each(|word| window.write(word, sector));
+        }
+        // VIRTIO_BLK_T_OUT (5.2.6).
+        window.write(request, 1_u64);
+        window.write(request + 8, first);
+        window.write(status, 0xff_u8);
+        device.describe(0, 0, request, 16, NEXT, 1);
+        device.describe(0, 1, data, 512 * count as u32, NEXT, 2);
+        device.describe(0, 2, status, 1, WRITE, 0);
+        let position = requests % size;
+        requests = requests.wrapping_add(1);
+        device.offer(0, position, 0, requests);
+        wait(LIMIT, || device.used(0) == requests) && window.read::<u8>(status) == 0
+    };
+    let mut written = 0;
+    for first in (0..sectors).step_by(CLUSTER as usize) {
+        let count = CLUSTER.min(sectors - first);
+        if write(first, 1) && write(first + count - 1, 1) && write(first, count) {
+            written += count;
+        }
+    }
+    println!("evil: device 2: {written} of {sectors} sectors written");
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use host_agent::vmm::control::{Command, Event, ExitReason};
+use host_agent::vmm::disk::create_diff;
 use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -27,8 +28,50 @@ pub struct Bare {
     pub vcpus: u8,
     /// RAM in MiB.
     pub memory_mib: u32,
-    /// Raw disks.
-    pub disks: Vec<PathBuf>,
+    /// Disks in order.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a guest that is no service.
+#[derive(Debug, Clone)]
+pub enum Disk {
+    /// A fresh diff over this base, `diffN.qcow2` in the guest's directory.
+    Diff(PathBuf),
+    /// This file.
+    Raw(PathBuf),
+}
+
+impl Disk {
+    /// Opens disk number `number` of the guest whose directory is `dir`. Its files
+    /// are added to those that the VMM is given.
+    pub fn open(&self, number: usize, dir: &Path, files: &mut Vec<OwnedFd>) -> Result<DiskSpec> {
+        let mut add = |file: File| -> Result<FileIndex> {
+            files.push(file.into());
+            Ok(FileIndex(u8::try_from(files.len() - 1)?))
+        };
+        let mut write = OpenOptions::new();
+        write.read(true).write(true);
+        let backing = match self {
+            Self::Diff(base) => {
+                let diff = dir.join(format!("diff{number}.qcow2"));
+                let fresh = write.clone().create(true).truncate(true).open(&diff)?;
+                let size = fs::metadata(base)?.len();
+                create_diff(fresh, size, &base.to_string_lossy())?;
+                DiskBacking::Diff {
+                    diff: add(write.open(&diff)?)?,
+                    base: add(File::open(base)?)?,
+                }
+            }
+            Self::Raw(file) => DiskBacking::Raw {
+                file: add(write.open(file)?)?,
+                read_only: false,
+            },
+        };
+        Ok(DiskSpec {
+            serial: format!("disk{number}"),
+            backing,
+        })
+    }
 }
 
 /// A guest that runs. Dropped, it is killed.
@@ -62,15 +105,8 @@ impl Bare {
             write(&dir.join("console.1"))?.into(),
         ];
         let mut disks = Vec::new();
-        for (number, path) in self.disks.iter().enumerate() {
-            disks.push(DiskSpec {
-                serial: format!("disk{number}"),
-                backing: DiskBacking::Raw {
-                    file: FileIndex(u8::try_from(files.len())?),
-                    read_only: false,
-                },
-            });
-            files.push(write(path)?.into());
+        for (number, disk) in self.disks.iter().enumerate() {
+            disks.push(disk.open(number, dir, &mut files)?);
         }
         let spec = GuestSpec {
             name: "bare".into(),
