@@ -222,10 +222,13 @@ mod tests {
         assert_eq!(error.json()["line"], 4);
         assert_eq!(error.exit(), Exit::NotFound);
         assert_eq!(error.hint_text(), Some("images/build web"));
-        let error = DeployError::Image(ImageError::Incomplete {
-            path: "/data/images/web/manifest.json".into(),
-            what: "no kernel".into(),
-        });
+        let error = DeployError::Image {
+            place: place(),
+            source: ImageError::Incomplete {
+                path: "/data/images/web/manifest.json".into(),
+                what: "no kernel".into(),
+            },
+        };
         assert_eq!(refused(&error).hint_text(), Some("images/build web"));
     }
 

@@ -66,7 +66,7 @@ pub fn main() -> ExitCode {
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
         Verb::Run(args) => run::run(&args, &output),
-        Verb::Test(args) => test::run(&args, &output),
+        Verb::Test(args) => Ok(test::run(&args, &output)),
     };
     let code: ExitCode = match result {
         Ok(exit) => exit.into(),

@@ -423,7 +423,7 @@ mod tests {
             // The first is the one above.
             for _ in 0..2 {
                 let (mut client, _) = listener.accept().await.unwrap();
-                client.read(&mut [0; 512]).await.unwrap();
+                assert_ne!(client.read(&mut [0; 512]).await.unwrap(), 0);
             }
         });
         let outcome = probe.run(address, Instant::now(), 1, |_| {}).await;

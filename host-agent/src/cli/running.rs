@@ -14,7 +14,7 @@ use super::output::Output;
 use super::ticker::Ticker;
 use super::watch::{News, Watch, instance_names};
 use crate::api::server::{self, About, Server};
-use crate::service::model::{InputEndpoint, Role, ServiceModel};
+use crate::service::model::ServiceModel;
 use crate::store::paths;
 use crate::supervisor::deployment::{Deployment, DeploymentHandle, Options, deploy};
 use crate::supervisor::event::TimelineEvent;
@@ -44,8 +44,6 @@ pub struct Running {
     /// Tells of the wait, until the service is Ready or cannot be, and again
     /// while it is stopped.
     ticker: Option<Ticker>,
-    /// Name of each endpoint and of the role behind it.
-    endpoints: Vec<(String, String)>,
 }
 
 /// What a wait ended with.
@@ -126,7 +124,6 @@ impl Running {
                         width,
                         stops: 0,
                         ticker: Some(Ticker::start(output)),
-                        endpoints: endpoints(&about),
                     });
                 }
             }
@@ -192,11 +189,9 @@ impl Running {
         }
     }
 
-    /// The instance to look at when `endpoint` does not answer: of its role,
-    /// one that does not serve, or else the first.
-    pub fn behind(&self, endpoint: &str) -> Option<&String> {
-        let role = self.endpoints.iter().find(|(name, _)| name == endpoint);
-        let (_, role) = role?;
+    /// The instance to look at when an endpoint of `role` does not answer: one
+    /// that does not serve, or else the first.
+    pub fn behind(&self, role: &str) -> Option<&String> {
         let of_role = |name: &&String| {
             let split = name.rsplit_once("_IN_");
             split.is_some_and(|(of, _)| of == role)
@@ -327,14 +322,6 @@ fn serve(deployment: &Deployment, model: &ServiceModel, output: &Output) -> Opti
             None
         }
     }
-}
-
-fn endpoints(model: &ServiceModel) -> Vec<(String, String)> {
-    let of_role = |role: &Role| {
-        let pair = |endpoint: &InputEndpoint| (endpoint.name.clone(), role.name.clone());
-        role.endpoints.iter().map(pair).collect::<Vec<_>>()
-    };
-    model.roles.iter().flat_map(of_role).collect()
 }
 
 async fn due(ticker: Option<&Ticker>) {

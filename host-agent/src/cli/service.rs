@@ -176,7 +176,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &[u8]| directory.path().join(OsStr::from_bytes(name));
         let line = ["host-agent", "version", "--json"];
-        let output = Output::new(&CommandLine::try_parse_from(line).unwrap().global);
+        let output = Output::new(&CommandLine::try_parse_from(line).unwrap().global).unwrap();
         let file = path(b"\xff.csdef");
         let text = "<ServiceDefinition/>";
         std::fs::write(&file, text).unwrap();

@@ -32,7 +32,7 @@ const SERIAL_TAIL: usize = 20;
 
 /// Runs the test, writes the reports whatever came of it, and prints the
 /// verdict.
-pub fn run(args: &TestArgs, output: &Output) -> Result<Exit, CliError> {
+pub fn run(args: &TestArgs, output: &Output) -> Exit {
     let started = (SystemTime::now(), Instant::now());
     let mut report = blank(args, started.0);
     let result = attempt(args, output, &mut report);
@@ -66,10 +66,10 @@ pub fn run(args: &TestArgs, output: &Output) -> Result<Exit, CliError> {
         }
         unwritten.get_or_insert(error.exit());
     }
-    Ok(match (exit, unwritten) {
+    match (exit, unwritten) {
         (Exit::Success, Some(unwritten)) => unwritten,
         _ => exit,
-    })
+    }
 }
 
 fn blank(args: &TestArgs, started: SystemTime) -> TestReport {
@@ -243,7 +243,7 @@ async fn drive(
             }
             result = Err(Failure {
                 error,
-                instance: running.behind(&probe.endpoint).cloned(),
+                instance: running.behind(&target.1.0).cloned(),
             });
         }
         report.probes.push(step);
@@ -461,7 +461,7 @@ mod tests {
         let junit = format!("junit={}", path("a.xml").display());
         let args = args(&["/no/such/service", "--report", &json, "--report", &junit]);
         let output = Output::before_flags(true);
-        assert_eq!(run(&args, &output).unwrap(), Exit::NotFound);
+        assert_eq!(run(&args, &output), Exit::NotFound);
         let text = std::fs::read_to_string(path("new/a.json")).unwrap();
         let report: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(report["exit_code"], 4);
