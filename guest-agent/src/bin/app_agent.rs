@@ -33,6 +33,8 @@ const OS_DISK: &str = "os";
 /// Time beyond the role's own for the guest agent to tell that it had to kill it.
 /// With the last steps (`power`) it is less than the host waits.
 const TELL_MARGIN: Duration = Duration::from_secs(3);
+/// Time in which most roles are Ready.
+const HURRY: Duration = Duration::from_secs(30);
 
 type Shared = Arc<Mutex<Keeper>>;
 
@@ -52,6 +54,7 @@ fn main() {
     if let Err(error) = boot::mount_kernel_file_systems().and_then(|()| boot::load_modules()) {
         die(&chain(&error));
     }
+    boot::hurry(true);
     // The line by which boot times of any VMM can be compared.
     kernel_log(&format!("{NAME}: init at {init_ms} ms"));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -79,6 +82,10 @@ async fn init(init_ms: u64) {
     let shared = Shared::default();
     tokio::spawn(control(init_ms));
     tokio::spawn(heartbeat(Arc::clone(&shared)));
+    tokio::spawn(async {
+        tokio::time::sleep(HURRY).await;
+        boot::hurry(false);
+    });
     let (power, mut powered) = mpsc::channel(1);
     tokio::spawn(shutdown_channel(power));
 
