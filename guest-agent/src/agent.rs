@@ -55,9 +55,9 @@ pub async fn run() -> io::Result<()> {
     }
     tokio::spawn(report_to_app_agent(seen.clone()));
     tokio::spawn(report_to_host(seen));
-    exec::serve(Arc::clone(&agent.environment)).await?;
     let (goals, mut wanted) = mpsc::channel(1);
     tokio::spawn(receive_goals(goals));
+    exec::serve(Arc::clone(&agent.environment)).await?;
     loop {
         tokio::select! {
             Some(goal) = wanted.recv() => agent.apply(goal).await,
