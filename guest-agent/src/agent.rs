@@ -167,7 +167,11 @@ impl Agent {
         }
         self.set(RoleState::Creating, String::new());
         let for_setup = goal.clone();
-        let prepared = tokio::task::spawn_blocking(move || setup::prepare(&for_setup)).await;
+        let logger = self.logger.clone();
+        let prepared = tokio::task::spawn_blocking(move || {
+            setup::prepare(&for_setup, |stage| logger.agent(NAME, stage))
+        })
+        .await;
         let prepared = match prepared {
             Ok(Ok(prepared)) => prepared,
             Ok(Err(error)) => return self.fail(chain(&error)),
@@ -213,7 +217,10 @@ impl Agent {
             return;
         };
         match Stack::start(applied).await {
-            Ok(stack) => self.stack = Some(stack),
+            Ok(stack) => {
+                self.log("bootstrapper started".into());
+                self.stack = Some(stack);
+            }
             Err(error) => self.start_later(format!("bootstrapper: {error}")),
         }
     }

@@ -60,10 +60,12 @@ pub struct Prepared {
     pub stop_timeout_ms: u64,
 }
 
-/// Performs the set-up. Blocking. What is done already is left.
-pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
+/// Performs the set-up. Blocking. What is done already is left. Each stage is told
+/// to `done` at its end, so that the log shows where the time went.
+pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<Prepared, SetupError> {
     let resource = disk::by_serial(&goal.resource_disk)?;
     disk::format_if_blank(&resource)?;
+    done("resource disk has its file system");
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
     // A fresh disk reads as zeros: the kernel need not write its inode tables full
     // of them, which kept an idle guest busy for minutes and filled the sparse file.
@@ -72,6 +74,7 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
     let application = disk::by_serial(&goal.application_disk)?;
     let read_only = safe | MsFlags::MS_RDONLY;
     disk::mount_at(&application, ROLE_ROOT, "squashfs", read_only, None)?;
+    done("disks mounted");
 
     let file = |what, path: &Path| {
         let path = path.to_owned();
@@ -110,6 +113,7 @@ pub fn prepare(goal: &Goal) -> Result<Prepared, SetupError> {
         quota::set_project(path, project).map_err(file("set the quota project of", path))?;
         quota::limit(&resource, project, *mib).map_err(file("limit", path))?;
     }
+    done("local storage ready");
     let environment = environment(goal, &paths, &temp);
     let mut command = goal_command(goal);
     if let Some(program) = command.first_mut() {
