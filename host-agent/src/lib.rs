@@ -13,6 +13,7 @@ pub mod channels;
 pub mod child;
 pub mod cli;
 pub mod descriptors;
+pub mod digest;
 pub mod doctor;
 pub mod endpoints;
 pub mod progress;

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 use tokio::task::JoinError;
 
 use super::args::{PackArgs, ValidateArgs};
@@ -17,10 +16,10 @@ use super::meter::Meter;
 use super::output::Output;
 use super::running::interrupted;
 use super::runtime;
+use crate::digest::Digest;
 use crate::doctor::iec;
 use crate::progress::Progress;
 use crate::service::{self, Validated};
-use crate::store::image::hex;
 
 /// Packs a directory.
 pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
@@ -145,22 +144,7 @@ fn digest_of(path: &Path, progress: &Progress) -> io::Result<String> {
     let file = File::open(path)?;
     let what = format!("hashing {}", path.display());
     let _step = progress.step(what, Some(file.metadata()?.len()));
-    let mut hasher = HashWriter(Sha256::new());
-    io::copy(&mut progress.watch(file), &mut hasher)?;
-    Ok(hex(&hasher.0.finalize()))
-}
-
-struct HashWriter(Sha256);
-
-impl io::Write for HashWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    Ok(Digest::of(progress.watch(file))?.0.hex())
 }
 
 #[cfg(test)]

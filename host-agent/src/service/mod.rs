@@ -8,7 +8,6 @@ mod archive_writer;
 mod command;
 pub mod configuration;
 pub mod definition;
-mod digest;
 mod draft;
 mod error;
 mod load;

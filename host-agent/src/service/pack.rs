@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use super::archive_writer::ArchiveWriter;
 use super::definition::{self, Definition};
-use super::digest::{Digest, Verified};
 use super::draft::Draft;
 use super::error::{Blame, ServiceError};
 use super::load::{check_directory, directory_of, find_definition};
@@ -21,6 +20,7 @@ use super::package::{
 };
 use super::payload::{Entry, Files, MAX_FILES};
 use super::xml::escape;
+use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
 
 /// Largest sum of metadata that every handler of packages must take (manifest

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use super::archive::{Archive, Part, PartReader};
 use super::definition::{self, Definition};
-use super::digest::{Digest, Verified};
 use super::error::ServiceError;
 use super::payload::Entry;
 use super::xml::{self, EMPTY, Element, Schema};
 use super::xml_cut::LargeXml;
+use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
 use layouts::{Layout, check_all_used, layouts};
 

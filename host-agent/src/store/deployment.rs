@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::image::hex;
+use crate::digest::hex;
 
 /// Held with `flock` while the deployment lives: the kernel lets go of it
 /// whatever ends the owner.

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
+use crate::digest::Digest;
 use crate::progress::Progress;
 
 /// Files that every image has.
@@ -182,19 +182,21 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         // Only a later start is slower when this cannot be written.
         let _ = fs::write(dir.join(CHECKED), json);
     }
-    let agent_path = dir.join("guest-agent");
+    let [kernel, initrd, base, mut program] =
+        <[File; 4]>::try_from(opened).expect("one handle was opened for each of FILES");
+    let mut bytes = Vec::new();
+    program
+        .read_to_end(&mut bytes)
+        .map_err(|source| ImageError::Read {
+            path: dir.join("guest-agent"),
+            source,
+        })?;
     let agent = &manifest.files["guest-agent"];
-    let bytes = fs::read(&agent_path).map_err(|source| ImageError::Read {
-        path: agent_path,
-        source,
-    })?;
     let agent = Arc::new(AgentProgram {
         version: agent.version.clone().unwrap_or_default(),
         sha256: agent.sha256.clone(),
         bytes,
     });
-    let [kernel, initrd, base, _] =
-        <[File; 4]>::try_from(opened).expect("one handle was opened for each of FILES");
     Ok(Image {
         manifest,
         kernel,
@@ -230,7 +232,8 @@ fn check(
         progress.advance(stamp.size);
         return Ok((file, stamp));
     }
-    let actual = digest(progress.watch(&mut file)).map_err(read)?;
+    let (actual, _) = Digest::of(progress.watch(&mut file)).map_err(read)?;
+    let actual = actual.hex();
     if actual != expected {
         return Err(ImageError::Digest {
             path: path.to_owned(),
@@ -238,31 +241,9 @@ fn check(
             expected: expected.to_owned(),
         });
     }
-    // A digest read moves the position, which a duplicate descriptor shares.
-    let file = File::open(path).map_err(read)?;
+    // The same file, not what the path may have become since.
+    file.rewind().map_err(read)?;
     Ok((file, stamp))
-}
-
-fn digest(mut file: impl Read) -> io::Result<String> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            break;
-        }
-        hasher.update(&buffer[..count]);
-    }
-    Ok(hex(&hasher.finalize()))
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
@@ -281,7 +262,7 @@ mod tests {
         let mut files = Vec::new();
         for name in FILES {
             fs::write(image.join(name), name).unwrap();
-            let sum = hex(&Sha256::digest(name.as_bytes()));
+            let sum = Digest::of(name.as_bytes()).unwrap().0.hex();
             files.push(format!(r#""{name}":{{"sha256":"{sum}","size":1}}"#));
         }
         let json = format!(

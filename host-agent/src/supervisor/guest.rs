@@ -268,9 +268,9 @@ fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<Fi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Digest;
     use crate::service;
     use crate::store::image;
-    use sha2::{Digest as _, Sha256};
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     /// An image of files that hold their own names.
@@ -280,7 +280,7 @@ mod tests {
         let file = |name: &str| {
             let content = name.repeat(1 << 16);
             fs::write(dir.join(name), &content).unwrap();
-            let sum = image::hex(&Sha256::digest(content.as_bytes()));
+            let sum = Digest::of(content.as_bytes()).unwrap().0.hex();
             format!(r#""{name}":{{"sha256":"{sum}"}}"#)
         };
         let files = ["kernel", "initrd", "base.ext4", "guest-agent"].map(file);

@@ -8,7 +8,7 @@ const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwx
 
 /// A SHA-256.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Digest([u8; 32]);
+pub struct Digest([u8; 32]);
 
 impl Digest {
     /// Digest and length of everything in `content`.
@@ -29,14 +29,14 @@ impl Digest {
         }
     }
 
+    /// 64 digits.
+    pub fn hex(&self) -> String {
+        hex(&self.0)
+    }
+
     /// The first 16 bytes in hex: a name for the content.
     pub fn guid(&self) -> String {
-        self.0[..16].iter().fold(String::new(), |mut name, byte| {
-            for nibble in [byte >> 4, byte & 15] {
-                name.push(char::from_digit(nibble.into(), 16).expect("a nibble is a digit"));
-            }
-            name
-        })
+        hex(&self.0[..16])
     }
 
     /// Base64, as manifests hold it.
@@ -77,8 +77,17 @@ impl Digest {
     }
 }
 
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits
+        .map(|digit| char::from_digit(digit.into(), 16).expect("four bits are a digit"))
+        .collect()
+}
+
 /// Passes a content through and ends in an error unless it has the digest.
-pub(super) struct Verified<R> {
+#[derive(Debug)]
+pub struct Verified<R> {
     inner: R,
     hasher: Sha256,
     expected: Digest,
