@@ -64,13 +64,9 @@ pub struct Prepared {
 /// to `done` at its end, so that the log shows where the time went.
 pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<Prepared, SetupError> {
     let resource = disk::by_serial(&goal.resource_disk)?;
-    disk::format_if_blank(&resource)?;
-    done("resource disk has its file system");
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
-    // A fresh disk reads as zeros: the kernel need not write its inode tables full
-    // of them, which kept an idle guest busy for minutes and filled the sparse file.
-    let options = Some("prjquota,noinit_itable");
-    disk::mount_at(&resource, RESOURCE, "ext4", safe, options)?;
+    disk::mount_resource(&resource, RESOURCE, safe)?;
+    done("resource disk is mounted");
     let application = disk::by_serial(&goal.application_disk)?;
     let read_only = safe | MsFlags::MS_RDONLY;
     disk::mount_at(&application, ROLE_ROOT, "squashfs", read_only, None)?;

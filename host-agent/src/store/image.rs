@@ -14,7 +14,13 @@ use crate::digest::Digest;
 use crate::progress::Progress;
 
 /// Files that every image has.
-const FILES: [&str; 4] = ["kernel", "initrd", "base.ext4", "guest-agent"];
+const FILES: [&str; 5] = [
+    "kernel",
+    "initrd",
+    "base.ext4",
+    "resource.ext4",
+    "guest-agent",
+];
 /// Manifest schema that this build reads.
 const SCHEMA: &str = "host-agent.image/1";
 /// Longest manifest in bytes.
@@ -111,6 +117,8 @@ pub struct Image {
     pub base_path: PathBuf,
     /// Size of the base in bytes.
     pub base_size: u64,
+    /// File system with which a resource disk begins, open read-only.
+    pub resource: File,
     /// The guest agent to deliver.
     pub agent: Arc<AgentProgram>,
     /// Whether an earlier full check of the same files was relied on.
@@ -182,8 +190,8 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         // Only a later start is slower when this cannot be written.
         let _ = fs::write(dir.join(CHECKED), json);
     }
-    let [kernel, initrd, base, mut program] =
-        <[File; 4]>::try_from(opened).expect("one handle was opened for each of FILES");
+    let [kernel, initrd, base, resource, mut program] =
+        <[File; 5]>::try_from(opened).expect("one handle was opened for each of FILES");
     let mut bytes = Vec::new();
     program
         .read_to_end(&mut bytes)
@@ -204,6 +212,7 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         base,
         base_size: stamps["base.ext4"].size,
         base_path: dir.join("base.ext4"),
+        resource,
         agent,
         cached,
     })

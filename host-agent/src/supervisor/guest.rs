@@ -3,11 +3,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::unistd::{Whence, lseek};
 
 use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
 use crate::progress::Progress;
@@ -32,6 +34,9 @@ const RESOURCE_RESERVE_MIB: u64 = 512;
 const SERIAL_BYTES: u64 = 10 << 20;
 /// Size at which the VMM processes' log turns over, in bytes.
 const VMM_LOG_BYTES: u64 = 1 << 20;
+
+/// Bytes of a file copied at once.
+const COPY: usize = 64 << 10;
 
 /// Name of the resource disk.
 const RESOURCE: &str = "resource.raw";
@@ -93,10 +98,11 @@ pub fn create_disks(
     let path = dir.join(RESOURCE);
     let storage: u64 = role.local_storage.iter().map(|s| s.size_mib).sum();
     let size = (storage + RESOURCE_RESERVE_MIB).min(role.size.resource_mib.max(1)) << 20;
-    make(&path)?
-        .set_len(size)
+    let disk = make(&path)?;
+    copy_sparse(&image.resource, &disk)
+        .and_then(|()| disk.set_len(size))
         .map_err(|source| GuestError::File {
-            what: "size",
+            what: "fill",
             path,
             source,
         })?;
@@ -253,6 +259,33 @@ pub fn disks_in_memory(dir: &Path, image: &Image) -> u64 {
     image.base_size.saturating_add(resource)
 }
 
+/// Copies what `from` holds to the empty file `to`, and leaves its holes.
+fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
+    let end = from.metadata()?.len();
+    let mut buffer = vec![0; COPY];
+    let mut at = 0;
+    loop {
+        let start = match lseek(from, offset(at)?, Whence::SeekData) {
+            Ok(start) => start.cast_unsigned(),
+            // Nothing but a hole is left.
+            Err(Errno::ENXIO) => return to.set_len(end),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = lseek(from, offset(start)?, Whence::SeekHole)?.cast_unsigned();
+        at = start;
+        while at < hole {
+            let part = &mut buffer[..COPY.min((hole - at) as usize)];
+            from.read_exact_at(part, at)?;
+            to.write_all_at(part, at)?;
+            at += part.len() as u64;
+        }
+    }
+}
+
+fn offset(at: u64) -> io::Result<i64> {
+    i64::try_from(at).map_err(io::Error::other)
+}
+
 fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<File, GuestError> {
     options
         .mode(0o600)
@@ -283,7 +316,14 @@ mod tests {
             let sum = Digest::of(content.as_bytes()).unwrap().0.hex();
             format!(r#""{name}":{{"sha256":"{sum}"}}"#)
         };
-        let files = ["kernel", "initrd", "base.ext4", "guest-agent"].map(file);
+        let files = [
+            "kernel",
+            "initrd",
+            "base.ext4",
+            "resource.ext4",
+            "guest-agent",
+        ]
+        .map(file);
         let manifest = format!(
             r#"{{"schema":"host-agent.image/1","name":"minimal","files":{{{}}}}}"#,
             files.join(",")
@@ -365,6 +405,27 @@ mod tests {
         let mut content = vec![0; "base.ext4".len()];
         second.read_exact_at(&mut content, 0).unwrap();
         assert_eq!(content, b"base.ext4");
+    }
+
+    #[test]
+    fn a_resource_disk_is_what_the_image_has_and_holes_up_to_its_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let template = tempfile::tempfile_in(dir.path()).unwrap();
+        template.set_len(8 << 20).unwrap();
+        for at in [0, 3 << 20, (8 << 20) - 5] {
+            template.write_all_at(b"here!", at).unwrap();
+        }
+        let disk = make(&dir.path().join("disk")).unwrap();
+        copy_sparse(&template, &disk).unwrap();
+        let bytes = |file: &File| {
+            let mut bytes = vec![0; 8 << 20];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        assert!(bytes(&template) == bytes(&disk));
+        assert_eq!(disk.metadata().unwrap().len(), 8 << 20);
+        assert!(disk.metadata().unwrap().blocks() * 512 < 1 << 20);
+        disk.set_len(16 << 20).unwrap();
     }
 
     #[test]
