@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use crate::measure::{Found, Measure, Verdict};
@@ -69,6 +69,14 @@ impl Setting {
                 "--enforce" => setting.enforce = true,
                 _ => bail!("unknown argument {flag}"),
             }
+        }
+        let names: Vec<_> = table::SECTIONS.iter().map(|section| section.name).collect();
+        if let Some(only) = &setting.only {
+            ensure!(
+                names.contains(&only.as_str()),
+                "no section {only}: --only takes one of {}",
+                names.join(", ")
+            );
         }
         Ok(setting)
     }
