@@ -181,6 +181,11 @@ fn a_compressed_kernel_boots_on_eight_processors_and_takes_only_the_ram_it_touch
     let console = guest.console();
     ensure!(reason == ExitReason::PowerOff, "{reason:?}\n{console}");
     ensure!(console.contains("Brought up 1 node, 8 CPUs"), "{console}");
+    // "ACPI Error", "ACPI BIOS Error" and the warnings of either kind.
+    let complaint = console
+        .lines()
+        .find(|line| line.contains("ACPI") && (line.contains("Error") || line.contains("Warning")));
+    ensure!(complaint.is_none(), "{complaint:?}\n{console}");
     // The kernel describes each page of RAM by 64 bytes: 224 MiB of 14 GiB.
     ensure!(resident < 1024, "{resident} MiB are resident");
     Ok(())

@@ -193,8 +193,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("dsdt.aml");
         std::fs::write(&file, dsdt).unwrap();
-        let Ok(output) = Command::new("iasl").arg("-d").arg(&file).output() else {
-            return;
+        let output = match Command::new("iasl").arg("-d").arg(&file).output() {
+            Ok(output) => output,
+            Err(_) if std::env::var_os("HOST_AGENT_TEST_TOOLS").is_none() => return,
+            Err(error) => panic!("iasl, which scripts/setup installs: {error}"),
         };
         assert!(output.status.success(), "{output:?}");
         let source = std::fs::read_to_string(dir.path().join("dsdt.dsl")).unwrap();
