@@ -139,7 +139,7 @@ async fn what_a_guest_says_wrong_is_quoted_in_short_and_drives_no_terminal() {
 /// Row 30 of the fault list: data floods do not hold up heartbeats.
 #[tokio::test]
 async fn a_flood_on_other_channels_delays_no_heartbeat_by_two_intervals() {
-    let mut host = host(Duration::from_millis(300));
+    let mut host = host(Duration::from_secs(1));
     let over = Arc::new(AtomicBool::new(false));
     let mut floods = Vec::new();
     let record = ToHost::Log(LogRecord {
@@ -195,7 +195,7 @@ async fn a_flood_on_other_channels_delays_no_heartbeat_by_two_intervals() {
         }
     });
     let (mut asked, mut answered, mut others) = (0, 0, 0u64);
-    while answered < 15 {
+    while answered < 8 {
         match host.events.recv().await.unwrap().1 {
             ChannelEvent::Asked(sequence) => asked = sequence,
             ChannelEvent::Beat(beat) => {
