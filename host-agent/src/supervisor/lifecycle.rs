@@ -333,8 +333,9 @@ impl Lifecycle {
         if self.status.as_ref() == Some(&status) {
             return;
         }
+        // A guest agent that has just begun knows nothing of a role: no news.
+        self.untold = status.state != RoleState::Unknown;
         self.status = Some(status);
-        self.untold = true;
         self.tell_status(now, effects);
         self.rotate_by_status(state, effects);
     }

@@ -270,6 +270,29 @@ fn a_stop_for_which_the_role_had_to_be_killed_is_not_clean() {
 }
 
 #[test]
+fn that_nothing_is_known_of_a_role_yet_is_not_told() {
+    let mut life = ready();
+    let unknown = life.on(
+        Input::Status(status(RoleState::Unknown)),
+        Duration::ZERO,
+        0.5,
+    );
+    assert_eq!(unknown, [Effect::Rotation(false)]);
+    let creating = life.on(
+        Input::Status(status(RoleState::Creating)),
+        Duration::ZERO,
+        0.5,
+    );
+    assert!(matches!(
+        &creating[..],
+        [Effect::Tell(EventKind::Role {
+            state: RoleState::Creating,
+            ..
+        })]
+    ));
+}
+
+#[test]
 fn a_power_off_that_nobody_asked_for_restarts_the_guest_and_says_so() {
     let mut life = ready();
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
