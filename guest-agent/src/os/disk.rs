@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,10 @@ use nix::mount::{MsFlags, mount};
 /// which it counts: that of the file system, which an image gives 4 KiB.
 const EXT4_RESIZE: libc::c_ulong = 0x4008_6610;
 const EXT4_BLOCK: u64 = 4096;
+/// Blocks of a group, and where the superblock lies.
+const EXT4_GROUP: u64 = 8 * EXT4_BLOCK;
+const EXT4_SUPERBLOCK_AT: u64 = 1024;
+const EXT4_SUPERBLOCK_BYTES: usize = 1024;
 /// Time for a disk to appear, and between two looks.
 const APPEAR_LIMIT: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -92,8 +97,17 @@ pub fn mount_resource(device: &Path, target: &str, flags: MsFlags) -> Result<(),
     .map_err(|errno| DiskError::Mount(device.to_owned(), target.to_owned(), errno.into()))
 }
 
+/// A file system that fills its disk is left alone: the kernel would grow none that
+/// had an error once, though there were nothing to do.
 fn grow(device: &Path, mounted: &Path) -> io::Result<()> {
-    let blocks = File::open(device)?.seek(SeekFrom::End(0))? / EXT4_BLOCK;
+    let mut disk = File::open(device)?;
+    let blocks = disk.seek(SeekFrom::End(0))? / EXT4_BLOCK;
+    let mut superblock = [0; EXT4_SUPERBLOCK_BYTES];
+    disk.read_exact_at(&mut superblock, EXT4_SUPERBLOCK_AT)?;
+    // A last group that is too small for its own tables is not made.
+    if blocks.saturating_sub(ext4_blocks(&superblock)) < EXT4_GROUP {
+        return Ok(());
+    }
     let root = File::open(mounted)?;
     // SAFETY: the kernel reads one u64, which lives through the call.
     let result = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_RESIZE, &raw const blocks) };
@@ -101,5 +115,42 @@ fn grow(device: &Path, mounted: &Path) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// `s_blocks_count_lo` and `s_blocks_count_hi` (Linux `fs/ext4/ext4.h`).
+fn ext4_blocks(superblock: &[u8; EXT4_SUPERBLOCK_BYTES]) -> u64 {
+    let word = |at: usize| {
+        let bytes = superblock[at..at + 4].try_into();
+        u64::from(u32::from_le_bytes(bytes.expect("four bytes were cut out")))
+    };
+    word(0x4) | word(0x150) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn the_size_of_a_file_system_is_what_the_program_that_made_it_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(64 << 20).unwrap();
+        let made = Command::new("mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
+            .arg(&path)
+            .arg("10001")
+            .env("PATH", crate::setup::PATH)
+            .status()
+            .unwrap();
+        assert!(made.success());
+        let mut superblock = [0; EXT4_SUPERBLOCK_BYTES];
+        let disk = File::open(&path).unwrap();
+        disk.read_exact_at(&mut superblock, EXT4_SUPERBLOCK_AT)
+            .unwrap();
+        assert_eq!(ext4_blocks(&superblock), 10001);
+        superblock[0x150] = 1;
+        assert_eq!(ext4_blocks(&superblock), (1 << 32) + 10001);
     }
 }
