@@ -134,17 +134,17 @@ static_busybox() {
 lab_tools() {
   local dir
   dir=$(unpacked lab-tools qemu-system-x86)
-  if [ ! -x "$dir/qemu-system-x86_64" ]; then
-    # Through its own dynamic linker, which finds its own libraries.
-    cat >"$dir/qemu.partial" <<'END'
+  # Through its own dynamic linker, which is of one build with its C library. The file
+  # in lib64 is a link to that of the machine.
+  cat >"$dir/qemu.partial" <<END
 #!/bin/sh
-d=$(dirname "$(readlink -f "$0")")
-export QEMU_MODULE_DIR="$d/usr/lib/x86_64-linux-gnu/qemu"
-exec "$d/lib64/ld-linux-x86-64.so.2" --library-path "$d/lib/x86_64-linux-gnu:$d/usr/lib/x86_64-linux-gnu" \
-  "$d/usr/bin/qemu-system-x86_64" -L "$d/usr/share/qemu" -L "$d/usr/share/seabios" "$@"
+d='${dir//\'/\'\\\'\'}'
+export QEMU_MODULE_DIR="\$d/usr/lib/x86_64-linux-gnu/qemu"
+exec "\$d/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" \\
+  --library-path "\$d/lib/x86_64-linux-gnu:\$d/usr/lib/x86_64-linux-gnu" \\
+  "\$d/usr/bin/qemu-system-x86_64" -L "\$d/usr/share/qemu" -L "\$d/usr/share/seabios" "\$@"
 END
-    chmod 755 "$dir/qemu.partial"
-    mv "$dir/qemu.partial" "$dir/qemu-system-x86_64"
-  fi
+  chmod 755 "$dir/qemu.partial"
+  mv "$dir/qemu.partial" "$dir/qemu-system-x86_64"
   printf '%s\n' "$dir"
 }
