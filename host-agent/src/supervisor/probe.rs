@@ -29,7 +29,7 @@ impl Pings {
         })
     }
 
-    /// One was sent. One that was not cannot be answered.
+    /// One is due an answer.
     pub fn sent(&mut self) {
         self.unanswered = self.unanswered.saturating_add(1);
     }
@@ -128,10 +128,6 @@ mod tests {
                 pings.sent();
             }
             pings.answered();
-        }
-        // What could not be sent does not count.
-        for _ in 0..10 {
-            assert_eq!(pings.due(), None);
         }
         for _ in 0..3 {
             assert_eq!(pings.due(), None);
