@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Command, Event};
+use super::control::{Command, DialOutcome, Event};
 use super::outbox::Outbox;
 use super::wire;
 
@@ -68,6 +68,12 @@ fn answer(outbox: &Outbox) -> bool {
     match wire::recv::<Command>(outbox.socket()) {
         Ok(Some((Command::Ping { id }, _))) => {
             outbox.send(&Event::Pong { id }, vec![]);
+            true
+        }
+        // The guest is gone: whoever asks for a connection need not wait.
+        Ok(Some((Command::Dial { id, .. } | Command::Probe { id, .. }, _))) => {
+            let outcome = DialOutcome::Unavailable;
+            outbox.send(&Event::Dialed { id, outcome }, vec![]);
             true
         }
         Ok(Some(_)) => true,

@@ -212,11 +212,17 @@ impl Machine {
         &self.vsock
     }
 
-    /// Ends the processors, then the devices, which finish what they began.
+    /// Ends the processors, then the devices, which finish what they began and write
+    /// the last of it to their disks. Waits for the disks: not for the main thread.
     pub fn stop(self) -> Result<(), KickError> {
-        let stopped = self.processors.stop();
+        let mut stopped = self.processors.stop();
         for transport in self.bus.virtio() {
             transport.stop();
+        }
+        if stopped.is_err() {
+            // One may have waited for a disk that a device just let go of. While it
+            // runs it holds the bus, and with it the disks.
+            stopped = self.processors.stop();
         }
         stopped
     }

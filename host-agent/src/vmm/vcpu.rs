@@ -118,7 +118,7 @@ impl Processors {
     }
 
     /// Ends every thread.
-    pub fn stop(self) -> Result<(), KickError> {
+    pub fn stop(&self) -> Result<(), KickError> {
         self.shared.gate.shut_down();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {

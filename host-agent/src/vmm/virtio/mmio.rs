@@ -5,7 +5,7 @@
 //! may hold it for as long as the host's disk likes, so it is for processors
 //! alone: what the main thread wants to know is in [`Interrupt`].
 
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
@@ -174,14 +174,9 @@ impl Transport {
     }
 
     /// The device stops using guest RAM, once no processor is at work on it any
-    /// more. One that is, and could not be stopped, may be waiting for a disk,
-    /// and is not waited for.
+    /// more; one that resets it may wait for a disk.
     pub fn stop(&self) {
-        match self.state.try_lock() {
-            Ok(mut state) => state.device.reset(),
-            Err(TryLockError::Poisoned(state)) => state.into_inner().device.reset(),
-            Err(TryLockError::WouldBlock) => {}
-        }
+        self.lock().device.reset();
     }
 
     /// A read of `data.len()` bytes at `offset`. What is no register reads 0.
