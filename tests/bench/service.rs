@@ -80,7 +80,9 @@ fn resting(setting: &Setting, run: &Run<'_>, vmm: u32, findings: &mut Findings) 
         ("guest-agent-rss", "guest-agent"),
         ("bootstrapper-rss", "bootstrapper"),
     ] {
-        let of = |status: &&str| status.lines().next() == Some(&format!("Name:\t{name}"));
+        // A process that ended meanwhile left an empty line.
+        let first = |status: &str| status.trim_start().lines().next().map(str::to_owned);
+        let of = |status: &&str| first(status) == Some(format!("Name:\t{name}"));
         let size = guest.split("\n\n").find(of).and_then(process::resident_of);
         let found = match size {
             Some(size) => Ok(Found::samples(vec![size])),
