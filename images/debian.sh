@@ -25,6 +25,16 @@ private_apt() {
     -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" "$@"
 }
 
+# private_update: brings the lists of packages up to date, unless that was done within
+# the hour: a first run needs them for kernels, QEMU and busybox one after the other.
+private_update() {
+  [ -z "$(find "$cache/apt/updated" -mmin -60 2>/dev/null)" ] || return 0
+  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
+  debian_sources >"$cache/apt/sources.list"
+  private_apt apt-get update
+  touch "$cache/apt/updated"
+}
+
 # kernel_dir FLAVOUR: prints the directory of an unpacked Debian kernel, cloud
 # (for guests) or generic (for the lab; it has 9p), fetching it when there is none.
 # `scripts/setup --refresh` fetches a newer one.
@@ -41,9 +51,7 @@ kernel_dir() {
 
 fetch_kernel() {
   local meta=$1 dir=$2 package version
-  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
-  debian_sources >"$cache/apt/sources.list"
-  private_apt apt-get update
+  private_update
   package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ && !n++ { print $2 }')
   [ -n "$package" ] || die "$meta names no kernel package"
   rm -rf "$dir" "$dir.partial"
@@ -109,9 +117,7 @@ unpacked() {
 fetch_unpacked() {
   local dir=$1 deb
   shift
-  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
-  debian_sources >"$cache/apt/sources.list"
-  private_apt apt-get update
+  private_update
   rm -rf "$dir" "$dir.partial"
   mkdir -p "$dir.partial/debs/partial"
   private_apt apt-get -o Dir::Cache::archives="$dir.partial/debs" -o Debug::NoLocking=1 \
