@@ -6,6 +6,8 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use super::printable::printable;
+
 /// The end of a file in which last lines are looked for.
 const TAIL_BYTES: u64 = 64 * 1024;
 /// Longest line shown, in characters.
@@ -30,16 +32,9 @@ fn read_end(path: &Path) -> io::Result<Vec<u8>> {
 
 fn last_lines(bytes: &[u8], count: usize) -> Vec<String> {
     let text = String::from_utf8_lossy(bytes);
-    let clean = |line: &str| -> String {
-        line.trim_end()
-            .chars()
-            .take(MAX_LINE)
-            .map(|c| match c {
-                '\t' => ' ',
-                c if c.is_control() => '\u{fffd}',
-                c => c,
-            })
-            .collect()
+    let clean = |line: &str| {
+        let start: String = line.trim_end().chars().take(MAX_LINE).collect();
+        printable(&start.replace('\t', " "))
     };
     let mut lines: Vec<_> = text
         .split('\n')
