@@ -28,6 +28,19 @@ fn stack(run: &Run<'_>) -> Result<String> {
     run.shell(STACK)
 }
 
+/// Another guest agent serves the endpoint and `exec`, and the role and its
+/// bootstrapper are those of `before`.
+fn another_goes_on(run: &mut Run<'_>, port: u16, before: &str) -> Result<()> {
+    run.event("guest-agent", |event| event["error"].is_null())?;
+    eventually("the endpoint works again", || {
+        Ok(echoes(port).unwrap_or(false))
+    })?;
+    eventually("exec works again", || Ok(run.shell("true").is_ok()))?;
+    let after = run.shell(STACK)?;
+    ensure!(before == after, "{before}became\n{after}");
+    Ok(())
+}
+
 fn echoes(port: u16) -> Result<bool> {
     echoes_within(port, limit(10))
 }
@@ -64,13 +77,7 @@ fn a_killed_guest_agent_is_started_again_and_finds_the_role_as_it_was() -> Resul
     ensure!(killed.status.code() == Some(125), "{}", e2e::text(&killed));
     let death = run.event("guest-agent", |event| event["error"].is_string())?;
     ensure!(death.to_string().contains("SIGKILL"), "{death}");
-    run.event("guest-agent", |event| event["error"].is_null())?;
-    eventually("the endpoint works again", || {
-        Ok(echoes(port).unwrap_or(false))
-    })?;
-    eventually("exec works again", || Ok(run.shell("true").is_ok()))?;
-    let after = run.shell(STACK)?;
-    ensure!(before == after, "{before}became\n{after}");
+    another_goes_on(&mut run, port, &before)?;
     // The command that killed it ended with it.
     let commands = run.shell("cat /sys/fs/cgroup/exec/cgroup.procs | wc -l")?;
     ensure!(commands.trim().parse::<u32>()? <= 3, "{commands}");
@@ -122,13 +129,7 @@ fn a_guest_agent_that_hangs_is_killed_after_a_minute_and_the_endpoint_works_agai
 
     let death = run.event("guest-agent", |event| event["error"].is_string())?;
     ensure!(death.to_string().contains("said nothing"), "{death}");
-    run.event("guest-agent", |event| event["error"].is_null())?;
-    eventually("the endpoint works again", || {
-        Ok(echoes(port).unwrap_or(false))
-    })?;
-    eventually("exec works again", || Ok(run.shell("true").is_ok()))?;
-    let after = run.shell(STACK)?;
-    ensure!(before == after, "{before}became\n{after}");
+    another_goes_on(&mut run, port, &before)?;
     run.stop()?;
     place.assert_nothing_left()
 }
