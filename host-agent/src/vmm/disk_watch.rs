@@ -36,7 +36,7 @@ impl DiskWatch {
     /// still.
     pub fn look(&mut self) -> bool {
         for watched in &mut self.0 {
-            watched.shortage = watched.disk.room.shortage();
+            watched.shortage = watched.disk.hold.shortage();
         }
         self.lacks_room()
     }
@@ -48,7 +48,7 @@ impl DiskWatch {
     /// Nothing waits for room any more: what is written without fails.
     pub fn give_up(&self) {
         for watched in &self.0 {
-            watched.disk.room.give_up();
+            watched.disk.hold.fail_when_full();
         }
     }
 
@@ -98,20 +98,20 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::vmm::virtio::blk::{HostFailure, Room};
+    use crate::vmm::virtio::blk::{EnospcHold, HostFailure};
     use crate::vmm::wire;
 
     fn event() -> EventFd {
         EventFd::new(libc::EFD_NONBLOCK).unwrap()
     }
 
-    /// Rooms of two disks, and the ends of the control socket.
-    fn watch() -> ([Arc<Room>; 2], DiskWatch, Outbox, OwnedFd) {
-        let rooms = [(); 2].map(|()| Arc::new(Room::new(event(), event())));
-        let disks = [("os", &rooms[0]), ("resource", &rooms[1])].map(|(serial, room)| DiskState {
+    /// Holds of two disks, and the ends of the control socket.
+    fn watch() -> ([Arc<EnospcHold>; 2], DiskWatch, Outbox, OwnedFd) {
+        let holds = [(); 2].map(|()| Arc::new(EnospcHold::new(event(), event())));
+        let disks = [("os", &holds[0]), ("resource", &holds[1])].map(|(serial, hold)| DiskState {
             serial: serial.into(),
             counters: Arc::default(),
-            room: Arc::clone(room),
+            hold: Arc::clone(hold),
         });
         let (ours, theirs) = wire::pair().unwrap();
         nix::fcntl::fcntl(
@@ -121,7 +121,7 @@ mod tests {
         .unwrap();
         let outbox = Outbox::new(ours, event()).unwrap();
         let watch = DiskWatch::new(&disks);
-        (rooms, watch, outbox, theirs)
+        (holds, watch, outbox, theirs)
     }
 
     fn told(theirs: &OwnedFd) -> Vec<Event> {
@@ -148,13 +148,13 @@ mod tests {
         };
         assert_eq!(look(), (false, vec![]));
         for _ in 0..2 {
-            os.lacks(512, &quota);
+            os.begin(512, &quota);
             assert_eq!(look(), (true, vec![no_space("os")]));
             assert_eq!(look(), (true, vec![]));
-            resource.lacks(512, &quota);
-            os.suffices();
+            resource.begin(512, &quota);
+            os.end();
             assert_eq!(look(), (true, vec![no_space("resource")]));
-            resource.suffices();
+            resource.end();
             assert_eq!(look(), (false, vec![Event::SpaceBack {}]));
             assert_eq!(look(), (false, vec![]));
         }
@@ -177,20 +177,20 @@ mod tests {
         };
         // What begins and ends unheard is not told at all.
         stuff();
-        os.lacks(512, &quota);
+        os.begin(512, &quota);
         assert!(watch.look());
         watch.tell_room(&outbox);
-        os.suffices();
+        os.end();
         watch.look();
         assert_eq!(relieve(), []);
         watch.tell_room(&outbox);
         assert_eq!(relieve(), []);
         // The end of what was heard is told as soon as it can be.
-        os.lacks(512, &quota);
+        os.begin(512, &quota);
         watch.look();
         watch.tell_room(&outbox);
         assert_eq!(relieve(), [no_space("os")]);
-        os.suffices();
+        os.end();
         stuff();
         watch.look();
         watch.tell_room(&outbox);

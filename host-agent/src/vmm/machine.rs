@@ -21,11 +21,11 @@ use super::serial::{Line, Output, Port};
 use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
 use super::vcpu::{KickError, Processors, Report};
 use super::virtio::Device;
-use super::virtio::blk::{Block, Counters, Room};
+use super::virtio::blk::{Block, DiskCounters, EnospcHold};
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
-use super::virtio::vsock::{self, Effect, Vsock};
+use super::virtio::vsock::{self, Vsock, VsockEvent};
 use super::vm::{Vm, VmError};
 use super::{acpi, layout};
 
@@ -98,9 +98,9 @@ pub struct DiskState {
     /// Its serial number.
     pub serial: String,
     /// What it has done.
-    pub counters: Arc<Counters>,
+    pub counters: Arc<DiskCounters>,
     /// Whether it waits for room on the host.
-    pub room: Arc<Room>,
+    pub hold: Arc<EnospcHold>,
 }
 
 /// A running machine.
@@ -145,7 +145,7 @@ impl Machine {
             disks.push(DiskState {
                 serial: disk.serial.clone(),
                 counters: block.counters(),
-                room: block.room(),
+                hold: block.enospc_hold(),
             });
             devices.push(Box::new(block));
         }
@@ -250,15 +250,17 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
 
 /// Passes what the vsock device does to the supervisor. If it is gone or too
 /// far behind, the guest sees its connection close.
-fn tell_effects(outbox: Outbox) -> vsock::Sink {
+fn tell_effects(outbox: Outbox) -> vsock::EventSink {
     Box::new(move |effect| {
         match effect {
-            Effect::Opened {
+            VsockEvent::Opened {
                 port,
                 source_port,
                 fd,
             } => outbox.send(&Event::Opened { port, source_port }, vec![fd]),
-            Effect::Dialed { id, outcome } => outbox.send(&Event::Dialed { id, outcome }, vec![]),
+            VsockEvent::Dialed { id, outcome } => {
+                outbox.send(&Event::Dialed { id, outcome }, vec![])
+            }
         };
     })
 }

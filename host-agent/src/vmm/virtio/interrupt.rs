@@ -19,21 +19,21 @@ pub const CONFIG_CHANGE: u32 = 2;
 /// Shared by the transport (which reads and acknowledges) and the device's
 /// thread (which raises).
 #[derive(Debug, Clone)]
-pub struct Interrupt(Arc<Shared>);
+pub struct Interrupt(Arc<InterruptState>);
 
 #[derive(Debug)]
-struct Shared {
+struct InterruptState {
     line: EventFd,
     status: AtomicU32,
     needs_reset: AtomicBool,
     violations: AtomicU64,
     name: String,
-    broken: Mutex<Broken>,
+    last: Mutex<LastViolation>,
 }
 
 /// The last violation, and how often they are logged.
 #[derive(Debug)]
-struct Broken {
+struct LastViolation {
     reason: String,
     log: Throttle,
 }
@@ -42,13 +42,13 @@ impl Interrupt {
     /// An interrupt of the device `name` that KVM injects when `line` is
     /// signalled.
     pub fn new(line: EventFd, name: &str) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(InterruptState {
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             violations: AtomicU64::new(0),
             name: name.to_owned(),
-            broken: Mutex::new(Broken {
+            last: Mutex::new(LastViolation {
                 reason: String::new(),
                 log: Throttle::new(),
             }),
@@ -97,8 +97,8 @@ impl Interrupt {
         self.broken().reason.clone()
     }
 
-    fn broken(&self) -> MutexGuard<'_, Broken> {
-        self.0.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn broken(&self) -> MutexGuard<'_, LastViolation> {
+        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The status bits, for the transport.

@@ -71,10 +71,10 @@ enum SetupError {
 /// One device behind its registers.
 pub struct Transport {
     interrupt: Interrupt,
-    state: Mutex<State>,
+    state: Mutex<TransportState>,
 }
 
-struct State {
+struct TransportState {
     device: Box<dyn Device>,
     memory: GuestMemoryMmap,
     status: u32,
@@ -146,7 +146,7 @@ impl Transport {
         }
         Ok(Self {
             interrupt,
-            state: Mutex::new(State {
+            state: Mutex::new(TransportState {
                 device,
                 memory,
                 status: 0,
@@ -280,12 +280,12 @@ impl Transport {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TransportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl TransportState {
     fn offered(&self) -> u64 {
         self.device.features() | (1 << VIRTIO_F_VERSION_1)
     }

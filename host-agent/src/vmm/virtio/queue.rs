@@ -72,7 +72,7 @@ pub enum QueueError {
     },
     /// A readable buffer after a writable one (virtio 1.2, 2.7.4.2).
     #[error("chain {head} has a readable buffer after a writable one")]
-    Order {
+    ReadableAfterWritable {
         /// First descriptor of the chain.
         head: u16,
     },
@@ -295,7 +295,7 @@ impl CheckedQueue {
                 writing = true;
                 chain.writable_len += len;
             } else if writing {
-                return Err(QueueError::Order { head });
+                return Err(QueueError::ReadableAfterWritable { head });
             } else {
                 chain.readable_len += len;
             }

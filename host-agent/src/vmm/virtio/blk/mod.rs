@@ -1,8 +1,8 @@
 //! virtio-blk (virtio 1.2, 5.2): one queue, one thread, one disk.
 
-mod back;
+mod enospc_hold;
 mod request;
-mod room;
+mod worker;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,9 +19,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ActivateError, Activation, Device, queue};
 use crate::vmm::disk::{Disk, SECTOR, is_full};
-use back::{Back, Order, Sleep};
+pub use enospc_hold::{EnospcHold, Shortage};
 use request::Geometry;
-pub use room::{Room, Shortage};
+use worker::{WaitSet, Worker, WorkerCommand};
 
 /// Entries of the queue.
 pub const QUEUE_SIZE: u16 = 256;
@@ -41,7 +41,7 @@ pub enum BlockError {
 
 /// What went wrong with a disk, since the device was made.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub struct DiskCounters {
     /// Requests answered with an error because of what the driver asked.
     pub refused: AtomicU64,
     /// The first failure of the host: the one that explains the others.
@@ -72,9 +72,9 @@ pub struct Block {
     name: String,
     features: u64,
     config: Vec<u8>,
-    counters: Arc<Counters>,
-    room: Arc<Room>,
-    orders: Sender<Order>,
+    counters: Arc<DiskCounters>,
+    hold: Arc<EnospcHold>,
+    commands: Sender<WorkerCommand>,
     wake: EventFd,
     /// Ends a long request between two pieces when the driver resets.
     stop: Arc<AtomicBool>,
@@ -101,31 +101,31 @@ impl Block {
             read_only: disk.read_only(),
         };
         let name = format!("blk-{index}");
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(DiskCounters::default());
         let stop = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new(EFD_NONBLOCK)?;
-        let room = Arc::new(Room::new(changed, wake.try_clone()?));
-        let (orders, inbox) = mpsc::channel();
-        let back = Back::new(
+        let hold = Arc::new(EnospcHold::new(changed, wake.try_clone()?));
+        let (commands, received) = mpsc::channel();
+        let worker = Worker::new(
             name.clone(),
             serial,
             disk,
             geometry,
             Arc::clone(&counters),
-            Arc::clone(&room),
+            Arc::clone(&hold),
             Arc::clone(&stop),
         );
-        let sleep = Sleep::new(wake.try_clone()?)?;
+        let wait_set = WaitSet::new(wake.try_clone()?)?;
         let thread = std::thread::Builder::new()
             .name(name.clone())
-            .spawn(move || back.run(&inbox, &sleep))?;
+            .spawn(move || worker.run(&received, &wait_set))?;
         Ok(Self {
             name,
             features: features(geometry),
             config: config(geometry),
             counters,
-            room,
-            orders,
+            hold,
+            commands,
             wake,
             stop,
             active: false,
@@ -134,18 +134,18 @@ impl Block {
     }
 
     /// What the disk has done so far.
-    pub fn counters(&self) -> Arc<Counters> {
+    pub fn counters(&self) -> Arc<DiskCounters> {
         Arc::clone(&self.counters)
     }
 
     /// Whether the disk waits for room on the host.
-    pub fn room(&self) -> Arc<Room> {
-        Arc::clone(&self.room)
+    pub fn enospc_hold(&self) -> Arc<EnospcHold> {
+        Arc::clone(&self.hold)
     }
 
-    fn order(&self, order: Order) -> Result<(), ActivateError> {
-        self.orders
-            .send(order)
+    fn command(&self, command: WorkerCommand) -> Result<(), ActivateError> {
+        self.commands
+            .send(command)
             .map_err(|_| ActivateError::ThreadGone)?;
         // Only full when the thread is about to wake up anyway.
         let _ = self.wake.write(1);
@@ -207,7 +207,7 @@ impl Device for Block {
             });
         }
         self.stop.store(false, Ordering::Release);
-        self.order(Order::Activate(Box::new(activation)))?;
+        self.command(WorkerCommand::Activate(Box::new(activation)))?;
         self.active = true;
         Ok(())
     }
@@ -223,7 +223,7 @@ impl Device for Block {
         self.active = false;
         self.stop.store(true, Ordering::Release);
         let (done, wait) = mpsc::channel();
-        if self.order(Order::Reset(done)).is_ok() {
+        if self.command(WorkerCommand::Reset(done)).is_ok() {
             // An error means that the thread is gone, and with it the queue.
             let _ = wait.recv();
         }
@@ -233,7 +233,7 @@ impl Device for Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        let _ = self.order(Order::End);
+        let _ = self.command(WorkerCommand::End);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -1,8 +1,8 @@
 //! A disk's device as a driver sees it, on disks that are slow, full or watched.
 
 mod bounds;
+mod enospc_hold;
 mod reset;
-mod room;
 
 use std::collections::HashSet;
 use std::io;
@@ -33,7 +33,7 @@ const SECTORS: u64 = 64;
 
 /// A disk in memory that counts, fails and waits as told.
 #[derive(Clone)]
-struct Probe {
+struct TestDisk {
     bytes: Arc<Mutex<Vec<u8>>>,
     read_only: bool,
     fail: Arc<AtomicBool>,
@@ -44,7 +44,7 @@ struct Probe {
     busy: Arc<Mutex<()>>,
 }
 
-impl Probe {
+impl TestDisk {
     fn new() -> Self {
         let bytes = (0..SECTORS * 512).map(|i| (i / 512 + i % 7) as u8);
         Self {
@@ -86,7 +86,7 @@ impl Probe {
     }
 }
 
-impl Disk for Probe {
+impl Disk for TestDisk {
     fn size(&self) -> u64 {
         SECTORS * 512
     }
@@ -126,7 +126,7 @@ fn header(driver: &TestDriver, at: u64, kind: u32, sector: u64) {
     driver.memory.write_obj(words, GuestAddress(at)).unwrap();
 }
 
-fn start(disk: &Probe, features: u64) -> (Block, TestDriver) {
+fn start(disk: &TestDisk, features: u64) -> (Block, TestDriver) {
     let mut block = Block::new(0, "serial", Box::new(disk.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(features)).unwrap();
@@ -168,8 +168,8 @@ fn data(driver: &TestDriver, len: usize) -> Vec<u8> {
 
 #[test]
 fn offers_what_it_can_and_describes_the_disk() {
-    let mut probe = Probe::new();
-    let block = Block::new(3, "os", Box::new(probe.clone()), event()).unwrap();
+    let mut disk = TestDisk::new();
+    let block = Block::new(3, "os", Box::new(disk.clone()), event()).unwrap();
     assert_eq!(
         (block.id(), block.name(), block.queue_sizes()),
         (2, "blk-3", &[256][..])
@@ -181,20 +181,20 @@ fn offers_what_it_can_and_describes_the_disk() {
     assert_eq!(config[..8], SECTORS.to_le_bytes());
     assert_eq!(config[12..16], 254_u32.to_le_bytes());
     assert_eq!(config[20..24], 512_u32.to_le_bytes());
-    probe.read_only = true;
-    let block = Block::new(3, "os", Box::new(probe.clone()), event()).unwrap();
+    disk.read_only = true;
+    let block = Block::new(3, "os", Box::new(disk.clone()), event()).unwrap();
     assert_eq!(block.features(), bits(&[2, 5, 6, 9, 29]));
     for serial in ["123456789012345678901", "a\0b", "a b", "é"] {
-        let result = Block::new(0, serial, Box::new(probe.clone()), event());
+        let result = Block::new(0, serial, Box::new(disk.clone()), event());
         assert!(matches!(result, Err(BlockError::Serial(_))), "{serial}");
     }
 }
 
 #[test]
 fn request_matrix() {
-    let probe = Probe::new();
-    let (block, mut driver) = start(&probe, ALL);
-    let mut model = probe.bytes();
+    let disk = TestDisk::new();
+    let (block, mut driver) = start(&disk, ALL);
+    let mut model = disk.bytes();
     let sectors = [0, 1, SECTORS - 1, SECTORS, SECTORS + 1, 1 << 55, u64::MAX];
     let lengths = [0, 1, 20, 511, 512, 513, 1024, 4096, 32_768, 33_280, 1 << 21];
     let mut fill = 0_u8;
@@ -242,17 +242,17 @@ fn request_matrix() {
             );
         }
     }
-    assert!(probe.bytes() == model);
+    assert!(disk.bytes() == model);
     assert!(block.counters().refused.load(Ordering::Relaxed) > 100);
     assert!(!driver.interrupt.is_broken());
 }
 
 #[test]
 fn the_status_is_the_last_writable_byte_however_the_chain_is_cut() {
-    let probe = Probe::new();
-    let (_block, mut driver) = start(&probe, ALL);
+    let disk = TestDisk::new();
+    let (_block, mut driver) = start(&disk, ALL);
     header(&driver, HEADERS, IN, 5);
-    let expected = probe.bytes()[5 * 512..6 * 512].to_vec();
+    let expected = disk.bytes()[5 * 512..6 * 512].to_vec();
     // Data and status lie next to each other, so that any cut is possible.
     let status = GuestAddress(DATA + 512);
     for head_cut in [1, 8, 15, 16] {
@@ -281,9 +281,9 @@ fn the_status_is_the_last_writable_byte_however_the_chain_is_cut() {
 
 #[test]
 fn chains_without_room_or_header_are_returned_and_harm_nothing() {
-    let probe = Probe::new();
-    let (block, mut driver) = start(&probe, ALL);
-    let before = probe.bytes();
+    let disk = TestDisk::new();
+    let (block, mut driver) = start(&disk, ALL);
+    let before = disk.bytes();
     header(&driver, HEADERS, OUT, 0);
     assert_eq!(run(&mut driver, &[(HEADERS, 16, false)]), (0xaa, 0));
     assert_eq!(
@@ -306,17 +306,17 @@ fn chains_without_room_or_header_are_returned_and_harm_nothing() {
     assert_eq!(run(&mut driver, &both).0, IOERR);
     header(&driver, HEADERS, IN, 0);
     assert_eq!(run(&mut driver, &both).0, IOERR);
-    assert_eq!(probe.bytes(), before);
+    assert_eq!(disk.bytes(), before);
     assert_eq!(block.counters().refused.load(Ordering::Relaxed), 7);
-    assert_eq!(probe.calls.load(Ordering::SeqCst), 0);
+    assert_eq!(disk.calls.load(Ordering::SeqCst), 0);
 }
 
 #[test]
 fn a_read_only_disk_refuses_writes_whatever_was_negotiated() {
-    let mut probe = Probe::new();
-    probe.read_only = true;
+    let mut disk = TestDisk::new();
+    disk.read_only = true;
     for features in [0, ALL, ALL | 1 << VIRTIO_BLK_F_RO] {
-        let (_block, mut driver) = start(&probe, features);
+        let (_block, mut driver) = start(&disk, features);
         assert_eq!(request(&mut driver, OUT, 0, 512).0, IOERR);
         assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
         assert_eq!(request(&mut driver, FLUSH, 0, 0).0, OK);
@@ -325,8 +325,8 @@ fn a_read_only_disk_refuses_writes_whatever_was_negotiated() {
 
 #[test]
 fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
-    let probe = Probe::new();
-    let (_block, mut driver) = start(&probe, ALL);
+    let disk = TestDisk::new();
+    let (_block, mut driver) = start(&disk, ALL);
     let memory = driver.memory.clone();
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
@@ -339,7 +339,7 @@ fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
             }
         }
     });
-    let before = probe.bytes();
+    let before = disk.bytes();
     let mut seen = HashSet::new();
     for _ in 0..3_000 {
         let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
@@ -349,15 +349,15 @@ fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
     racer.join().unwrap();
     let possible = HashSet::from([(OK, 513), (IOERR, 0), (UNSUPP, 0)]);
     assert!(seen.is_subset(&possible), "{seen:?}");
-    assert_eq!(probe.bytes(), before);
+    assert_eq!(disk.bytes(), before);
 }
 
 #[test]
 fn a_host_that_fails_costs_requests_and_not_the_device() {
-    let probe = Probe::new();
-    let (block, mut driver) = start(&probe, ALL);
-    probe.fail.store(true, Ordering::SeqCst);
-    block.room().give_up();
+    let disk = TestDisk::new();
+    let (block, mut driver) = start(&disk, ALL);
+    disk.fail.store(true, Ordering::SeqCst);
+    block.enospc_hold().fail_when_full();
     for kind in [OUT, IN, FLUSH] {
         assert_eq!(
             request(&mut driver, kind, 0, 512),
@@ -366,7 +366,7 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
     }
     let first = block.counters().first_failure.get().cloned();
     assert!(first.unwrap().full);
-    probe.fail.store(false, Ordering::SeqCst);
+    disk.fail.store(false, Ordering::SeqCst);
     assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
 }
@@ -382,25 +382,25 @@ fn until(what: &str, done: impl Fn() -> bool) {
 
 #[test]
 fn a_driver_that_cannot_flush_gets_every_write_flushed() {
-    let probe = Probe::new();
-    let (_block, mut driver) = start(&probe, 0);
+    let disk = TestDisk::new();
+    let (_block, mut driver) = start(&disk, 0);
     for done in 1..=3 {
         assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
-        assert_eq!(probe.flushes.load(Ordering::SeqCst), done);
+        assert_eq!(disk.flushes.load(Ordering::SeqCst), done);
     }
-    let probe = Probe::new();
-    let (_block, mut driver) = start(&probe, ALL);
+    let disk = TestDisk::new();
+    let (_block, mut driver) = start(&disk, ALL);
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
-    assert_eq!(probe.flushes.load(Ordering::SeqCst), 0);
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
 }
 
 #[test]
 fn a_finished_request_waits_for_no_flush_behind_it() {
     // With a flush of its own, and of a driver that cannot flush.
     for (features, kind) in [(ALL, FLUSH), (0, OUT)] {
-        let probe = Probe::new();
-        let (_block, mut driver) = start(&probe, features);
-        let busy = probe.busy.lock().unwrap();
+        let disk = TestDisk::new();
+        let (_block, mut driver) = start(&disk, features);
+        let busy = disk.busy.lock().unwrap();
         header(&driver, HEADERS, IN, 0);
         header(&driver, HEADERS + 16, kind, 0);
         let read = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
@@ -424,8 +424,8 @@ fn a_finished_request_waits_for_no_flush_behind_it() {
 
 #[test]
 fn a_broken_ring_stops_the_device_until_it_is_reset() {
-    let probe = Probe::new();
-    let (mut block, mut driver) = start(&probe, ALL);
+    let disk = TestDisk::new();
+    let (mut block, mut driver) = start(&disk, ALL);
     for round in 1..=20 {
         driver.jump(0, QUEUE_SIZE + round);
         driver.kick(0);
@@ -442,8 +442,8 @@ fn a_broken_ring_stops_the_device_until_it_is_reset() {
 
 #[test]
 fn a_full_queue_comes_back_complete_and_at_most_one_interrupt_each() {
-    let probe = Probe::new();
-    let (_block, mut driver) = start(&probe, ALL);
+    let disk = TestDisk::new();
+    let (_block, mut driver) = start(&disk, ALL);
     for round in 0..50_u64 {
         header(&driver, HEADERS, IN, round);
         let heads: Vec<u16> = (0..QUEUE_SIZE / 3).map(|n| n * 3).collect();

@@ -2,15 +2,15 @@
 //!
 //! [`Vsock`] is the front on the transport's side. A thread owns the queues
 //! and every connection, from packet to host socket; [`Handle`] asks it to
-//! dial, and what it does for the rest of the process are [`Effect`]s.
+//! dial, and what it does for the rest of the process are [`VsockEvent`]s.
 
 mod connection;
+mod connection_table;
 mod endpoint;
 mod muxer;
 mod packet;
 mod rings;
 mod socket;
-mod switch;
 mod worker;
 
 #[cfg(test)]
@@ -30,7 +30,7 @@ use super::queue::EVENT_IDX;
 use super::{ActivateError, Activation, Device};
 use crate::vmm::control::DialOutcome;
 use rings::QUEUES;
-use worker::{Order, Worker};
+use worker::{Worker, WorkerCommand};
 
 /// Largest size of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -40,7 +40,7 @@ const RESET_LIMIT: Duration = Duration::from_secs(5);
 
 /// What happens outside of the device.
 #[derive(Debug)]
-pub enum Effect {
+pub enum VsockEvent {
     /// The guest dialed a channel.
     Opened {
         /// Host port.
@@ -59,8 +59,8 @@ pub enum Effect {
     },
 }
 
-/// Takes effects, on the device's thread; must not wait.
-pub type Sink = Box<dyn FnMut(Effect) + Send>;
+/// Takes events, on the device's thread; must not wait.
+pub type EventSink = Box<dyn FnMut(VsockEvent) + Send>;
 
 /// The device.
 #[derive(Debug)]
@@ -71,7 +71,7 @@ pub struct Vsock {
 
 /// What the device's thread tells of itself.
 #[derive(Debug, Default)]
-struct Counters {
+struct VsockCounters {
     connections: AtomicU32,
     refused: AtomicU64,
 }
@@ -79,22 +79,22 @@ struct Counters {
 /// Asks the device to dial.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    orders: Sender<Order>,
+    commands: Sender<WorkerCommand>,
     wake: Arc<EventFd>,
-    counters: Arc<Counters>,
+    counters: Arc<VsockCounters>,
 }
 
 impl Vsock {
     /// A device for the guest `cid`, whose thread waits for its driver. The guest
     /// must answer a dial within `dial_limit`.
-    pub fn new(cid: u64, dial_limit: Duration, sink: Sink) -> io::Result<Self> {
+    pub fn new(cid: u64, dial_limit: Duration, sink: EventSink) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let (orders, ordered) = channel();
-        let counters = Arc::new(Counters::default());
+        let (commands, received) = channel();
+        let counters = Arc::new(VsockCounters::default());
         let worker = Worker::new(
             cid,
             dial_limit,
-            ordered,
+            received,
             Arc::clone(&wake),
             Arc::clone(&counters),
             sink,
@@ -105,7 +105,7 @@ impl Vsock {
         Ok(Self {
             config: cid.to_le_bytes(),
             handle: Handle {
-                orders,
+                commands,
                 wake,
                 counters,
             },
@@ -121,19 +121,19 @@ impl Vsock {
 impl Drop for Vsock {
     /// Ends the thread; handles that are left dial in vain.
     fn drop(&mut self) {
-        self.handle.send(Order::End);
+        self.handle.send(WorkerCommand::End);
     }
 }
 
 impl Handle {
     /// Dials `port` of the guest and joins it with `stream`.
     pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
-        self.send(Order::Dial { id, port, stream });
+        self.send(WorkerCommand::Dial { id, port, stream });
     }
 
     /// Dials `port` of the guest and drops the connection.
     pub fn probe(&self, id: u64, port: u32) {
-        self.send(Order::Probe { id, port });
+        self.send(WorkerCommand::Probe { id, port });
     }
 
     /// Connections held now.
@@ -147,8 +147,8 @@ impl Handle {
         self.counters.refused.load(Ordering::Relaxed)
     }
 
-    fn send(&self, order: Order) -> bool {
-        let sent = self.orders.send(order).is_ok();
+    fn send(&self, command: WorkerCommand) -> bool {
+        let sent = self.commands.send(command).is_ok();
         // A full counter means that the thread is awake already.
         let _ = self.wake.write(1);
         sent
@@ -183,7 +183,10 @@ impl Device for Vsock {
                 actual: activation.queues.len(),
             });
         }
-        if self.handle.send(Order::Activate(Box::new(activation))) {
+        if self
+            .handle
+            .send(WorkerCommand::Activate(Box::new(activation)))
+        {
             Ok(())
         } else {
             Err(ActivateError::ThreadGone)
@@ -192,7 +195,7 @@ impl Device for Vsock {
 
     fn reset(&mut self) {
         let (done, wait) = channel();
-        if self.handle.send(Order::Reset(done)) {
+        if self.handle.send(WorkerCommand::Reset(done)) {
             // The thread drops its end only after it let go of the queues.
             let _ = wait.recv_timeout(RESET_LIMIT);
         }

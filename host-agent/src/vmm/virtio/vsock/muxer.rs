@@ -1,331 +1,535 @@
-//! Which vsock connection a packet belongs to, which one sends next, and when
-//! each must have made progress. Pure: sockets are an opaque `T`.
+//! Joins vsock packets, connections and host sockets: what each event makes happen.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::time::Instant;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
+use tracing::{debug, warn};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{Connection, Phase, Ports};
-use super::packet::{Header, Operation, TYPE_STREAM};
+use super::connection::{Connection, Phase, Shutdown, Verdict};
+use super::connection_table::{ConnectionId, ConnectionTable, Output, Route};
+use super::endpoint::{Endpoint, Origin};
+use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
+use super::rings::Rings;
+use super::socket;
+use super::{EventSink, VsockCounters, VsockEvent};
+use crate::vmm::control::DialOutcome;
+use crate::vmm::virtio::queue::{Chain, QueueError};
+use crate::vmm::virtio::throttle::Throttle;
 
-/// Most connections of a guest at a time, those that still drain included. A
-/// connection costs two file descriptors of a process and at most 64 KiB.
-pub const MAX_CONNECTIONS: usize = 1023;
+/// The guest must answer the end of a connection within this, or is told that
+/// it is over. Linux does not answer before its reader has read everything.
+pub const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Connections that dials leave free for the guest's channels: clients of its
-/// endpoints, however many, shall not keep its agents from dialing again.
-pub const CHANNEL_PLACES: usize = 2 * Channel::ALL.len();
+/// What the guest left behind for a host socket is dropped when the socket
+/// takes nothing for this long.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
-/// Most refusals that wait for the guest to offer receive buffers. A guest
-/// that sends without receiving loses those beyond: its connects time out
-/// instead, and nothing grows.
-pub const MAX_REPLIES: usize = 1024;
+/// Bytes that one connection sends to the guest before the next has its turn.
+const TURN: u32 = MAX_PAYLOAD;
 
-/// Host ports for dials: above every channel's and every port that a program
-/// would choose, and below `VMADDR_PORT_ANY`.
-const DIAL_PORTS: std::ops::Range<u32> = 0x4000_0000..0x8000_0000;
-
-/// Names one connection for the life of the process. Ports are used again,
-/// this is not: what is late for a closed connection cannot meet its successor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Id(pub u64);
-
-/// A connection and what the caller keeps with it.
-#[derive(Debug)]
-pub struct Entry<T> {
-    /// Its state.
-    pub connection: Connection,
-    /// The caller's part.
-    pub endpoint: T,
-    deadline: Option<Instant>,
-    queued: bool,
-}
-
-/// Where a packet goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// Nowhere: forged, or needs no answer.
-    Drop(&'static str),
-    /// Nowhere, and the guest is told.
-    Refuse(&'static str),
-    /// To a connection.
-    Known(Id),
-    /// It asks for a connection that may be made.
-    Accept,
-}
-
-/// What the next receive buffer of the guest is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Output {
-    /// A packet that belongs to no connection.
-    Reply(Header),
-    /// This connection's turn.
-    Turn(Id),
-}
-
-/// The connections of one device.
-#[derive(Debug)]
-pub struct Muxer<T> {
+/// Connections of one device, with their sockets.
+pub struct Muxer {
     guest_cid: u64,
-    entries: HashMap<Id, Entry<T>>,
-    by_ports: HashMap<Ports, Id>,
-    last_id: u64,
-    next_port: u32,
-    ready: VecDeque<Id>,
-    replies: VecDeque<Header>,
-    replied_last: bool,
-    deadlines: BTreeSet<(Instant, Id)>,
+    /// The guest must answer a dial within this.
+    dial_limit: Duration,
+    table: ConnectionTable<Endpoint>,
+    sink: EventSink,
+    counters: Arc<VsockCounters>,
+    dropped: Throttle,
+    refused: Throttle,
+    host_errors: Throttle,
 }
 
-impl<T> Muxer<T> {
-    /// No connections. Identifiers begin above `reserved`.
-    pub fn new(guest_cid: u64, reserved: u64) -> Self {
+impl Muxer {
+    /// No connections. Tokens in the poll set up to `reserved` are not used.
+    pub fn new(
+        guest_cid: u64,
+        reserved: u64,
+        dial_limit: Duration,
+        counters: Arc<VsockCounters>,
+        sink: EventSink,
+    ) -> Self {
         Self {
             guest_cid,
-            entries: HashMap::new(),
-            by_ports: HashMap::new(),
-            last_id: reserved,
-            next_port: DIAL_PORTS.start,
-            ready: VecDeque::new(),
-            replies: VecDeque::new(),
-            replied_last: false,
-            deadlines: BTreeSet::new(),
+            dial_limit,
+            table: ConnectionTable::new(guest_cid, reserved),
+            sink,
+            counters,
+            dropped: Throttle::new(),
+            refused: Throttle::new(),
+            host_errors: Throttle::new(),
         }
     }
 
     /// Connections held.
     pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether every connection is taken.
-    pub fn is_full(&self) -> bool {
-        self.entries.len() >= MAX_CONNECTIONS
-    }
-
-    /// Whether there is a place for one more dial.
-    pub fn has_room_for_dial(&self) -> bool {
-        self.entries.len() < MAX_CONNECTIONS - CHANNEL_PLACES
-    }
-
-    /// Decides on a packet of the guest.
-    pub fn route(&self, header: &Header) -> Route {
-        if header.src_cid != self.guest_cid {
-            return Route::Drop("source is not this guest");
-        }
-        if header.dst_cid != u64::from(HOST_CID) {
-            return Route::Drop("destination is not the host");
-        }
-        let is_reset = header.operation() == Some(Operation::Reset);
-        if header.kind != TYPE_STREAM {
-            return if is_reset {
-                Route::Drop("reset of another socket type")
-            } else {
-                Route::Refuse("socket type is not stream")
-            };
-        }
-        let ports = Ports {
-            host: header.dst_port,
-            guest: header.src_port,
-        };
-        if let Some(id) = self.by_ports.get(&ports) {
-            return Route::Known(*id);
-        }
-        match header.operation() {
-            // An answer to a reset would be answered by a reset.
-            Some(Operation::Reset) => Route::Drop("reset of no connection"),
-            Some(Operation::Request) => self.admit(ports),
-            _ => Route::Refuse("no such connection"),
-        }
-    }
-
-    fn admit(&self, ports: Ports) -> Route {
-        if Channel::from_port(ports.host).is_none() {
-            return Route::Refuse("nothing is served on the port");
-        }
-        if ports.guest >= PRIVILEGED_PORTS {
-            return Route::Refuse("channel dialed from an unprivileged port");
-        }
-        if self.is_full() {
-            return Route::Refuse("every connection is taken");
-        }
-        Route::Accept
-    }
-
-    /// Identifier of the next connection to be [inserted](Self::insert).
-    pub fn next_id(&self) -> Id {
-        Id(self.last_id + 1)
-    }
-
-    /// Adds a connection. Its ports must be free and the table not full.
-    /// Replies to an earlier use of the ports are dropped: who dials anew has
-    /// forgotten it, and would take them for the end of this connection.
-    pub fn insert(&mut self, connection: Connection, endpoint: T) -> Id {
-        debug_assert!(!self.is_full());
-        let id = self.next_id();
-        self.last_id = id.0;
-        let ports = connection.ports();
-        let earlier = self.by_ports.insert(ports, id);
-        debug_assert!(earlier.is_none());
-        self.replies.retain(|reply| {
-            (reply.src_port, reply.dst_port, reply.kind) != (ports.host, ports.guest, TYPE_STREAM)
-        });
-        self.entries.insert(
-            id,
-            Entry {
-                connection,
-                endpoint,
-                deadline: None,
-                queued: false,
-            },
-        );
-        id
-    }
-
-    /// A host port from which `guest` is not dialed at present.
-    pub fn dial_ports(&mut self, guest: u32) -> Ports {
-        // The table holds fewer connections than there are ports, so that this
-        // ends; and a port comes back only after a thousand million others.
-        loop {
-            let host = self.next_port;
-            self.next_port += 1;
-            if self.next_port == DIAL_PORTS.end {
-                self.next_port = DIAL_PORTS.start;
-            }
-            let ports = Ports { host, guest };
-            if !self.by_ports.contains_key(&ports) {
-                return ports;
-            }
-        }
-    }
-
-    /// A connection.
-    pub fn get_mut(&mut self, id: Id) -> Option<&mut Entry<T>> {
-        self.entries.get_mut(&id)
-    }
-
-    /// Ends a connection: nothing of it remains.
-    pub fn remove(&mut self, id: Id) -> Option<Entry<T>> {
-        let entry = self.entries.remove(&id)?;
-        self.free_ports(entry.connection.ports(), id);
-        if let Some(deadline) = entry.deadline {
-            self.deadlines.remove(&(deadline, id));
-        }
-        if entry.queued {
-            // The line may not move for long, when the guest is stuck.
-            self.ready.retain(|queued| *queued != id);
-        }
-        Some(entry)
-    }
-
-    /// The guest is done with a connection of which data still drains to the
-    /// host: its ports are free, its place is not.
-    pub fn detach(&mut self, id: Id) {
-        if let Some(entry) = self.entries.get_mut(&id) {
-            entry.connection.drain();
-            if std::mem::take(&mut entry.queued) {
-                self.ready.retain(|queued| *queued != id);
-            }
-            let ports = entry.connection.ports();
-            self.free_ports(ports, id);
-        }
-    }
-
-    fn free_ports(&mut self, ports: Ports, id: Id) {
-        if self.by_ports.get(&ports) == Some(&id) {
-            self.by_ports.remove(&ports);
-        }
-    }
-
-    /// Ends every connection and forgets what was to be said.
-    pub fn clear(&mut self) -> Vec<Entry<T>> {
-        self.by_ports.clear();
-        self.ready.clear();
-        self.replies.clear();
-        self.deadlines.clear();
-        self.entries.drain().map(|(_, entry)| entry).collect()
-    }
-
-    /// Puts a connection at the end of the line for the guest's receive
-    /// buffers, unless it waits there already.
-    pub fn schedule(&mut self, id: Id) {
-        if let Some(entry) = self.entries.get_mut(&id)
-            && !entry.queued
-            && entry.connection.phase() != Phase::Draining
-        {
-            entry.queued = true;
-            self.ready.push_back(id);
-        }
-    }
-
-    /// What the next receive buffer is for, taken out of its line. A reply and
-    /// a connection in turn: whoever asks for what is refused, however often,
-    /// must not keep heartbeats from the guest.
-    pub fn next_output(&mut self) -> Option<Output> {
-        let reply = if self.replied_last && !self.ready.is_empty() {
-            None
-        } else {
-            self.replies.pop_front()
-        };
-        self.replied_last = reply.is_some();
-        reply.map(Output::Reply).or_else(|| {
-            let id = self.ready.pop_front()?;
-            if let Some(entry) = self.entries.get_mut(&id) {
-                entry.queued = false;
-            }
-            Some(Output::Turn(id))
-        })
-    }
-
-    /// Puts back at the head of the line what [`Self::next_output`] gave: no
-    /// buffer was left for it.
-    pub fn put_back(&mut self, id: Id) {
-        if let Some(entry) = self.entries.get_mut(&id)
-            && !entry.queued
-        {
-            entry.queued = true;
-            self.ready.push_front(id);
-        }
+        self.table.len()
     }
 
     /// Whether anything waits for a receive buffer.
     pub fn has_output(&self) -> bool {
-        !self.replies.is_empty() || !self.ready.is_empty()
-    }
-
-    /// Queues a packet that belongs to no connection (any more).
-    pub fn reply(&mut self, header: Header) {
-        if self.replies.len() < MAX_REPLIES {
-            self.replies.push_back(header);
-        }
-    }
-
-    /// Sets or clears the time by which a connection must have moved on.
-    pub fn set_deadline(&mut self, id: Id, deadline: Option<Instant>) {
-        let Some(entry) = self.entries.get_mut(&id) else {
-            return;
-        };
-        if let Some(earlier) = std::mem::replace(&mut entry.deadline, deadline) {
-            self.deadlines.remove(&(earlier, id));
-        }
-        if let Some(deadline) = deadline {
-            self.deadlines.insert((deadline, id));
-        }
+        self.table.has_output()
     }
 
     /// The first deadline.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|(deadline, _)| *deadline)
+        self.table.next_deadline()
     }
 
-    /// A connection whose deadline is not after `now`; it has none any more.
-    pub fn pop_expired(&mut self, now: Instant) -> Option<Id> {
-        let (deadline, id) = *self.deadlines.first()?;
-        if deadline > now {
-            return None;
+    /// Reports an effect.
+    pub fn report(&mut self, effect: VsockEvent) {
+        (self.sink)(effect);
+    }
+
+    /// Starts a connection to `port` of the guest. `stream` is joined with it;
+    /// none for a probe.
+    pub fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
+        let room = match origin {
+            // A guest is not judged by how many clients it has.
+            Origin::Probe(_) => !self.table.is_full(),
+            _ => self.table.can_dial(),
+        };
+        if !room {
+            self.answer(origin, DialOutcome::Unavailable);
+            return;
         }
-        self.set_deadline(id, None);
-        Some(id)
+        let ports = self.table.dial_ports(port);
+        let connection = Connection::dialing(ports, self.guest_cid);
+        let id = self.table.insert(connection, Endpoint::new(origin, stream));
+        self.table.set_deadline(id, Some(now + self.dial_limit));
+        self.table.schedule(id);
+    }
+
+    /// Answers a dial.
+    pub fn answer(&mut self, origin: Origin, outcome: DialOutcome) {
+        match origin {
+            Origin::Guest => {}
+            Origin::Dial(id) | Origin::Probe(id) => self.report(VsockEvent::Dialed { id, outcome }),
+        }
+    }
+
+    /// Takes a packet of the guest.
+    pub fn packet(&mut self, chain: &Chain, memory: &GuestMemoryMmap, poll: &Epoll, now: Instant) {
+        let mut raw = [0; HEADER_SIZE];
+        if chain.read_at(memory, 0, &mut raw) != HEADER_SIZE {
+            self.note_dropped("shorter than a header");
+            return;
+        }
+        // From here on the guest can change the header in its memory as it
+        // likes: this copy is the packet.
+        let header = Header::parse(&raw);
+        let payload = chain.readable_len() - HEADER_SIZE as u32;
+        match self.table.route(&header) {
+            Route::Drop(why) => self.note_dropped(why),
+            Route::Refuse(why) => self.refuse(&header, why),
+            Route::Accept => self.accept(&header, poll),
+            Route::Known(id) => {
+                let Some(entry) = self.table.get_mut(id) else {
+                    return;
+                };
+                match entry.connection.receive(&header, payload) {
+                    Verdict::Nothing => self.settle(id, poll, now),
+                    Verdict::Connected => self.connected(id, poll),
+                    Verdict::Deliver(len) => {
+                        let result = entry.endpoint.deliver(chain, memory, len);
+                        self.written(id, result, poll, now);
+                    }
+                    Verdict::Finished => self.settle(id, poll, now),
+                    Verdict::Reset => self.reset_by_guest(id, poll, now),
+                    Verdict::Violation(why) => {
+                        let dialing = entry.connection.phase() == Phase::Dialing;
+                        let origin = entry.endpoint.origin;
+                        self.note_dropped(why);
+                        self.abort(id, poll);
+                        if dialing {
+                            self.answer(origin, DialOutcome::Refused);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, header: &Header, poll: &Epoll) {
+        let id = self.table.next_id();
+        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+            watch(poll, &ours, id)?;
+            Ok((OwnedFd::from(ours), OwnedFd::from(theirs)))
+        });
+        let (ours, theirs) = match pair {
+            Ok(pair) => pair,
+            Err(error) => {
+                self.host_error(&error);
+                self.refuse(header, "the host has no socket");
+                return;
+            }
+        };
+        self.table.insert(
+            Connection::accepted(header),
+            Endpoint::new(Origin::Guest, Some(ours)),
+        );
+        self.table.schedule(id);
+        self.report(VsockEvent::Opened {
+            port: header.dst_port,
+            source_port: header.src_port,
+            fd: theirs,
+        });
+    }
+
+    fn connected(&mut self, id: ConnectionId, poll: &Epoll) {
+        self.table.set_deadline(id, None);
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        let origin = entry.endpoint.origin;
+        match entry.endpoint.stream().map(|fd| watch(poll, &fd, id)) {
+            Some(Ok(())) => {}
+            // A probe has its answer.
+            None => self.abort(id, poll),
+            Some(Err(error)) => {
+                self.host_error(&error);
+                self.abort(id, poll);
+                self.answer(origin, DialOutcome::Unavailable);
+                return;
+            }
+        }
+        self.answer(origin, DialOutcome::Connected);
+    }
+
+    /// The socket took bytes of the guest, or failed.
+    fn written(&mut self, id: ConnectionId, result: io::Result<u32>, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        match result {
+            Ok(count) => {
+                entry.connection.forwarded(count);
+                if count > 0 && entry.connection.phase() == Phase::Draining {
+                    self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                entry.endpoint.drop_backlog();
+                entry.connection.finish(Shutdown {
+                    receive: true,
+                    send: false,
+                });
+            }
+            // The guest knows that it is over, and may use the ports again.
+            Err(_) if entry.connection.phase() == Phase::Draining => {
+                return self.drop_connection(id, poll);
+            }
+            Err(_) => return self.abort(id, poll),
+        }
+        self.settle(id, poll, now);
+    }
+
+    /// The poll set reports `ready` for a socket.
+    pub fn socket_ready(&mut self, id: ConnectionId, ready: EventSet, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        let endpoint = &mut entry.endpoint;
+        endpoint.hung_up |= ready.contains(EventSet::HANG_UP);
+        if ready
+            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
+        {
+            endpoint.readable = true;
+        }
+        if ready.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) {
+            endpoint.set_writable();
+            if endpoint.backlog() > 0 {
+                let result = endpoint.flush();
+                return self.written(id, result, poll, now);
+            }
+        }
+        self.settle(id, poll, now);
+    }
+
+    /// Brings a connection to where its two ends' wishes lead.
+    fn settle(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        let (connection, endpoint) = (&mut entry.connection, &mut entry.endpoint);
+        let guest = connection.guest_done();
+        let drained = endpoint.backlog() == 0;
+        if connection.phase() == Phase::Draining {
+            if drained {
+                self.drop_connection(id, poll);
+            }
+            return;
+        }
+        if guest.send && drained {
+            endpoint.finish_writing();
+        }
+        if guest.receive {
+            endpoint.finish_reading();
+        }
+        if guest.is_both() {
+            return self.finished_by_guest(id, poll, now);
+        }
+        if connection.phase() == Phase::Open {
+            // What the host said last was read, or nobody wants it.
+            let host_done = connection.host_done().send || guest.receive;
+            if host_done && (endpoint.hung_up || (guest.send && drained)) {
+                endpoint.drop_backlog();
+                connection.finish(Shutdown::BOTH);
+            }
+        }
+        if connection.phase() == Phase::Closing && endpoint.stream().is_some() {
+            close(endpoint, poll);
+            self.table.set_deadline(id, Some(now + CLOSE_LIMIT));
+        }
+        self.schedule_if_due(id);
+    }
+
+    fn schedule_if_due(&mut self, id: ConnectionId) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        let connection = &mut entry.connection;
+        if entry.endpoint.readable && connection.allowance() == 0 {
+            connection.starved();
+        }
+        if connection.has_control() || (entry.endpoint.readable && connection.allowance() > 0) {
+            self.table.schedule(id);
+        }
+    }
+
+    /// The guest finished both directions: it has its answer at once, and what
+    /// it sent still goes to the host.
+    fn finished_by_guest(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        if entry.endpoint.backlog() == 0 {
+            self.abort(id, poll);
+        } else {
+            let reset = entry.connection.reset_header();
+            self.table.reply(reset);
+            self.table.detach(id);
+            self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+        }
+    }
+
+    fn reset_by_guest(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+        let Some(entry) = self.table.get_mut(id) else {
+            return;
+        };
+        let connection = &entry.connection;
+        if connection.phase() == Phase::Dialing {
+            let origin = entry.endpoint.origin;
+            self.drop_connection(id, poll);
+            self.answer(origin, DialOutcome::Refused);
+        } else if connection.guest_done().send && entry.endpoint.backlog() > 0 {
+            // All of its data came before: the host shall have it.
+            self.table.detach(id);
+            self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+        } else {
+            self.drop_connection(id, poll);
+        }
+    }
+
+    /// Ends a connection and tells the guest.
+    fn abort(&mut self, id: ConnectionId, poll: &Epoll) {
+        if let Some(entry) = self.table.get_mut(id) {
+            let reset = entry.connection.reset_header();
+            self.table.reply(reset);
+            self.drop_connection(id, poll);
+        }
+    }
+
+    fn drop_connection(&mut self, id: ConnectionId, poll: &Epoll) {
+        if let Some(mut entry) = self.table.remove(id) {
+            close(&mut entry.endpoint, poll);
+        }
+    }
+
+    /// Ends what has been waiting too long.
+    pub fn expire(&mut self, now: Instant, poll: &Epoll) {
+        while let Some(id) = self.table.pop_expired(now) {
+            let Some(entry) = self.table.get_mut(id) else {
+                continue;
+            };
+            match entry.connection.phase() {
+                Phase::Dialing => {
+                    let origin = entry.endpoint.origin;
+                    if entry.connection.was_announced() {
+                        self.abort(id, poll);
+                    } else {
+                        self.drop_connection(id, poll);
+                    }
+                    self.answer(origin, DialOutcome::TimedOut);
+                }
+                Phase::Closing => self.abort(id, poll),
+                Phase::Draining => self.drop_connection(id, poll),
+                Phase::Open => {}
+            }
+        }
+    }
+
+    /// Fills receive buffers in turn until there are none left, nothing waits
+    /// for one, or `turns` turns are over.
+    pub fn output(
+        &mut self,
+        rings: &mut Rings,
+        poll: &Epoll,
+        now: Instant,
+        turns: usize,
+    ) -> Result<(), QueueError> {
+        for _ in 0..turns {
+            if !self.table.has_output() || !rings.reserve(0)? {
+                return Ok(());
+            }
+            match self.table.next_output() {
+                Some(Output::Reply(reply)) => {
+                    rings.send(&reply)?;
+                }
+                Some(Output::Turn(id)) => self.turn(id, rings, poll, now)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn turn(
+        &mut self,
+        id: ConnectionId,
+        rings: &mut Rings,
+        poll: &Epoll,
+        now: Instant,
+    ) -> Result<(), QueueError> {
+        let Some(entry) = self.table.get_mut(id) else {
+            return Ok(());
+        };
+        let connection = &mut entry.connection;
+        if connection.is_opening() && connection.phase() == Phase::Open {
+            // The response goes before any data.
+            if let Some(header) = connection.next_control() {
+                rings.send(&header)?;
+            }
+        }
+        let want = connection.allowance().min(TURN);
+        if entry.endpoint.readable && want > 0 {
+            if !rings.reserve(want)? {
+                self.table.put_back(id);
+                return Ok(());
+            }
+            match receive(entry.endpoint.stream(), rings, want) {
+                Ok(0) => {
+                    entry.endpoint.readable = false;
+                    let receive = entry.endpoint.hung_up;
+                    entry.connection.finish(Shutdown {
+                        receive,
+                        send: true,
+                    });
+                    if receive {
+                        entry.endpoint.drop_backlog();
+                    }
+                }
+                Ok(mut count) => {
+                    while count > 0 {
+                        let len = count.min(rings.next_room());
+                        let header = entry.connection.data_header(len);
+                        rings.send(&header)?;
+                        count -= len;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    entry.endpoint.readable = false;
+                }
+                Err(error) => {
+                    debug!(%error, "vsock: host socket failed");
+                    self.abort(id, poll);
+                    return Ok(());
+                }
+            }
+        }
+        if let Some(entry) = self.table.get_mut(id)
+            && entry.connection.has_control()
+            && rings.reserve(0)?
+            && let Some(header) = entry.connection.next_control()
+        {
+            rings.send(&header)?;
+        }
+        self.settle(id, poll, now);
+        Ok(())
+    }
+
+    /// Ends everything: the guest resets the device or broke it.
+    pub fn clear(&mut self, poll: &Epoll) {
+        for mut entry in self.table.clear() {
+            close(&mut entry.endpoint, poll);
+            if entry.connection.phase() == Phase::Dialing {
+                self.answer(entry.endpoint.origin, DialOutcome::Unavailable);
+            }
+        }
+    }
+
+    fn refuse(&mut self, header: &Header, why: &'static str) {
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(suppressed) = self.refused.pass(Instant::now()) {
+            debug!(
+                why,
+                suppressed,
+                port = header.dst_port,
+                source_port = header.src_port,
+                "vsock: packet refused"
+            );
+        }
+        self.table.reply(header.reset());
+    }
+
+    /// The guest sets the rate of connections, and so of this.
+    fn host_error(&mut self, error: &io::Error) {
+        if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
+            warn!(%error, suppressed, "vsock: the host has no socket for a connection");
+        }
+    }
+
+    fn note_dropped(&mut self, why: &'static str) {
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        if let Some(suppressed) = self.dropped.pass(Instant::now()) {
+            warn!(why, suppressed, "vsock: malformed packet of the guest");
+        }
+    }
+}
+
+fn receive(
+    stream: Option<std::os::fd::BorrowedFd<'_>>,
+    rings: &Rings,
+    want: u32,
+) -> io::Result<u32> {
+    let stream = stream.ok_or(io::ErrorKind::WouldBlock)?;
+    socket::receive(stream, rings.payload_slices(want)).map(|count| count as u32)
+}
+
+/// Watches a socket by edges: a stalled reader or an ended stream is reported
+/// once and not until something is done about it.
+fn watch(poll: &Epoll, stream: &impl AsFd, id: ConnectionId) -> io::Result<()> {
+    let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    poll.ctl(
+        ControlOperation::Add,
+        stream.as_fd().as_raw_fd(),
+        EpollEvent::new(interest, id.0),
+    )
+}
+
+/// Closes the socket. It leaves the poll set by name, as the supervisor may
+/// hold the same open file and would keep it there.
+fn close(endpoint: &mut Endpoint, poll: &Epoll) {
+    if let Some(stream) = endpoint.close() {
+        let _ = poll.ctl(
+            ControlOperation::Delete,
+            stream.as_raw_fd(),
+            EpollEvent::default(),
+        );
     }
 }

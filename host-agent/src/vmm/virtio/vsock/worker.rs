@@ -1,4 +1,4 @@
-//! The thread of a vsock device: one poll set for kicks, orders, sockets and deadlines.
+//! The thread of a vsock device: one poll set for kicks, commands, sockets and deadlines.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -11,17 +11,17 @@ use tracing::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::connection_table::ConnectionId;
 use super::endpoint::Origin;
-use super::muxer::Id;
+use super::muxer::Muxer;
 use super::rings::{QUEUES, Rings};
-use super::switch::Switch;
-use super::{Counters, Sink};
+use super::{EventSink, VsockCounters};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Activation;
 use crate::vmm::virtio::queue::QueueError;
 
-/// Tokens of the queues' kicks come first, then that of orders.
-const ORDERS: u64 = QUEUES as u64;
+/// Tokens of the queues' kicks come first, then that of commands.
+const COMMANDS: u64 = QUEUES as u64;
 /// Events taken from the poll set at once.
 const EVENTS: usize = 64;
 /// Packets and turns between two looks at the poll set.
@@ -29,7 +29,7 @@ const BATCH: usize = 128;
 
 /// What the rest of the process wants.
 #[derive(Debug)]
-pub enum Order {
+pub enum WorkerCommand {
     /// The driver is ready.
     Activate(Box<Activation>),
     /// Let go of the queues; dropped when done.
@@ -57,11 +57,11 @@ pub enum Order {
 /// The thread's state.
 pub struct Worker {
     poll: Epoll,
-    switch: Switch,
+    muxer: Muxer,
     rings: Option<Rings>,
-    orders: Receiver<Order>,
+    commands: Receiver<WorkerCommand>,
     wake: Arc<EventFd>,
-    counters: Arc<Counters>,
+    counters: Arc<VsockCounters>,
 }
 
 impl Worker {
@@ -69,22 +69,22 @@ impl Worker {
     pub fn new(
         cid: u64,
         dial_limit: Duration,
-        orders: Receiver<Order>,
+        commands: Receiver<WorkerCommand>,
         wake: Arc<EventFd>,
-        counters: Arc<Counters>,
-        sink: Sink,
+        counters: Arc<VsockCounters>,
+        sink: EventSink,
     ) -> io::Result<Self> {
         let poll = Epoll::new()?;
         poll.ctl(
             ControlOperation::Add,
             wake.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, ORDERS),
+            EpollEvent::new(EventSet::IN, COMMANDS),
         )?;
         Ok(Self {
             poll,
-            switch: Switch::new(cid, ORDERS, dial_limit, Arc::clone(&counters), sink),
+            muxer: Muxer::new(cid, COMMANDS, dial_limit, Arc::clone(&counters), sink),
             rings: None,
-            orders,
+            commands,
             wake,
             counters,
         })
@@ -107,13 +107,13 @@ impl Worker {
                 let result = self.event(event, now);
                 self.check(result);
             }
-            if !self.take_orders(now) {
+            if !self.take_commands(now) {
                 return;
             }
-            self.switch.expire(now, &self.poll);
+            self.muxer.expire(now, &self.poll);
             let result = self.work(now);
             self.check(result);
-            let held = u32::try_from(self.switch.len()).unwrap_or(u32::MAX);
+            let held = u32::try_from(self.muxer.len()).unwrap_or(u32::MAX);
             self.counters.connections.store(held, Ordering::Relaxed);
         }
     }
@@ -131,12 +131,12 @@ impl Worker {
     /// Milliseconds to wait: none while there is work, else to the deadline.
     fn timeout(&self) -> i32 {
         let busy = self.rings.as_ref().is_some_and(|rings| {
-            rings.outgoing || (self.switch.has_output() && !rings.is_starved())
+            rings.outgoing || (self.muxer.has_output() && !rings.is_starved())
         });
         if busy {
             return 0;
         }
-        self.switch.next_deadline().map_or(-1, |deadline| {
+        self.muxer.next_deadline().map_or(-1, |deadline| {
             let rest = deadline.saturating_duration_since(Instant::now());
             // Rounded up, so that a deadline has passed when it wakes us.
             i32::try_from(rest.as_millis() + 1).unwrap_or(i32::MAX)
@@ -145,14 +145,14 @@ impl Worker {
 
     fn event(&mut self, event: &EpollEvent, now: Instant) -> Result<(), QueueError> {
         let token = event.data();
-        if token == ORDERS {
+        if token == COMMANDS {
             // Orders are taken after every wait.
             let _ = self.wake.read();
             return Ok(());
         }
-        if token > ORDERS {
-            let id = Id(token);
-            self.switch
+        if token > COMMANDS {
+            let id = ConnectionId(token);
+            self.muxer
                 .socket_ready(id, event.event_set(), &self.poll, now);
             return Ok(());
         }
@@ -168,36 +168,36 @@ impl Worker {
     }
 
     /// False when the thread shall end.
-    fn take_orders(&mut self, now: Instant) -> bool {
+    fn take_commands(&mut self, now: Instant) -> bool {
         loop {
-            let order = match self.orders.try_recv() {
-                Ok(order) => order,
+            let command = match self.commands.try_recv() {
+                Ok(command) => command,
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             };
-            match order {
-                Order::End => {
+            match command {
+                WorkerCommand::End => {
                     self.drop_rings();
                     return false;
                 }
-                Order::Activate(activation) => self.activate(*activation),
-                Order::Reset(done) => {
+                WorkerCommand::Activate(activation) => self.activate(*activation),
+                WorkerCommand::Reset(done) => {
                     self.drop_rings();
                     drop(done);
                 }
-                Order::Dial { id, port, stream } => {
+                WorkerCommand::Dial { id, port, stream } => {
                     self.dial(Origin::Dial(id), port, Some(stream), now);
                 }
-                Order::Probe { id, port } => self.dial(Origin::Probe(id), port, None, now),
+                WorkerCommand::Probe { id, port } => self.dial(Origin::Probe(id), port, None, now),
             }
         }
     }
 
     fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
         if self.rings.is_some() {
-            self.switch.dial(origin, port, stream, now);
+            self.muxer.dial(origin, port, stream, now);
         } else {
-            self.switch.answer(origin, DialOutcome::Unavailable);
+            self.muxer.answer(origin, DialOutcome::Unavailable);
         }
     }
 
@@ -222,7 +222,7 @@ impl Worker {
     }
 
     fn drop_rings(&mut self) {
-        self.switch.clear(&self.poll);
+        self.muxer.clear(&self.poll);
         if let Some(rings) = self.rings.take() {
             for kick in rings.kicks() {
                 let event = EpollEvent::default();
@@ -244,10 +244,10 @@ impl Worker {
             let Some(chain) = rings.next_packet()? else {
                 break;
             };
-            self.switch.packet(&chain, rings.memory(), &self.poll, now);
+            self.muxer.packet(&chain, rings.memory(), &self.poll, now);
             rings.return_packet(chain)?;
         }
-        self.switch.output(rings, &self.poll, now, BATCH)?;
+        self.muxer.output(rings, &self.poll, now, BATCH)?;
         rings.notify()
     }
 }

@@ -7,14 +7,14 @@ use crate::vmm::virtio::test_driver::{alone, open_files_and_threads};
 
 /// A disk that waits inside of a read until it is let go.
 struct Slow {
-    probe: Probe,
+    disk: TestDisk,
     entered: Sender<()>,
     go: Receiver<()>,
 }
 
 impl Disk for Slow {
     fn size(&self) -> u64 {
-        self.probe.size()
+        self.disk.size()
     }
 
     fn read_only(&self) -> bool {
@@ -24,7 +24,7 @@ impl Disk for Slow {
     fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
         self.entered.send(()).unwrap();
         let _ = self.go.recv();
-        self.probe.read(offset, to)
+        self.disk.read(offset, to)
     }
 
     fn write(&mut self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
@@ -39,8 +39,8 @@ impl Disk for Slow {
 fn slow() -> (Slow, Receiver<()>, Sender<()>) {
     let (entered, wait) = mpsc::channel();
     let (release, go) = mpsc::channel();
-    let probe = Probe::new();
-    (Slow { probe, entered, go }, wait, release)
+    let disk = TestDisk::new();
+    (Slow { disk, entered, go }, wait, release)
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
     stuck_driver.offer(0, 0);
     stuck_driver.kick(0);
     entered.recv().unwrap();
-    let (_block, mut driver) = start(&Probe::new(), ALL);
+    let (_block, mut driver) = start(&TestDisk::new(), ALL);
     for _ in 0..100 {
         assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
         assert_eq!(stuck.config().len(), 24);
@@ -68,8 +68,8 @@ fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
 #[test]
 fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     let (disk, entered, release) = slow();
-    let inside = Arc::clone(&disk.probe.inside);
-    let calls = Arc::clone(&disk.probe.calls);
+    let inside = Arc::clone(&disk.disk.inside);
+    let calls = Arc::clone(&disk.disk.calls);
     let mut block = Block::new(0, "slow", Box::new(disk), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(ALL)).unwrap();
@@ -110,8 +110,8 @@ fn reset_inflight() {
     if !alone("blk::tests::reset::reset_inflight") {
         return;
     }
-    let probe = Probe::new();
-    let mut block = Block::new(0, "serial", Box::new(probe.clone()), event()).unwrap();
+    let disk = TestDisk::new();
+    let mut block = Block::new(0, "serial", Box::new(disk.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     let pattern = vec![0x5a; 0x4_0000];
     let mut found = pattern.clone();
@@ -135,8 +135,8 @@ fn reset_inflight() {
             std::hint::spin_loop();
         }
         block.reset();
-        assert!(!probe.inside.load(Ordering::SeqCst));
-        let calls = probe.calls.load(Ordering::SeqCst);
+        assert!(!disk.inside.load(Ordering::SeqCst));
+        let calls = disk.calls.load(Ordering::SeqCst);
         if round.is_multiple_of(50) {
             driver
                 .memory
@@ -151,10 +151,10 @@ fn reset_inflight() {
             assert!(found == pattern, "guest memory changed after reset");
         }
         block.reset();
-        assert_eq!(probe.calls.load(Ordering::SeqCst), calls);
+        assert_eq!(disk.calls.load(Ordering::SeqCst), calls);
     }
     assert_eq!(open_files_and_threads(), before);
-    let calls = probe.calls.load(Ordering::SeqCst);
+    let calls = disk.calls.load(Ordering::SeqCst);
     assert!(
         calls > 0 && calls < 160_000,
         "no reset came in time: {calls}"

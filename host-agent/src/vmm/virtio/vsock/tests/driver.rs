@@ -12,7 +12,7 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 pub(crate) use crate::vmm::virtio::test_driver::alone;
 use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, RAM, TestDriver, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation, TYPE_STREAM};
-use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE, Vsock};
+use crate::vmm::virtio::vsock::{QUEUE_SIZE, Vsock, VsockEvent};
 
 pub(crate) const RX: usize = 0;
 pub(crate) const TX: usize = 1;
@@ -63,7 +63,7 @@ impl Buffers {
 /// A guest with a driver and its device.
 pub(crate) struct Guest {
     pub(crate) device: Vsock,
-    pub(crate) effects: Receiver<Effect>,
+    pub(crate) events: Receiver<VsockEvent>,
     pub(crate) driver: TestDriver,
     features: u64,
     buffers: Buffers,
@@ -81,13 +81,13 @@ impl Guest {
     }
 
     pub(crate) fn with(buffers: Buffers, features: u64) -> Self {
-        let (sender, effects) = channel();
+        let (sender, events) = channel();
         let sink = Box::new(move |effect| {
             let _ = sender.send(effect);
         });
         let mut guest = Self {
             device: Vsock::new(CID, DIAL_LIMIT, sink).unwrap(),
-            effects,
+            events,
             driver: TestDriver::new(&[QUEUE_SIZE; 3]),
             features,
             buffers,
@@ -306,8 +306,8 @@ impl Guest {
     }
 
     /// The next effect.
-    pub(crate) fn effect(&self) -> Effect {
-        self.effects.recv_timeout(PATIENCE).unwrap()
+    pub(crate) fn event(&self) -> VsockEvent {
+        self.events.recv_timeout(PATIENCE).unwrap()
     }
 
     /// Dials host port `host` and gives the host's end of it.
@@ -319,14 +319,14 @@ impl Guest {
 
     /// The host's end of a connection that the guest dialed.
     pub(crate) fn opened(&self) -> UnixStream {
-        match self.effect() {
-            Effect::Opened { fd, .. } => {
+        match self.event() {
+            VsockEvent::Opened { fd, .. } => {
                 let stream = UnixStream::from(fd);
                 stream.set_read_timeout(Some(PATIENCE)).unwrap();
                 stream.set_write_timeout(Some(PATIENCE)).unwrap();
                 stream
             }
-            other @ Effect::Dialed { .. } => panic!("{other:?}"),
+            other @ VsockEvent::Dialed { .. } => panic!("{other:?}"),
         }
     }
 

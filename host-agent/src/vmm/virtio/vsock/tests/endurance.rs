@@ -12,7 +12,7 @@ use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::{BUFFERS, RAM, memory_for};
 use crate::vmm::virtio::vsock::packet::{MAX_PAYLOAD, Operation};
-use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE};
+use crate::vmm::virtio::vsock::{QUEUE_SIZE, VsockEvent};
 
 /// A channel's host port.
 const PORT: u32 = 10;
@@ -64,10 +64,10 @@ fn processor_time() -> Duration {
 fn load(guest: &Guest) -> f64 {
     let (start, before) = (Instant::now(), processor_time());
     guest.device.handle().probe(7, 80);
-    let outcome = guest.effect();
+    let outcome = guest.event();
     assert!(matches!(
         outcome,
-        Effect::Dialed {
+        VsockEvent::Dialed {
             id: 7,
             outcome: DialOutcome::TimedOut
         }

@@ -13,7 +13,7 @@ use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::{BUFFERS, RAM, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation};
-use crate::vmm::virtio::vsock::{Effect, QUEUE_SIZE};
+use crate::vmm::virtio::vsock::{QUEUE_SIZE, VsockEvent};
 
 /// A channel's host port.
 const PORT: u32 = 10;
@@ -124,15 +124,15 @@ struct Host {
 
 impl Host {
     fn look(&mut self, guest: &Guest) {
-        while let Ok(effect) = guest.effects.try_recv() {
+        while let Ok(effect) = guest.events.try_recv() {
             match effect {
-                Effect::Opened { port, fd, .. } => {
+                VsockEvent::Opened { port, fd, .. } => {
                     assert!((PORT..PORT + 7).contains(&port));
                     let stream = UnixStream::from(fd);
                     stream.set_nonblocking(true).unwrap();
                     self.open.push(stream);
                 }
-                Effect::Dialed { .. } => self.answers += 1,
+                VsockEvent::Dialed { .. } => self.answers += 1,
             }
         }
     }

@@ -11,9 +11,9 @@ use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::open_files_and_threads;
-use crate::vmm::virtio::vsock::Effect;
+use crate::vmm::virtio::vsock::VsockEvent;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
-use crate::vmm::virtio::vsock::muxer::{CHANNEL_PLACES, MAX_CONNECTIONS, MAX_REPLIES};
+use crate::vmm::virtio::vsock::connection_table::{CHANNEL_RESERVE, MAX_CONNECTIONS, MAX_REPLIES};
 use crate::vmm::virtio::vsock::packet::Operation;
 
 /// A channel's host port.
@@ -91,10 +91,10 @@ fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_agai
         guest.expect(Operation::Reset, PORT, 1000);
         let (_ours, theirs) = UnixStream::pair().unwrap();
         guest.device.handle().dial(1, 80, theirs.into());
-        let outcome = guest.effect();
+        let outcome = guest.event();
         assert!(matches!(
             outcome,
-            Effect::Dialed {
+            VsockEvent::Dialed {
                 id: 1,
                 outcome: DialOutcome::Unavailable
             }
@@ -123,12 +123,12 @@ fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_agai
 fn clients_without_number_leave_the_agents_their_channels_and_the_guest_its_probe() {
     crate::descriptors::raise_limit();
     let mut guest = Guest::new();
-    let outcome = |guest: &Guest| match guest.effect() {
-        Effect::Dialed { id, outcome } => (id, outcome),
-        opened @ Effect::Opened { .. } => panic!("{opened:?}"),
+    let outcome = |guest: &Guest| match guest.event() {
+        VsockEvent::Dialed { id, outcome } => (id, outcome),
+        opened @ VsockEvent::Opened { .. } => panic!("{opened:?}"),
     };
     let mut clients = Vec::new();
-    for id in 1..=(MAX_CONNECTIONS - CHANNEL_PLACES) as u64 {
+    for id in 1..=(MAX_CONNECTIONS - CHANNEL_RESERVE) as u64 {
         let (ours, theirs) = UnixStream::pair().unwrap();
         clients.push(ours);
         guest.device.handle().dial(id, 80, theirs.into());
@@ -148,7 +148,7 @@ fn clients_without_number_leave_the_agents_their_channels_and_the_guest_its_prob
     assert_eq!(outcome(&guest), (5001, DialOutcome::Refused));
     // An agent that dials each of its channels again, before the old
     // connections are seen to be gone.
-    for n in 0..CHANNEL_PLACES as u32 {
+    for n in 0..CHANNEL_RESERVE as u32 {
         let mut host = guest.connect(PORT, n);
         guest.data(PORT, n, b"hello");
         assert_eq!(read_exactly(&mut host, 5), b"hello");
@@ -412,9 +412,9 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
         guest.device.reset();
         let mut outcomes = Vec::new();
         for _ in 0..2 {
-            match guest.effect() {
-                Effect::Dialed { id, outcome } => outcomes.push((id, outcome)),
-                other @ Effect::Opened { .. } => panic!("{other:?}"),
+            match guest.event() {
+                VsockEvent::Dialed { id, outcome } => outcomes.push((id, outcome)),
+                other @ VsockEvent::Opened { .. } => panic!("{other:?}"),
             }
         }
         outcomes.sort_by_key(|(id, _)| *id);

@@ -9,10 +9,10 @@ use std::time::Instant;
 use super::driver::*;
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
-use crate::vmm::virtio::vsock::Effect;
+use crate::vmm::virtio::vsock::VsockEvent;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
+use crate::vmm::virtio::vsock::muxer::CLOSE_LIMIT;
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Operation};
-use crate::vmm::virtio::vsock::switch::CLOSE_LIMIT;
 
 /// A channel's host port.
 const PORT: u32 = 10;
@@ -35,11 +35,11 @@ fn a_connection_carries_bytes_both_ways_and_reports_its_ports() {
     guest.send(&Guest::header(Operation::Request, PORT, 700), &[]);
     let response = guest.expect(Operation::Response, PORT, 700);
     assert_eq!((response.buf_alloc, response.fwd_cnt), (HOST_BUFFER, 0));
-    let Effect::Opened {
+    let VsockEvent::Opened {
         port,
         source_port,
         fd,
-    } = guest.effect()
+    } = guest.event()
     else {
         panic!("not opened");
     };
@@ -158,7 +158,7 @@ fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
     assert_eq!(read_exactly(&mut host, 4), b"good");
     host.set_nonblocking(true).unwrap();
     assert!(host.read(&mut [0]).is_err());
-    assert!(guest.effects.try_recv().is_err());
+    assert!(guest.events.try_recv().is_err());
 }
 
 #[test]
@@ -311,8 +311,8 @@ fn a_dial_joins_a_socket_with_a_port_of_the_guest() {
     let (_, payload) = guest.receive();
     assert_eq!(payload, b"early");
     assert!(matches!(
-        guest.effect(),
-        Effect::Dialed {
+        guest.event(),
+        VsockEvent::Dialed {
             id: 41,
             outcome: DialOutcome::Connected
         }
@@ -325,9 +325,9 @@ fn a_dial_joins_a_socket_with_a_port_of_the_guest() {
 fn a_dial_is_answered_whatever_the_guest_does() {
     let mut guest = Guest::new();
     let handle = guest.device.handle();
-    let outcome = |guest: &Guest| match guest.effect() {
-        Effect::Dialed { id, outcome } => (id, outcome),
-        other @ Effect::Opened { .. } => panic!("{other:?}"),
+    let outcome = |guest: &Guest| match guest.event() {
+        VsockEvent::Dialed { id, outcome } => (id, outcome),
+        other @ VsockEvent::Opened { .. } => panic!("{other:?}"),
     };
     // It refuses.
     handle.dial(1, 80, pair().1);

@@ -17,9 +17,9 @@ use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Counters;
+use super::DiskCounters;
+use super::enospc_hold::EnospcHold;
 use super::request::{self, Geometry, HEADER, Refusal, Request};
-use super::room::Room;
 use crate::vmm::disk::{Disk, is_full};
 use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
@@ -38,7 +38,7 @@ const AGAIN_MS: u16 = 1000;
 
 /// What the front asks of the thread.
 #[derive(Debug)]
-pub enum Order {
+pub enum WorkerCommand {
     /// Work on this queue.
     Activate(Box<Activation>),
     /// Let go of the queue, then answer.
@@ -58,34 +58,34 @@ struct Active {
 }
 
 /// State of the thread.
-pub struct Back {
+pub struct Worker {
     name: String,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
     disk: Box<dyn Disk>,
     geometry: Geometry,
-    counters: Arc<Counters>,
-    room: Arc<Room>,
+    counters: Arc<DiskCounters>,
+    hold: Arc<EnospcHold>,
     stop: Arc<AtomicBool>,
     refusals: Throttle,
     host_errors: Throttle,
 }
 
 /// Why a chain was not answered.
-enum Unanswered {
+enum ServeError {
     /// The driver broke the rules of the ring.
     Violation(QueueError),
     /// The driver resets the device.
     Stopped,
 }
 
-impl From<QueueError> for Unanswered {
+impl From<QueueError> for ServeError {
     fn from(error: QueueError) -> Self {
         Self::Violation(error)
     }
 }
 
 /// Why a request failed.
-enum Failure {
+enum RequestError {
     /// The driver's fault.
     Refused(Refusal),
     /// The host's fault.
@@ -94,20 +94,20 @@ enum Failure {
     Stopped,
 }
 
-impl From<io::Error> for Failure {
+impl From<io::Error> for RequestError {
     fn from(error: io::Error) -> Self {
         Self::Host(error)
     }
 }
 
-impl Back {
+impl Worker {
     pub fn new(
         name: String,
         serial: &str,
         disk: Box<dyn Disk>,
         geometry: Geometry,
-        counters: Arc<Counters>,
-        room: Arc<Room>,
+        counters: Arc<DiskCounters>,
+        hold: Arc<EnospcHold>,
         stop: Arc<AtomicBool>,
     ) -> Self {
         let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -118,38 +118,40 @@ impl Back {
             disk,
             geometry,
             counters,
-            room,
+            hold,
             stop,
             refusals: Throttle::new(),
             host_errors: Throttle::new(),
         }
     }
 
-    /// Runs until the front says [`Order::End`] or is gone.
-    pub fn run(mut self, inbox: &Receiver<Order>, sleep: &Sleep) {
+    /// Runs until the front says [`WorkerCommand::End`] or is gone.
+    pub fn run(mut self, received: &Receiver<WorkerCommand>, wait_set: &WaitSet) {
         let mut active: Option<Active> = None;
         loop {
-            match inbox.try_recv() {
-                Ok(Order::Activate(activation)) => active = self.activate(*activation, sleep),
-                Ok(Order::Reset(done)) => {
-                    Self::let_go(&mut active, sleep);
+            match received.try_recv() {
+                Ok(WorkerCommand::Activate(activation)) => {
+                    active = self.activate(*activation, wait_set);
+                }
+                Ok(WorkerCommand::Reset(done)) => {
+                    Self::let_go(&mut active, wait_set);
                     let _ = done.send(());
                 }
-                Ok(Order::End) | Err(TryRecvError::Disconnected) => break,
+                Ok(WorkerCommand::End) | Err(TryRecvError::Disconnected) => break,
                 Err(TryRecvError::Empty) => {
                     if let Some(current) = &mut active {
-                        match self.serve(current, sleep) {
+                        match self.serve(current, wait_set) {
                             Ok(()) => {}
-                            Err(Unanswered::Violation(error)) => {
+                            Err(ServeError::Violation(error)) => {
                                 current.interrupt.needs_reset(&error);
-                                Self::let_go(&mut active, sleep);
+                                Self::let_go(&mut active, wait_set);
                             }
-                            // Its order is there, or will be in a moment: the
+                            // Its command is there, or will be in a moment: the
                             // signal for it may have been taken already.
-                            Err(Unanswered::Stopped) => continue,
+                            Err(ServeError::Stopped) => continue,
                         }
                     }
-                    sleep.wait(active.as_ref().map(|active| active.queue.kick()));
+                    wait_set.wait(active.as_ref().map(|active| active.queue.kick()));
                 }
             }
         }
@@ -159,9 +161,9 @@ impl Back {
         }
     }
 
-    fn activate(&mut self, activation: Activation, sleep: &Sleep) -> Option<Active> {
+    fn activate(&mut self, activation: Activation, wait_set: &WaitSet) -> Option<Active> {
         let active = Active::new(activation);
-        match sleep.control(ControlOperation::Add, active.queue.kick(), KICK) {
+        match wait_set.control(ControlOperation::Add, active.queue.kick(), KICK) {
             Ok(()) => Some(active),
             Err(error) => {
                 self.host_error(&error);
@@ -173,21 +175,21 @@ impl Back {
 
     /// Drops the queue. The kick has other copies in the transport, so closing
     /// ours would not take it off the list.
-    fn let_go(active: &mut Option<Active>, sleep: &Sleep) {
+    fn let_go(active: &mut Option<Active>, wait_set: &WaitSet) {
         if let Some(active) = active.take() {
-            let _ = sleep.control(ControlOperation::Delete, active.queue.kick(), KICK);
+            let _ = wait_set.control(ControlOperation::Delete, active.queue.kick(), KICK);
         }
     }
 
     /// Answers all that the driver offers.
-    fn serve(&mut self, active: &mut Active, sleep: &Sleep) -> Result<(), Unanswered> {
+    fn serve(&mut self, active: &mut Active, wait_set: &WaitSet) -> Result<(), ServeError> {
         loop {
             active.queue.disable_kicks()?;
             while let Some(chain) = active.queue.pop()? {
                 if self.stopped() {
-                    return Err(Unanswered::Stopped);
+                    return Err(ServeError::Stopped);
                 }
-                self.answer(active, chain, sleep)?;
+                self.answer(active, chain, wait_set)?;
                 let since = *active.finished.get_or_insert_with(Instant::now);
                 if since.elapsed() >= BATCH_TIME {
                     active.signal()?;
@@ -208,44 +210,48 @@ impl Back {
         &mut self,
         active: &mut Active,
         chain: Chain,
-        sleep: &Sleep,
-    ) -> Result<(), Unanswered> {
+        wait_set: &WaitSet,
+    ) -> Result<(), ServeError> {
         let mut header = [0; HEADER as usize];
         chain.read_at(active.queue.memory(), 0, &mut header);
-        let Some(room) = chain.writable_len().checked_sub(1) else {
+        let Some(capacity) = chain.writable_len().checked_sub(1) else {
             // Not even a status can be told.
             self.refused(Refusal::Direction(0));
             active.queue.push_used(chain, 0)?;
             return Ok(());
         };
-        let request = request::parse(&header, chain.readable_len(), room, self.geometry);
+        let request = request::parse(&header, chain.readable_len(), capacity, self.geometry);
         if request.is_ok_and(|request| active.flushes(request)) {
             active.signal()?;
         }
         let result = match request {
-            Ok(request) => self.perform(active, &chain, request, sleep),
-            Err(refusal) => Err(Failure::Refused(refusal)),
+            Ok(request) => self.perform(active, &chain, request, wait_set),
+            Err(refusal) => Err(RequestError::Refused(refusal)),
         };
         let (status, written) = match result {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(Failure::Stopped) => return Err(Unanswered::Stopped),
-            Err(Failure::Refused(refusal)) => {
+            Err(RequestError::Stopped) => return Err(ServeError::Stopped),
+            Err(RequestError::Refused(refusal)) => {
                 self.refused(refusal);
                 match refusal {
                     Refusal::Type(_) => (VIRTIO_BLK_S_UNSUPP, 0),
                     _ => (VIRTIO_BLK_S_IOERR, 0),
                 }
             }
-            Err(Failure::Host(error)) => {
+            Err(RequestError::Host(error)) => {
                 self.host_error(&error);
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         };
-        chain.write_at(active.queue.memory(), room, &[status as u8]);
+        chain.write_at(active.queue.memory(), capacity, &[status as u8]);
         // The length counts from the first writable byte and claims only what
         // was filled. The status comes behind the data, so only a request whose
         // data is complete can count it.
-        let length = if written == room { room + 1 } else { written };
+        let length = if written == capacity {
+            capacity + 1
+        } else {
+            written
+        };
         active.queue.push_used(chain, length)?;
         Ok(())
     }
@@ -256,15 +262,15 @@ impl Back {
         active: &Active,
         chain: &Chain,
         request: Request,
-        sleep: &Sleep,
-    ) -> Result<u32, Failure> {
+        wait_set: &WaitSet,
+    ) -> Result<u32, RequestError> {
         let memory = active.queue.memory();
         match request {
             Request::Read { offset, len } => {
                 let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
                 for (at, piece) in pieces(len) {
                     if self.stopped() {
-                        return Err(Failure::Stopped);
+                        return Err(RequestError::Stopped);
                     }
                     slices.clear();
                     slices.extend(chain.writable_slices(memory, at, piece as usize));
@@ -276,20 +282,20 @@ impl Back {
                 let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
                 for (at, piece) in pieces(len) {
                     if self.stopped() {
-                        return Err(Failure::Stopped);
+                        return Err(RequestError::Stopped);
                     }
                     slices.clear();
                     slices.extend(chain.readable_slices(memory, HEADER + at, piece as usize));
                     let offset = offset + u64::from(at);
-                    self.with_room(sleep, piece, |disk| disk.write(offset, &slices))?;
+                    self.retry_while_full(wait_set, piece, |disk| disk.write(offset, &slices))?;
                 }
                 if active.write_through {
-                    self.with_room(sleep, len, Disk::flush)?;
+                    self.retry_while_full(wait_set, len, Disk::flush)?;
                 }
                 Ok(0)
             }
             Request::Flush => {
-                self.with_room(sleep, 0, Disk::flush)?;
+                self.retry_while_full(wait_set, 0, Disk::flush)?;
                 Ok(0)
             }
             Request::Serial { len } => {
@@ -303,28 +309,28 @@ impl Back {
     /// Runs `operation` until the host has room for it, which the main thread
     /// hears of: it stops the guest meanwhile. The driver sees a slow request
     /// and no error; one that is behind it waits too.
-    fn with_room(
+    fn retry_while_full(
         &mut self,
-        sleep: &Sleep,
+        wait_set: &WaitSet,
         needed: u32,
         mut operation: impl FnMut(&mut (dyn Disk + 'static)) -> io::Result<()>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), RequestError> {
         let mut held = false;
         let result = loop {
             match operation(&mut *self.disk) {
-                Err(error) if is_full(&error) && !self.room.is_given_up() => {
-                    self.room.lacks(needed, &error);
+                Err(error) if is_full(&error) && !self.hold.fails_when_full() => {
+                    self.hold.begin(needed, &error);
                     held = true;
                 }
-                other => break other.map_err(Failure::Host),
+                other => break other.map_err(RequestError::Host),
             }
-            sleep.pause();
+            wait_set.wait_before_retry();
             if self.stopped() {
-                break Err(Failure::Stopped);
+                break Err(RequestError::Stopped);
             }
         };
         if held {
-            self.room.suffices();
+            self.hold.end();
         }
         result
     }
@@ -381,8 +387,8 @@ fn pieces(len: u32) -> impl Iterator<Item = (u32, u32)> {
     })
 }
 
-/// What the thread sleeps on: orders, and kicks while the device is active.
-pub struct Sleep {
+/// What the thread sleeps on: commands, and kicks while the device is active.
+pub struct WaitSet {
     epoll: Epoll,
     wake: EventFd,
 }
@@ -391,15 +397,15 @@ pub struct Sleep {
 const WAKE: u64 = 0;
 const KICK: u64 = 1;
 
-impl Sleep {
+impl WaitSet {
     /// Sleeps until `wake` is signalled.
     pub fn new(wake: EventFd) -> io::Result<Self> {
-        let sleep = Self {
+        let wait_set = Self {
             epoll: Epoll::new()?,
             wake,
         };
-        sleep.control(ControlOperation::Add, &sleep.wake, WAKE)?;
-        Ok(sleep)
+        wait_set.control(ControlOperation::Add, &wait_set.wake, WAKE)?;
+        Ok(wait_set)
     }
 
     fn control(&self, operation: ControlOperation, event: &EventFd, data: u64) -> io::Result<()> {
@@ -407,8 +413,8 @@ impl Sleep {
         self.epoll.ctl(operation, event.as_raw_fd(), interest)
     }
 
-    /// Waits for an order for [`AGAIN_MS`], and takes note of it.
-    fn pause(&self) {
+    /// Waits for a command for [`AGAIN_MS`], and takes note of it.
+    fn wait_before_retry(&self) {
         let mut fds = [PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
         // An interrupted wait is a short one, which is harmless.
         if poll(&mut fds, PollTimeout::from(AGAIN_MS)).is_ok_and(|ready| ready > 0) {
@@ -416,7 +422,7 @@ impl Sleep {
         }
     }
 
-    /// Waits for an order or a kick, and takes note of both.
+    /// Waits for a command or a kick, and takes note of both.
     fn wait(&self, kick: Option<&EventFd>) {
         let mut events = [EpollEvent::default(); 2];
         // An interrupted wait is a spurious wake-up, which is harmless.

@@ -18,22 +18,22 @@ pub struct Shortage {
 
 /// Whether a disk waits, and whether it may.
 #[derive(Debug)]
-pub struct Room {
+pub struct EnospcHold {
     shortage: Mutex<Option<Shortage>>,
-    given_up: AtomicBool,
+    fail: AtomicBool,
     /// Wakes the main thread.
     changed: EventFd,
     /// Wakes the disk's thread.
     wake: EventFd,
 }
 
-impl Room {
+impl EnospcHold {
     /// `changed` is signalled when a wait begins or ends, `wake` when it is
     /// given up.
     pub const fn new(changed: EventFd, wake: EventFd) -> Self {
         Self {
             shortage: Mutex::new(None),
-            given_up: AtomicBool::new(false),
+            fail: AtomicBool::new(false),
             changed,
             wake,
         }
@@ -45,24 +45,24 @@ impl Room {
     }
 
     /// From here on nothing waits: a write without room fails.
-    pub fn give_up(&self) {
-        self.given_up.store(true, Ordering::Release);
+    pub fn fail_when_full(&self) {
+        self.fail.store(true, Ordering::Release);
         // A full counter means that the thread is awake already.
         let _ = self.wake.write(1);
     }
 
-    pub(super) fn is_given_up(&self) -> bool {
-        self.given_up.load(Ordering::Acquire)
+    pub(super) fn fails_when_full(&self) -> bool {
+        self.fail.load(Ordering::Acquire)
     }
 
     /// A request that needs `needed` bytes is held because of `error`.
-    pub(in crate::vmm) fn lacks(&self, needed: u32, error: &io::Error) {
+    pub(in crate::vmm) fn begin(&self, needed: u32, error: &io::Error) {
         let quota = error.kind() == io::ErrorKind::QuotaExceeded;
         self.set(Some(Shortage { needed, quota }));
     }
 
     /// Nothing is held any more.
-    pub(in crate::vmm) fn suffices(&self) {
+    pub(in crate::vmm) fn end(&self) {
         self.set(None);
     }
 
