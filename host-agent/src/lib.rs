@@ -21,4 +21,5 @@ pub mod service;
 pub mod shell;
 pub mod store;
 pub mod supervisor;
+pub mod token_bucket;
 pub mod vmm;

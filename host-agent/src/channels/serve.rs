@@ -11,14 +11,15 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::version::Hello;
 
 use super::{ChannelError, ChannelEvent, GuestChannels};
+use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
 const MAX_TEXT: usize = 2000;
 /// Longest name that an agent may give itself.
 const MAX_AGENT_NAME: usize = 100;
-/// Status reports of a connection: so many at once, then one each pause. A guest
-/// that floods waits on its own connection.
-const STATUS_BURST: u32 = 20;
+/// Status reports of a connection. A guest that sends more waits on its own
+/// connection.
+const STATUS_RATE: Rate = Rate::new(20, STATUS_PAUSE);
 const STATUS_PAUSE: Duration = Duration::from_millis(50);
 
 type Reader = FrameReader<OwnedReadHalf>;
@@ -97,7 +98,7 @@ impl GuestChannels {
     }
 
     async fn status(&self, mut reader: Reader) -> Result<(), ChannelError> {
-        let mut due = Instant::now();
+        let mut bucket = TokenBucket::new(STATUS_RATE);
         while let Some(message) = reader.next().await? {
             let ToHost::Status(status) = message else {
                 return Err(unexpected(&message));
@@ -105,8 +106,9 @@ impl GuestChannels {
             let detail = clean(&status.detail, MAX_TEXT);
             self.report(ChannelEvent::Status(Status { detail, ..status }))
                 .await;
-            due = due.max(Instant::now()) + STATUS_PAUSE;
-            tokio::time::sleep_until(due - STATUS_BURST * STATUS_PAUSE).await;
+            while !bucket.take(Instant::now()) {
+                tokio::time::sleep(STATUS_PAUSE).await;
+            }
         }
         Ok(())
     }

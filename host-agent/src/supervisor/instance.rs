@@ -24,7 +24,6 @@ use super::event::{EventKind, state_name};
 use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::probe::{Probe, Seen};
-use super::quota::{Quota, Trouble};
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
@@ -32,6 +31,7 @@ use crate::endpoints::{Incoming, Rotation};
 use crate::service::model::Role;
 use crate::store::image::Image;
 use crate::store::log_file::LogWriter;
+use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
 use crate::vmm::control::Command;
 use boot::{Boot, next_happening};
 pub use handle::{InstanceHandle, Request, View};
@@ -93,7 +93,7 @@ struct Instance {
     wait: Option<(Instant, Wait)>,
     next_dial: u64,
     last_health: Option<Health>,
-    quota: Quota,
+    quota: TokenBucket<Duration>,
     role_log: Arc<LogWriter>,
     agent_log: Arc<LogWriter>,
     alive: mpsc::Sender<Infallible>,
@@ -122,7 +122,7 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
         wait: None,
         next_dial: 0,
         last_health: None,
-        quota: Quota::new(Duration::ZERO),
+        quota: TokenBucket::new(TIMELINE),
         role_log,
         agent_log,
         alive,
@@ -372,8 +372,8 @@ impl Instance {
         let Some(boot) = &mut self.boot else { return };
         let now = clock(ClockId::CLOCK_MONOTONIC);
         let trouble = boot.trouble.entry(discriminant(&kind));
-        let trouble = trouble.or_insert_with(|| Trouble::new(now));
-        if let Some(untold) = trouble.tell(now) {
+        let trouble = trouble.or_insert_with(|| LogLimit::new(MISBEHAVIOUR));
+        if let Some(untold) = trouble.allow(now) {
             self.tell_untold(untold);
             self.tell(kind);
         }

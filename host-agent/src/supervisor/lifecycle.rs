@@ -6,8 +6,8 @@ use std::time::Duration;
 use vmbus::message::{PowerAction, RoleState, Status};
 
 use super::event::{EventKind, Verdict, exit_text};
-use super::quota::Quota;
 use super::restart::{Decision, RestartBudget};
+use crate::token_bucket::{TIMELINE, TokenBucket};
 use crate::vmm::control::ExitReason;
 
 /// Time between two reminders that a killed process does not end.
@@ -129,7 +129,7 @@ pub struct Lifecycle {
     status: Option<Status>,
     /// The status has changed since it was last told.
     untold: bool,
-    quota: Quota,
+    quota: TokenBucket<Duration>,
     in_rotation: bool,
     /// The guest stands still for want of room.
     no_space: bool,
@@ -167,7 +167,7 @@ impl Lifecycle {
             connected: false,
             status: None,
             untold: false,
-            quota: Quota::new(Duration::ZERO),
+            quota: TokenBucket::new(TIMELINE),
             in_rotation: false,
             no_space: false,
         }

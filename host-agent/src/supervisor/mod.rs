@@ -12,6 +12,5 @@ pub mod instance;
 pub mod lifecycle;
 pub mod probe;
 pub mod process;
-pub mod quota;
 pub mod restart;
 pub mod timeline;

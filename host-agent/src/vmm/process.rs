@@ -19,8 +19,8 @@ use super::outbox::Outbox;
 use super::serial::{Log, Output, Writer};
 use super::spec::GuestSpec;
 use super::vcpu::Report;
-use super::virtio::Throttle;
 use super::{ending, wire};
+use crate::token_bucket::{LogLimit, VMM_LOG};
 
 /// Most time for the machine to stop, the disks' last flush with it. By then a
 /// guest has what it flushed itself, and nobody knows whether the rest will ever
@@ -177,7 +177,7 @@ fn run(
         told_violations: Vec::new(),
         disks,
         standing: Standing::default(),
-        complaints: Throttle::new(),
+        complaints: LogLimit::new(VMM_LOG),
         supervised: true,
     }
     .run())
@@ -201,7 +201,7 @@ struct Loop<'a> {
     told_violations: Vec<u64>,
     disks: DiskWatch,
     standing: Standing,
-    complaints: Throttle,
+    complaints: LogLimit<Instant>,
     supervised: bool,
 }
 
@@ -268,7 +268,7 @@ impl Loop<'_> {
 
     /// Notes what is wrong with a packet, at a limited rate.
     fn complain(&mut self, text: &dyn std::fmt::Display) {
-        if let Some(suppressed) = self.complaints.pass(Instant::now()) {
+        if let Some(suppressed) = self.complaints.allow(Instant::now()) {
             note(&format_args!("{text}; {suppressed} more before"));
         }
     }

@@ -6,6 +6,7 @@ use std::mem::Discriminant;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use vmbus::text::chain;
@@ -16,12 +17,12 @@ use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
 use super::super::probe::{Pings, Probe};
 use super::super::process::{Happening, VmmProcess};
-use super::super::quota::Trouble;
 use super::dial::Dialed;
 use super::space::Standing;
 use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
+use crate::token_bucket::LogLimit;
 use crate::vmm::control::{Event, ExitReason, Stats};
 use crate::vmm::spec::GuestSpec;
 
@@ -38,7 +39,7 @@ pub(super) struct Boot {
     pub(super) standing: Option<Standing>,
     pub(super) pings: Pings,
     pub(super) probe: Option<Probe>,
-    pub(super) trouble: HashMap<Discriminant<EventKind>, Trouble>,
+    pub(super) trouble: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
     pub(super) dials: BTreeMap<u64, Dialed>,
     pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
 }
@@ -140,7 +141,7 @@ impl Instance {
                     .exit
                     .take()
                     .unwrap_or_else(|| Happening::died(how, why, killed));
-                let untold = boot.trouble.values().map(Trouble::untold);
+                let untold = boot.trouble.values().map(LogLimit::suppressed);
                 let untold = untold.fold(0, u64::saturating_add);
                 self.tell_untold(untold);
                 self.boot = None;

@@ -9,7 +9,7 @@ use std::time::Instant;
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::throttle::Throttle;
+use crate::token_bucket::{LogLimit, VMM_LOG};
 
 /// Used buffer notification (virtio 1.2, 4.2.2, InterruptStatus bit 0).
 pub const USED_BUFFER: u32 = 1;
@@ -35,7 +35,7 @@ struct InterruptState {
 #[derive(Debug)]
 struct LastViolation {
     reason: String,
-    log: Throttle,
+    log: LogLimit<Instant>,
 }
 
 impl Interrupt {
@@ -50,7 +50,7 @@ impl Interrupt {
             name: name.to_owned(),
             last: Mutex::new(LastViolation {
                 reason: String::new(),
-                log: Throttle::new(),
+                log: LogLimit::new(VMM_LOG),
             }),
         }))
     }
@@ -71,7 +71,7 @@ impl Interrupt {
     pub fn needs_reset(&self, why: &(dyn Error + 'static)) {
         let reason = chain(why);
         let mut broken = self.broken();
-        if let Some(suppressed) = broken.log.pass(Instant::now()) {
+        if let Some(suppressed) = broken.log.allow(Instant::now()) {
             let device = &self.0.name;
             tracing::warn!(device, reason, suppressed, "device needs a reset");
         }

@@ -12,7 +12,6 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_driver;
-mod throttle;
 pub mod vsock;
 
 use virtio_queue::Queue;
@@ -20,7 +19,6 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use interrupt::Interrupt;
-pub(super) use throttle::Throttle;
 
 /// Everything that moves into a device when its driver is ready.
 #[derive(Debug)]

@@ -20,10 +20,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DiskCounters;
 use super::enospc_hold::EnospcHold;
 use super::request::{self, Geometry, HEADER, Refusal, Request};
+use crate::token_bucket::{LogLimit, VMM_LOG};
 use crate::vmm::disk::{Disk, is_full};
 use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
-use crate::vmm::virtio::throttle::Throttle;
 use crate::vmm::virtio::{Activation, borrow_event};
 
 /// Most bytes in one system call, so that a reset never waits for more.
@@ -66,8 +66,8 @@ pub struct Worker {
     counters: Arc<DiskCounters>,
     hold: Arc<EnospcHold>,
     stop: Arc<AtomicBool>,
-    refusals: Throttle,
-    host_errors: Throttle,
+    refusals: LogLimit<Instant>,
+    host_errors: LogLimit<Instant>,
 }
 
 /// Why a chain was not answered.
@@ -120,8 +120,8 @@ impl Worker {
             counters,
             hold,
             stop,
-            refusals: Throttle::new(),
-            host_errors: Throttle::new(),
+            refusals: LogLimit::new(VMM_LOG),
+            host_errors: LogLimit::new(VMM_LOG),
         }
     }
 
@@ -337,14 +337,14 @@ impl Worker {
 
     fn refused(&mut self, refusal: Refusal) {
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
-        if let Some(suppressed) = self.refusals.pass(Instant::now()) {
+        if let Some(suppressed) = self.refusals.allow(Instant::now()) {
             tracing::warn!(disk = self.name, %refusal, suppressed, "request refused");
         }
     }
 
     fn host_error(&mut self, error: &io::Error) {
         self.counters.first_failure.get_or_init(|| error.into());
-        if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
+        if let Some(suppressed) = self.host_errors.allow(Instant::now()) {
             tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
         }
     }

@@ -18,9 +18,9 @@ use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::rings::Rings;
 use super::socket;
 use super::{EventSink, VsockCounters, VsockEvent};
+use crate::token_bucket::{LogLimit, VMM_LOG};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
-use crate::vmm::virtio::throttle::Throttle;
 
 /// The guest must answer the end of a connection within this, or is told that
 /// it is over. Linux does not answer before its reader has read everything.
@@ -41,9 +41,9 @@ pub struct Muxer {
     table: ConnectionTable<Endpoint>,
     sink: EventSink,
     counters: Arc<VsockCounters>,
-    dropped: Throttle,
-    refused: Throttle,
-    host_errors: Throttle,
+    dropped: LogLimit<Instant>,
+    refused: LogLimit<Instant>,
+    host_errors: LogLimit<Instant>,
 }
 
 impl Muxer {
@@ -61,9 +61,9 @@ impl Muxer {
             table: ConnectionTable::new(guest_cid, reserved),
             sink,
             counters,
-            dropped: Throttle::new(),
-            refused: Throttle::new(),
-            host_errors: Throttle::new(),
+            dropped: LogLimit::new(VMM_LOG),
+            refused: LogLimit::new(VMM_LOG),
+            host_errors: LogLimit::new(VMM_LOG),
         }
     }
 
@@ -475,7 +475,7 @@ impl Muxer {
 
     fn refuse(&mut self, header: &Header, why: &'static str) {
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
-        if let Some(suppressed) = self.refused.pass(Instant::now()) {
+        if let Some(suppressed) = self.refused.allow(Instant::now()) {
             debug!(
                 why,
                 suppressed,
@@ -489,14 +489,14 @@ impl Muxer {
 
     /// The guest sets the rate of connections, and so of this.
     fn host_error(&mut self, error: &io::Error) {
-        if let Some(suppressed) = self.host_errors.pass(Instant::now()) {
+        if let Some(suppressed) = self.host_errors.allow(Instant::now()) {
             warn!(%error, suppressed, "vsock: the host has no socket for a connection");
         }
     }
 
     fn note_dropped(&mut self, why: &'static str) {
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
-        if let Some(suppressed) = self.dropped.pass(Instant::now()) {
+        if let Some(suppressed) = self.dropped.allow(Instant::now()) {
             warn!(why, suppressed, "vsock: malformed packet of the guest");
         }
     }
