@@ -6,20 +6,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Shared by the thread that works and the one that shows it. Cloning gives
+/// ProgressState by the thread that works and the one that shows it. Cloning gives
 /// another handle to the same.
 #[derive(Debug, Clone, Default)]
-pub struct Progress(Arc<Shared>);
+pub struct Progress(Arc<ProgressState>);
 
 #[derive(Debug, Default)]
-struct Shared {
-    step: Mutex<Option<Step>>,
+struct ProgressState {
+    step: Mutex<Option<RunningStep>>,
     done: AtomicU64,
     cancelled: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
-struct Step {
+struct RunningStep {
     what: String,
     total: Option<u64>,
     started: Instant,
@@ -27,7 +27,7 @@ struct Step {
 
 /// A step in the middle of its work.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct StepSnapshot {
     /// What is being done: "checking image minimal".
     pub what: String,
     /// Bytes done.
@@ -38,7 +38,7 @@ pub struct Snapshot {
     pub started: Instant,
 }
 
-impl Snapshot {
+impl StepSnapshot {
     /// Time since the step began.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
@@ -48,14 +48,14 @@ impl Snapshot {
 impl Progress {
     /// A step begins, of `total` bytes if that is known. It lasts until the
     /// next one, or until the returned guard goes.
-    pub fn step(&self, what: impl Into<String>, total: Option<u64>) -> Ending<'_> {
+    pub fn step(&self, what: impl Into<String>, total: Option<u64>) -> StepGuard<'_> {
         self.0.done.store(0, Ordering::Relaxed);
-        *self.slot() = Some(Step {
+        *self.slot() = Some(RunningStep {
             what: what.into(),
             total,
             started: Instant::now(),
         });
-        Ending(self)
+        StepGuard(self)
     }
 
     /// So many bytes more are done.
@@ -64,8 +64,8 @@ impl Progress {
     }
 
     /// The step, if there is one.
-    pub fn now(&self) -> Option<Snapshot> {
-        self.slot().clone().map(|step| Snapshot {
+    pub fn now(&self) -> Option<StepSnapshot> {
+        self.slot().clone().map(|step| StepSnapshot {
             what: step.what,
             done: self.0.done.load(Ordering::Relaxed),
             total: step.total,
@@ -90,14 +90,14 @@ impl Progress {
 
     /// Counts what is read from `inner`, and ends it when the work is to be
     /// given up.
-    pub fn watch<R: Read>(&self, inner: R) -> Watched<R> {
-        Watched {
+    pub fn watch<R: Read>(&self, inner: R) -> CountingReader<R> {
+        CountingReader {
             inner,
             progress: self.clone(),
         }
     }
 
-    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Step>> {
+    fn slot(&self) -> std::sync::MutexGuard<'_, Option<RunningStep>> {
         self.0.step.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -105,9 +105,9 @@ impl Progress {
 /// Ends its step when it goes.
 #[derive(Debug)]
 #[must_use = "the step ends with it"]
-pub struct Ending<'a>(&'a Progress);
+pub struct StepGuard<'a>(&'a Progress);
 
-impl Drop for Ending<'_> {
+impl Drop for StepGuard<'_> {
     fn drop(&mut self) {
         *self.0.slot() = None;
     }
@@ -115,12 +115,12 @@ impl Drop for Ending<'_> {
 
 /// A reader whose bytes are counted.
 #[derive(Debug)]
-pub struct Watched<R> {
+pub struct CountingReader<R> {
     inner: R,
     progress: Progress,
 }
 
-impl<R: Read> Read for Watched<R> {
+impl<R: Read> Read for CountingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.progress.check()?;
         let count = self.inner.read(buffer)?;

@@ -4,10 +4,10 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::place::{First, Place};
+use super::parent::{ParentCgroup, Preparation};
 use super::{NEEDED, WANTED};
 
-/// First part of the names of our cgroups.
+/// Preparation part of the names of our cgroups.
 const PREFIX: &str = "host-agent-";
 /// The leaf for this process.
 const SUPERVISOR: &str = "supervisor";
@@ -38,14 +38,14 @@ pub struct GroupError {
 
 /// What the process of one guest may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct GuestLimits {
     /// Bytes of memory, of the guest and of the process around it.
     pub memory: u64,
     /// Microseconds of processor time in every [`PERIOD_US`].
     cpu_us: u64,
 }
 
-impl Limits {
+impl GuestLimits {
     /// The limits of a guest of this size, whose disks are in memory with so
     /// many bytes.
     pub fn of(vcpus: u8, memory_mib: u32, disks: u64) -> Self {
@@ -65,25 +65,25 @@ pub struct DeploymentGroup {
 }
 
 impl DeploymentGroup {
-    /// Makes the cgroup of deployment `short_id` at `place`, and removes what
+    /// Makes the cgroup of deployment `short_id` at `parent`, and removes what
     /// processes that are gone have left there.
     ///
     /// # Errors
     /// The kernel refused; nothing is left.
-    pub fn create(place: &Place, short_id: &str) -> Result<Self, GroupError> {
-        sweep(&place.parent);
+    pub fn create(parent: &ParentCgroup, short_id: &str) -> Result<Self, GroupError> {
+        sweep(&parent.parent);
         let name = format!("{PREFIX}{short_id}.{}", std::process::id());
         let this = Self {
-            path: place.parent.join(name),
+            path: parent.parent.join(name),
         };
         make(&this.path)?;
-        if place.first == First::MoveAndEnable {
+        if parent.preparation == Preparation::MoveAndEnable {
             let leaf = this.path.join(SUPERVISOR);
             make(&leaf)?;
             enter(&leaf, std::process::id())?;
         }
-        if place.first != First::Nothing {
-            enable(&place.parent)?;
+        if parent.preparation != Preparation::None {
+            enable(&parent.parent)?;
         }
         enable(&this.path)?;
         Ok(this)
@@ -98,7 +98,7 @@ impl DeploymentGroup {
     ///
     /// # Errors
     /// The kernel refused; nothing is left.
-    pub fn guest(&self, instance: &str, limits: Limits) -> Result<GuestGroup, GroupError> {
+    pub fn guest(&self, instance: &str, limits: GuestLimits) -> Result<GuestGroup, GroupError> {
         let path = self.path.join(instance);
         // One of an earlier boot would bring that boot's counts with it.
         let _ = fs::remove_dir(&path);
@@ -126,7 +126,7 @@ impl Drop for DeploymentGroup {
 #[derive(Debug)]
 pub struct GuestGroup {
     path: PathBuf,
-    limits: Limits,
+    limits: GuestLimits,
 }
 
 impl GuestGroup {
@@ -296,11 +296,11 @@ mod tests {
 
     #[test]
     fn a_guest_may_use_its_memory_its_processors_and_a_little_more() {
-        let limits = Limits::of(1, 768, 0);
+        let limits = GuestLimits::of(1, 768, 0);
         assert_eq!(limits.memory >> 20, 768 + 12 + 128);
         assert_eq!(limits.cpu_us, 200_000);
         assert_eq!(
-            Limits::of(8, 14_336, 5 << 20).memory >> 20,
+            GuestLimits::of(8, 14_336, 5 << 20).memory >> 20,
             14_336 + 224 + 128 + 5
         );
     }

@@ -1,4 +1,4 @@
-//! Limits of what the process of one guest can use: a cgroup (version 2) per
+//! GuestLimits of what the process of one guest can use: a cgroup (version 2) per
 //! VMM process, made where this process may make any.
 //!
 //! ```text
@@ -8,10 +8,10 @@
 //! ```
 
 mod group;
-mod place;
+mod parent;
 
-pub use group::{DeploymentGroup, GroupError, GuestGroup, Limits, kill, remove};
-pub use place::{NotEnforced, Place, find};
+pub use group::{DeploymentGroup, GroupError, GuestGroup, GuestLimits, kill, remove};
+pub use parent::{NotEnforced, ParentCgroup, find_parent};
 
 /// Controllers without which a limit means nothing.
 const NEEDED: [&str; 2] = ["memory", "pids"];

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::output::{Output, Style};
 use crate::doctor::iec;
-use crate::progress::{Progress, Snapshot};
+use crate::progress::{Progress, StepSnapshot};
 
 /// A shorter step is not shown.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -71,7 +71,7 @@ struct Shown {
 }
 
 impl Shown {
-    fn look(&mut self, now: Option<Snapshot>, output: &Output) {
+    fn look(&mut self, now: Option<StepSnapshot>, output: &Output) {
         let Some(now) = now else {
             output.clear();
             return;
@@ -96,9 +96,9 @@ impl Shown {
     }
 }
 
-fn words(now: &Snapshot, elapsed: Duration) -> String {
+fn words(now: &StepSnapshot, elapsed: Duration) -> String {
     let seconds = elapsed.as_secs();
-    let Snapshot {
+    let StepSnapshot {
         what, done, total, ..
     } = now;
     match total {
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_step_is_shown_with_as_much_as_is_known() {
-        let now = |done, total| Snapshot {
+        let now = |done, total| StepSnapshot {
             what: "checking image minimal".into(),
             done,
             total,

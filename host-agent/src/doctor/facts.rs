@@ -29,7 +29,7 @@ pub fn gather(data_dir: PathBuf) -> Facts {
             .unwrap_or(0),
         disk: free_space(&data_dir),
         data_dir,
-        cgroup: cgroup::find(),
+        cgroup: cgroup::find_parent(),
         scale_variable: std::env::var_os("HOST_AGENT_TIMEOUT_SCALE")
             .filter(|value| !value.is_empty())
             .map(|value| value.to_string_lossy().into_owned()),

@@ -59,9 +59,9 @@ const LIMIT: Duration = Duration::from_secs(2);
 
 /// What the device could do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Probe {
+pub enum KvmProbe {
     /// The program ran to its end.
-    Ran(Measured),
+    Ran(KvmFigures),
     /// A machine could not be set up, or lacks something we need.
     Lacking {
         /// What.
@@ -80,7 +80,7 @@ pub enum Probe {
 
 /// Figures of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Measured {
+pub struct KvmFigures {
     /// Microseconds from the guest to this process and back.
     pub exit_us: f64,
     /// Millions of guest instructions per second, in a loop of two.
@@ -88,25 +88,25 @@ pub struct Measured {
 }
 
 /// Probes the open device `kvm`. Takes at most [`LIMIT`].
-pub fn probe(kvm: File) -> Probe {
+pub fn probe(kvm: File) -> KvmProbe {
     // A hypervisor below us may never return: the thread is then left behind
     // and ends with the process.
     let (sender, receiver) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("kvm-probe".into());
     let started = thread.spawn(move || {
-        let result = run(kvm).unwrap_or_else(|what| Probe::Lacking { what });
+        let result = run(kvm).unwrap_or_else(|what| KvmProbe::Lacking { what });
         // Nobody listens any more only after the limit.
         let _ = sender.send(result);
     });
     match started {
-        Ok(_) => receiver.recv_timeout(LIMIT).unwrap_or(Probe::Hung),
-        Err(error) => Probe::Lacking {
+        Ok(_) => receiver.recv_timeout(LIMIT).unwrap_or(KvmProbe::Hung),
+        Err(error) => KvmProbe::Lacking {
             what: format!("a thread for the probe ({error})"),
         },
     }
 }
 
-fn run(kvm: File) -> Result<Probe, String> {
+fn run(kvm: File) -> Result<KvmProbe, String> {
     // SAFETY: the descriptor is open, is /dev/kvm, and `into_raw_fd` gave up
     // its ownership.
     let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -287,14 +287,14 @@ fn set_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     })
 }
 
-fn execute(vcpu: &mut VcpuFd) -> Probe {
+fn execute(vcpu: &mut VcpuFd) -> KvmProbe {
     let mut mark = 0;
     let mut marked = Instant::now();
     let mut loop_time = Duration::ZERO;
     let mut groups = Vec::new();
     let mut timed = 0;
     for _ in 0..MOST_EXITS {
-        let stopped = |how: String| Probe::Stopped {
+        let stopped = |how: String| KvmProbe::Stopped {
             at: stage(mark),
             how,
         };
@@ -314,7 +314,7 @@ fn execute(vcpu: &mut VcpuFd) -> Probe {
                 marked = Instant::now();
             }
             Ok(VcpuExit::Hlt) if timed == TIMED_EXITS => {
-                return Probe::Ran(measured(loop_time, groups));
+                return KvmProbe::Ran(measured(loop_time, groups));
             }
             Ok(VcpuExit::InternalError) => return stopped("KVM_EXIT_INTERNAL_ERROR".into()),
             Ok(other) => return stopped(format!("unexpected exit {other:?}")),
@@ -322,16 +322,16 @@ fn execute(vcpu: &mut VcpuFd) -> Probe {
             Err(error) => return stopped(format!("KVM_RUN: {error}")),
         }
     }
-    Probe::Stopped {
+    KvmProbe::Stopped {
         at: stage(mark),
         how: "more exits than the program has".into(),
     }
 }
 
-fn measured(loop_time: Duration, mut groups: Vec<Duration>) -> Measured {
+fn measured(loop_time: Duration, mut groups: Vec<Duration>) -> KvmFigures {
     groups.sort_unstable();
     let exit = groups.get(groups.len() / 2).copied().unwrap_or_default();
-    Measured {
+    KvmFigures {
         exit_us: exit.as_secs_f64() * 1e6,
         loop_mips: f64::from(2 * LOOP_ROUNDS) / loop_time.as_secs_f64().max(1e-9) / 1e6,
     }

@@ -13,7 +13,7 @@ use serde::Serialize;
 pub use verdict::{Check, Level, SERVICE, TimeoutScale, Verdict, iec};
 use verdict::{Facts, KvmFact};
 
-use kvm_probe::Probe;
+use kvm_probe::KvmProbe;
 
 /// What was found, and what follows from it.
 #[derive(Debug, Clone, Serialize)]
@@ -49,7 +49,7 @@ pub fn check(data_dir: &Path) -> HostReport {
 impl HostReport {
     fn from_facts(facts: &Facts) -> Self {
         let measured = match &facts.kvm {
-            KvmFact::Opened(Probe::Ran(measured)) => Some(*measured),
+            KvmFact::Opened(KvmProbe::Ran(measured)) => Some(*measured),
             _ => None,
         };
         let tenth = |value: f64| (value * 10.0).round() / 10.0;

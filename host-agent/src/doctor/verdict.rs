@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::kvm_probe::{Measured, Probe};
-use crate::cgroup::{NotEnforced, Place};
+use super::kvm_probe::{KvmFigures, KvmProbe};
+use crate::cgroup::{NotEnforced, ParentCgroup};
 
 /// Stands in a command for the service, which is not known here.
 pub const SERVICE: &str = "SERVICE";
@@ -45,7 +45,7 @@ pub struct Facts {
     /// The data directory.
     pub data_dir: PathBuf,
     /// Where cgroups for guests can be made.
-    pub cgroup: Result<Place, NotEnforced>,
+    pub cgroup: Result<ParentCgroup, NotEnforced>,
     /// `HOST_AGENT_TIMEOUT_SCALE`, as given.
     pub scale_variable: Option<String>,
 }
@@ -68,7 +68,7 @@ pub enum KvmFact {
         error: String,
     },
     /// It was opened and tried.
-    Opened(Probe),
+    Opened(KvmProbe),
 }
 
 /// How a line of the report is meant.
@@ -155,9 +155,9 @@ pub fn verdict(facts: &Facts) -> Verdict {
         KvmFact::Missing => Verdict::NoDevice,
         KvmFact::Denied { .. } => Verdict::NoPermission,
         KvmFact::Failed { .. } => Verdict::CannotRunKernel,
-        KvmFact::Opened(Probe::Ran(_)) if facts.memory < LEAST_MEMORY => Verdict::NoMemory,
-        KvmFact::Opened(Probe::Ran(_)) if facts.disk < LEAST_DISK => Verdict::NoDisk,
-        KvmFact::Opened(Probe::Ran(_)) => Verdict::Usable,
+        KvmFact::Opened(KvmProbe::Ran(_)) if facts.memory < LEAST_MEMORY => Verdict::NoMemory,
+        KvmFact::Opened(KvmProbe::Ran(_)) if facts.disk < LEAST_DISK => Verdict::NoDisk,
+        KvmFact::Opened(KvmProbe::Ran(_)) => Verdict::Usable,
         KvmFact::Opened(_) => Verdict::CannotRunKernel,
     }
 }
@@ -171,7 +171,7 @@ pub fn timeout_scale(facts: &Facts) -> TimeoutScale {
         };
     }
     let factor = match &facts.kvm {
-        KvmFact::Opened(Probe::Ran(measured)) => scale_of(measured.exit_us),
+        KvmFact::Opened(KvmProbe::Ran(measured)) => scale_of(measured.exit_us),
         _ => 1,
     };
     TimeoutScale {
@@ -194,7 +194,7 @@ fn parse_scale(value: &str) -> Option<u32> {
 }
 
 /// What sort of host has exits this dear.
-pub fn kind_of_host(measured: &Measured) -> &'static str {
+pub fn kind_of_host(measured: &KvmFigures) -> &'static str {
     if measured.exit_us <= BARE_METAL_US {
         "bare metal"
     } else if measured.exit_us <= NESTED_US {
@@ -238,7 +238,7 @@ fn kvm_checks(facts: &Facts) -> Vec<Check> {
         KvmFact::Opened(probe) => {
             let opens = |text: &str| check(Level::Ok, "kvm", text.into(), None);
             let (first, second) = match probe {
-                Probe::Ran(measured) => {
+                KvmProbe::Ran(measured) => {
                     let scale = timeout_scale(facts);
                     let text = format!(
                         "64-bit guest ran; {:.1} us per exit: {} (timeouts x{}{})",
@@ -256,7 +256,7 @@ fn kvm_checks(facts: &Facts) -> Vec<Check> {
                         check(Level::Ok, "vm probe", text, None),
                     )
                 }
-                Probe::Lacking { what } => (
+                KvmProbe::Lacking { what } => (
                     opens("/dev/kvm opens read-write"),
                     check(
                         Level::Fail,
@@ -265,7 +265,7 @@ fn kvm_checks(facts: &Facts) -> Vec<Check> {
                         Some(unusable_hint(facts)),
                     ),
                 ),
-                Probe::Stopped { at, how } => (
+                KvmProbe::Stopped { at, how } => (
                     opens("/dev/kvm opens read-write"),
                     check(
                         Level::Fail,
@@ -277,7 +277,7 @@ fn kvm_checks(facts: &Facts) -> Vec<Check> {
                         Some(unusable_hint(facts)),
                     ),
                 ),
-                Probe::Hung => (
+                KvmProbe::Hung => (
                     opens("/dev/kvm opens read-write"),
                     check(
                         Level::Fail,
@@ -371,7 +371,7 @@ fn disk_check(facts: &Facts) -> Check {
     }
 }
 
-fn cgroup_check(place: &Result<Place, NotEnforced>) -> Check {
+fn cgroup_check(place: &Result<ParentCgroup, NotEnforced>) -> Check {
     let (level, text, hint) = match place {
         Ok(place) => (
             Level::Ok,
@@ -429,7 +429,7 @@ mod tests {
     }
 
     fn ran(exit_us: f64) -> KvmFact {
-        KvmFact::Opened(Probe::Ran(Measured {
+        KvmFact::Opened(KvmProbe::Ran(KvmFigures {
             exit_us,
             loop_mips: 900.0,
         }))
@@ -441,7 +441,7 @@ mod tests {
             group: Some(group.into()),
             mode,
         };
-        let stopped = KvmFact::Opened(Probe::Stopped {
+        let stopped = KvmFact::Opened(KvmProbe::Stopped {
             at: "INT3",
             how: "KVM_EXIT_INTERNAL_ERROR".into(),
         });
@@ -460,7 +460,7 @@ mod tests {
             (denied("root", 0o660), Verdict::NoPermission, "udev"),
             (stopped, Verdict::CannotRunKernel, "hardware virtualization"),
             (
-                KvmFact::Opened(Probe::Hung),
+                KvmFact::Opened(KvmProbe::Hung),
                 Verdict::CannotRunKernel,
                 "skip",
             ),

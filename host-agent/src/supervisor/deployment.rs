@@ -270,7 +270,7 @@ pub async fn deploy(
 /// The cgroup in which the guests' processes get theirs. Without one a service
 /// runs all the same, and that is said once.
 fn limit_guests(dir: &Path, timeline: &Timeline) -> Option<DeploymentGroup> {
-    let made = cgroup::find()
+    let made = cgroup::find_parent()
         .map_err(|why| why.to_string())
         .and_then(|place| {
             DeploymentGroup::create(&place, &short_id(dir)).map_err(|error| chain(&error))

@@ -50,7 +50,7 @@ pub enum BootError {
 
 /// Where the first processor starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry(pub GuestAddress);
+pub struct EntryPoint(pub GuestAddress);
 
 /// Puts everything in place and returns the entry point.
 pub fn load(
@@ -59,7 +59,7 @@ pub fn load(
     initrd: &mut File,
     command_line: &str,
     acpi: &[u8],
-) -> Result<Entry, BootError> {
+) -> Result<EntryPoint, BootError> {
     let (entry, header, kernel_end) = load_kernel(memory, kernel)?;
     let (initrd_start, initrd_size) = load_initrd(memory, initrd, kernel_end)?;
     let mut line = linux_loader::cmdline::Cmdline::new(layout::COMMAND_LINE_MAX)
@@ -95,7 +95,7 @@ pub fn load(
 fn load_kernel(
     memory: &GuestMemoryMmap,
     kernel: &mut File,
-) -> Result<(Entry, setup_header, u64), BootError> {
+) -> Result<(EntryPoint, setup_header, u64), BootError> {
     let error = |e: &dyn std::fmt::Display| BootError::Kernel(e.to_string());
     let mut magic = [0; 4];
     kernel.seek(SeekFrom::Start(0)).map_err(|e| error(&e))?;
@@ -110,7 +110,7 @@ fn load_kernel(
             kernel_alignment: KERNEL_ALIGNMENT,
             ..Default::default()
         };
-        return Ok((Entry(loaded.kernel_load), header, loaded.kernel_end));
+        return Ok((EntryPoint(loaded.kernel_load), header, loaded.kernel_end));
     }
     let loaded = BzImage::load(memory, None, kernel, start).map_err(|e| error(&e))?;
     let header = loaded
@@ -128,7 +128,7 @@ fn load_kernel(
         .max(loaded.kernel_load.raw_value() + u64::from(header.init_size))
         .max(header.pref_address + u64::from(header.init_size));
     let entry = loaded.kernel_load.unchecked_add(ENTRY_64);
-    Ok((Entry(entry), header, end))
+    Ok((EntryPoint(entry), header, end))
 }
 
 /// Copies the initrd to the end of low RAM, page-aligned.

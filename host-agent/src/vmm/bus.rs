@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::layout;
-use super::serial::Port;
+use super::serial::SerialPort;
 use super::virtio::mmio::Transport;
 
 /// `SLP_EN` in the sleep control register (ACPI 6.5, 4.8.3.7).
@@ -31,14 +31,14 @@ pub enum Action {
 
 /// Everything that answers addresses.
 pub struct Bus {
-    serial: Mutex<Port>,
+    serial: Mutex<SerialPort>,
     virtio: Vec<Arc<Transport>>,
     panicked: AtomicBool,
 }
 
 impl Bus {
     /// A bus with these devices at the addresses of [`layout`].
-    pub fn new(serial: Port, virtio: Vec<Arc<Transport>>) -> Self {
+    pub fn new(serial: SerialPort, virtio: Vec<Arc<Transport>>) -> Self {
         Self {
             serial: Mutex::new(serial),
             virtio,
@@ -131,7 +131,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::vmm::serial::{Line, Output};
+    use crate::vmm::serial::{SerialIrq, SerialOutput};
     use crate::vmm::virtio::Device;
     use crate::vmm::virtio::interrupt::Interrupt;
     use crate::vmm::virtio::rng::Rng;
@@ -152,8 +152,8 @@ mod tests {
             let interrupt = Interrupt::new(event(), device.name());
             Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())
         });
-        let output = Output::new(Instant::now());
-        Bus::new(Port::new(Line(event()), output), virtio.into())
+        let output = SerialOutput::new(Instant::now());
+        Bus::new(SerialPort::new(SerialIrq(event()), output), virtio.into())
     }
 
     #[test]

@@ -17,9 +17,9 @@ use super::cpu::regs::{self, RegsError};
 use super::disk::{self, Backing};
 use super::memory::{self, MemoryError};
 use super::outbox::Outbox;
-use super::serial::{Line, Output, Port};
+use super::serial::{SerialIrq, SerialOutput, SerialPort};
 use super::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, MAX_VCPUS};
-use super::vcpu::{KickError, Processors, Report};
+use super::vcpu::{KickTimeout, VcpuReport, Vcpus};
 use super::virtio::Device;
 use super::virtio::blk::{Block, DiskCounters, EnospcHold};
 use super::virtio::interrupt::Interrupt;
@@ -105,10 +105,10 @@ pub struct DiskState {
 
 /// A running machine.
 pub struct Machine {
-    processors: Processors,
+    vcpus: Vcpus,
     disks: Vec<DiskState>,
     bus: Arc<Bus>,
-    serial: Output,
+    serial: SerialOutput,
     vsock: vsock::Handle,
     _vm: Vm,
     _memory: GuestMemoryMmap,
@@ -121,8 +121,8 @@ impl Machine {
         mut files: Files,
         outbox: &Outbox,
         wake: &EventFd,
-        reports: mpsc::Sender<Report>,
-        serial: Output,
+        reports: mpsc::Sender<VcpuReport>,
+        serial: SerialOutput,
     ) -> Result<Self, MachineError> {
         check(spec)?;
         let host = |what| move |source| MachineError::Host { what, source };
@@ -133,8 +133,8 @@ impl Machine {
 
         // The serial port.
         let line = event().map_err(host("eventfd"))?;
-        vm.interrupt(&line, layout::SERIAL_GSI)?;
-        let port = Port::new(Line(line), serial.clone());
+        vm.register_irqfd(&line, layout::SERIAL_GSI)?;
+        let port = SerialPort::new(SerialIrq(line), serial.clone());
 
         // virtio devices, each with its registers, kicks and interrupt line.
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
@@ -170,14 +170,13 @@ impl Machine {
         let entry = boot::load(&memory, &mut kernel, &mut initrd, &spec.cmdline, &tables)?;
         regs::write_tables(&memory)?;
 
-        // Processors, last: from here on the guest runs.
+        // Vcpus, last: from here on the guest runs.
         let vcpus = (0..spec.vcpus)
-            .map(|id| vm.processor(id, spec.vcpus, entry))
+            .map(|id| vm.create_vcpu(id, spec.vcpus, entry))
             .collect::<Result<Vec<_>, _>>()?;
-        let processors =
-            Processors::start(vcpus, &bus, &reports, wake).map_err(host("vCPU threads"))?;
+        let vcpus = Vcpus::start(vcpus, &bus, &reports, wake).map_err(host("vCPU threads"))?;
         Ok(Self {
-            processors,
+            vcpus,
             disks,
             bus,
             serial,
@@ -187,9 +186,9 @@ impl Machine {
         })
     }
 
-    /// The processors.
-    pub const fn processors(&self) -> &Processors {
-        &self.processors
+    /// The vcpus.
+    pub const fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
     }
 
     /// The bus.
@@ -202,8 +201,8 @@ impl Machine {
         &self.disks
     }
 
-    /// Output of the serial port.
-    pub const fn serial(&self) -> &Output {
+    /// SerialOutput of the serial port.
+    pub const fn serial(&self) -> &SerialOutput {
         &self.serial
     }
 
@@ -212,17 +211,17 @@ impl Machine {
         &self.vsock
     }
 
-    /// Ends the processors, then the devices, which finish what they began and write
+    /// Ends the vcpus, then the devices, which finish what they began and write
     /// the last of it to their disks. Waits for the disks: not for the main thread.
-    pub fn stop(self) -> Result<(), KickError> {
-        let mut stopped = self.processors.stop();
+    pub fn stop(self) -> Result<(), KickTimeout> {
+        let mut stopped = self.vcpus.stop();
         for transport in self.bus.virtio() {
             transport.stop();
         }
         if stopped.is_err() {
             // One may have waited for a disk that a device just let go of. While it
             // runs it holds the bus, and with it the disks.
-            stopped = self.processors.stop();
+            stopped = self.vcpus.stop();
         }
         stopped
     }
@@ -297,13 +296,13 @@ fn plug(
 ) -> Result<Transport, MachineError> {
     let host = |what| move |source| MachineError::Host { what, source };
     let line = event().map_err(host("eventfd"))?;
-    vm.interrupt(&line, layout::VIRTIO_GSI + number as u32)?;
+    vm.register_irqfd(&line, layout::VIRTIO_GSI + number as u32)?;
     let interrupt = Interrupt::new(line, device.name());
     let transport = Transport::new(device, memory.clone(), interrupt).map_err(host("eventfd"))?;
     let base = layout::MMIO_START + number as u64 * layout::VIRTIO_STRIDE;
     let kicks = transport.kicks().map_err(host("eventfd"))?;
     for (queue, kick) in kicks.iter().enumerate() {
-        vm.kick(kick, base + NOTIFY, queue as u32)?;
+        vm.register_ioeventfd(kick, base + NOTIFY, queue as u32)?;
     }
     Ok(transport)
 }

@@ -16,10 +16,10 @@ use super::control::{Command, DialOutcome, Event, ExitReason, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
-use super::serial::{Log, Output, Writer};
+use super::serial::{Log, SerialOutput, Writer};
 use super::spec::GuestSpec;
-use super::vcpu::Report;
-use super::{ending, wire};
+use super::vcpu::VcpuReport;
+use super::{teardown, wire};
 use crate::token_bucket::{LogLimit, VMM_LOG};
 
 /// Most time for the machine to stop, the disks' last flush with it. By then a
@@ -158,7 +158,7 @@ fn run(
     // Only what a process list shows depends on it.
     let _ = std::fs::write("/proc/self/comm", name);
     let mut files = Files::new(files);
-    let serial = Output::new(started);
+    let serial = SerialOutput::new(started);
     let log = serial
         .write_to(serial_log(&spec, &mut files)?)
         .map_err(StartError::Serial)?;
@@ -196,7 +196,7 @@ struct Loop<'a> {
     machine: Machine,
     log: Writer,
     wake: EventFd,
-    reported: mpsc::Receiver<Report>,
+    reported: mpsc::Receiver<VcpuReport>,
     outlive: bool,
     told_violations: Vec<u64>,
     disks: DiskWatch,
@@ -254,7 +254,7 @@ impl Loop<'_> {
                 note(&error);
             }
         };
-        if !ending::answering(machine, stop, STOP_LIMIT, (outbox, &wake), supervised) {
+        if !teardown::run_answering(machine, stop, STOP_LIMIT, (outbox, &wake), supervised) {
             note(&"the disks were not flushed in time");
         }
         // The last flush is part of the stop.
@@ -281,8 +281,8 @@ impl Loop<'_> {
     fn reports(&mut self) -> Option<ExitReason> {
         while let Ok(report) = self.reported.try_recv() {
             match report {
-                Report::Exit(reason) => return Some(reason),
-                Report::Panicked => self.tell(&Event::GuestPanicked {}),
+                VcpuReport::Exit(reason) => return Some(reason),
+                VcpuReport::Panicked => self.tell(&Event::GuestPanicked {}),
             }
         }
         None
@@ -330,7 +330,7 @@ impl Loop<'_> {
             Command::Resume {} => {
                 self.standing.ordered = false;
                 if !self.standing.no_space {
-                    self.machine.processors().resume();
+                    self.machine.vcpus().resume();
                 }
                 self.tell(&Event::Paused { paused: false });
             }
@@ -348,7 +348,7 @@ impl Loop<'_> {
         let disks = self.machine.disks().iter();
         let refused = disks.map(|disk| disk.counters.refused.load(Ordering::Relaxed));
         Stats {
-            exits: self.machine.processors().exits(),
+            exits: self.machine.vcpus().exits(),
             first_serial_us: serial.first_us(),
             serial_dropped: serial.dropped(),
             violations: self
@@ -386,7 +386,7 @@ impl Loop<'_> {
     /// resets a device, say, that waits for the host's disk. It stops when it
     /// would enter the guest again.
     fn stand_still(&self) {
-        if let Err(error) = self.machine.processors().pause() {
+        if let Err(error) = self.machine.vcpus().pause() {
             note(&error);
         }
     }
@@ -397,7 +397,7 @@ impl Loop<'_> {
         let before = std::mem::replace(&mut self.standing.no_space, self.disks.look());
         match (before, self.standing.no_space) {
             (false, true) => self.stand_still(),
-            (true, false) if !self.standing.ordered => self.machine.processors().resume(),
+            (true, false) if !self.standing.ordered => self.machine.vcpus().resume(),
             _ => {}
         }
         self.disks.tell_room(self.outbox);

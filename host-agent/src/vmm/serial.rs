@@ -23,14 +23,14 @@ const LINE_LIMIT: Duration = Duration::from_millis(500);
 /// panic notifier's driver is loaded is known by this alone; a guest that
 /// forges it only changes the story of its own end.
 const PANIC_TEXT: &[u8] = b"Kernel panic - not syncing";
-/// Output kept for finding it, in bytes.
+/// SerialOutput kept for finding it, in bytes.
 const TAIL: usize = 64 * 1024;
 
 /// Raises the port's interrupt line.
 #[derive(Debug)]
-pub struct Line(pub EventFd);
+pub struct SerialIrq(pub EventFd);
 
-impl Trigger for Line {
+impl Trigger for SerialIrq {
     type E = io::Error;
     fn trigger(&self) -> io::Result<()> {
         self.0.write(1)
@@ -38,11 +38,11 @@ impl Trigger for Line {
 }
 
 /// The port as the guest sees it.
-pub type Port = Serial<Line, NoEvents, Output>;
+pub type SerialPort = Serial<SerialIrq, NoEvents, SerialOutput>;
 
-/// Output on its way from the port to the log.
+/// SerialOutput on its way from the port to the log.
 #[derive(Debug, Clone)]
-pub struct Output {
+pub struct SerialOutput {
     shared: Arc<Shared>,
     started: Instant,
 }
@@ -66,8 +66,8 @@ struct Waiting {
     tail: VecDeque<u8>,
 }
 
-impl Output {
-    /// Output of a process that started then.
+impl SerialOutput {
+    /// SerialOutput of a process that started then.
     pub fn new(started: Instant) -> Self {
         Self {
             shared: Arc::default(),
@@ -136,7 +136,7 @@ impl Output {
     }
 }
 
-impl Write for Output {
+impl Write for SerialOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut waiting = self.lock();
         if waiting.first_us.is_none() {
@@ -166,7 +166,7 @@ impl Write for Output {
 /// The thread that writes the log.
 #[derive(Debug)]
 pub struct Writer {
-    output: Output,
+    output: SerialOutput,
     done: mpsc::Receiver<()>,
 }
 
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_bounded_in_memory_and_on_disk_and_the_newest_is_kept() {
-        let mut output = Output::new(Instant::now());
+        let mut output = SerialOutput::new(Instant::now());
         for _ in 0..300 {
             output.write_all(&[b'x'; 8192]).unwrap();
         }
@@ -283,7 +283,7 @@ mod tests {
             max_bytes: u64::MAX,
             dropped: 0,
         };
-        let mut output = Output::new(Instant::now());
+        let mut output = SerialOutput::new(Instant::now());
         let thread = output.write_to(log).unwrap();
         output.write_all(b"first, without an end").unwrap();
         let mut first = [0; 21];

@@ -1,4 +1,4 @@
-//! Threads of the virtual processors: run, answer exits, stop when told.
+//! Threads of the virtual vcpus: run, answer exits, stop when told.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::{Action, Bus};
 use super::control::ExitReason;
-use super::gate::Gate;
+use super::vcpu_pause::VcpuPause;
 
 /// Most time for a processor to leave the guest after a kick.
 const KICK_LIMIT: Duration = Duration::from_secs(5);
@@ -22,48 +22,48 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What a processor reports to the main thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Report {
+pub enum VcpuReport {
     /// The machine ended.
     Exit(ExitReason),
     /// The guest's kernel panicked.
     Panicked,
 }
 
-/// The processors of a guest.
+/// The vcpus of a guest.
 #[derive(Debug)]
-pub struct Processors {
-    shared: Arc<Shared>,
+pub struct Vcpus {
+    shared: Arc<VcpuShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    gate: Gate,
+struct VcpuShared {
+    pause: VcpuPause,
     exits: Vec<AtomicU64>,
 }
 
-/// Processors that did not stop in time.
+/// Vcpus that did not stop in time.
 #[derive(Debug, thiserror::Error)]
-#[error("{running} of {all} processors did not leave the guest within 5 s")]
-pub struct KickError {
+#[error("{running} of {all} vcpus did not leave the guest within 5 s")]
+pub struct KickTimeout {
     running: usize,
     all: usize,
 }
 
-impl Processors {
+impl Vcpus {
     /// Starts a thread for each processor. Reports go to `reports`, each
     /// followed by a signal of `wake`.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         bus: &Arc<Bus>,
-        reports: &mpsc::Sender<Report>,
+        reports: &mpsc::Sender<VcpuReport>,
         wake: &EventFd,
     ) -> io::Result<Self> {
         extern "C" fn interrupted(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        let shared = Arc::new(Shared {
-            gate: Gate::default(),
+        let shared = Arc::new(VcpuShared {
+            pause: VcpuPause::default(),
             exits: vcpus.iter().map(|_| AtomicU64::new(0)).collect(),
         });
         let mut threads = Vec::new();
@@ -79,7 +79,7 @@ impl Processors {
                         let _ = wake.write(1);
                     };
                     if let Some(reason) = run(id, vcpu, &shared, &bus, &report) {
-                        report(Report::Exit(reason));
+                        report(VcpuReport::Exit(reason));
                     }
                 })?;
             threads.push(thread);
@@ -87,28 +87,28 @@ impl Processors {
         Ok(Self { shared, threads })
     }
 
-    /// Takes every processor out of the guest until [`Processors::resume`].
-    pub fn pause(&self) -> Result<(), KickError> {
-        self.shared.gate.close();
+    /// Takes every processor out of the guest until [`Vcpus::resume`].
+    pub fn pause(&self) -> Result<(), KickTimeout> {
+        self.shared.pause.close();
         let all = self.threads.len();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
             let ended = self.threads.iter().filter(|t| t.is_finished()).count();
-            let running = all.saturating_sub(self.shared.gate.parked() + ended);
+            let running = all.saturating_sub(self.shared.pause.parked() + ended);
             if running == 0 {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(KickError { running, all });
+                return Err(KickTimeout { running, all });
             }
             self.kick();
             std::thread::sleep(KICK_AGAIN);
         }
     }
 
-    /// Lets the processors run again.
+    /// Lets the vcpus run again.
     pub fn resume(&self) {
-        self.shared.gate.open();
+        self.shared.pause.open();
     }
 
     /// Exits of each processor that reached this process.
@@ -118,8 +118,8 @@ impl Processors {
     }
 
     /// Ends every thread.
-    pub fn stop(&self) -> Result<(), KickError> {
-        self.shared.gate.shut_down();
+    pub fn stop(&self) -> Result<(), KickTimeout> {
+        self.shared.pause.shut_down();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
             let running = self.threads.iter().filter(|t| !t.is_finished()).count();
@@ -128,7 +128,7 @@ impl Processors {
             }
             if Instant::now() > deadline {
                 let all = self.threads.len();
-                return Err(KickError { running, all });
+                return Err(KickTimeout { running, all });
             }
             self.kick();
             std::thread::sleep(KICK_AGAIN);
@@ -149,12 +149,12 @@ impl Processors {
 fn run(
     id: usize,
     mut vcpu: VcpuFd,
-    shared: &Shared,
+    shared: &VcpuShared,
     bus: &Bus,
-    report: &impl Fn(Report),
+    report: &impl Fn(VcpuReport),
 ) -> Option<ExitReason> {
     loop {
-        let goes_on = shared.gate.pass(|| {
+        let goes_on = shared.pause.pass(|| {
             // Or the guest's watchdogs take the gap for a hang. It fails when
             // the guest does not use the clock of KVM, and hears of nothing.
             let _ = vcpu.kvmclock_ctrl();
@@ -171,7 +171,7 @@ fn run(
                 Action::PowerOff => return Some(ExitReason::PowerOff),
                 Action::Reset if bus.panicked() => return Some(ExitReason::Panic),
                 Action::Reset => return Some(ExitReason::Reboot),
-                Action::Panicked => report(Report::Panicked),
+                Action::Panicked => report(VcpuReport::Panicked),
             },
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),

@@ -7,7 +7,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::boot::Entry;
+use super::boot::EntryPoint;
 use super::cpu::{cpuid, regs};
 use super::layout;
 
@@ -84,21 +84,26 @@ impl Vm {
     }
 
     /// Interrupt line `gsi` rises with each signal of `event`.
-    pub fn interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
         self.fd
             .register_irqfd(event, gsi)
             .map_err(kvm("register an irqfd"))
     }
 
     /// A write of `value` to `address` signals `event` and does not leave KVM.
-    pub fn kick(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
+    pub fn register_ioeventfd(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), VmError> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(kvm("register an ioeventfd"))
     }
 
     /// Makes processor `id` of `count` in its state after power-on.
-    pub fn processor(&self, id: u8, count: u8, entry: Entry) -> Result<VcpuFd, VmError> {
+    pub fn create_vcpu(&self, id: u8, count: u8, entry: EntryPoint) -> Result<VcpuFd, VmError> {
         let vcpu = self
             .fd
             .create_vcpu(u64::from(id))

@@ -109,7 +109,7 @@ impl Instance {
     fn limited(&self, spec: &GuestSpec) -> Option<GuestGroup> {
         let group = self.parts.group.as_ref()?;
         let disks = guest::disks_in_memory(&self.parts.dir, &self.parts.image);
-        let limits = cgroup::Limits::of(spec.vcpus, spec.memory_mib, disks);
+        let limits = cgroup::GuestLimits::of(spec.vcpus, spec.memory_mib, disks);
         group
             .guest(&self.parts.name, limits)
             .inspect_err(|error| self.not_limited(error))

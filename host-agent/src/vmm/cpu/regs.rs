@@ -5,7 +5,7 @@ use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::vmm::boot::Entry;
+use crate::vmm::boot::EntryPoint;
 use crate::vmm::layout;
 
 /// Code, data and task segments of the boot GDT.
@@ -79,7 +79,7 @@ pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), RegsError> {
 
 /// Sets the state of one processor. Only the first starts at `entry`; the
 /// others wait for the guest's start-up interrupt.
-pub fn set(vcpu: &VcpuFd, first: bool, entry: Entry) -> Result<(), RegsError> {
+pub fn set(vcpu: &VcpuFd, first: bool, entry: EntryPoint) -> Result<(), RegsError> {
     let kvm = |what| move |source| RegsError::Kvm { what, source };
     let msrs = Msrs::from_entries(&[
         msr(MSR_MISC_ENABLE, FAST_STRING),

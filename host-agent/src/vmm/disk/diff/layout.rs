@@ -206,8 +206,8 @@ impl Layout {
     }
 
     /// The header's fields in order, with the values they must have.
-    fn fields(&self) -> [Field; 18] {
-        let field = |name, bytes, value| Field { name, bytes, value };
+    fn fields(&self) -> [HeaderField; 18] {
+        let field = |name, bytes, value| HeaderField { name, bytes, value };
         [
             field("magic", 4, u64::from(MAGIC)),
             field("version", 4, u64::from(VERSION)),
@@ -287,7 +287,7 @@ impl Layout {
 }
 
 /// One field of the header.
-struct Field {
+struct HeaderField {
     name: &'static str,
     bytes: usize,
     value: u64,
@@ -328,7 +328,7 @@ fn be64(head: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(head[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// Table entries as they lie in the file.
+/// L2Table entries as they lie in the file.
 pub fn big_endian(entries: impl Iterator<Item = u64>) -> Vec<u8> {
     entries.flat_map(u64::to_be_bytes).collect()
 }

@@ -16,7 +16,7 @@ pub enum Run {
         clusters: u64,
     },
     /// `clusters` that follow each other in the file too.
-    Own {
+    Allocated {
         /// Cluster of the file that holds the first.
         first: u32,
         /// Length of the stretch.
@@ -26,13 +26,13 @@ pub enum Run {
 
 /// The mapping, as the tables in the file are going to say after a flush.
 #[derive(Debug)]
-pub struct Map {
+pub struct ClusterMap {
     /// L2 tables that have entries.
-    tables: Vec<Option<Table>>,
+    tables: Vec<Option<L2Table>>,
 }
 
 #[derive(Debug)]
-struct Table {
+struct L2Table {
     /// Cluster of the file by cluster of the virtual disk; 0 (the header) for
     /// those that come from the base.
     own: Box<[u32]>,
@@ -40,7 +40,7 @@ struct Table {
     dirty: Range<usize>,
 }
 
-impl Table {
+impl L2Table {
     fn new() -> Self {
         Self {
             own: vec![0; L2_ENTRIES as usize].into_boxed_slice(),
@@ -49,7 +49,7 @@ impl Table {
     }
 }
 
-impl Map {
+impl ClusterMap {
     /// A map in which everything comes from the base.
     pub fn new(layout: &Layout) -> Self {
         Self {
@@ -62,7 +62,7 @@ impl Map {
     pub fn load(
         &mut self,
         layout: &Layout,
-        used: &mut Used,
+        used: &mut UsedClusters,
         table: usize,
         bytes: &[u8],
     ) -> Result<(), LayoutError> {
@@ -70,7 +70,7 @@ impl Map {
             return Ok(());
         }
         let clusters = layout.virtual_size.div_ceil(CLUSTER);
-        let mut new = Table::new();
+        let mut new = L2Table::new();
         for (entry, bytes) in bytes.chunks_exact(8).enumerate() {
             let found = u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
             if found == 0 {
@@ -123,14 +123,14 @@ impl Map {
         if first == 0 {
             Run::Base { clusters }
         } else {
-            Run::Own { first, clusters }
+            Run::Allocated { first, clusters }
         }
     }
 
     /// From now on `cluster` of the virtual disk is in cluster `own` of the file.
     pub fn set(&mut self, cluster: u64, own: u32) {
         let (table, entry) = split(cluster);
-        let table = self.tables[table].get_or_insert_with(Table::new);
+        let table = self.tables[table].get_or_insert_with(L2Table::new);
         debug_assert_eq!(table.own[entry], 0, "a mapping never changes");
         table.own[entry] = own;
         table.dirty = if table.dirty.is_empty() {
@@ -186,12 +186,12 @@ fn split(cluster: u64) -> (usize, usize) {
 
 /// Clusters of a file that its tables refer to.
 #[derive(Debug)]
-pub struct Used {
+pub struct UsedClusters {
     bits: Vec<u64>,
     end: u32,
 }
 
-impl Used {
+impl UsedClusters {
     /// None yet.
     pub fn new(layout: &Layout) -> Self {
         Self {
@@ -218,16 +218,16 @@ impl Used {
 /// Clusters that no table has ever referred to. What was given out and came
 /// into use is never given out again: nothing is freed.
 #[derive(Debug)]
-pub struct Free {
+pub struct FreeClusters {
     /// Left over by a crash or a failed write; the last is given out first.
     holes: Vec<u32>,
     /// Never given out.
     rest: Range<u32>,
 }
 
-impl Free {
+impl FreeClusters {
     /// What `used` leaves.
-    pub fn new(layout: &Layout, used: &Used) -> Self {
+    pub fn new(layout: &Layout, used: &UsedClusters) -> Self {
         let is_free = |cluster: &u32| used.bits[*cluster as usize / 64] >> (cluster % 64) & 1 == 0;
         Self {
             holes: (layout.first_data..used.end)
@@ -254,7 +254,7 @@ impl Free {
         (count > 0).then_some((first, count))
     }
 
-    /// Gives back what came from [`Free::take`] and no table refers to.
+    /// Gives back what came from [`FreeClusters::take`] and no table refers to.
     pub fn give_back(&mut self, first: u32, count: u32) {
         self.holes.extend((first..first + count).rev());
     }

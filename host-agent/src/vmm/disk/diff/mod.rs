@@ -21,7 +21,7 @@ use super::raw::{check_range, earlier_sync_failed, sync_failed};
 use super::storage::{Storage, read_bytes, write_bytes};
 use super::{Disk, DiskError, slices};
 use layout::{CLUSTER, HEAD, Layout, LayoutError};
-use map::{Free, Map, Run, Used};
+use map::{ClusterMap, FreeClusters, Run, UsedClusters};
 
 /// A diff disk. `S` holds the diff, `B` the base.
 #[derive(Debug)]
@@ -30,8 +30,8 @@ pub struct Diff<S: Storage, B: Storage> {
     base: B,
     base_len: u64,
     layout: Layout,
-    map: Map,
-    free: Free,
+    map: ClusterMap,
+    free: FreeClusters,
     /// Clusters in use whose reference counts are not in the file: first, count.
     uncounted: Vec<(u32, u32)>,
     sync_failed: bool,
@@ -73,7 +73,7 @@ impl<S: Storage, B: Storage> Diff<S, B> {
         check_table(&storage, "refcount table", layout.refcounts())?;
 
         let mut scratch = vec![0; 2 * CLUSTER as usize];
-        let (mut map, mut used) = (Map::new(&layout), Used::new(&layout));
+        let (mut map, mut used) = (ClusterMap::new(&layout), UsedClusters::new(&layout));
         for table in 0..layout.l2_tables {
             let bytes = &mut scratch[..CLUSTER as usize];
             read_bytes(&storage, layout.l2_offset(table), bytes).map_err(diff_io)?;
@@ -91,7 +91,7 @@ impl<S: Storage, B: Storage> Diff<S, B> {
             storage,
             base,
             base_len,
-            free: Free::new(&layout, &used),
+            free: FreeClusters::new(&layout, &used),
             layout,
             map,
             uncounted: Vec::new(),
@@ -231,7 +231,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             let inside = at % CLUSTER;
             let want = (inside + len - done).div_ceil(CLUSTER);
             let run = self.map.run(at / CLUSTER, want);
-            let (Run::Base { clusters } | Run::Own { clusters, .. }) = run;
+            let (Run::Base { clusters } | Run::Allocated { clusters, .. }) = run;
             let count = (clusters * CLUSTER - inside).min(len - done);
             let to = if count == len {
                 to
@@ -242,7 +242,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             };
             match run {
                 Run::Base { .. } => self.read_base(at, to)?,
-                Run::Own { first, .. } => {
+                Run::Allocated { first, .. } => {
                     let at = u64::from(first) * CLUSTER + inside;
                     self.storage.read_at(at, to)?;
                 }
@@ -265,7 +265,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             let inside = at % CLUSTER;
             let want = (inside + len - done).div_ceil(CLUSTER);
             let run = self.map.run(at / CLUSTER, want);
-            let (Run::Base { clusters } | Run::Own { clusters, .. }) = run;
+            let (Run::Base { clusters } | Run::Allocated { clusters, .. }) = run;
             let count = (clusters * CLUSTER - inside).min(len - done);
             let from = if count == len {
                 from
@@ -276,7 +276,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             };
             done += match run {
                 Run::Base { .. } => self.write_new(at, from, count)?,
-                Run::Own { first, .. } => {
+                Run::Allocated { first, .. } => {
                     let at = u64::from(first) * CLUSTER + inside;
                     self.storage.write_at(at, from)?;
                     count

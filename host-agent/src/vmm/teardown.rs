@@ -14,7 +14,7 @@ use super::wire;
 /// Does `work` on `what` and waits for it, for at most `limit`; whether it was
 /// done. A supervisor that is there hears meanwhile that this process is not
 /// hung; it has no other say any more but to kill it.
-pub fn answering<T: Send + 'static>(
+pub fn run_answering<T: Send + 'static>(
     what: T,
     work: fn(T),
     limit: Duration,
@@ -122,7 +122,7 @@ mod tests {
             flushed.send(()).unwrap();
         });
         let flush = |disk: mpsc::Receiver<()>| disk.recv_timeout(PATIENCE).unwrap();
-        assert!(answering(disk, flush, PATIENCE, (&outbox, &wake), true));
+        assert!(run_answering(disk, flush, PATIENCE, (&outbox, &wake), true));
         supervisor.join().unwrap();
     }
 
@@ -132,7 +132,7 @@ mod tests {
         let (flushed, disk) = mpsc::channel::<()>();
         let flush = |disk: mpsc::Receiver<()>| assert!(disk.recv().is_err());
         let limit = Duration::from_millis(1);
-        assert!(!answering(disk, flush, limit, (&outbox, &wake), true));
+        assert!(!run_answering(disk, flush, limit, (&outbox, &wake), true));
         drop(flushed);
     }
 }

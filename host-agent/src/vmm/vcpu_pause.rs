@@ -1,4 +1,4 @@
-//! The gate that a processor's thread passes each time before it enters the
+//! The pause that a processor's thread passes each time before it enters the
 //! guest: open, closed for a pause, or shut down.
 
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -8,9 +8,9 @@ const RUN: u8 = 0;
 const PAUSE: u8 = 1;
 const STOP: u8 = 2;
 
-/// One gate for all processors of a guest; open at first.
+/// One pause for all processors of a guest; open at first.
 #[derive(Debug, Default)]
-pub struct Gate {
+pub struct VcpuPause {
     /// Changes under the lock; read without it by threads that go through.
     wanted: AtomicU8,
     parked: AtomicUsize,
@@ -18,8 +18,8 @@ pub struct Gate {
     lock: Mutex<()>,
 }
 
-impl Gate {
-    /// Threads park here until the gate is opened.
+impl VcpuPause {
+    /// Threads park here until the pause is opened.
     pub fn close(&self) {
         self.set(PAUSE);
     }
@@ -45,7 +45,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits while the gate is closed, `before` each wait with a word to the
+    /// Waits while the pause is closed, `before` each wait with a word to the
     /// processor. False when the thread shall end.
     pub fn pass(&self, before: impl Fn()) -> bool {
         // Each decision is made of one look: what is wanted may change between
@@ -81,31 +81,31 @@ mod tests {
 
     #[test]
     fn a_thread_that_passes_while_the_gate_opens_and_closes_ends_only_when_told() {
-        let gate = Gate::default();
+        let pause = VcpuPause::default();
         let told = AtomicU8::new(0);
         std::thread::scope(|scope| {
             let processors = [(); 2].map(|()| {
                 scope.spawn(|| {
-                    while gate.pass(|| {}) {}
+                    while pause.pass(|| {}) {}
                     told.load(Ordering::Acquire)
                 })
             });
             let ended = || processors.iter().any(|thread| thread.is_finished());
             for round in 0..50_000 {
-                gate.close();
+                pause.close();
                 // Now and then for long enough that both park.
-                while round % 100 == 0 && gate.parked() < 2 && !ended() {
+                while round % 100 == 0 && pause.parked() < 2 && !ended() {
                     std::thread::yield_now();
                 }
-                gate.open();
+                pause.open();
             }
             told.store(1, Ordering::Release);
-            gate.close();
-            gate.shut_down();
+            pause.close();
+            pause.shut_down();
             for thread in processors {
                 assert_eq!(thread.join().unwrap(), 1);
             }
         });
-        assert_eq!(gate.parked(), 0);
+        assert_eq!(pause.parked(), 0);
     }
 }

@@ -20,18 +20,18 @@ const BY_BOOT: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarc
 
 /// Where cgroups can be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct ParentCgroup {
     /// The cgroup in which they are made.
     pub parent: PathBuf,
-    /// What has to be done first.
-    pub(super) first: First,
+    /// What has to be done preparation.
+    pub(super) preparation: Preparation,
 }
 
 /// What has to be done before cgroups with limits can be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum First {
+pub(super) enum Preparation {
     /// Nothing.
-    Nothing,
+    None,
     /// Give the controllers to the children.
     Enable,
     /// The same, after this process has moved to a leaf: a cgroup cannot have
@@ -56,7 +56,7 @@ impl fmt::Display for NotEnforced {
 
 /// One cgroup, as far as the decision needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Level {
+struct CgroupState {
     path: PathBuf,
     /// The root of the whole tree, which may have processes and children.
     is_root: bool,
@@ -74,7 +74,7 @@ struct Level {
 ///
 /// # Errors
 /// Nowhere.
-pub fn find() -> Result<Place, NotEnforced> {
+pub fn find_parent() -> Result<ParentCgroup, NotEnforced> {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let membership = read("/proc/self/cgroup");
     let mut found = Err(NotEnforced {
@@ -118,12 +118,12 @@ fn own_cgroups(mountinfo: &str, membership: &str) -> Vec<(PathBuf, PathBuf)> {
     mounts.collect()
 }
 
-fn level(path: &Path) -> Level {
+fn level(path: &Path) -> CgroupState {
     let read = |name| fs::read_to_string(path.join(name)).unwrap_or_default();
     let words = |name| read(name).split_whitespace().map(Into::into).collect();
     let may = |name| access(&path.join(name), AccessFlags::W_OK).is_ok();
     let mine = std::process::id().to_string();
-    Level {
+    CgroupState {
         path: path.to_owned(),
         // The root alone has no such file.
         is_root: !path.join("cgroup.events").exists(),
@@ -135,28 +135,28 @@ fn level(path: &Path) -> Level {
 }
 
 /// In our own cgroup if it is ours alone, else beside it.
-fn decide(own: &Level, parent: Option<&Level>) -> Result<Place, NotEnforced> {
+fn decide(own: &CgroupState, parent: Option<&CgroupState>) -> Result<ParentCgroup, NotEnforced> {
     let has = |set: &BTreeSet<String>| NEEDED.iter().all(|name| set.contains(*name));
-    let at = |level: &Level, first| {
-        Ok(Place {
+    let at = |level: &CgroupState, preparation| {
+        Ok(ParentCgroup {
             parent: level.path.clone(),
-            first,
+            preparation,
         })
     };
     if own.writable && has(&own.enabled) {
-        return at(own, First::Nothing);
+        return at(own, Preparation::None);
     }
     if own.writable && own.is_root && has(&own.available) {
-        return at(own, First::Enable);
+        return at(own, Preparation::Enable);
     }
     if own.writable && !own.shared && has(&own.available) {
-        return at(own, First::MoveAndEnable);
+        return at(own, Preparation::MoveAndEnable);
     }
     if let Some(parent) = parent
         && parent.writable
         && has(&parent.enabled)
     {
-        return at(parent, First::Nothing);
+        return at(parent, Preparation::None);
     }
     let path = own.path.display();
     let root = nix::unistd::Uid::effective().is_root();
@@ -207,9 +207,9 @@ mod tests {
         assert_eq!(own_cgroups(mountinfo, "4:memory:/x\n"), []);
     }
 
-    fn level(path: &str, change: impl FnOnce(&mut Level)) -> Level {
+    fn level(path: &str, change: impl FnOnce(&mut CgroupState)) -> CgroupState {
         let all: BTreeSet<String> = ["cpu", "memory", "pids"].map(Into::into).into();
-        let mut level = Level {
+        let mut level = CgroupState {
             path: path.into(),
             is_root: false,
             available: all,
@@ -223,28 +223,28 @@ mod tests {
 
     #[test]
     fn a_cgroup_of_our_own_is_taken_then_the_one_above_and_else_the_reason_says_why() {
-        let place = |own: &Level, parent: Option<&Level>| {
-            decide(own, parent).map(|place| (place.parent, place.first))
+        let place = |own: &CgroupState, parent: Option<&CgroupState>| {
+            decide(own, parent).map(|place| (place.parent, place.preparation))
         };
-        let full = |level: &mut Level| level.enabled = level.available.clone();
+        let full = |level: &mut CgroupState| level.enabled = level.available.clone();
         let above = level("/c/a", full);
 
         let root = level("/c", |level| (level.is_root, level.shared) = (true, true));
-        assert_eq!(place(&root, None), Ok(("/c".into(), First::Enable)));
+        assert_eq!(place(&root, None), Ok(("/c".into(), Preparation::Enable)));
         let ready = level("/c", full);
-        assert_eq!(place(&ready, None), Ok(("/c".into(), First::Nothing)));
+        assert_eq!(place(&ready, None), Ok(("/c".into(), Preparation::None)));
         let delegated = level("/c/a/b", |_| {});
         assert_eq!(
             place(&delegated, Some(&above)),
-            Ok(("/c/a/b".into(), First::MoveAndEnable))
+            Ok(("/c/a/b".into(), Preparation::MoveAndEnable))
         );
         let shared = level("/c/a/b", |level| level.shared = true);
         assert_eq!(
             place(&shared, Some(&above)),
-            Ok(("/c/a".into(), First::Nothing))
+            Ok(("/c/a".into(), Preparation::None))
         );
 
-        let why = |own: &Level, parent| place(own, parent).unwrap_err().to_string();
+        let why = |own: &CgroupState, parent| place(own, parent).unwrap_err().to_string();
         let bare = level("/c/a", |_| {});
         assert!(why(&shared, Some(&bare)).contains("/c/a/b holds other processes"));
         let foreign = level("/c/a/b", |level| level.writable = false);
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn this_machine_gives_a_place_or_a_reason() {
-        match find() {
+        match find_parent() {
             Ok(place) => assert!(place.parent.join("cgroup.procs").exists()),
             Err(why) => assert!(!why.reason.is_empty() && !why.hint.is_empty()),
         }
