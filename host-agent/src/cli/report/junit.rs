@@ -1,105 +1,69 @@
 //! A report as JUnit XML: suite = service, case = step of an instance, probe.
 
-use std::fmt::Write as _;
+use std::time::Duration;
+
+use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite, XmlString};
 
 use super::{Outcome, TestReport};
+use crate::cli::printable::printable_lines;
 
 /// The document.
 pub fn junit(report: &TestReport) -> String {
-    let suite = escape(&report.service);
-    let mut cases = String::new();
-    let mut counts = [0_u32; 3];
-    let mut case = |class: &str, name: &str, ms: u64, outcome: Outcome, text: &str, out: &str| {
-        counts[outcome as usize] += 1;
-        let _ = write!(
-            cases,
-            "    <testcase classname=\"{suite}.{}\" name=\"{}\" time=\"{}\"",
-            escape(class),
-            escape(name),
-            seconds(ms)
-        );
-        let text = escape(text);
-        let inner = match outcome {
-            Outcome::Ok => String::new(),
-            Outcome::Fail => format!("      <failure message=\"{text}\"/>\n"),
-            Outcome::Skip => format!("      <skipped message=\"{text}\"/>\n"),
-        };
-        let out = match out {
-            "" => String::new(),
-            out => format!("      <system-out>{}</system-out>\n", escape(out)),
-        };
-        if inner.is_empty() && out.is_empty() {
-            cases.push_str("/>\n");
-        } else {
-            let _ = write!(cases, ">\n{inner}{out}    </testcase>\n");
-        }
-    };
-    let mut told = false;
+    let duration = Duration::from_millis(report.duration_ms);
+    let mut suite = TestSuite::new(xml_string(&report.service));
+    suite.set_time(duration);
+    let started = xml_string(&report.started);
+    suite.extra.insert("timestamp".into(), started);
+    let mut has_failure = false;
     for (instance, step) in report.steps() {
         let class = instance.map_or("service", |instance| instance.name.as_str());
         let code = step.code.as_deref().unwrap_or_default();
         let detail = step.detail.as_deref().unwrap_or_default();
-        let text = format!("{code} {detail}");
-        let failed = step.result == Outcome::Fail;
-        told |= failed;
-        let tail = match instance {
-            Some(instance) if failed => instance.serial_tail.join("\n"),
-            _ => String::new(),
-        };
-        case(class, &step.name, step.ms, step.result, text.trim(), &tail);
+        let mut case = TestCase::new(xml_string(&step.name), status(step.result, code, detail));
+        case.set_classname(xml_string(&format!("{}.{class}", report.service)));
+        case.set_time(Duration::from_millis(step.ms));
+        if step.result == Outcome::Fail {
+            has_failure = true;
+            let tail = instance.map_or(&[][..], |instance| &instance.serial_tail);
+            if !tail.is_empty() {
+                case.set_system_out(xml_string(&tail.join("\n")));
+            }
+        }
+        suite.add_test_case(case);
     }
-    // What ended the command before, between or beside the steps.
-    if !told && report.result != Outcome::Ok {
+    // An error that ended the command outside of all steps.
+    if !has_failure && report.result != Outcome::Ok {
         let field = |name: &str| {
             let error = report.error.as_ref();
             error.and_then(|error| error[name].as_str()).unwrap_or("")
         };
-        let text = format!("{} {}", field("code"), field("error"));
-        case(
-            "service",
-            "test",
-            report.duration_ms,
-            report.result,
-            text.trim(),
-            "",
-        );
+        let status = status(report.result, field("code"), field("error"));
+        let mut case = TestCase::new("test", status);
+        case.set_classname(xml_string(&format!("{}.service", report.service)));
+        case.set_time(duration);
+        suite.add_test_case(case);
     }
-    let [passed, failures, skipped] = counts;
-    let tests = passed + failures + skipped;
-    let time = seconds(report.duration_ms);
-    let totals = format!(
-        "tests=\"{tests}\" failures=\"{failures}\" skipped=\"{skipped}\" errors=\"0\" \
-         time=\"{time}\""
-    );
-    let started = escape(&report.started);
-    format!(
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites name=\"host-agent\" {totals}>\n  \
-         <testsuite name=\"{suite}\" {totals} timestamp=\"{started}\">\n{cases}  </testsuite>\n\
-         </testsuites>\n"
-    )
+    let mut document = Report::new("host-agent");
+    document.set_time(duration).add_test_suite(suite);
+    document
+        .to_string()
+        .expect("the document is UTF-8 and written to memory")
 }
 
-fn seconds(ms: u64) -> String {
-    format!("{}.{:03}", ms / 1000, ms % 1000)
+fn status(outcome: Outcome, code: &str, detail: &str) -> TestCaseStatus {
+    let mut status = match outcome {
+        Outcome::Ok => return TestCaseStatus::success(),
+        Outcome::Fail => TestCaseStatus::non_success(NonSuccessKind::Failure),
+        Outcome::Skip => TestCaseStatus::skipped(),
+    };
+    status.set_message(xml_string(format!("{code} {detail}").trim()));
+    status
 }
 
-/// For attributes and text. Characters that XML 1.0 cannot hold (2.2) become
-/// the replacement character: logs of guests have them.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\n' => escaped.push('\n'),
-            '\t' => escaped.push('\t'),
-            '\0'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => escaped.push('\u{fffd}'),
-            c => escaped.push(c),
-        }
-    }
-    escaped
+/// Characters that XML 1.0 cannot hold (2.2) become the replacement character:
+/// logs of guests have them, and [`XmlString`] removes only some.
+fn xml_string(text: &str) -> XmlString {
+    XmlString::new(printable_lines(text).replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}"))
 }
 
 #[cfg(test)]
@@ -114,15 +78,15 @@ mod tests {
         assert_eq!(
             junit(&report),
             r#"<?xml version="1.0" encoding="UTF-8"?>
-<testsuites name="host-agent" tests="4" failures="1" skipped="0" errors="0" time="4.120">
-  <testsuite name="redis" tests="4" failures="1" skipped="0" errors="0" time="4.120" timestamp="2026-01-02T03:04:05Z">
-    <testcase classname="redis.Cache_IN_0" name="boot" time="1.290"/>
-    <testcase classname="redis.service" name="tcp://redis" time="0.006"/>
-    <testcase classname="redis.service" name="http://www/=200" time="2.000">
-      <failure message="HA-0402 GET / returned 503, not &quot;200&quot;"/>
-    </testcase>
-    <testcase classname="redis.service" name="stop" time="0.300"/>
-  </testsuite>
+<testsuites name="host-agent" tests="4" skipped="0" failures="1" errors="0" time="4.120">
+    <testsuite name="redis" tests="4" skipped="0" errors="0" failures="1" time="4.120" timestamp="2026-01-02T03:04:05Z">
+        <testcase name="boot" classname="redis.Cache_IN_0" time="1.290"/>
+        <testcase name="tcp://redis" classname="redis.service" time="0.006"/>
+        <testcase name="http://www/=200" classname="redis.service" time="2.000">
+            <failure message="HA-0402 GET / returned 503, not &quot;200&quot;"/>
+        </testcase>
+        <testcase name="stop" classname="redis.service" time="0.300"/>
+    </testsuite>
 </testsuites>
 "#
         );
@@ -132,14 +96,14 @@ mod tests {
     fn what_a_guest_printed_cannot_break_the_document() {
         let mut report = failed();
         report.instances[0].stages[0].result = Outcome::Fail;
-        report.instances[0].serial_tail = vec!["</system-out>]]>\u{1b}[1m\u{0}&".into()];
+        report.instances[0].serial_tail = vec!["</system-out>]]>\u{1b}[1m\u{0}\u{ffff}&".into()];
         let text = junit(&report);
         let document = roxmltree::Document::parse(&text).unwrap();
         let out = document
             .descendants()
             .find(|node| node.has_tag_name("system-out"))
             .and_then(|node| node.text().map(str::to_owned));
-        assert_eq!(out.unwrap(), "</system-out>]]>\u{fffd}[1m\u{fffd}&");
+        assert_eq!(out.unwrap(), "</system-out>]]>\u{fffd}[1m\u{fffd}\u{fffd}&");
     }
 
     #[test]
@@ -151,7 +115,7 @@ mod tests {
         report.stop = None;
         report.error = Some(serde_json::json!({"code": "HA-0201", "error": "no /dev/kvm"}));
         let text = junit(&report);
-        assert!(text.contains("tests=\"1\" failures=\"0\" skipped=\"1\""));
+        assert!(text.contains("tests=\"1\" skipped=\"1\" failures=\"0\""));
         assert!(text.contains("<skipped message=\"HA-0201 no /dev/kvm\"/>"));
     }
 }
