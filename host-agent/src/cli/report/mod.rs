@@ -2,18 +2,17 @@
 
 mod junit;
 mod stages;
-mod time;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::Value;
 
 pub use junit::junit;
 pub use stages::{Failure, stages};
-pub use time::rfc3339;
 
 /// A file to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,6 +159,16 @@ impl Step {
     }
 }
 
+/// `2026-01-02T03:04:05Z`; the epoch for times that RFC 3339 cannot hold.
+pub fn rfc3339(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    let time = i64::try_from(seconds).map(jiff::Timestamp::from_second);
+    time.ok()
+        .and_then(Result::ok)
+        .unwrap_or_default()
+        .to_string()
+}
+
 /// A path need not be UTF-8, JSON must.
 fn as_texts<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
@@ -211,6 +220,7 @@ impl TestReport {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use std::time::Duration;
 
     /// A test in which the second probe failed.
     pub fn failed() -> TestReport {
@@ -281,6 +291,20 @@ pub mod tests {
         report.probes.pop();
         report.result = Outcome::Ok;
         assert_eq!(report.verdict(), "PASS 5 checks in 4.1 s");
+    }
+
+    #[test]
+    fn times_have_the_form_of_rfc_3339_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (1 << 40, "1970-01-01T00:00:00Z"),
+        ] {
+            let time = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(rfc3339(time), text);
+        }
     }
 
     #[test]
