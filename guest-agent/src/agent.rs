@@ -13,17 +13,17 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmbus::channel::Channel;
-use vmbus::message::{Endpoint, ExpectedState, Goal, LogRecord, LogSource, RoleState, Status};
+use vmbus::message::{ExpectedState, Goal, LogRecord, LogSource, RoleState, Status};
 use vmbus::message::{ToGuest, ToHost};
 use vmbus::stream::send;
 use vmbus::text::chain;
 
 use crate::bootstrapper::stack::{self, Found, Stack};
-use crate::bootstrapper::{Applied, Role, Said};
+use crate::bootstrapper::{Role, Said};
 use crate::exec::{self, Environment};
 use crate::log::Logger;
 use crate::report::{self, Report};
-use crate::setup::{self, Prepared};
+use crate::setup::{self, Launch};
 use crate::{bus, tunnel};
 
 const NAME: &str = "guest-agent";
@@ -115,7 +115,7 @@ struct Agent {
     environment: Environment,
     tunnels: BTreeMap<u16, JoinHandle<()>>,
     stack: Option<Stack>,
-    applied: Option<Applied>,
+    applied: Option<Goal>,
     /// When a bootstrapper is started again.
     start_at: Option<Instant>,
 }
@@ -123,29 +123,25 @@ struct Agent {
 impl Agent {
     /// Goes on with a bootstrapper that an earlier guest agent started.
     async fn adopt(&mut self, found: Found) {
-        let Found {
-            stack,
-            applied,
-            role,
-        } = found;
-        let Some(applied) = applied else {
+        let Found { stack, goal, role } = found;
+        let Some(goal) = goal else {
             // The guest agent before died between the start and the order.
             if let Err(error) = stack.stop(STOP_MARGIN, drop).await {
                 self.log(format!("an idle bootstrapper: {error}"));
             }
             return;
         };
-        let incarnation = applied.incarnation;
+        let incarnation = goal.incarnation;
         self.log(format!(
             "found the bootstrapper at work on goal {incarnation}, role {:?}",
             role.state
         ));
         self.status.send_replace(status(incarnation, role));
         self.stack = Some(stack);
-        if let Err(detail) = self.serve(&applied.prepared, &applied.endpoints) {
+        if let Err(detail) = self.serve(&goal) {
             self.fail(detail);
         }
-        self.applied = Some(*applied);
+        self.applied = Some(*goal);
     }
 
     async fn apply(&mut self, goal: Goal) {
@@ -172,27 +168,24 @@ impl Agent {
             setup::prepare(&for_setup, |stage| logger.agent(NAME, stage))
         })
         .await;
-        let prepared = match prepared {
-            Ok(Ok(prepared)) => prepared,
+        match prepared {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => return self.fail(chain(&error)),
             Err(error) => return self.fail(error.to_string()),
-        };
-        if let Err(detail) = self.serve(&prepared, &goal.endpoints) {
+        }
+        if let Err(detail) = self.serve(&goal) {
             return self.fail(detail);
         }
-        self.applied = Some(Applied {
-            incarnation: goal.incarnation,
-            prepared,
-            endpoints: goal.endpoints,
-        });
+        self.applied = Some(goal);
         self.start_stack().await;
     }
 
     /// What this process itself serves of a goal: the environment of exec and
     /// the tunnels, of which those no longer wanted end.
-    fn serve(&mut self, prepared: &Prepared, endpoints: &[Endpoint]) -> Result<(), String> {
+    fn serve(&mut self, goal: &Goal) -> Result<(), String> {
+        let endpoints = &goal.role.endpoints;
         if let Ok(mut environment) = self.environment.write() {
-            *environment = prepared.environment.clone().into_iter().collect();
+            *environment = Launch::of(goal).environment.into_iter().collect();
         }
         self.tunnels.retain(|port, task| {
             let wanted = endpoints.iter().any(|it| it.local_port == *port);
@@ -248,10 +241,7 @@ impl Agent {
             return;
         };
         self.set(RoleState::Stopping, String::new());
-        let limit = self
-            .applied
-            .as_ref()
-            .map_or(0, |it| it.prepared.stop_timeout_ms);
+        let limit = self.applied.as_ref().map_or(0, |goal| goal.stop_timeout_ms);
         let limit = Duration::from_millis(limit) + STOP_MARGIN;
         let stopped = stack.stop(limit, |said| self.heard(said)).await;
         if let Err(error) = stopped {
@@ -380,7 +370,7 @@ async fn report_to_app_agent(mut status: watch::Receiver<Status>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmbus::message::EntryPoint;
+    use vmbus::role::{EntryPoint, RoleDefinition};
 
     #[test]
     fn only_a_newer_goal_stops_or_replaces_what_runs() {
@@ -389,16 +379,20 @@ mod tests {
             expected,
             deployment_id: String::new(),
             instance: String::new(),
-            role: String::new(),
-            entry_point: EntryPoint::Program {
-                command: Vec::new(),
-                ready_on_start: true,
+            update_domain: 0,
+            fault_domain: 0,
+            role: RoleDefinition {
+                name: String::new(),
+                entry_point: EntryPoint::Program {
+                    command: Vec::new(),
+                    ready_on_start: true,
+                },
+                elevated: false,
+                settings: BTreeMap::new(),
+                environment: Vec::new(),
+                local_storage: Vec::new(),
+                endpoints: Vec::new(),
             },
-            elevated: false,
-            settings: BTreeMap::new(),
-            environment: Vec::new(),
-            local_storage: Vec::new(),
-            endpoints: Vec::new(),
             application_disk: String::new(),
             resource_disk: String::new(),
             stop_timeout_ms: 0,

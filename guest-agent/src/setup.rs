@@ -7,7 +7,8 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
-use vmbus::message::{EnvironmentValue, Goal};
+use vmbus::message::Goal;
+use vmbus::role::{EntryPoint, InstanceValue, VariableValue};
 
 use crate::os::disk::{self, DiskError};
 use crate::os::{quota, user};
@@ -16,13 +17,14 @@ use crate::os::{quota, user};
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where the resource disk is mounted.
 pub const RESOURCE: &str = "/mnt/resource";
+/// Directory of temporary files and local storage.
+const RESOURCES: &str = "/mnt/resource/Resources";
 /// Where the application disk is mounted: the role's root.
 pub const ROLE_ROOT: &str = "/mnt/e";
 /// Quota of the role's temporary directory in MiB (role model, section 3.4).
 const TEMP_MIB: u64 = 100;
-/// First project id of local storage; the temporary directory has the one
-/// before it.
-const FIRST_PROJECT: u32 = 1000;
+/// Quota project of the temporary directory; those of local storage follow.
+const FIRST_PROJECT: u32 = 999;
 
 /// What kept the guest from being ready.
 #[derive(Debug, thiserror::Error)]
@@ -43,26 +45,51 @@ pub enum SetupError {
     },
 }
 
-/// What the bootstrapper needs to know.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Prepared {
+/// How a goal's role is started, and the directories that it has. Follows from the goal
+/// alone, so that guest agent and bootstrapper agree without telling each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
     /// Program and arguments; the program is an absolute path.
     pub command: Vec<String>,
-    /// The whole environment of the role.
+    /// The whole environment of the role (role model, section 3.5).
     pub environment: BTreeMap<String, String>,
     /// Directories to empty before each start.
     pub clean: Vec<PathBuf>,
-    /// Runs as root.
-    pub elevated: bool,
-    /// Ready when the process runs.
-    pub ready_on_start: bool,
-    /// Milliseconds that the role may take to stop.
-    pub stop_timeout_ms: u64,
+    /// Every directory of the role with its quota in MiB.
+    directories: Vec<(PathBuf, u64)>,
 }
 
-/// Performs the set-up. Blocking. What is done already is left. Each stage is told
-/// to `done` at its end, so that the log shows where the time went.
-pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<Prepared, SetupError> {
+impl Launch {
+    /// The launch of `goal`.
+    pub fn of(goal: &Goal) -> Self {
+        let role = &goal.role;
+        let temp = temp_path(goal);
+        let mut clean = vec![temp.clone()];
+        let mut directories = vec![(temp, TEMP_MIB)];
+        for storage in &role.local_storage {
+            let path = storage_path(goal, &storage.name);
+            if storage.clean_on_role_recycle {
+                clean.push(path.clone());
+            }
+            directories.push((path, storage.size_mib));
+        }
+        let EntryPoint::Program { command, .. } = &role.entry_point;
+        let mut command = command.clone();
+        if let Some(program) = command.first_mut() {
+            *program = format!("{ROLE_ROOT}/approot/{program}");
+        }
+        Self {
+            command,
+            environment: environment(goal),
+            clean,
+            directories,
+        }
+    }
+}
+
+/// Performs the set-up. Blocking. What is done already is left. `done` is called with the
+/// name of each stage at its end, so that the log shows where the time went.
+pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<(), SetupError> {
     let resource = disk::by_serial(&goal.resource_disk)?;
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
     disk::mount_resource(&resource, RESOURCE, safe)?;
@@ -76,32 +103,14 @@ pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<Prepared, SetupError>
         let path = path.to_owned();
         move |source| SetupError::File { what, path, source }
     };
-    let resources = Path::new(RESOURCE).join("Resources");
-    let temp = resources.join(format!(
-        "temp/{}.{}/RoleTemp",
-        goal.deployment_id, goal.role
-    ));
     user::create(ROLE_ROOT).map_err(file("add the role's user to", Path::new("/etc/passwd")))?;
     let hosts = Path::new("/etc/hosts");
     fs::write(hosts, host_names(&goal.instance)).map_err(file("write", hosts))?;
     let hostname = Path::new("/proc/sys/kernel/hostname");
     fs::write(hostname, host_name(&goal.instance)).map_err(file("write", hostname))?;
 
-    let mut storage = vec![(temp.clone(), TEMP_MIB)];
-    let mut paths = BTreeMap::new();
-    let mut clean = vec![temp.clone()];
-    for local in &goal.local_storage {
-        let path = resources.join(format!(
-            "directory/{}.{}.{}",
-            goal.deployment_id, goal.role, local.name
-        ));
-        if local.clean_on_role_recycle {
-            clean.push(path.clone());
-        }
-        paths.insert(local.name.clone(), path.clone());
-        storage.push((path, local.size_mib));
-    }
-    for (project, (path, mib)) in (FIRST_PROJECT - 1..).zip(&storage) {
+    let directories = Launch::of(goal).directories;
+    for (project, (path, mib)) in (FIRST_PROJECT..).zip(&directories) {
         fs::create_dir_all(path).map_err(file("make", path))?;
         chown(path, Some(user::ROLE_ID), Some(user::ROLE_ID)).map_err(file("own", path))?;
         let mode = fs::Permissions::from_mode(0o700);
@@ -110,20 +119,22 @@ pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<Prepared, SetupError>
         quota::limit(&resource, project, *mib).map_err(file("limit", path))?;
     }
     done("local storage ready");
-    let environment = environment(goal, &paths, &temp);
-    let mut command = goal_command(goal);
-    if let Some(program) = command.first_mut() {
-        *program = format!("{ROLE_ROOT}/approot/{program}");
-    }
-    let vmbus::message::EntryPoint::Program { ready_on_start, .. } = goal.entry_point;
-    Ok(Prepared {
-        command,
-        environment,
-        clean,
-        elevated: goal.elevated,
-        ready_on_start,
-        stop_timeout_ms: goal.stop_timeout_ms,
-    })
+    Ok(())
+}
+
+/// The role's temporary directory.
+fn temp_path(goal: &Goal) -> PathBuf {
+    let role = format!("{}.{}", goal.deployment_id, goal.role.name);
+    Path::new(RESOURCES)
+        .join("temp")
+        .join(role)
+        .join("RoleTemp")
+}
+
+/// The directory of the local storage called `name`.
+fn storage_path(goal: &Goal, name: &str) -> PathBuf {
+    let storage = format!("{}.{}.{name}", goal.deployment_id, goal.role.name);
+    Path::new(RESOURCES).join("directory").join(storage)
 }
 
 /// The guest's table of names: its own, in both spellings.
@@ -137,68 +148,181 @@ fn host_name(instance: &str) -> String {
     instance.replace('_', "-")
 }
 
-fn goal_command(goal: &Goal) -> Vec<String> {
-    let vmbus::message::EntryPoint::Program { command, .. } = &goal.entry_point;
-    command.clone()
-}
-
 /// The environment of tasks and role (role model, section 3.5).
-fn environment(
-    goal: &Goal,
-    storage: &BTreeMap<String, PathBuf>,
-    temp: &Path,
-) -> BTreeMap<String, String> {
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut variables = BTreeMap::from([
-        ("PATH".to_owned(), PATH.to_owned()),
-        ("HOME".to_owned(), text(temp)),
-        ("RoleRoot".to_owned(), ROLE_ROOT.to_owned()),
-        ("RdRoleRoot".to_owned(), format!("{ROLE_ROOT}/")),
-        ("RoleName".to_owned(), goal.role.clone()),
-        ("RoleInstanceID".to_owned(), goal.instance.clone()),
-        ("RoleDeploymentID".to_owned(), goal.deployment_id.clone()),
+fn environment(goal: &Goal) -> BTreeMap<String, String> {
+    let role = &goal.role;
+    let temp = temp_path(goal).to_string_lossy().into_owned();
+    let logs = format!("{RESOURCES}/");
+    let fixed = [
+        ("PATH", PATH.to_owned()),
+        ("HOME", temp.clone()),
+        ("RoleRoot", ROLE_ROOT.to_owned()),
+        ("RdRoleRoot", format!("{ROLE_ROOT}/")),
+        ("RoleName", role.name.clone()),
+        ("RoleInstanceID", goal.instance.clone()),
+        ("RoleDeploymentID", goal.deployment_id.clone()),
         (
-            "RdRoleId".to_owned(),
+            "RdRoleId",
             format!("{}.{}", goal.deployment_id, goal.instance),
         ),
-        (
-            "RdRoleLogRootPath".to_owned(),
-            format!("{RESOURCE}/Resources/"),
-        ),
-        ("COMPUTERNAME".to_owned(), host_name(&goal.instance)),
-        (
-            "RdRoleResourcesRootPath".to_owned(),
-            format!("{RESOURCE}/Resources/"),
-        ),
-        ("TEMP".to_owned(), text(temp)),
-        ("TMP".to_owned(), text(temp)),
-        ("TMPDIR".to_owned(), text(temp)),
-    ]);
-    for (name, path) in storage {
-        variables.insert(name.clone(), format!("{}/", text(path)));
+        ("RdRoleLogRootPath", logs.clone()),
+        ("COMPUTERNAME", host_name(&goal.instance)),
+        ("RdRoleResourcesRootPath", logs),
+        ("TEMP", temp.clone()),
+        ("TMP", temp.clone()),
+        ("TMPDIR", temp),
+    ]
+    .map(|(name, value)| (name.to_owned(), value));
+    let mut variables = BTreeMap::from(fixed);
+    for storage in &role.local_storage {
+        variables.insert(storage.name.clone(), directory(goal, &storage.name));
     }
-    for (name, value) in &goal.environment {
+    for (name, value) in &role.environment {
         let value = match value {
-            EnvironmentValue::Literal(value) => value.clone(),
-            EnvironmentValue::LocalStoragePath(name) => storage
-                .get(name)
-                .map(|path| format!("{}/", text(path)))
-                .unwrap_or_default(),
+            VariableValue::Literal(value) => value.clone(),
+            VariableValue::Instance(value) => instance_value(goal, value),
         };
         variables.insert(name.clone(), value);
     }
     variables
 }
 
+/// Path of a local storage as the role sees it: with `/` at its end.
+fn directory(goal: &Goal, storage: &str) -> String {
+    format!("{}/", storage_path(goal, storage).display())
+}
+
+/// What a `RoleInstanceValue` is in this guest. The host refuses a definition that names
+/// what the role does not have; such a name is empty here.
+fn instance_value(goal: &Goal, value: &InstanceValue) -> String {
+    let role = &goal.role;
+    match value {
+        InstanceValue::DeploymentId => goal.deployment_id.clone(),
+        InstanceValue::Emulated => "false".into(),
+        InstanceValue::InstanceId => goal.instance.clone(),
+        InstanceValue::RoleName => role.name.clone(),
+        InstanceValue::UpdateDomain => goal.update_domain.to_string(),
+        InstanceValue::FaultDomain => goal.fault_domain.to_string(),
+        InstanceValue::Setting(name) => role.settings.get(name).cloned().unwrap_or_default(),
+        InstanceValue::LocalStoragePath(name) => role
+            .storage(name)
+            .map(|storage| directory(goal, &storage.name))
+            .unwrap_or_default(),
+        InstanceValue::LocalStorageSize(name) => role
+            .storage(name)
+            .map(|storage| storage.size_mib.to_string())
+            .unwrap_or_default(),
+        InstanceValue::EndpointProtocol(name) => role
+            .endpoint(name)
+            .map(|endpoint| endpoint.protocol.clone())
+            .unwrap_or_default(),
+        // The role listens on the guest's loopback interface; tunnels end there.
+        InstanceValue::EndpointAddress(_) => "127.0.0.1".into(),
+        InstanceValue::EndpointPort(name) => role
+            .endpoint(name)
+            .map(|endpoint| endpoint.local_port.to_string())
+            .unwrap_or_default(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmbus::message::ExpectedState;
+    use vmbus::role::{Endpoint, LocalStorage, RoleDefinition};
+
+    fn goal(environment: &[(&str, VariableValue)]) -> Goal {
+        let storage = |name: &str, size_mib, clean| LocalStorage {
+            name: name.into(),
+            size_mib,
+            clean_on_role_recycle: clean,
+        };
+        let pair = |(name, value): &(&str, VariableValue)| ((*name).to_owned(), value.clone());
+        Goal {
+            incarnation: 1,
+            expected: ExpectedState::Started,
+            deployment_id: "d1".into(),
+            instance: "Cache_IN_7".into(),
+            update_domain: 2,
+            fault_domain: 1,
+            role: RoleDefinition {
+                name: "Cache".into(),
+                entry_point: EntryPoint::Program {
+                    command: vec!["bin/run".into(), "-v".into()],
+                    ready_on_start: true,
+                },
+                elevated: false,
+                settings: [("Motto".to_owned(), "a=b".to_owned())].into(),
+                environment: environment.iter().map(pair).collect(),
+                local_storage: vec![storage("Data", 256, false), storage("Scratch", 8, true)],
+                endpoints: vec![Endpoint {
+                    name: "Redis".into(),
+                    protocol: "tcp".into(),
+                    local_port: 6379,
+                }],
+            },
+            application_disk: "app".into(),
+            resource_disk: "resource".into(),
+            stop_timeout_ms: 1,
+        }
+    }
 
     #[test]
-    fn a_guest_finds_itself_by_its_host_name_and_by_its_instances() {
+    fn a_guest_knows_its_host_name_and_its_instance_name() {
         let table = host_names("Cache_IN_0");
         let names: Vec<&str> = table.split_whitespace().collect();
         assert!(names.contains(&host_name("Cache_IN_0").as_str()), "{table}");
         assert!(names.contains(&"Cache_IN_0"), "{table}");
+    }
+
+    #[test]
+    fn a_launch_has_absolute_program_and_directories() {
+        let launch = Launch::of(&goal(&[]));
+        assert_eq!(launch.command, ["/mnt/e/approot/bin/run", "-v"]);
+        let paths = [
+            "/mnt/resource/Resources/temp/d1.Cache/RoleTemp",
+            "/mnt/resource/Resources/directory/d1.Cache.Data",
+            "/mnt/resource/Resources/directory/d1.Cache.Scratch",
+        ]
+        .map(PathBuf::from);
+        assert_eq!(launch.clean, [paths[0].clone(), paths[2].clone()]);
+        let sizes = [TEMP_MIB, 256, 8];
+        let directories: Vec<_> = paths.into_iter().zip(sizes).collect();
+        assert_eq!(launch.directories, directories);
+        assert_eq!(
+            launch.environment["Data"],
+            "/mnt/resource/Resources/directory/d1.Cache.Data/"
+        );
+    }
+
+    #[test]
+    fn every_instance_value_has_its_value_in_the_guest() {
+        let name = |name: &str| name.to_owned();
+        let values = [
+            (InstanceValue::DeploymentId, "d1"),
+            (InstanceValue::Emulated, "false"),
+            (InstanceValue::InstanceId, "Cache_IN_7"),
+            (InstanceValue::RoleName, "Cache"),
+            (InstanceValue::UpdateDomain, "2"),
+            (InstanceValue::FaultDomain, "1"),
+            (InstanceValue::Setting(name("Motto")), "a=b"),
+            (InstanceValue::Setting(name("Other")), ""),
+            (
+                InstanceValue::LocalStoragePath(name("Data")),
+                "/mnt/resource/Resources/directory/d1.Cache.Data/",
+            ),
+            (InstanceValue::LocalStorageSize(name("Data")), "256"),
+            (InstanceValue::EndpointProtocol(name("Redis")), "tcp"),
+            (InstanceValue::EndpointAddress(name("Redis")), "127.0.0.1"),
+            (InstanceValue::EndpointPort(name("Redis")), "6379"),
+        ];
+        for (value, expected) in values {
+            let value = VariableValue::Instance(value);
+            let environment = environment(&goal(&[("X", value.clone())]));
+            assert_eq!(environment["X"], expected, "{value:?}");
+        }
+        let literal = VariableValue::Literal("mine".into());
+        let environment = environment(&goal(&[("PATH", literal)]));
+        assert_eq!(environment["PATH"], "mine");
     }
 }

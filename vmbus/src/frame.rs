@@ -20,11 +20,13 @@ const KEPT: usize = 64 * 1024;
 /// Why bytes are not a frame, or a frame is not the message expected.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// The peer announced, or the caller built, a body over [`MAX_BODY`].
-    #[error("frame of {length} bytes is over the limit of {MAX_BODY}")]
+    /// The peer announced, or the caller built, a body over the limit.
+    #[error("frame of {length} bytes is over the limit of {limit}")]
     TooLong {
         /// The announced length.
         length: usize,
+        /// [`MAX_BODY`], or less for a part of a body.
+        limit: usize,
     },
     /// The body is not JSON of the expected shape.
     #[error("frame is not a valid message")]
@@ -37,18 +39,30 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     serde_json::to_writer(&mut frame, message)?;
     let length = frame.len() - HEADER;
     if length > MAX_BODY {
-        return Err(FrameError::TooLong { length });
+        return Err(too_long(length));
     }
     let header = u32::try_from(length).expect("MAX_BODY fits in 32 bits");
     frame[..HEADER].copy_from_slice(&header.to_le_bytes());
     Ok(frame)
 }
 
+/// Length of the JSON encoding of `message` in bytes.
+pub fn encoded_length<T: Serialize>(message: &T) -> Result<usize, FrameError> {
+    Ok(serde_json::to_vec(message)?.len())
+}
+
+const fn too_long(length: usize) -> FrameError {
+    FrameError::TooLong {
+        length,
+        limit: MAX_BODY,
+    }
+}
+
 /// The length of the body announced by `header`, if it is within the cap.
 pub fn body_length(header: [u8; HEADER]) -> Result<usize, FrameError> {
     let length = u32::from_le_bytes(header) as usize;
     if length > MAX_BODY {
-        return Err(FrameError::TooLong { length });
+        return Err(too_long(length));
     }
     Ok(length)
 }
@@ -180,7 +194,7 @@ mod tests {
                     match decoder.take_frame::<crate::message::ToHost>() {
                         Ok(Some(_)) | Err(FrameError::Malformed(_)) => {}
                         Ok(None) => break,
-                        Err(FrameError::TooLong { length }) => {
+                        Err(FrameError::TooLong { length, .. }) => {
                             prop_assert!(length > MAX_BODY);
                             return Ok(());
                         }

@@ -10,6 +10,7 @@
 pub mod channel;
 pub mod frame;
 pub mod message;
+pub mod role;
 #[cfg(feature = "tokio")]
 pub mod stream;
 pub mod text;

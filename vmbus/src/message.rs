@@ -4,9 +4,9 @@
 //! claim, never a path, a key or a format: the host checks it against its own
 //! tables. Times in the guest are durations, since clocks are not shared.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
+
+use crate::role::RoleDefinition;
 
 /// Any frame that a guest may send after its hello: one set for the decoder's
 /// property tests and for the host's dispatcher.
@@ -211,20 +211,12 @@ pub struct Goal {
     pub deployment_id: String,
     /// `<Role>_IN_<n>`.
     pub instance: String,
-    /// Role name.
-    pub role: String,
-    /// What runs in the role.
-    pub entry_point: EntryPoint,
-    /// `limited` (the role's user) or `elevated` (root in the guest).
-    pub elevated: bool,
-    /// Configuration settings, by name.
-    pub settings: BTreeMap<String, String>,
-    /// Runtime environment variables, in document order; values are resolved.
-    pub environment: Vec<(String, EnvironmentValue)>,
-    /// Local storage, in document order.
-    pub local_storage: Vec<LocalStorage>,
-    /// Endpoints whose tunnels the guest agent shall serve.
-    pub endpoints: Vec<Endpoint>,
+    /// Number of the update domain.
+    pub update_domain: u32,
+    /// Number of the fault domain.
+    pub fault_domain: u32,
+    /// What runs. [`RoleDefinition::check_length`] keeps the goal's frame within its limit.
+    pub role: RoleDefinition,
     /// Serial number (`/sys/block/*/serial`) of the application disk.
     pub application_disk: String,
     /// Serial number of the resource disk.
@@ -241,52 +233,6 @@ pub enum ExpectedState {
     Started,
     /// Do not run.
     Stopped,
-}
-
-/// What the bootstrapper starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum EntryPoint {
-    /// `ProgramEntryPoint`.
-    Program {
-        /// Program and arguments, already split; the program is a path under
-        /// the role's `approot`.
-        command: Vec<String>,
-        /// Ready as soon as the process runs; else on `READY=1` by `sd_notify`.
-        ready_on_start: bool,
-    },
-}
-
-/// Value of an environment variable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum EnvironmentValue {
-    /// As written.
-    Literal(String),
-    /// Path of the named local storage in the guest.
-    LocalStoragePath(String),
-}
-
-/// One `LocalStorage`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LocalStorage {
-    /// Name, which is also the directory's.
-    pub name: String,
-    /// Quota in MiB.
-    pub size_mib: u64,
-    /// Emptied at every recycle of the role.
-    pub clean_on_role_recycle: bool,
-}
-
-/// One endpoint of the instance.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Endpoint {
-    /// Name.
-    pub name: String,
-    /// `tcp`.
-    pub protocol: String,
-    /// TCP port on which the role listens in the guest.
-    pub local_port: u16,
 }
 
 /// First frame from the host on an `exec` connection (guest port

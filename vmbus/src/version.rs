@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::channel::Channel;
 
 /// The protocol versions that this build speaks, lowest first.
-pub const SUPPORTED: &[u32] = &[1];
+///
+/// 2: a goal carries the role's definition whole.
+pub const SUPPORTED: &[u32] = &[2];
 
 /// The guest's first frame on a channel that it dials.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,30 +12,16 @@ pub mod serve;
 pub mod stack;
 
 use serde::{Deserialize, Serialize};
-use vmbus::message::{Endpoint, ExitCause, RoleState};
-
-use crate::setup::Prepared;
+use vmbus::message::{ExitCause, Goal, RoleState};
 
 /// Where the bootstrapper listens; only root can connect.
 pub const SOCKET: &str = "/run/host-agent/bootstrapper.sock";
 
-/// A goal as it was applied: enough for a guest agent to serve the role of
-/// another one that died.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Applied {
-    /// Incarnation of the goal.
-    pub incarnation: u64,
-    /// How the role is run.
-    pub prepared: Prepared,
-    /// Tunnels to serve.
-    pub endpoints: Vec<Endpoint>,
-}
-
 /// Guest agent to bootstrapper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
-    /// Run this role; the first order.
-    Run(Box<Applied>),
+    /// Run this goal's role; the first order.
+    Run(Box<Goal>),
     /// Stop the role and end.
     Stop,
 }
@@ -46,7 +32,7 @@ pub enum Said {
     /// The first on every connection: what is running, if an order came yet.
     Hello {
         /// What was ordered.
-        applied: Option<Box<Applied>>,
+        goal: Option<Box<Goal>>,
         /// How the role is now.
         role: Role,
     },

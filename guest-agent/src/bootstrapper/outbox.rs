@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use super::{Applied, Role, Said};
+use vmbus::message::Goal;
+
+use super::{Role, Said};
 use crate::log::RECORD_OVERHEAD;
 use crate::log::backlog::Backlog;
 
@@ -13,7 +15,7 @@ const LIMIT: usize = 1 << 20;
 /// The queue and the present state.
 #[derive(Debug)]
 pub struct Outbox {
-    applied: Option<Box<Applied>>,
+    goal: Option<Box<Goal>>,
     role: Role,
     role_since: Instant,
     waiting: Backlog<Said>,
@@ -26,7 +28,7 @@ impl Outbox {
     /// Nothing was ordered, nobody listens.
     pub fn new(now: Instant) -> Self {
         Self {
-            applied: None,
+            goal: None,
             role: Role::unknown(),
             role_since: now,
             waiting: Backlog::new(LIMIT),
@@ -36,8 +38,8 @@ impl Outbox {
     }
 
     /// This is what runs from now on.
-    pub fn ordered(&mut self, applied: Applied) {
-        self.applied = Some(Box::new(applied));
+    pub fn ordered(&mut self, goal: Goal) {
+        self.goal = Some(Box::new(goal));
     }
 
     /// The role's state is this one since `now`.
@@ -73,7 +75,7 @@ impl Outbox {
             *wait = wait.saturating_sub(u64::try_from(gone).unwrap_or(u64::MAX));
         }
         Said::Hello {
-            applied: self.applied.clone(),
+            goal: self.goal.clone(),
             role,
         }
     }

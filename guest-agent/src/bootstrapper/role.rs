@@ -17,7 +17,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use vmbus::message::{ExitCause, RoleState};
+use vmbus::message::{ExitCause, Goal, RoleState};
+use vmbus::role::EntryPoint;
 
 use super::recycle::Recycling;
 use super::serve::{Desk, serve};
@@ -26,7 +27,7 @@ use crate::log::lines;
 use crate::os::cgroup::{self, Group};
 use crate::os::child;
 use crate::os::user::ROLE_ID;
-use crate::setup::{Prepared, ROLE_ROOT};
+use crate::setup::{Launch, ROLE_ROOT};
 
 /// Where a role says `READY=1` (sd_notify).
 const NOTIFY: &str = "/run/host-agent/role-notify";
@@ -57,14 +58,13 @@ pub async fn main() -> io::Result<()> {
     let desk = Arc::new(Desk::new());
     let (order, mut orders) = mpsc::channel(1);
     let work = async {
-        if let Some(Order::Run(applied)) = orders.recv().await {
-            let role = applied.prepared.clone();
-            desk.ordered(*applied);
+        if let Some(Order::Run(goal)) = orders.recv().await {
+            desk.ordered(Goal::clone(&goal));
             let group = Group::at(cgroup::ROLE)?;
-            if !role.elevated {
+            if !goal.role.elevated {
                 nix::sys::prctl::set_no_new_privs()?;
             }
-            run(&role, &group, &desk, &mut orders).await;
+            run(&goal, &group, &desk, &mut orders).await;
         }
         desk.told(FAREWELL).await;
         Ok(())
@@ -76,9 +76,10 @@ pub async fn main() -> io::Result<()> {
 }
 
 /// Runs the role again and again, until any further order, which means stop.
-async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc::Receiver<Order>) {
+async fn run(goal: &Goal, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc::Receiver<Order>) {
     let mut watch = Watch {
-        role,
+        goal,
+        launch: Launch::of(goal),
         group,
         desk,
         recycling: Recycling::default(),
@@ -90,7 +91,7 @@ async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc
         let (state, why, delay) = match watch.run_once(orders).await {
             Over::Told(in_time) => {
                 if !in_time {
-                    detail = format!("killed: not stopped within {} ms", role.stop_timeout_ms);
+                    detail = format!("killed: not stopped within {} ms", goal.stop_timeout_ms);
                 }
                 watch.killed = !in_time;
                 break;
@@ -104,7 +105,7 @@ async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc
                 let cause = cause(status);
                 watch.last_exit = Some(cause);
                 let (delay, state) = watch.recycling.ended(ready_for);
-                let why = format!("{} {}", role.command.join(" "), words(cause));
+                let why = format!("{} {}", watch.launch.command.join(" "), words(cause));
                 (state, why, delay)
             }
         };
@@ -119,7 +120,8 @@ async fn run(role: &Prepared, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc
 
 /// A role and its record.
 struct Watch<'a> {
-    role: &'a Prepared,
+    goal: &'a Goal,
+    launch: Launch,
     group: &'a Group,
     desk: &'a Arc<Desk>,
     recycling: Recycling,
@@ -146,9 +148,9 @@ impl Watch<'_> {
     }
 
     async fn run_once(&self, orders: &mut mpsc::Receiver<Order>) -> Over {
-        let role = self.role;
+        let EntryPoint::Program { ready_on_start, .. } = self.goal.role.entry_point;
         self.say(RoleState::Starting, String::new(), None);
-        for directory in &role.clean {
+        for directory in &self.launch.clean {
             if let Err(error) = empty(directory) {
                 return Over::Impossible(format!("cannot empty {}: {error}", directory.display()));
             }
@@ -158,7 +160,7 @@ impl Watch<'_> {
             Err(error) => return Over::Impossible(format!("{NOTIFY}: {error}")),
         };
         let _ = fs::set_permissions(NOTIFY, fs::Permissions::from_mode(0o666));
-        let mut child = match start(role, self.group) {
+        let mut child = match start(&self.launch, self.goal.role.elevated, self.group) {
             Ok(child) => child,
             Err(reason) => return Over::Impossible(reason),
         };
@@ -173,7 +175,7 @@ impl Watch<'_> {
         }
         // The program runs: had the kernel refused it, `start` would have failed.
         // Should it end soon, it is started again like one that ends late.
-        let mut ready_since = role.ready_on_start.then(|| self.ready());
+        let mut ready_since = ready_on_start.then(|| self.ready());
         let mut message = [0; 256];
         let over = loop {
             let becomes_ready = tokio::select! {
@@ -183,7 +185,7 @@ impl Watch<'_> {
                 },
                 _ = orders.recv() => {
                     self.say(RoleState::Stopping, String::new(), None);
-                    let limit = Duration::from_millis(role.stop_timeout_ms);
+                    let limit = Duration::from_millis(self.goal.stop_timeout_ms);
                     break Over::Told(stop(&mut child, &notify, limit).await);
                 }
                 // Taken whatever it says, then and later: a role would wait for
@@ -208,8 +210,8 @@ impl Watch<'_> {
     }
 }
 
-fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
-    let (program, arguments) = role
+fn start(launch: &Launch, elevated: bool, group: &Group) -> Result<Child, String> {
+    let (program, arguments) = launch
         .command
         .split_first()
         .ok_or("the entry point has no command")?;
@@ -221,7 +223,7 @@ fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
     command
         .args(arguments)
         .env_clear()
-        .envs(&role.environment)
+        .envs(&launch.environment)
         .env("NOTIFY_SOCKET", NOTIFY)
         .current_dir(format!("{ROLE_ROOT}/approot"))
         .stdin(Stdio::null())
@@ -231,7 +233,7 @@ fn start(role: &Prepared, group: &Group) -> Result<Child, String> {
         .kill_on_drop(true);
     child::join(&mut command, group)
         .map_err(|error| format!("{program} has no control group: {error}"))?;
-    child::ordinary(&mut command, (!role.elevated).then_some(ROLE_ID));
+    child::ordinary(&mut command, (!elevated).then_some(ROLE_ID));
     command
         .spawn()
         .map_err(|error| format!("{program} cannot be started: {error}"))

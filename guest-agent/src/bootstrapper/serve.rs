@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Notify, mpsc};
+use vmbus::message::Goal;
 use vmbus::stream::{FrameReader, StreamError, send};
 
 use super::outbox::Outbox;
-use super::{Applied, Order, Role};
+use super::{Order, Role};
 use crate::bus::ACCEPT_PAUSE;
 use crate::log::uptime_ms;
 
@@ -34,8 +35,8 @@ impl Desk {
     }
 
     /// This is what runs from now on.
-    pub fn ordered(&self, applied: Applied) {
-        self.with(|outbox| outbox.ordered(applied));
+    pub fn ordered(&self, goal: Goal) {
+        self.with(|outbox| outbox.ordered(goal));
     }
 
     /// The role's state changed.

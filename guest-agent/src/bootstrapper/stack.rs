@@ -13,9 +13,10 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Command;
 use tokio::time::{Instant, timeout, timeout_at};
+use vmbus::message::Goal;
 use vmbus::stream::{FrameReader, send};
 
-use super::{Applied, Order, Role, SOCKET, Said};
+use super::{Order, Role, SOCKET, Said};
 use crate::os::cgroup::{Group, STACK};
 use crate::os::child;
 
@@ -37,7 +38,7 @@ pub struct Found {
     /// The bootstrapper.
     pub stack: Stack,
     /// What it was ordered, if it was.
-    pub applied: Option<Box<Applied>>,
+    pub goal: Option<Box<Goal>>,
     /// How the role is.
     pub role: Role,
 }
@@ -51,18 +52,18 @@ impl Stack {
         let (reader, orders) = socket.into_split();
         let mut reader = FrameReader::new(reader);
         match timeout(HELLO_LIMIT, reader.next()).await {
-            Ok(Ok(Some(Said::Hello { applied, role }))) => Some(Found {
+            Ok(Ok(Some(Said::Hello { goal, role }))) => Some(Found {
                 stack: Self { reader, orders },
-                applied,
+                goal,
                 role,
             }),
             _ => None,
         }
     }
 
-    /// Starts a bootstrapper that runs `applied`. Whatever is left of an
+    /// Starts a bootstrapper that runs the role of `goal`. Whatever is left of an
     /// earlier one is killed first.
-    pub async fn start(applied: Applied) -> io::Result<Self> {
+    pub async fn start(goal: Goal) -> io::Result<Self> {
         let group = Group::at(STACK)?;
         if !group.clear(KILL_LIMIT).await? {
             return Err(io::Error::other("what runs does not die"));
@@ -79,7 +80,7 @@ impl Stack {
         let Some(mut found) = Self::find().await else {
             return Err(io::Error::other("does not answer"));
         };
-        send(&mut found.stack.orders, &Order::Run(Box::new(applied)))
+        send(&mut found.stack.orders, &Order::Run(Box::new(goal)))
             .await
             .map_err(io::Error::other)?;
         Ok(found.stack)

@@ -244,14 +244,15 @@ pub fn endpoints(
     published: &Published,
 ) -> Vec<(String, EndpointInfo)> {
     let mut all = Vec::new();
-    for (role, endpoint) in model.endpoints() {
-        if let Some(address) = published.get(&(role.name.clone(), endpoint.name.clone())) {
+    for (role, endpoint, _) in model.endpoints() {
+        let name = &role.definition.name;
+        if let Some(address) = published.get(&(name.clone(), endpoint.name.clone())) {
             let info = EndpointInfo {
                 name: endpoint.name.clone(),
                 address: *address,
                 local_port: endpoint.local_port,
             };
-            all.push((role.name.clone(), info));
+            all.push((name.clone(), info));
         }
     }
     all

@@ -6,9 +6,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use vmbus::frame;
-use vmbus::message::{
-    EntryPoint, ExpectedState, Health, LogRecord, RoleState, Status, ToGuest, ToHost,
-};
+use vmbus::message::{ExpectedState, Health, LogRecord, RoleState, Status, ToGuest, ToHost};
+use vmbus::role::{EntryPoint, RoleDefinition};
 
 use super::*;
 
@@ -31,16 +30,20 @@ fn host(interval: Duration) -> Host {
         expected: ExpectedState::Started,
         deployment_id: String::new(),
         instance: String::new(),
-        role: String::new(),
-        entry_point: EntryPoint::Program {
-            command: Vec::new(),
-            ready_on_start: true,
+        update_domain: 0,
+        fault_domain: 0,
+        role: RoleDefinition {
+            name: String::new(),
+            entry_point: EntryPoint::Program {
+                command: Vec::new(),
+                ready_on_start: true,
+            },
+            elevated: false,
+            settings: std::collections::BTreeMap::new(),
+            environment: Vec::new(),
+            local_storage: Vec::new(),
+            endpoints: Vec::new(),
         },
-        elevated: false,
-        settings: std::collections::BTreeMap::new(),
-        environment: Vec::new(),
-        local_storage: Vec::new(),
-        endpoints: Vec::new(),
         application_disk: String::new(),
         resource_disk: String::new(),
         stop_timeout_ms: 0,

@@ -8,8 +8,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
+use vmbus::role::Endpoint;
 
-use crate::service::model::{InputEndpoint, Role, ServiceModel, full_name};
+use crate::service::model::{Role, ServiceModel, full_name};
 
 /// A TCP connection that is open and silent this long is a success: many
 /// protocols let the client speak first. The host accepts before the guest
@@ -128,13 +129,17 @@ impl Probe {
     pub fn resolve<'a>(
         &self,
         model: &'a ServiceModel,
-    ) -> Result<(&'a Role, &'a InputEndpoint), Unresolved> {
+    ) -> Result<(&'a Role, &'a Endpoint), Unresolved> {
         // Either name may hold dots: whole names are compared, nothing is split.
-        let mut found: Vec<_> = model
-            .endpoints()
+        let all = || {
+            model
+                .endpoints()
+                .map(|(role, endpoint, _)| (role, endpoint))
+        };
+        let mut found: Vec<_> = all()
             .filter(|(role, endpoint)| {
                 endpoint.name == self.endpoint
-                    || full_name(&role.name, &endpoint.name) == self.endpoint
+                    || full_name(&role.definition.name, &endpoint.name) == self.endpoint
             })
             .collect();
         match (found.pop(), found.is_empty()) {
@@ -143,12 +148,11 @@ impl Probe {
                 found
                     .into_iter()
                     .chain([last])
-                    .map(|(role, endpoint)| full_name(&role.name, &endpoint.name))
+                    .map(|(role, endpoint)| full_name(&role.definition.name, &endpoint.name))
                     .collect(),
             )),
             (None, _) => Err(Unresolved::Unknown(
-                model
-                    .endpoints()
+                all()
                     .map(|(role, endpoint)| model.endpoint_name(role, endpoint))
                     .collect(),
             )),
@@ -260,7 +264,6 @@ mod tests {
     use super::*;
     use crate::service::model::Payload;
     use crate::service::{Place, Position, definition};
-    use std::collections::BTreeMap;
     use std::path::Path;
     use tokio::net::TcpListener;
 
@@ -293,7 +296,7 @@ mod tests {
         }
     }
 
-    /// Each role with its endpoints; the ports count up from 1.
+    /// Each role with its endpoints; the ports, public and local, count up from 1.
     fn model(roles: &[(&str, &[&str])]) -> ServiceModel {
         let mut port = 0;
         let roles: String = roles
@@ -317,16 +320,10 @@ mod tests {
         let definition = definition::parse(Path::new("S.csdef"), text).unwrap();
         let payload = Payload::Directory("/".into());
         let roles = definition.roles.into_iter().map(|role| Role {
-            name: role.name,
+            definition: role.definition,
             instances: 1,
             size: role.size,
-            command: role.command,
-            ready_on_start: true,
-            elevated: false,
-            endpoints: role.endpoints,
-            local_storage: Vec::new(),
-            settings: BTreeMap::default(),
-            environment: Vec::new(),
+            public_ports: role.public_ports,
             payload: payload.clone(),
         });
         ServiceModel {
@@ -350,7 +347,7 @@ mod tests {
         let port = |name: &str| {
             let probe: Probe = format!("tcp://{name}").parse().unwrap();
             let (_, endpoint) = probe.resolve(&model)?;
-            Ok::<u16, Unresolved>(endpoint.port)
+            Ok::<u16, Unresolved>(endpoint.local_port)
         };
         assert_eq!(port("Web.Endpoint1"), Ok(1));
         assert_eq!(port("Admin"), Ok(2));

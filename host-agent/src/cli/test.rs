@@ -174,7 +174,7 @@ fn resolve<'a>(probes: &'a [Probe], model: &ServiceModel) -> Result<Vec<Target<'
     for probe in probes {
         let error = match probe.resolve(model) {
             Ok((role, endpoint)) => {
-                targets.push((probe, (role.name.clone(), endpoint.name.clone())));
+                targets.push((probe, (role.definition.name.clone(), endpoint.name.clone())));
                 continue;
             }
             Err(Unresolved::Unknown(names)) => {

@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::definition::{Definition, RoleDefinition};
+use vmbus::role::RoleDefinition;
+
+use super::definition::Definition;
 use super::error::{Place, ServiceError, nearest};
 use super::xml::{self, EMPTY, Element, Names, Schema};
 
@@ -109,9 +111,9 @@ pub fn parse(
     for element in root.children("Role") {
         let name = element.required("name")?;
         names.take(name)?;
-        let roles = &definition.roles;
-        let Some(role) = roles.iter().find(|role| role.name == name.text) else {
-            let hint = match nearest(name.text, roles.iter().map(|role| role.name.as_str())) {
+        let roles = definition.roles.iter().map(|role| &role.definition);
+        let Some(role) = roles.clone().find(|role| role.name == name.text) else {
+            let hint = match nearest(name.text, roles.map(|role| role.name.as_str())) {
                 Some(near) => format!("did you mean \"{near}\"?"),
                 None => "remove it, or define the role".into(),
             };
@@ -124,11 +126,11 @@ pub fn parse(
         .roles
         .iter()
         .map(|role| {
-            found.remove(role.name.as_str()).ok_or_else(|| {
-                root.refuse(format!("role \"{}\" is not configured", role.name))
+            let name = role.definition.name.as_str();
+            found.remove(name).ok_or_else(|| {
+                root.refuse(format!("role \"{name}\" is not configured"))
                     .with_hint(format!(
-                        "add <Role name=\"{}\"><Instances count=\"1\"/></Role>",
-                        role.name
+                        "add <Role name=\"{name}\"><Instances count=\"1\"/></Role>"
                     ))
             })
         })
@@ -186,8 +188,8 @@ fn configured_role(
             setting.check(&SETTING)?;
             let name = setting.required("name")?;
             names.take(name)?;
-            if !role.settings.iter().any(|known| known == name.text) {
-                let hint = match nearest(name.text, role.settings.iter().map(String::as_str)) {
+            if !role.settings.contains_key(name.text) {
+                let hint = match nearest(name.text, role.settings.keys().map(String::as_str)) {
                     Some(near) => format!("did you mean \"{near}\"?"),
                     None => "remove it, or add it to the definition".into(),
                 };
@@ -204,7 +206,7 @@ fn configured_role(
     }
     if let Some(missing) = role
         .settings
-        .iter()
+        .keys()
         .find(|name| !settings.contains_key(*name))
     {
         return Err(list

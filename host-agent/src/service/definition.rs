@@ -1,11 +1,15 @@
 //! Reads a service definition (`.csdef`): what a service is, whatever its
 //! configuration and wherever its files are.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use vmbus::role::{
+    Endpoint, EntryPoint, InstanceValue, LocalStorage, RoleDefinition, VariableValue,
+};
+
 use super::error::{ServiceError, nearest};
-use super::model::{InputEndpoint, InstanceValue, LocalStorage, Value, VmSize};
+use super::model::{PublicPort, VmSize};
 use super::xml::{self, EMPTY, Element, Names, Schema};
 use super::{command, size, xpath};
 
@@ -27,34 +31,32 @@ pub struct Definition {
     /// `ServiceDefinition@name`.
     pub name: String,
     /// Roles, in document order.
-    pub roles: Vec<RoleDefinition>,
+    pub roles: Vec<DefinedRole>,
     file: PathBuf,
     text: String,
 }
 
 /// A worker role as defined.
 #[derive(Debug, Clone)]
-pub struct RoleDefinition {
-    /// Role name.
-    pub name: String,
+pub struct DefinedRole {
+    /// What the guest is given; each setting still has an empty value.
+    pub definition: RoleDefinition,
     /// Resources of a guest.
     pub size: VmSize,
-    /// Program below approot, with `/` in its path, and arguments.
-    pub command: Vec<String>,
-    /// Ready when the process runs.
-    pub ready_on_start: bool,
-    /// Runs as root in the guest.
-    pub elevated: bool,
-    /// Input endpoints, in document order.
-    pub endpoints: Vec<InputEndpoint>,
-    /// Local storage, in document order.
-    pub local_storage: Vec<LocalStorage>,
-    /// Names of settings, in document order.
-    pub settings: Vec<String>,
-    /// Runtime environment, in document order.
-    pub environment: Vec<(String, Value)>,
+    /// Public port of each endpoint, in document order.
+    pub public_ports: Vec<PublicPort>,
     role_at: usize,
     command_at: usize,
+}
+
+impl DefinedRole {
+    /// Path of the role's program below approot.
+    pub(super) fn program(&self) -> &str {
+        let EntryPoint::Program { command, .. } = &self.definition.entry_point;
+        command
+            .first()
+            .expect("the parser refuses an empty command line")
+    }
 }
 
 const SERVICE: Schema = Schema {
@@ -174,12 +176,12 @@ impl Definition {
     }
 
     /// An error at the element of `role`.
-    pub(super) fn refuse_role(&self, role: &RoleDefinition, what: String) -> ServiceError {
+    pub(super) fn refuse_role(&self, role: &DefinedRole, what: String) -> ServiceError {
         ServiceError::at(&self.file, &self.text, role.role_at, what)
     }
 
     /// An error at the command line of `role`.
-    pub(super) fn refuse_command(&self, role: &RoleDefinition, what: String) -> ServiceError {
+    pub(super) fn refuse_command(&self, role: &DefinedRole, what: String) -> ServiceError {
         ServiceError::at(&self.file, &self.text, role.command_at, what)
     }
 }
@@ -188,7 +190,7 @@ impl Definition {
 fn worker_role(
     element: Element<'_>,
     ports: &mut HashMap<u16, String>,
-) -> Result<RoleDefinition, ServiceError> {
+) -> Result<DefinedRole, ServiceError> {
     element.check(&WORKER_ROLE)?;
     let name = element.required("name")?.identifier()?.to_owned();
     if let Some(native) = element.attribute("enableNativeCodeExecution")
@@ -201,7 +203,7 @@ fn worker_role(
     let size = vm_size(element)?;
     let settings = settings(element)?;
     let local_storage = local_storage(element, size)?;
-    let endpoints = endpoints(element, &name, ports)?;
+    let (endpoints, public_ports) = endpoints(element, &name, ports)?.into_iter().unzip();
 
     let missing = || {
         element
@@ -236,21 +238,26 @@ fn worker_role(
         None => true,
     };
     let (command, command_at) = command_line(program)?;
-    let mut role = RoleDefinition {
+    let mut definition = RoleDefinition {
         name,
-        size,
-        command,
-        ready_on_start,
+        entry_point: EntryPoint::Program {
+            command,
+            ready_on_start,
+        },
         elevated,
-        endpoints,
-        local_storage,
         settings,
         environment: Vec::new(),
+        local_storage,
+        endpoints,
+    };
+    definition.environment = environment(runtime, &definition)?;
+    Ok(DefinedRole {
+        definition,
+        size,
+        public_ports,
         role_at: element.start(),
         command_at,
-    };
-    role.environment = environment(runtime, &role)?;
-    Ok(role)
+    })
 }
 
 fn vm_size(role: Element<'_>) -> Result<VmSize, ServiceError> {
@@ -273,13 +280,14 @@ fn vm_size(role: Element<'_>) -> Result<VmSize, ServiceError> {
     })
 }
 
-fn settings(role: Element<'_>) -> Result<Vec<String>, ServiceError> {
+/// Names of settings; a definition has no values.
+fn settings(role: Element<'_>) -> Result<BTreeMap<String, String>, ServiceError> {
     let Some(list_element) = role.child("ConfigurationSettings")? else {
-        return Ok(Vec::new());
+        return Ok(BTreeMap::new());
     };
     list_element.check(&list(&["Setting"]))?;
     let mut names = Names::of("setting");
-    let mut settings = Vec::new();
+    let mut settings = BTreeMap::new();
     for element in list_element.children("Setting") {
         element.check(&Schema {
             attributes: &["name"],
@@ -287,7 +295,7 @@ fn settings(role: Element<'_>) -> Result<Vec<String>, ServiceError> {
         })?;
         let name = element.required("name")?;
         names.take(name)?;
-        settings.push(name.identifier_of(256)?.to_owned());
+        settings.insert(name.identifier_of(256)?.to_owned(), String::new());
     }
     Ok(settings)
 }
@@ -336,7 +344,7 @@ fn endpoints(
     role: Element<'_>,
     role_name: &str,
     ports: &mut HashMap<u16, String>,
-) -> Result<Vec<InputEndpoint>, ServiceError> {
+) -> Result<Vec<(Endpoint, PublicPort)>, ServiceError> {
     let Some(list_element) = role.child("Endpoints")? else {
         return Ok(Vec::new());
     };
@@ -392,12 +400,13 @@ fn endpoints(
                 ))
                 .with_hint("two endpoints on one local port are not supported yet"));
         }
-        endpoints.push(InputEndpoint {
+        let endpoint = Endpoint {
             name,
-            port,
+            protocol: protocol.text.to_owned(),
             local_port,
-            place: port_value.place(),
-        });
+        };
+        let place = port_value.place();
+        endpoints.push((endpoint, PublicPort { port, place }));
     }
     Ok(endpoints)
 }
@@ -426,7 +435,7 @@ fn command_line(element: Element<'_>) -> Result<(Vec<String>, usize), ServiceErr
 fn environment(
     runtime: Element<'_>,
     role: &RoleDefinition,
-) -> Result<Vec<(String, Value)>, ServiceError> {
+) -> Result<Vec<(String, VariableValue)>, ServiceError> {
     let Some(list_element) = runtime.child("Environment")? else {
         return Ok(Vec::new());
     };
@@ -457,8 +466,8 @@ fn environment(
         let literal = element.attribute("value");
         let instance = element.child("RoleInstanceValue")?;
         let value = match (literal, instance) {
-            (Some(value), None) => Value::Literal(value.text.to_owned()),
-            (None, Some(instance)) => Value::Instance(instance_value(instance, role)?),
+            (Some(value), None) => VariableValue::Literal(value.text.to_owned()),
+            (None, Some(instance)) => VariableValue::Instance(instance_value(instance, role)?),
             (Some(_), Some(instance)) => {
                 return Err(instance
                     .refuse(format!(
@@ -492,7 +501,7 @@ fn instance_value(
     })?;
     let (what, name, known): (_, _, Vec<&str>) = match &value {
         InstanceValue::Setting(name) => {
-            let known = role.settings.iter().map(String::as_str);
+            let known = role.settings.keys().map(String::as_str);
             ("setting", name, known.collect())
         }
         InstanceValue::LocalStoragePath(name) | InstanceValue::LocalStorageSize(name) => {

@@ -12,8 +12,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use vmbus::role::RoleDefinition;
+
 use super::configuration::{self, Configuration};
-use super::definition::{self, Definition, RoleDefinition};
+use super::definition::{self, DefinedRole, Definition};
 use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel};
 use super::package::Package;
@@ -63,11 +65,11 @@ pub(super) fn load_package(
 ) -> Result<ServiceModel, ServiceError> {
     let configuration = configuration::read(config, package.definition())?;
     let package = verified(package, progress)?;
-    let payload = |role: &RoleDefinition| Payload::Package {
+    let payload = |role: &DefinedRole| Payload::Package {
         file: package.path().to_owned(),
-        role: role.name.clone(),
+        role: role.definition.name.clone(),
     };
-    Ok(join(package.definition(), configuration, payload))
+    join(package.definition(), configuration, payload)
 }
 
 /// Checks the contents of `package` and the entry point of each role.
@@ -79,11 +81,11 @@ pub(super) fn verified(
     let package = Arc::new(package);
     let definition = package.definition();
     for role in &definition.roles {
-        let files = Files::of_package(Arc::clone(&package), &role.name)?;
+        let files = Files::of_package(Arc::clone(&package), &role.definition.name)?;
         find_entry_point(definition, role, &files, |_| {
             format!(
                 "chmod +x {} in the role's directory and pack again",
-                quoted(&role.command[0])
+                quoted(role.program())
             )
         })?;
     }
@@ -106,10 +108,10 @@ fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel,
     };
     let configuration = configuration::read(&config, &definition)?;
     for role in &definition.roles {
-        check_directory(&definition, role, &service.join(&role.name))?;
+        check_directory(&definition, role, &service.join(&role.definition.name))?;
     }
-    let payload = |role: &RoleDefinition| Payload::Directory(service.join(&role.name));
-    Ok(join(&definition, configuration, payload))
+    let payload = |role: &DefinedRole| Payload::Directory(service.join(&role.definition.name));
+    join(&definition, configuration, payload)
 }
 
 /// The only `.csdef` in `directory`.
@@ -189,41 +191,47 @@ fn file_name(path: &Path) -> String {
 fn join(
     definition: &Definition,
     configuration: Configuration,
-    payload: impl Fn(&RoleDefinition) -> Payload,
-) -> ServiceModel {
-    let roles = definition.roles.iter().zip(configuration.roles);
-    ServiceModel {
+    payload: impl Fn(&DefinedRole) -> Payload,
+) -> Result<ServiceModel, ServiceError> {
+    let mut roles = Vec::new();
+    for (role, configured) in definition.roles.iter().zip(configuration.roles) {
+        let joined = RoleDefinition {
+            settings: configured.settings,
+            ..role.definition.clone()
+        };
+        // Here, so that no goal is ever too long to be sent.
+        joined.check_length().map_err(|error| {
+            let what = format!("role \"{}\" is too long for a goal: {error}", joined.name);
+            definition
+                .refuse_role(role, what)
+                .with_hint("put long values of settings and variables into files of the role")
+        })?;
+        roles.push(Role {
+            definition: joined,
+            instances: configured.instances,
+            size: role.size,
+            public_ports: role.public_ports.clone(),
+            payload: payload(role),
+        });
+    }
+    Ok(ServiceModel {
         name: definition.name.clone(),
         image: configuration.image,
         image_place: configuration.image_place,
-        roles: roles
-            .map(|(role, configured)| Role {
-                name: role.name.clone(),
-                instances: configured.instances,
-                size: role.size,
-                command: role.command.clone(),
-                ready_on_start: role.ready_on_start,
-                elevated: role.elevated,
-                endpoints: role.endpoints.clone(),
-                local_storage: role.local_storage.clone(),
-                settings: configured.settings,
-                environment: role.environment.clone(),
-                payload: payload(role),
-            })
-            .collect(),
-    }
+        roles,
+    })
 }
 
 /// Lists and checks the files of `role` in `directory`, its program among them.
 pub(super) fn check_directory(
     definition: &Definition,
-    role: &RoleDefinition,
+    role: &DefinedRole,
     directory: &Path,
 ) -> Result<Files, ServiceError> {
     if !directory.is_dir() {
         let what = format!(
             "role \"{}\" has no directory {}",
-            role.name,
+            role.definition.name,
             directory.display()
         );
         return Err(definition
@@ -241,11 +249,11 @@ pub(super) fn check_directory(
 /// to make it executable.
 fn find_entry_point(
     definition: &Definition,
-    role: &RoleDefinition,
+    role: &DefinedRole,
     files: &Files,
     executable: impl Fn(&str) -> String,
 ) -> Result<(), ServiceError> {
-    let program = role.command[0].as_str();
+    let program = role.program();
     let place = files.locate(program).display().to_string();
     let Some(entry) = files.find(program) else {
         if files.directories().contains(program) {

@@ -5,9 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use proptest::prelude::*;
+use vmbus::role::{Endpoint, EntryPoint, InstanceValue, LocalStorage, VariableValue};
 
 use super::error::{Place, Position, ServiceError};
-use super::model::{InputEndpoint, InstanceValue, LocalStorage, Payload, Value};
+use super::model::{Payload, PublicPort};
 use super::{configuration, definition, load};
 use crate::progress::Progress;
 
@@ -78,11 +79,19 @@ fn a_definition_with_everything_supported_is_read_as_written() {
     let [cart, mail] = model.roles.as_slice() else {
         panic!("two roles");
     };
-    assert_eq!(cart.name, "Cart");
+    let role = &cart.definition;
+    assert_eq!(role.name, "Cart");
     assert_eq!(cart.instances, 3);
     assert_eq!((cart.size.name, cart.size.memory_mib), ("ExtraSmall", 768));
-    assert_eq!(cart.command, ["bin/serve", "--flag", "two words"]);
-    assert!(!cart.ready_on_start && cart.elevated);
+    let command = ["bin/serve", "--flag", "two words"].map(str::to_owned);
+    assert_eq!(
+        role.entry_point,
+        EntryPoint::Program {
+            command: command.into(),
+            ready_on_start: false
+        }
+    );
+    assert!(role.elevated);
     let place = |file: &str, line, column| Place {
         file: directory.path().join(file),
         position: Position { line, column },
@@ -91,39 +100,37 @@ fn a_definition_with_everything_supported_is_read_as_written() {
         model.image_place,
         place("ServiceConfiguration.cscfg", 2, 52)
     );
-    let endpoint = |name: &str, port, local_port, line| InputEndpoint {
+    let endpoint = |name: &str, local_port| Endpoint {
         name: name.into(),
-        port,
+        protocol: "tcp".into(),
         local_port,
+    };
+    assert_eq!(role.endpoints, [endpoint("Api", 80), endpoint("Any", 9000)]);
+    let public = |port, line| PublicPort {
+        port,
         place: place("ServiceDefinition.csdef", line, 54),
     };
-    assert_eq!(
-        cart.endpoints,
-        [
-            endpoint("Api", 8080, 80, 12),
-            endpoint("Any", 9000, 9000, 13)
-        ]
-    );
+    assert_eq!(cart.public_ports, [public(8080, 12), public(9000, 13)]);
     let storage = |name: &str, size_mib, clean_on_role_recycle| LocalStorage {
         name: name.into(),
         size_mib,
         clean_on_role_recycle,
     };
     assert_eq!(
-        cart.local_storage,
+        role.local_storage,
         [storage("Scratch", 10, true), storage("Data", 256, false)]
     );
     assert_eq!(
-        cart.settings,
+        role.settings,
         [("Greeting".to_owned(), "hello".to_owned())].into()
     );
     assert_eq!(
-        cart.environment,
+        role.environment,
         [
-            ("MODE".to_owned(), Value::Literal("a & b".into())),
+            ("MODE".to_owned(), VariableValue::Literal("a & b".into())),
             (
                 "PORT".to_owned(),
-                Value::Instance(InstanceValue::EndpointPort("Api".into()))
+                VariableValue::Instance(InstanceValue::EndpointPort("Api".into()))
             ),
         ]
     );
@@ -132,7 +139,24 @@ fn a_definition_with_everything_supported_is_read_as_written() {
         Payload::Directory(directory.path().join("Cart"))
     );
     assert_eq!((mail.size.name, mail.size.memory_mib), ("Small", 1792));
-    assert!(mail.ready_on_start && !mail.elevated);
+    let EntryPoint::Program { ready_on_start, .. } = &mail.definition.entry_point;
+    assert!(*ready_on_start && !mail.definition.elevated);
+}
+
+#[test]
+fn a_role_too_long_for_a_goal_is_refused_at_its_element() {
+    let directory = service_directory();
+    let file = directory.path().join("ServiceConfiguration.cscfg");
+    let load = || load(directory.path(), None, &Progress::default());
+    // A double quote takes two bytes of JSON and one of this attribute.
+    let write = |quotes| fs::write(&file, CSCFG.replace("\"hello\"", &format!("'{quotes}'")));
+    write("\"".repeat(400_000)).unwrap();
+    load().unwrap();
+    write("\"".repeat(500_000)).unwrap();
+    let error = load().unwrap_err();
+    assert_eq!(error.position().unwrap().line, line_of(CSDEF, "Cart"));
+    assert!(error.what().contains("too long for a goal"), "{error}");
+    assert!(error.hint().is_some());
 }
 
 /// Replace the first by the second: the error stands on the line that holds the

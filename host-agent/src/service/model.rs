@@ -1,7 +1,8 @@
 //! A service that passed every check: what the supervisor works from.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
+
+use vmbus::role::{Endpoint, RoleDefinition};
 
 use super::error::Place;
 
@@ -19,23 +20,24 @@ pub struct ServiceModel {
 }
 
 impl ServiceModel {
-    /// Every endpoint with its role.
-    pub fn endpoints(&self) -> impl Iterator<Item = (&Role, &InputEndpoint)> {
-        self.roles
-            .iter()
-            .flat_map(|role| role.endpoints.iter().map(move |endpoint| (role, endpoint)))
+    /// Every endpoint with its role and its public port.
+    pub fn endpoints(&self) -> impl Iterator<Item = (&Role, &Endpoint, &PublicPort)> {
+        self.roles.iter().flat_map(|role| {
+            role.endpoints()
+                .map(move |(endpoint, public)| (role, endpoint, public))
+        })
     }
 
     /// The shortest name that tells `endpoint` of `role` from all others:
     /// names are unique only within a role.
-    pub fn endpoint_name(&self, role: &Role, endpoint: &InputEndpoint) -> String {
+    pub fn endpoint_name(&self, role: &Role, endpoint: &Endpoint) -> String {
         let namesakes = self
             .endpoints()
-            .filter(|(_, other)| other.name == endpoint.name);
+            .filter(|(_, other, _)| other.name == endpoint.name);
         if namesakes.count() == 1 {
             return endpoint.name.clone();
         }
-        full_name(&role.name, &endpoint.name)
+        full_name(&role.definition.name, &endpoint.name)
     }
 }
 
@@ -44,31 +46,35 @@ pub fn full_name(role: &str, endpoint: &str) -> String {
     format!("{role}.{endpoint}")
 }
 
-/// A worker role.
+/// A worker role: what the guest is given, and what only the host needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Role {
-    /// Role name.
-    pub name: String,
+    /// What each instance's guest is given.
+    pub definition: RoleDefinition,
     /// Number of instances, at least 1.
     pub instances: u32,
     /// Resources of each instance's guest.
     pub size: VmSize,
-    /// Program and arguments; the program is a path under `approot`.
-    pub command: Vec<String>,
-    /// Ready when the process runs; else when it says `READY=1`.
-    pub ready_on_start: bool,
-    /// Runs as root in the guest.
-    pub elevated: bool,
-    /// Input endpoints, in document order.
-    pub endpoints: Vec<InputEndpoint>,
-    /// Local storage, in document order.
-    pub local_storage: Vec<LocalStorage>,
-    /// Configuration settings with their values.
-    pub settings: BTreeMap<String, String>,
-    /// Runtime environment, in document order.
-    pub environment: Vec<(String, Value)>,
+    /// Public port of each endpoint of the definition, in its order.
+    pub public_ports: Vec<PublicPort>,
     /// The role's files.
     pub payload: Payload,
+}
+
+impl Role {
+    /// Each endpoint with its public port.
+    pub fn endpoints(&self) -> impl Iterator<Item = (&Endpoint, &PublicPort)> {
+        self.definition.endpoints.iter().zip(&self.public_ports)
+    }
+}
+
+/// Public port of an input endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicPort {
+    /// Port on the host.
+    pub port: u16,
+    /// Where it is written.
+    pub place: Place,
 }
 
 /// Where a role's `approot` comes from.
@@ -96,66 +102,4 @@ pub struct VmSize {
     pub memory_mib: u32,
     /// Size of the resource disk in MiB.
     pub resource_mib: u64,
-}
-
-/// An `InputEndpoint` with protocol `tcp`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InputEndpoint {
-    /// Endpoint name.
-    pub name: String,
-    /// Public port on the host.
-    pub port: u16,
-    /// Port on which the role listens in the guest.
-    pub local_port: u16,
-    /// Where the public port is written.
-    pub place: Place,
-}
-
-/// A `LocalStorage` element.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LocalStorage {
-    /// Name, which is also the directory's.
-    pub name: String,
-    /// Quota in MiB.
-    pub size_mib: u64,
-    /// Emptied at every recycle.
-    pub clean_on_role_recycle: bool,
-}
-
-/// Value of an environment variable.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Value {
-    /// As written.
-    Literal(String),
-    /// One of the paths of `RoleInstanceValue` that differ per instance.
-    Instance(InstanceValue),
-}
-
-/// What a `RoleInstanceValue@xpath` names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum InstanceValue {
-    /// `/RoleEnvironment/Deployment/@id`
-    DeploymentId,
-    /// `/RoleEnvironment/Deployment/@emulated`
-    Emulated,
-    /// `/RoleEnvironment/CurrentInstance/@id`
-    InstanceId,
-    /// `/RoleEnvironment/CurrentInstance/@roleName`
-    RoleName,
-    /// `/RoleEnvironment/CurrentInstance/@updateDomain`
-    UpdateDomain,
-    /// `/RoleEnvironment/CurrentInstance/@faultDomain`
-    FaultDomain,
-    /// `…/ConfigurationSetting[@name='X']/@value`
-    Setting(String),
-    /// `…/LocalResource[@name='X']/@path`
-    LocalStoragePath(String),
-    /// `…/LocalResource[@name='X']/@sizeInMB`
-    LocalStorageSize(String),
-    /// `…/Endpoint[@name='X']/@protocol`
-    EndpointProtocol(String),
-    /// `…/Endpoint[@name='X']/@address`
-    EndpointAddress(String),
-    /// `…/Endpoint[@name='X']/@port`
-    EndpointPort(String),
 }

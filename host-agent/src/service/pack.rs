@@ -91,8 +91,8 @@ fn pack_at(
     let definition = definition::read(&find_definition(directory)?)?;
     let mut roles = Vec::new();
     for role in &definition.roles {
-        let files = check_directory(&definition, role, &directory.join(&role.name))?;
-        roles.push((role.name.as_str(), files));
+        let files = check_directory(&definition, role, &directory.join(&role.definition.name))?;
+        roles.push((role.definition.name.as_str(), files));
     }
     let files = roles.iter().map(|(_, files)| files.entries().len()).sum();
     if files > MAX_FILES {

@@ -140,12 +140,20 @@ impl Package {
         })?;
         let (definition, contents, layouts) = read_manifest(&archive, part, &place)?;
         for role in &definition.roles {
-            if !layouts.contains_key(&role.name) {
-                let what = format!("the package has no files for role \"{}\"", role.name);
+            if !layouts.contains_key(&role.definition.name) {
+                let what = format!(
+                    "the package has no files for role \"{}\"",
+                    role.definition.name
+                );
                 return Err(ServiceError::new(&place, what));
             }
         }
-        let defined = |name: &str| definition.roles.iter().any(|role| role.name == name);
+        let defined = |name: &str| {
+            definition
+                .roles
+                .iter()
+                .any(|role| role.definition.name == name)
+        };
         if let Some(name) = layouts.keys().filter(|name| !defined(name)).min() {
             let what = format!("layout \"{ROLE_LAYOUT}{name}\" is of no role of the definition");
             return Err(ServiceError::new(&place, what));

@@ -49,16 +49,18 @@ fn a_packed_service_is_the_same_as_its_directory() {
         assert!(
             image(&original, index) == image(&read, index),
             "{}",
-            role.name
+            role.definition.name
         );
         let expected = Payload::Package {
             file: file.clone(),
-            role: role.name.clone(),
+            role: role.definition.name.clone(),
         };
         assert_eq!(read.roles[index].payload, expected);
         read.roles[index].payload = role.payload.clone();
         // The definition in the package is another file with the same lines.
-        for (read, original) in std::iter::zip(&mut read.roles[index].endpoints, &role.endpoints) {
+        for (read, original) in
+            std::iter::zip(&mut read.roles[index].public_ports, &role.public_ports)
+        {
             assert_eq!(read.place.position, original.place.position);
             assert!(read.place.file.starts_with(&file));
             read.place.clone_from(&original.place);

@@ -1,9 +1,9 @@
-//! Builds the application disk of a role: a read-only squashfs with the
-//! role's files under `/approot` and `/RoleModel.xml` beside it.
+//! Builds the application disk of a role: a read-only squashfs with the role's
+//! files under `/approot`.
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{self, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -12,10 +12,8 @@ use backhand::{FilesystemCompressor, FilesystemWriter, NodeHeader};
 use thiserror::Error;
 
 use super::error::ServiceError;
-use super::model::{Role, Value};
+use super::model::Role;
 use super::payload::{Entry, Files};
-use super::xml::escape;
-use super::{definition, xpath};
 use crate::progress::Progress;
 
 /// Fast to write, and a third to a half of the size for programs and text.
@@ -79,15 +77,16 @@ pub fn build_application_image(
     out: &File,
     progress: &Progress,
 ) -> Result<u64, ImageError> {
+    let name = &role.definition.name;
     let files = Files::open(&role.payload).map_err(|source| ImageError::Payload {
-        role: role.name.clone(),
+        role: name.clone(),
         source,
     })?;
     let total = files.entries().iter().map(|entry| entry.size).sum();
-    let what = format!("building the application disk of role {}", role.name);
+    let what = format!("building the application disk of role {name}");
     let _step = progress.step(what, Some(total));
     let failed = |source| ImageError::Build {
-        role: role.name.clone(),
+        role: name.clone(),
         source,
     };
     let broken: Broken = Rc::default();
@@ -107,10 +106,6 @@ pub fn build_application_image(
     image.set_no_duplicate_files(false);
 
     let header = |mode| NodeHeader::new(mode, 0, 0, FILE_TIME);
-    let model = Cursor::new(role_model(role).into_bytes());
-    image
-        .push_file(model, "RoleModel.xml", header(0o644))
-        .map_err(failed)?;
     image.push_dir("approot", header(0o755)).map_err(failed)?;
     for directory in files.directories() {
         image
@@ -132,7 +127,7 @@ pub fn build_application_image(
     }
 
     let cannot_write = |source| ImageError::Write {
-        role: role.name.clone(),
+        role: name.clone(),
         source,
     };
     let mut out = BufWriter::with_capacity(1 << 20, Noting { out, failed: None });
@@ -224,51 +219,6 @@ impl Read for Lazy<'_> {
     }
 }
 
-/// The role model, in the form the role's runtime reads it.
-fn role_model(role: &Role) -> String {
-    let mut xml = format!(
-        "<?xml version=\"1.0\" encoding=\"utf-8\"?>\n\
-         <RoleModel xmlns=\"{}\" name=\"{}\" version=\"1.0\">\n\
-         \x20 <Runtime protocolVersion=\"2011-03-08\" executionContext=\"{}\">\n",
-        definition::NAMESPACE,
-        escape(&role.name),
-        if role.elevated { "elevated" } else { "limited" },
-    );
-    if !role.environment.is_empty() {
-        xml.push_str("    <Environment>\n");
-        for (name, value) in &role.environment {
-            let name = escape(name);
-            let variable = match value {
-                Value::Literal(value) => {
-                    format!(
-                        "      <Variable name=\"{name}\" value=\"{}\"/>\n",
-                        escape(value)
-                    )
-                }
-                Value::Instance(value) => format!(
-                    "      <Variable name=\"{name}\">\n        \
-                     <RoleInstanceValue xpath=\"{}\"/>\n      </Variable>\n",
-                    escape(&xpath::write(value))
-                ),
-            };
-            xml.push_str(&variable);
-        }
-        xml.push_str("    </Environment>\n");
-    }
-    let command: Vec<String> = role
-        .command
-        .iter()
-        .map(|word| format!("\"{}\"", word.replace('"', "\\\"")))
-        .collect();
-    let entry_point = format!(
-        "    <EntryPoint>\n      <ProgramEntryPoint commandLine=\"{}\" \
-         setReadyOnProcessStart=\"{}\"/>\n    </EntryPoint>\n  </Runtime>\n</RoleModel>\n",
-        escape(&command.join(" ")),
-        role.ready_on_start,
-    );
-    xml + &entry_point
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -330,7 +280,6 @@ mod tests {
         }
         let expected = [
             ("/", 0o755, true),
-            ("/RoleModel.xml", 0o644, false),
             ("/approot", 0o755, true),
             ("/approot/run.sh", 0o755, false),
         ];

@@ -134,18 +134,19 @@ pub async fn deploy(
     let mut rotations = Vec::new();
     for role in &model.roles {
         let rotation = Rotation::default();
-        for endpoint in &role.endpoints {
-            let address = SocketAddr::new(options.address, endpoint.port);
+        for (endpoint, public) in role.endpoints() {
+            let address = SocketAddr::new(options.address, public.port);
             let listener = endpoints::listen(&model.endpoint_name(role, endpoint), address)
                 .map_err(|source| DeployError::Listen {
-                    place: endpoint.place.clone(),
+                    place: public.place.clone(),
                     source,
                 })?;
             // From here on clients can connect: one that comes before there is
             // an instance is closed, not left to wait.
             let (rotation, port) = (rotation.clone(), endpoint.local_port);
             listeners.spawn(endpoints::serve(listener, rotation, port));
-            published.insert((role.name.clone(), endpoint.name.clone()), address);
+            let name = (role.definition.name.clone(), endpoint.name.clone());
+            published.insert(name, address);
         }
         rotations.push(rotation);
     }
@@ -247,12 +248,12 @@ pub async fn deploy(
         instances.push(handle);
         tasks.push(task);
     }
-    for (role, endpoint) in model.endpoints() {
+    for (role, endpoint, public) in model.endpoints() {
         timeline.tell(
             None,
             EventKind::EndpointPublished {
                 endpoint: model.endpoint_name(role, endpoint),
-                address: SocketAddr::new(options.address, endpoint.port),
+                address: SocketAddr::new(options.address, public.port),
                 local_port: endpoint.local_port,
             },
         );

@@ -96,7 +96,12 @@ pub fn create_disks(
         },
     )?;
     let path = dir.join(RESOURCE);
-    let storage: u64 = role.local_storage.iter().map(|s| s.size_mib).sum();
+    let storage: u64 = role
+        .definition
+        .local_storage
+        .iter()
+        .map(|s| s.size_mib)
+        .sum();
     let size = (storage + RESOURCE_RESERVE_MIB).min(role.size.resource_mib.max(1)) << 20;
     let disk = make(&path)?;
     copy_sparse(&image.resource, &disk)

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::frame::{self, Decoder, FrameError, HEADER, MAX_BODY};
+use crate::role::{Endpoint, EntryPoint, InstanceValue, LocalStorage, MAX_ENCODED, VariableValue};
 
 /// Text as it comes: every plane, control characters, quotes.
 fn text() -> impl Strategy<Value = String> {
@@ -106,11 +107,29 @@ fn to_host() -> impl Strategy<Value = ToHost> {
     ]
 }
 
-fn goal() -> impl Strategy<Value = Goal> {
-    let expected = prop::sample::select(vec![ExpectedState::Started, ExpectedState::Stopped]);
+fn instance_value() -> impl Strategy<Value = InstanceValue> {
+    prop_oneof![
+        prop::sample::select(vec![
+            InstanceValue::DeploymentId,
+            InstanceValue::Emulated,
+            InstanceValue::InstanceId,
+            InstanceValue::RoleName,
+            InstanceValue::UpdateDomain,
+            InstanceValue::FaultDomain,
+        ]),
+        text().prop_map(InstanceValue::Setting),
+        text().prop_map(InstanceValue::LocalStoragePath),
+        text().prop_map(InstanceValue::LocalStorageSize),
+        text().prop_map(InstanceValue::EndpointProtocol),
+        text().prop_map(InstanceValue::EndpointAddress),
+        text().prop_map(InstanceValue::EndpointPort),
+    ]
+}
+
+fn role_definition() -> impl Strategy<Value = RoleDefinition> {
     let value = prop_oneof![
-        text().prop_map(EnvironmentValue::Literal),
-        text().prop_map(EnvironmentValue::LocalStoragePath),
+        text().prop_map(VariableValue::Literal),
+        instance_value().prop_map(VariableValue::Instance),
     ];
     let storage =
         (text(), any::<u64>(), any::<bool>()).prop_map(|(name, size_mib, clean)| LocalStorage {
@@ -124,40 +143,56 @@ fn goal() -> impl Strategy<Value = Goal> {
             protocol,
             local_port,
         });
-    let entry_point = (vec(text(), 0..4), any::<bool>());
+    let entry_point = (vec(text(), 0..4), any::<bool>()).prop_map(|(command, ready_on_start)| {
+        EntryPoint::Program {
+            command,
+            ready_on_start,
+        }
+    });
     (
-        (any::<[u64; 2]>(), expected, any::<bool>(), entry_point),
-        vec(text(), 5),
+        (text(), entry_point, any::<bool>()),
         btree_map(text(), text(), 0..4),
         vec((text(), value), 0..4),
-        (vec(storage, 0..3), vec(endpoint, 0..3)),
+        vec(storage, 0..3),
+        vec(endpoint, 0..3),
     )
         .prop_map(
-            |(first, names, settings, environment, (local_storage, endpoints))| {
-                let ([incarnation, stop_timeout_ms], expected, elevated, entry_point) = first;
-                let mut names = names.into_iter();
-                let mut name = || names.next().unwrap();
-                Goal {
-                    incarnation,
-                    expected,
-                    deployment_id: name(),
-                    instance: name(),
-                    role: name(),
-                    entry_point: EntryPoint::Program {
-                        command: entry_point.0,
-                        ready_on_start: entry_point.1,
-                    },
+            |((name, entry_point, elevated), settings, environment, local_storage, endpoints)| {
+                RoleDefinition {
+                    name,
+                    entry_point,
                     elevated,
                     settings,
                     environment,
                     local_storage,
                     endpoints,
-                    application_disk: name(),
-                    resource_disk: name(),
-                    stop_timeout_ms,
                 }
             },
         )
+}
+
+fn goal() -> impl Strategy<Value = Goal> {
+    let expected = prop::sample::select(vec![ExpectedState::Started, ExpectedState::Stopped]);
+    (
+        (any::<[u64; 2]>(), any::<[u32; 2]>(), expected),
+        [text(), text(), text(), text()],
+        role_definition(),
+    )
+        .prop_map(|((numbers, domains, expected), names, role)| {
+            let [deployment_id, instance, application_disk, resource_disk] = names;
+            Goal {
+                incarnation: numbers[0],
+                expected,
+                deployment_id,
+                instance,
+                update_domain: domains[0],
+                fault_domain: domains[1],
+                role,
+                application_disk,
+                resource_disk,
+                stop_timeout_ms: numbers[1],
+            }
+        })
 }
 
 fn to_guest() -> impl Strategy<Value = ToGuest> {
@@ -340,4 +375,37 @@ fn the_longest_piece_of_each_kind_fits_into_a_frame_however_it_is_written() {
         frame::encode(&long),
         Err(FrameError::TooLong { .. })
     ));
+}
+
+#[test]
+fn a_goal_with_the_longest_definition_fits_into_a_frame() {
+    let role = |padding| RoleDefinition {
+        name: "r".repeat(64),
+        entry_point: EntryPoint::Program {
+            command: vec!["x".repeat(padding)],
+            ready_on_start: true,
+        },
+        elevated: false,
+        settings: std::collections::BTreeMap::new(),
+        environment: Vec::new(),
+        local_storage: Vec::new(),
+        endpoints: Vec::new(),
+    };
+    let rest = frame::encoded_length(&role(0)).unwrap();
+    let longest = role(MAX_ENCODED - rest);
+    longest.check_length().unwrap();
+    let goal = Goal {
+        incarnation: u64::MAX,
+        expected: ExpectedState::Started,
+        deployment_id: "d".repeat(32),
+        instance: "i".repeat(100),
+        update_domain: u32::MAX,
+        fault_domain: u32::MAX,
+        role: longest,
+        application_disk: "a".repeat(20),
+        resource_disk: "r".repeat(20),
+        stop_timeout_ms: u64::MAX,
+    };
+    assert!(frame::encode(&ToGuest::Goal(Box::new(goal))).is_ok());
+    assert!(role(MAX_ENCODED - rest + 1).check_length().is_err());
 }
