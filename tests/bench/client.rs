@@ -1,4 +1,4 @@
-//! The other side of `tests/bench/guest.rs`: what can be asked of it.
+//! Client of `tests/bench/guest.rs`.
 
 use std::io::{Read, Write};
 use std::time::Instant;
@@ -10,10 +10,10 @@ const MIB: usize = 1 << 20;
 pub const AMOUNT: usize = 64 * MIB;
 /// Bytes per round trip.
 const MESSAGE: usize = 64;
-/// Round trips before the ones that count.
+/// Round trips that are not counted, before those that are.
 const WARM_UP: usize = 50;
 
-/// MiB per second into the guest, until its program has them all.
+/// MiB per second into the guest, until its program has read all bytes.
 pub fn send(mut stream: impl Read + Write) -> Result<f64> {
     let block = vec![0xa5; MIB];
     stream.write_all(b"s")?;
@@ -30,7 +30,7 @@ pub fn send(mut stream: impl Read + Write) -> Result<f64> {
 pub fn receive(mut stream: impl Read + Write) -> Result<f64> {
     let mut block = vec![0; MIB];
     stream.write_all(b"z")?;
-    // What the guest had ready before the clock started is not counted.
+    // The clock starts after the first block, which the guest may have sent before.
     stream.read_exact(&mut block)?;
     let started = Instant::now();
     for _ in 0..AMOUNT / MIB {
@@ -39,7 +39,7 @@ pub fn receive(mut stream: impl Read + Write) -> Result<f64> {
     Ok((AMOUNT / MIB) as f64 / started.elapsed().as_secs_f64())
 }
 
-/// Microseconds until a small message is back, `count` times.
+/// Microseconds until a small message comes back, `count` times.
 pub fn round_trips(mut stream: impl Read + Write, count: usize) -> Result<Vec<f64>> {
     stream.write_all(b"e")?;
     let mut trips = vec![];
@@ -55,7 +55,7 @@ pub fn round_trips(mut stream: impl Read + Write, count: usize) -> Result<Vec<f6
     Ok(trips)
 }
 
-/// Output of a shell line.
+/// The output of a shell line in the guest.
 pub fn shell(mut stream: impl Read + Write, line: &str) -> Result<String> {
     stream.write_all(b"x")?;
     stream.write_all(&(line.len() as u64).to_le_bytes())?;

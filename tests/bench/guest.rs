@@ -1,13 +1,13 @@
 //! The benchmark's program in a guest.
 //!
-//! As PID 1 of an initrd without modules it says that it runs, and waits. With
-//! modules it loads them, makes the first disk its root and serves on vsock; as
-//! a role it serves on its endpoint. Each connection begins with a letter:
+//! As PID 1 of an initrd without modules it prints a line and waits. With modules it
+//! loads them, makes the first disk its root and serves on vsock. As a role it serves
+//! on its endpoint. Each connection begins with a letter:
 //!
-//! - `s`, a length: swallows so many bytes and says when it has them
+//! - `s`, a length: reads that many bytes, then sends one byte
 //! - `z`: sends without end
-//! - `e`: sends back what comes
-//! - `x`, a length, a shell line of that length: runs it and sends its output
+//! - `e`: sends back what it receives
+//! - `x`, a length, a shell line of that length: runs the line and sends its output
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -25,7 +25,7 @@ use nix::sys::socket::{
 
 /// What PID 1 writes to the console; the benchmark waits for it.
 const MARK: &str = "bench: init runs\n";
-/// Where it serves.
+/// The vsock port.
 const PORT: u32 = 7000;
 
 fn main() -> io::Result<()> {
@@ -33,7 +33,7 @@ fn main() -> io::Result<()> {
         return serve_role();
     }
     if !Path::new("/modules").exists() {
-        say_and_wait()
+        print_and_wait()
     }
     if let Err(error) = serve_guest() {
         println!("bench: {error}");
@@ -43,8 +43,8 @@ fn main() -> io::Result<()> {
     }
 }
 
-fn say_and_wait() -> ! {
-    // Without a console there is nobody to tell.
+fn print_and_wait() -> ! {
+    // Without a console the line cannot be printed.
     let _ = io::stdout().write_all(MARK.as_bytes());
     loop {
         thread::park();
@@ -58,7 +58,7 @@ fn serve_role() -> io::Result<()> {
         let stream = stream?;
         stream.set_nodelay(true)?;
         let stream = OwnedFd::from(stream);
-        // A client that goes away ends its own connection.
+        // An error ends only this connection.
         thread::spawn(move || serve(stream.into()));
     }
     Ok(())
@@ -79,8 +79,8 @@ fn serve_guest() -> io::Result<()> {
         MsFlags::MS_NOATIME,
         none,
     )?;
-    // No sysfs: fio would take the size of a cache line from it and fail where a
-    // VMM describes no caches; without one it assumes 64 bytes.
+    // No sysfs: fio reads the size of a cache line from it and fails where the VMM
+    // describes no caches. Without sysfs fio assumes 64 bytes.
     for (kind, at) in [("proc", "/disk/proc"), ("devtmpfs", "/disk/dev")] {
         mount(none, at, Some(kind), MsFlags::empty(), none)?;
     }
@@ -99,14 +99,14 @@ fn serve_guest() -> io::Result<()> {
     listen(&listener, Backlog::new(16)?)?;
     io::stdout().write_all(MARK.as_bytes())?;
     loop {
-        let stream = take(accept(listener.as_raw_fd())?);
+        let stream = owned(accept(listener.as_raw_fd())?);
         thread::spawn(move || serve(stream.into()));
     }
 }
 
 #[allow(unsafe_code)]
-fn take(fd: i32) -> OwnedFd {
-    // SAFETY: `accept` just made the descriptor and nobody else has it.
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: `accept` has just returned the descriptor, and no other code owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -1,8 +1,8 @@
-//! Section `io`: vsock and disks of one bare guest in our VMM, on a diff and on a
-//! raw file, and in Firecracker on a raw file. The guests live side by side; each
-//! sample is taken from one after the other. They have the same kernel, initrd,
-//! size and disk contents; each test file is written before, so that reads and
-//! writes hit clusters that the diff has.
+//! Section `io`: vsock and disks of three guests: one of our VMM on a diff, one of our
+//! VMM on a raw file, and one of Firecracker on a raw file. The guests run at the same
+//! time, and each sample is taken from one after the other. They have the same kernel,
+//! initrd, RAM and disk contents. Each test file is written before, so that reads and
+//! writes use clusters that the diff has.
 
 use std::fs;
 use std::path::Path;
@@ -11,15 +11,15 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::measure::{Found, median, percentile};
-use crate::vmm::{self, Guest, Running, Vmm};
-use crate::{Findings, Setting, client};
-use e2e::bare::Disk;
+use crate::vmm::{self, Running, Vmm};
+use crate::{Findings, Setting, client, first_line};
+use e2e::bare::{BareGuest, Disk};
 
-/// Where `tests/bench/guest.rs` serves.
+/// The vsock port of `tests/bench/guest.rs`.
 const PORT: u32 = 7000;
 /// RAM of each guest.
 const MEMORY_MIB: u32 = 512;
-/// The test file and its size.
+/// fio on a test file of this size.
 const FIO: &str = "fio --name=bench --filename=/bench.fio --size=128M --direct=1";
 
 /// Line of the table, bytes per request, requests in flight.
@@ -36,13 +36,13 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     let base = setting.image().join("base.ext4");
     let initrd = dir.path().join("initrd");
     initrd_with_modules(setting, &initrd)?;
-    let start = |name: &str, make: &Vmm, diff: bool| -> Result<Running> {
-        let place = dir.path().join(name);
-        fs::create_dir_all(&place)?;
+    let start = |name: &str, vmm: &Vmm, diff: bool| -> Result<Running> {
+        let files = dir.path().join(name);
+        fs::create_dir_all(&files)?;
         let disk = if diff {
             Disk::Diff(base.clone())
         } else {
-            let copy = place.join("disk.raw");
+            let copy = files.join("disk.raw");
             let output = std::process::Command::new("cp")
                 .args(["--sparse=always", "--no-preserve=mode"])
                 .args([&base, &copy])
@@ -50,13 +50,11 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
             ensure!(output.status.success(), "{}", e2e::text(&output));
             Disk::Raw(copy)
         };
-        let guest = Guest {
-            kernel: setting.image().join("kernel"),
-            initrd: initrd.clone(),
-            memory_mib: MEMORY_MIB,
+        let guest = BareGuest {
             disks: vec![disk],
+            ..setting.guest(initrd.clone(), MEMORY_MIB)
         };
-        let (running, _) = vmm::boot(make, &guest, &place)?;
+        let (running, _) = vmm::boot(vmm, &guest, &files)?;
         let line = format!("{FIO} --rw=write --bs=1M --end_fsync=1 --output-format=json");
         rate(&client::shell(running.connect(PORT)?, &line)?, "write")
             .with_context(|| name.to_owned())?;
@@ -70,17 +68,13 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
             let started = start("firecracker", &Vmm::Firecracker(program), false);
             started.map_err(|error| {
                 setting.progress(&format!("io: {error:#}"));
-                format!("{error:#}")
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_owned()
+                first_line(&error)
             })
         }
     };
     let peer = peer.map(|running| guests.push(running));
     setting.progress("io: guests are up");
-    // Ours on a diff and the peer on its raw file: how is vsock no matter of disks.
+    // vsock does not depend on the disk, so our guest on the raw file is left out.
     let ends = || guests.iter().enumerate().filter(|(number, _)| *number != 1);
     for (id, ask) in [
         ("vsock-in", client::send as fn(_) -> Result<f64>),
@@ -114,7 +108,7 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     for (id, block, depth) in PATTERNS {
         let mut samples = vec![vec![]; guests.len()];
         for round in 0..setting.pick(5, 2) {
-            // Who goes first changes, so that a drift favours nobody.
+            // A different guest comes first in each round, so that drift affects all alike.
             for turn in 0..guests.len() {
                 let number = (turn + usize::try_from(round)?) % guests.len();
                 let line = format!(
@@ -137,7 +131,8 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// Adds line `id` of our first guest and its ratio to the peer's, the last.
+/// Adds line `id`, the samples of our first guest, and their ratio to those of the peer,
+/// the last guest.
 fn against(
     findings: &mut Findings,
     id: &str,
@@ -158,8 +153,8 @@ fn against(
     findings.add(id, Ok(found));
 }
 
-/// The image's initrd with the benchmark's `/init`: of two archives in a row the
-/// kernel keeps the files of the second.
+/// Writes the image's initrd with the benchmark's `/init`: the kernel unpacks two
+/// concatenated archives, and a file of the second replaces one of the first.
 fn initrd_with_modules(setting: &Setting, to: &Path) -> Result<()> {
     let mut bytes = fs::read(setting.image().join("initrd"))?;
     bytes.resize(bytes.len().next_multiple_of(4), 0);
@@ -167,9 +162,10 @@ fn initrd_with_modules(setting: &Setting, to: &Path) -> Result<()> {
     Ok(fs::write(to, bytes)?)
 }
 
-/// Requests per second of a random pattern, MiB per second of a sequential one.
+/// The figure of a fio report: requests per second of a random pattern, MiB per second
+/// of a sequential one.
 fn rate(fio: &str, id: &str) -> Result<f64> {
-    // Notes of fio may come before the report and after it.
+    // fio may print notes before and after the report.
     let start = fio
         .find('{')
         .with_context(|| format!("no report of fio: {fio}"))?;
@@ -177,15 +173,15 @@ fn rate(fio: &str, id: &str) -> Result<f64> {
     let report = reports.next().context("no report of fio")??;
     let job = &report["jobs"][0];
     ensure!(job["error"] == 0, "fio failed: {fio}");
-    let way = &job[if id.ends_with("read") {
+    let direction = &job[if id.ends_with("read") {
         "read"
     } else {
         "write"
     }];
     let value = if id.starts_with("rand") {
-        way["iops"].as_f64()
+        direction["iops"].as_f64()
     } else {
-        way["bw_bytes"]
+        direction["bw_bytes"]
             .as_f64()
             .map(|bytes| bytes / f64::from(1 << 20))
     };

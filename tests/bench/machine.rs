@@ -5,8 +5,8 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-/// The facts; `place` says whether this is the machine itself or a lab on it.
-pub fn facts(place: &str) -> Value {
+/// The facts; `location` tells this machine from a lab on it.
+pub fn facts(location: &str) -> Value {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, key: &str| {
         let line = text.lines().find(|line| line.starts_with(key));
@@ -21,7 +21,7 @@ pub fn facts(place: &str) -> Value {
         .and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
     let cpuinfo = read("/proc/cpuinfo");
     json!({
-        "place": place,
+        "place": location,
         "processor": field(&cpuinfo, "model name"),
         "processors": std::thread::available_parallelism().map_or(0, usize::from),
         "memory": field(&read("/proc/meminfo"), "MemTotal"),
@@ -31,7 +31,7 @@ pub fn facts(place: &str) -> Value {
     })
 }
 
-/// Kind of the file system that holds `path`.
+/// Type of the file system that holds `path`.
 fn file_system(path: &std::path::Path) -> Option<String> {
     let mounts = fs::read_to_string("/proc/mounts").ok()?;
     let held = mounts.lines().filter_map(|line| {
@@ -43,8 +43,8 @@ fn file_system(path: &std::path::Path) -> Option<String> {
         .map(|(_, kind)| kind.to_owned())
 }
 
-/// One line for the head of the table. An exit's cost is in it, because nested
-/// virtualization distorts every figure.
+/// The line above the table. It has the cost of a VM exit, which determines most
+/// figures.
 pub fn headline(facts: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     format!(

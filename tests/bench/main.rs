@@ -1,5 +1,5 @@
-//! Measures the product and prints each figure beside its budget; `scripts/bench`
-//! makes ready what it needs.
+//! Measures the product and prints each figure beside its budget. `scripts/bench`
+//! prepares what it needs.
 //!
 //! `bench --initrd FILE --guest-program FILE --json FILE [--image NAME] [--where TEXT] [--quick]
 //! [--only SECTION] [--enforce]`
@@ -21,18 +21,20 @@ use std::process::ExitCode;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+use e2e::bare::BareGuest;
+use host_agent::supervisor::guest::COMMAND_LINE;
 use serde_json::json;
 
 use crate::measure::{Found, Measure, Verdict};
 
-/// What the benchmark was asked.
+/// Options of the command line.
 #[derive(Debug)]
 pub struct Setting {
     initrd: PathBuf,
     guest_program: PathBuf,
     json: PathBuf,
     image_name: String,
-    place: String,
+    location: String,
     quick: bool,
     only: Option<String>,
     enforce: bool,
@@ -46,7 +48,7 @@ impl Setting {
             guest_program: PathBuf::new(),
             json: PathBuf::from("bench.json"),
             image_name: "bench".into(),
-            place: "this machine".into(),
+            location: "this machine".into(),
             quick: false,
             only: None,
             enforce: false,
@@ -63,7 +65,7 @@ impl Setting {
                 "--guest-program" => setting.guest_program = value()?.into(),
                 "--json" => setting.json = value()?.into(),
                 "--image" => setting.image_name = value()?,
-                "--where" => setting.place = value()?,
+                "--where" => setting.location = value()?,
                 "--only" => setting.only = Some(value()?),
                 "--quick" => setting.quick = true,
                 "--enforce" => setting.enforce = true,
@@ -74,7 +76,7 @@ impl Setting {
         if let Some(only) = &setting.only {
             ensure!(
                 names.contains(&only.as_str()),
-                "no section {only}: --only takes one of {}",
+                "unknown section {only}: --only takes one of {}",
                 names.join(", ")
             );
         }
@@ -85,7 +87,19 @@ impl Setting {
         e2e::images().join(&self.image_name)
     }
 
-    /// `usual`, or `quick` when asked to be quick.
+    /// The image's kernel with this initrd and one vCPU, without disks.
+    fn guest(&self, initrd: PathBuf, memory_mib: u32) -> BareGuest {
+        BareGuest {
+            kernel: self.image().join("kernel"),
+            initrd,
+            command_line: COMMAND_LINE.into(),
+            vcpus: 1,
+            memory_mib,
+            disks: vec![],
+        }
+    }
+
+    /// `usual`, or `quick` with `--quick`.
     fn pick(&self, usual: u64, quick: u64) -> u64 {
         if self.quick { quick } else { usual }
     }
@@ -95,7 +109,7 @@ impl Setting {
     }
 }
 
-/// What the sections found, by the line's name.
+/// What the sections found, by the id of the line.
 #[derive(Debug, Default)]
 pub struct Findings(BTreeMap<String, Result<Found, String>>);
 
@@ -112,6 +126,12 @@ impl Findings {
             None => Err(format!("{id} was not measured")),
         }
     }
+}
+
+/// The first line of an error, for a cell of the table.
+fn first_line(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 fn main() -> Result<ExitCode> {
@@ -138,23 +158,16 @@ fn main() -> Result<ExitCode> {
             whole = false;
             setting.progress(&format!("{}: {error:#}", section.name));
         }
-        let missing = done.err().map_or_else(
-            || "no figure".into(),
-            |error| {
-                format!("{error:#}")
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_owned()
-            },
-        );
+        let missing = done
+            .err()
+            .map_or_else(|| "no figure".into(), |error| first_line(&error));
         for definition in section.lines {
             let found = findings.0.get(definition.id).cloned();
             let found = found.unwrap_or_else(|| Err(missing.clone()));
             measures.push(Measure::new(*definition, found));
         }
     }
-    let machine = machine::facts(&setting.place);
+    let machine = machine::facts(&setting.location);
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let report = json!({
         "schema": "host-agent.bench/1",

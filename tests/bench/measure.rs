@@ -1,9 +1,9 @@
-//! What is measured, against which budget, and the verdict. Pure.
+//! Lines of the table: definition, samples, budget and verdict. Pure.
 
 use serde::Serialize;
 use serde_json::Value;
 
-/// What a value must keep to (design, "Budgets").
+/// The bound of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(tag = "bound", content = "value", rename_all = "kebab-case")]
 pub enum Budget {
@@ -13,41 +13,41 @@ pub enum Budget {
     AtLeast(f64),
 }
 
-/// What became of a budget.
+/// The result of comparing a value with its budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// Kept.
+    /// The value is within the budget.
     Met,
-    /// Broken.
+    /// The value is outside the budget.
     NotMet,
-    /// There is none; the value is for information.
+    /// The line has no budget.
     NoBudget,
-    /// There is no value.
+    /// The line has no value.
     NotMeasured,
 }
 
-/// One line of the table before it is measured.
+/// A line of the table before it is measured.
 #[derive(Debug, Clone, Copy)]
 pub struct Definition {
-    /// Stable name.
+    /// Stable name in `bench.json`.
     pub id: &'static str,
-    /// For people.
+    /// Name in the table.
     pub title: &'static str,
-    /// Unit of value and samples; `ratio` for one.
+    /// Unit of value and samples; `ratio` if it has none.
     pub unit: &'static str,
     /// Budget, if there is one.
     pub budget: Option<Budget>,
 }
 
-/// What a section of the benchmark found for one definition.
+/// What a section measured for one definition.
 #[derive(Debug, Clone, Default)]
 pub struct Found {
     /// Every sample, in the order in which they were taken.
     pub samples: Vec<f64>,
-    /// The value, where it is not the median of the samples.
+    /// The value, if it is not the median of the samples.
     pub value: Option<f64>,
-    /// How it was measured, what it is made of.
+    /// Parameters of the measurement, and parts of the value.
     pub details: Value,
 }
 
@@ -60,8 +60,8 @@ impl Found {
         }
     }
 
-    /// Ratio of the medians of samples that were taken in turns; its samples
-    /// are the ratios of the pairs.
+    /// The ratio of the medians of samples that were taken in turns. Its samples are the
+    /// ratios of the pairs.
     pub fn ratio(ours: &[f64], theirs: &[f64]) -> Self {
         Self {
             samples: ours.iter().zip(theirs).map(|(a, b)| a / b).collect(),
@@ -70,38 +70,38 @@ impl Found {
         }
     }
 
-    /// With something more to say.
+    /// With these details.
     pub fn with(mut self, details: Value) -> Self {
         self.details = details;
         self
     }
 }
 
-/// One line of the table.
+/// A line of the table.
 #[derive(Debug, Clone, Serialize)]
 pub struct Measure {
     /// Stable name.
     pub id: &'static str,
-    /// For people.
+    /// Name in the table.
     pub title: &'static str,
     /// Unit of value and samples.
     pub unit: &'static str,
-    /// Compared with the budget.
+    /// The value that is compared with the budget.
     pub value: Option<f64>,
-    /// Least sample.
+    /// Smallest sample.
     pub min: Option<f64>,
-    /// Middle sample.
+    /// Median of the samples.
     pub median: Option<f64>,
-    /// Greatest sample.
+    /// Largest sample.
     pub max: Option<f64>,
     /// Budget, if there is one.
     pub budget: Option<Budget>,
-    /// What became of it.
+    /// Result of the comparison.
     pub verdict: Verdict,
     /// Why there is no value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// How it was measured, what it is made of.
+    /// Parameters of the measurement, and parts of the value.
     #[serde(skip_serializing_if = "Value::is_null")]
     pub details: Value,
     /// Every sample.
@@ -109,7 +109,7 @@ pub struct Measure {
 }
 
 impl Measure {
-    /// The line for `definition` with what was found, or why nothing was.
+    /// The line for `definition` with what was measured, or why nothing was.
     pub fn new(definition: Definition, found: Result<Found, String>) -> Self {
         let (found, reason) = match found {
             Ok(found) => (found, None),
@@ -146,7 +146,7 @@ fn verdict(value: Option<f64>, budget: Option<Budget>) -> Verdict {
     }
 }
 
-/// The middle sample; of an even number the mean of the middle two.
+/// The median; for an even number of samples the mean of the middle two.
 pub fn median(samples: &[f64]) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -158,7 +158,7 @@ pub fn median(samples: &[f64]) -> Option<f64> {
     }
 }
 
-/// The sample that a share of `percent` of all does not exceed (nearest rank).
+/// The percentile by the nearest-rank method.
 pub fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn middle_and_percentile_do_not_depend_on_the_order_of_samples() {
+    fn median_and_percentile_ignore_the_order_of_samples() {
         let samples: Vec<f64> = (1..=100).rev().map(f64::from).collect();
         assert_eq!(median(&samples), Some(50.5));
         assert_eq!(percentile(&samples, 99.0), Some(99.0));

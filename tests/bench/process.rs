@@ -1,4 +1,4 @@
-//! What the kernel says of a process: memory by kind, time on a processor.
+//! Memory and CPU time of a process, from /proc.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,16 +8,16 @@ use serde::Serialize;
 
 const KIB_PER_MIB: f64 = 1024.0;
 
-/// Resident memory of a VMM process by what it is, in MiB.
+/// Resident memory of a VMM process by kind, in MiB.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Memory {
-    /// Guest RAM that the guest has touched; all else is beyond it.
+    /// Guest RAM that the guest has touched.
     pub guest: f64,
-    /// Everything but guest RAM.
+    /// Everything except guest RAM.
     pub beyond: f64,
-    /// Of that, what no other process has.
+    /// The part of `beyond` that no other process shares.
     pub private: f64,
-    /// Of that, by mapping: program, heap, stacks and other anonymous memory.
+    /// `beyond` by mapping: program, heap, stacks and other anonymous memory.
     pub parts: BTreeMap<String, f64>,
 }
 
@@ -28,11 +28,11 @@ pub fn memory(pid: u32, guest_mib: u32) -> Result<Memory> {
     memory_of(&text, u64::from(guest_mib) * 1024).with_context(|| path)
 }
 
-/// More than guest RAM that is mapped with it, so that it can be aligned.
+/// The mapping of guest RAM may be this much larger, for alignment.
 const ALIGNMENT_KIB: u64 = 2 * 2048;
 
-/// Guest RAM is the one anonymous memory that is kept out of core dumps (`dd`)
-/// and reserves nothing (`nr`); its size is checked against the guest's.
+/// Guest RAM is the anonymous mapping with MADV_DONTDUMP (`dd`) and MAP_NORESERVE
+/// (`nr`). The size of the mapping is checked against that of the guest.
 fn memory_of(smaps: &str, guest_kib: u64) -> Result<Memory> {
     let mut memory = Memory::default();
     let mut mapped = 0;
@@ -61,7 +61,7 @@ fn memory_of(smaps: &str, guest_kib: u64) -> Result<Memory> {
             let kib = words.next().and_then(|word| word.parse::<u64>().ok());
             mapping.1.insert(key.to_owned(), kib.unwrap_or(0));
         } else {
-            // A new mapping: range, rights, offset, device, inode, name.
+            // A new mapping: range, permissions, offset, device, inode, name.
             mapping = (words.skip(4).collect::<Vec<_>>().join(" "), BTreeMap::new());
         }
     }
@@ -87,7 +87,7 @@ pub fn resident_of(status: &str) -> Option<f64> {
     Some(kib / KIB_PER_MIB)
 }
 
-/// Seconds that every thread of a process was on a processor, guest code included.
+/// CPU time of each thread of a process in seconds, guest code included.
 pub fn cpu_seconds(pid: u32) -> Result<BTreeMap<String, f64>> {
     let mut threads = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -124,7 +124,7 @@ VmFlags: rd wr mr mw me ac
 ";
 
     #[test]
-    fn guest_ram_is_told_from_the_rest_and_its_size_is_checked() {
+    fn guest_ram_is_recognised_and_its_size_is_checked() {
         let memory = memory_of(SMAPS, 4096).unwrap();
         let parts = (memory.parts["host agent"], memory.parts["[anonymous]"]);
         let sums = (memory.guest, memory.beyond, memory.private);

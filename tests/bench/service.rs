@@ -1,10 +1,10 @@
-//! Section `service`: a worker role from accepted to Ready, the memory of every
-//! process of ours, and what an idle guest costs the host.
+//! Section `service`: time from an accepted deployment to Ready, memory of every
+//! process of the product, and CPU time of an idle guest.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use e2e::Place;
+use e2e::Sandbox;
 use e2e::run::Run;
 use e2e::service::Service;
 use serde_json::json;
@@ -17,18 +17,18 @@ const EXTRA_SMALL_MIB: u32 = 768;
 
 /// Measures.
 pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
-    let place = Place::new()?;
+    let sandbox = Sandbox::new()?;
     let service = Service {
         image: setting.image_name.clone(),
-        ..Service::script("#!/bin/sh\nexec sleep 1000000\n")
+        ..Service::idle()
     };
-    let service = service.write(&place.file("service"))?;
+    let service = service.write(&sandbox.file("service"))?;
     let mut ready = vec![];
     let mut stages = vec![];
-    // The first run checks every digest of the image and is not counted.
+    // Round 0 verifies every digest of the image and is not counted.
     let rounds = setting.pick(5, 2);
     for round in 0..=rounds {
-        let mut run = Run::start(&place, &service, &[])?;
+        let mut run = Run::start(&sandbox, &service, &[])?;
         let starting = run.event("guest-starting", |_| true)?;
         let mut at = |kind: &str, wanted: fn(&serde_json::Value) -> bool| -> Result<f64> {
             let event = run.event(kind, wanted)?;
@@ -49,14 +49,14 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
         if round == rounds {
             let vmm = starting["pid"].as_u64().context("pid of the VMM")?;
             let vmm = u32::try_from(vmm)?;
-            resting(setting, &run, vmm, findings)?;
+            measure_idle(setting, &run, vmm, findings)?;
         }
         run.stop()?;
     }
     for peer in ["firecracker", "qemu"] {
         let boots = findings.samples(&format!("boot-{peer}"));
         let found = boots.map(|boots| Found {
-            // The peer's boots were taken in their own section.
+            // The boots of the peer were measured in section `boot`.
             samples: vec![],
             value: crate::measure::median(&ready)
                 .zip(crate::measure::median(&boots))
@@ -72,15 +72,15 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// A Ready instance with nothing to do.
-fn resting(setting: &Setting, run: &Run<'_>, vmm: u32, findings: &mut Findings) -> Result<()> {
+/// Measures a Ready instance whose role does nothing.
+fn measure_idle(setting: &Setting, run: &Run<'_>, vmm: u32, findings: &mut Findings) -> Result<()> {
     let guest = run.shell("for p in /proc/[0-9]*; do cat $p/status 2>/dev/null; echo; done")?;
     for (id, name) in [
         ("app-agent-rss", "init"),
         ("guest-agent-rss", "guest-agent"),
         ("bootstrapper-rss", "bootstrapper"),
     ] {
-        // A process that ended meanwhile left an empty line.
+        // A process that ended meanwhile has printed an empty line.
         let first = |status: &str| status.trim_start().lines().next().map(str::to_owned);
         let of = |status: &&str| first(status) == Some(format!("Name:\t{name}"));
         let size = guest.split("\n\n").find(of).and_then(process::resident_of);

@@ -1,4 +1,4 @@
-//! Everything that is measured, in the order of the table.
+//! The lines of the table and its layout.
 
 use crate::measure::Budget::{AtLeast, AtMost};
 use crate::measure::{Definition, Measure, Verdict};
@@ -183,7 +183,7 @@ pub const SECTIONS: &[Section] = &[
     },
 ];
 
-/// The table for people.
+/// The table as text.
 pub fn render(measures: &[Measure]) -> String {
     let mut rows = vec![["measure", "value", "min .. max", "budget", ""].map(String::from)];
     for measure in measures {

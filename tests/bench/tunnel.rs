@@ -1,11 +1,11 @@
-//! Section `tunnel`: bytes through a published endpoint, by way of the host's
-//! listener, the VMM, the guest agent and the role's own socket.
+//! Section `tunnel`: bytes through a published endpoint: the host's listener, the VMM,
+//! the guest agent and the role's socket.
 
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context as _, Result};
-use e2e::Place;
+use e2e::Sandbox;
 use e2e::run::{Run, eventually};
 use e2e::service::Service;
 use serde_json::json;
@@ -15,17 +15,16 @@ use crate::{Findings, Setting, client};
 
 /// Measures.
 pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
-    let place = Place::new()?;
-    let mut service = Service::echo()?;
+    let sandbox = Sandbox::new()?;
+    let (mut service, port) = Service::echo()?;
     service.image.clone_from(&setting.image_name);
-    let port = service.port.context("the echo service has a port")?;
-    let service = service.write(&place.file("service"))?;
-    // A server that is no bottleneck, in place of the script.
+    let service = service.write(&sandbox.file("service"))?;
+    // The Perl script would be the bottleneck.
     let entry = service.join("Role/entry");
     std::fs::copy(&setting.guest_program, &entry)
         .with_context(|| format!("copy {}", setting.guest_program.display()))?;
     std::fs::set_permissions(&entry, std::fs::Permissions::from_mode(0o755))?;
-    let mut run = Run::start(&place, &service, &[])?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
     eventually("the role answers", || {
         let answer = connect(port).and_then(|stream| client::round_trips(stream, 1));

@@ -1,6 +1,6 @@
-//! Starts one bare guest in a VMM: ours, or a peer found on `PATH`.
+//! Starts a bare guest in our VMM, or in a peer found on `PATH`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,54 +9,36 @@ use std::process::{Child, Command as Program, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use e2e::bare::Disk;
-use host_agent::supervisor::guest::COMMAND_LINE;
+use e2e::bare::{BareGuest, CONSOLE, Disk, MESSAGES};
 use host_agent::vmm::control::{Command, DialOutcome, Event};
-use host_agent::vmm::spec::{FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::json;
 
-/// What the peers get beside the product's command line, so that they are spared
-/// a probe of hardware that only they have.
+/// Added to the command line of the peers, whose guests would otherwise probe a
+/// keyboard controller that ours do not have.
 const ONLY_PEERS: &str = "i8042.noaux i8042.nomux i8042.dumbkbd";
 
 /// What the init of `tests/bench/guest.rs` writes.
 const MARK: &str = "bench: init runs";
 
-/// Most time for a boot on a fast machine, times the scale of the suite.
+/// Limit for a boot, as `e2e::limit` takes it.
 const BOOT_SECONDS: u64 = 30;
 
-/// Serial output turns over far beyond what a boot writes.
-const SERIAL_BYTES: u64 = 1 << 20;
-
-/// What is booted.
-#[derive(Debug, Clone)]
-pub struct Guest {
-    /// ELF kernel.
-    pub kernel: PathBuf,
-    /// Its `/init` is `tests/bench/guest.rs`.
-    pub initrd: PathBuf,
-    /// RAM.
-    pub memory_mib: u32,
-    /// Disks in order.
-    pub disks: Vec<Disk>,
-}
-
-/// Who boots it.
+/// A VMM.
 #[derive(Debug, Clone)]
 pub enum Vmm {
     /// `host-agent vmm`.
     Ours(PathBuf),
     /// Firecracker, configured by a file, without its API.
     Firecracker(PathBuf),
-    /// QEMU with its machine for this purpose.
+    /// QEMU with machine type microvm.
     Qemu(PathBuf),
 }
 
 impl Vmm {
-    /// The program and its version, as it says itself.
+    /// The first line of the output of `--version`.
     pub fn version(&self) -> Option<String> {
         let (Self::Ours(program) | Self::Firecracker(program) | Self::Qemu(program)) = self;
         let output = Program::new(program).arg("--version").output().ok()?;
@@ -65,19 +47,19 @@ impl Vmm {
     }
 }
 
-/// A guest that runs. Dropped, it is killed.
+/// A running guest. On drop its VMM process is killed.
 #[derive(Debug)]
 pub struct Running {
     child: Child,
-    /// How connections into the guest are asked for.
     dialer: Dialer,
 }
 
+/// How connections into the guest are opened.
 #[derive(Debug)]
 enum Dialer {
-    /// Control socket of our VMM, which also ends with it.
+    /// The control socket of our VMM, which ends when the socket closes.
     Control(OwnedFd),
-    /// Firecracker's Unix socket for vsock.
+    /// The Unix socket of Firecracker's vsock.
     Socket(PathBuf),
     None,
 }
@@ -102,7 +84,7 @@ impl Running {
             Dialer::Socket(path) => {
                 let mut stream = UnixStream::connect(path)?;
                 stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-                // `OK <port>`, byte by byte: what follows belongs to the guest.
+                // `OK <port>`, byte by byte: the bytes after it come from the guest.
                 let mut answer = vec![];
                 while answer.last() != Some(&b'\n') {
                     let mut byte = [0];
@@ -112,7 +94,7 @@ impl Running {
                 ensure!(answer.starts_with(b"OK "), "Firecracker's vsock refused");
                 Ok(stream)
             }
-            Dialer::None => bail!("this VMM has no vsock here"),
+            Dialer::None => bail!("this guest has no vsock"),
         }
     }
 
@@ -129,12 +111,12 @@ impl Drop for Running {
     }
 }
 
-/// Boots `guest` with its files in `dir`; the guest, and the time from the
-/// start of the VMM process until the guest's init wrote its mark.
-pub fn boot(vmm: &Vmm, guest: &Guest, dir: &Path) -> Result<(Running, Duration)> {
+/// Boots `guest` with its files in `dir`; the guest, and the time from the start of
+/// the VMM process until the guest's init printed its line.
+pub fn boot(vmm: &Vmm, guest: &BareGuest, dir: &Path) -> Result<(Running, Duration)> {
     let limit = e2e::limit(BOOT_SECONDS);
     fs::create_dir_all(dir)?;
-    let console = dir.join("console");
+    let console = dir.join(CONSOLE);
     fs::write(&console, "")?;
     let notify = Inotify::init(InitFlags::IN_CLOEXEC)?;
     notify.add_watch(&console, AddWatchFlags::IN_MODIFY)?;
@@ -151,8 +133,9 @@ pub fn boot(vmm: &Vmm, guest: &Guest, dir: &Path) -> Result<(Running, Duration)>
         }
         if let Some(status) = running.child.try_wait()? {
             bail!(
-                "{vmm:?} ended with {status}; console:\n{}",
-                fs::read_to_string(&console)?
+                "{vmm:?} ended with {status}; console:\n{}\n{}",
+                fs::read_to_string(&console)?,
+                fs::read_to_string(dir.join(MESSAGES)).unwrap_or_default()
             );
         }
         let Some(rest) = limit.checked_sub(passed) else {
@@ -161,7 +144,7 @@ pub fn boot(vmm: &Vmm, guest: &Guest, dir: &Path) -> Result<(Running, Duration)>
                 fs::read_to_string(&console)?
             );
         };
-        // Also wakes each second, to see whether the process has ended.
+        // Wakes each second to find out whether the process has ended.
         let wait = rest.min(Duration::from_secs(1)).as_millis();
         let mut fds = [PollFd::new(notify.as_fd(), PollFlags::POLLIN)];
         if poll(&mut fds, u16::try_from(wait)?)? > 0 {
@@ -172,23 +155,24 @@ pub fn boot(vmm: &Vmm, guest: &Guest, dir: &Path) -> Result<(Running, Duration)>
 
 type Start = Box<dyn FnOnce() -> Result<Running>>;
 
-/// Everything that is ready before the clock starts.
-fn prepare(vmm: &Vmm, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
+/// Prepares everything that is not part of the measured time.
+fn prepare(vmm: &Vmm, guest: &BareGuest, dir: &Path, console: &Path) -> Result<Start> {
     match vmm {
-        Vmm::Ours(program) => prepare_ours(program, guest, dir, console),
+        Vmm::Ours(program) => prepare_ours(program, guest, dir),
         Vmm::Firecracker(program) => prepare_firecracker(program, guest, dir, console),
         Vmm::Qemu(program) => prepare_qemu(program, guest, console),
     }
 }
 
-fn prepare_qemu(program: &Path, guest: &Guest, console: &Path) -> Result<Start> {
-    ensure!(guest.disks.is_empty(), "QEMU boots without disks here");
+fn prepare_qemu(program: &Path, guest: &BareGuest, console: &Path) -> Result<Start> {
+    ensure!(guest.disks.is_empty(), "QEMU is not given disks");
     let machine = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on";
     let memory = guest.memory_mib.to_string();
+    let vcpus = guest.vcpus.to_string();
     let mut command = Program::new(program);
     command
         .args([
-            "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &memory,
+            "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", &vcpus, "-m", &memory,
         ])
         .args([
             "-nodefaults",
@@ -203,7 +187,7 @@ fn prepare_qemu(program: &Path, guest: &Guest, console: &Path) -> Result<Start> 
         .arg(&guest.initrd)
         .args([
             "-append",
-            &format!("{COMMAND_LINE} {ONLY_PEERS}"),
+            &format!("{} {ONLY_PEERS}", guest.command_line),
             "-serial",
         ])
         .arg(format!("file:{}", console.display()))
@@ -217,13 +201,18 @@ fn prepare_qemu(program: &Path, guest: &Guest, console: &Path) -> Result<Start> 
     }))
 }
 
-fn prepare_firecracker(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
+fn prepare_firecracker(
+    program: &Path,
+    guest: &BareGuest,
+    dir: &Path,
+    console: &Path,
+) -> Result<Start> {
     let mut drives = vec![];
     for (number, disk) in guest.disks.iter().enumerate() {
         let Disk::Raw(file) = disk else {
-            bail!("Firecracker has no diff disks");
+            bail!("Firecracker has no qcow2");
         };
-        // With flushes, as ours has them.
+        // "Writeback" gives the disk a flush, as our disks have.
         drives.push(
             json!({ "drive_id": format!("disk{number}"), "path_on_host": file,
             "is_root_device": false, "is_read_only": false, "cache_type": "Writeback" }),
@@ -231,9 +220,9 @@ fn prepare_firecracker(program: &Path, guest: &Guest, dir: &Path, console: &Path
     }
     let mut config = json!({
         "boot-source": { "kernel_image_path": guest.kernel, "initrd_path": guest.initrd,
-            "boot_args": format!("{COMMAND_LINE} {ONLY_PEERS}") },
+            "boot_args": format!("{} {ONLY_PEERS}", guest.command_line) },
         "drives": drives,
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
+        "machine-config": { "vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib },
     });
     let socket = dir.join("vsock");
     if !guest.disks.is_empty() {
@@ -255,55 +244,14 @@ fn prepare_firecracker(program: &Path, guest: &Guest, dir: &Path, console: &Path
     }))
 }
 
-fn prepare_ours(program: &Path, guest: &Guest, dir: &Path, console: &Path) -> Result<Start> {
-    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
-    let fresh = |name: &str| {
-        let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(dir.join(name))
-    };
-    let mut files: Vec<OwnedFd> = vec![];
-    let mut disks = vec![];
-    for (number, disk) in guest.disks.iter().enumerate() {
-        disks.push(disk.open(number, dir, &mut files)?);
-    }
-    let mut add = |file: File| -> Result<FileIndex> {
-        files.push(file.into());
-        Ok(FileIndex(u8::try_from(files.len() - 1)?))
-    };
-    let spec = GuestSpec {
-        name: "bench".into(),
-        vcpus: 1,
-        memory_mib: guest.memory_mib,
-        cmdline: COMMAND_LINE.into(),
-        kvm: add(open(Path::new("/dev/kvm"))?)?,
-        kernel: add(File::open(&guest.kernel)?)?,
-        initrd: add(File::open(&guest.initrd)?)?,
-        serial: SerialSpec {
-            current: add(open(console)?)?,
-            previous: add(fresh("console.1")?)?,
-            max_bytes: SERIAL_BYTES,
-        },
-        disks,
-        dial_limit_ms: 2000,
-        outlive_supervisor: false,
-    };
-    let mut command = Program::new(program);
-    command.arg("vmm");
+fn prepare_ours(program: &Path, guest: &BareGuest, dir: &Path) -> Result<Start> {
+    let prepared = guest.prepare(dir)?;
+    let program = program.to_owned();
     Ok(Box::new(move || {
-        let (ours, theirs) = wire::pair()?;
-        let child = command.stdin(Stdio::from(theirs)).spawn()?;
-        // The child has its end; a copy here would hide its death.
-        drop(command);
-        let passed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        wire::send(ours.as_fd(), &Command::Start(Box::new(spec)), &passed)?;
+        let (child, control) = prepared.spawn(&program)?;
         Ok(Running {
             child,
-            dialer: Dialer::Control(ours),
+            dialer: Dialer::Control(control),
         })
     }))
 }

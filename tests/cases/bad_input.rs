@@ -1,31 +1,31 @@
-//! Each kind of bad input gives one clear error and leaves nothing behind.
+//! Each kind of bad input is refused with one error and leaves nothing behind.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 
-const ROLE: &str = "#!/bin/sh\nexec sleep 100000\n";
+const DEFINITION: &str = "ServiceDefinition.csdef";
 
-/// Runs `test` on a changed service and expects this code and these words.
+/// Runs `test` on a changed service and expects this exit code and these words.
 fn refused(
     change: impl Fn(&std::path::Path) -> Result<()>,
     code: i32,
     words: &[&str],
 ) -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(ROLE).write(&place.file("service"))?;
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     change(&service)?;
-    let output = place.output(&["test", &service.to_string_lossy()])?;
+    let output = sandbox.output(&["test", &service.to_string_lossy()])?;
     let text = text(&output);
     ensure!(output.status.code() == Some(code), "want {code}: {text}");
     for word in words.iter().chain([&"\n  hint "]) {
         ensure!(text.contains(word), "`{word}` is not in: {text}");
     }
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 fn edit(service: &std::path::Path, file: &str, from: &str, to: &str) -> Result<()> {
@@ -36,46 +36,37 @@ fn edit(service: &std::path::Path, file: &str, from: &str, to: &str) -> Result<(
 }
 
 #[test]
-fn a_malformed_or_foreign_document_names_file_and_line() -> Result<()> {
-    let definition = "ServiceDefinition.csdef";
-    refused(
-        |dir| edit(dir, definition, "</WorkerRole>", ""),
-        3,
-        &["ServiceDefinition.csdef:15:", "error["],
-    )?;
-    refused(
-        |dir| {
-            edit(
-                dir,
-                definition,
-                "2008/10/ServiceDefinition",
-                "2011/ServiceDefinition",
-            )
-        },
-        3,
-        &["ServiceDefinition.csdef:2:", "namespace"],
-    )?;
-    refused(
-        |dir| edit(dir, definition, "<Runtime", "<Wibble/><Runtime"),
-        3,
-        &["ServiceDefinition.csdef:4:", "Wibble"],
-    )?;
-    refused(
-        |dir| {
-            edit(
-                dir,
-                definition,
-                r#"<Setting name="Greeting" />"#,
-                r#"<Setting name="Greeting" /><Setting name="Greeting" />"#,
-            )
-        },
-        3,
-        &["ServiceDefinition.csdef:11:", "Greeting"],
-    )
+fn a_document_error_names_file_and_line() -> Result<()> {
+    let setting = r#"<Setting name="Greeting" />"#;
+    for (from, to, words) in [
+        (
+            "</WorkerRole>",
+            "",
+            ["ServiceDefinition.csdef:15:", "error["],
+        ),
+        (
+            "2008/10/ServiceDefinition",
+            "2011/ServiceDefinition",
+            ["ServiceDefinition.csdef:2:", "namespace"],
+        ),
+        (
+            "<Runtime",
+            "<Wibble/><Runtime",
+            ["ServiceDefinition.csdef:4:", "Wibble"],
+        ),
+        (
+            setting,
+            &setting.repeat(2),
+            ["ServiceDefinition.csdef:11:", "Greeting"],
+        ),
+    ] {
+        refused(|dir| edit(dir, DEFINITION, from, to), 3, &words)?;
+    }
+    Ok(())
 }
 
 #[test]
-fn an_entry_point_that_is_missing_or_not_executable_names_the_path() -> Result<()> {
+fn a_missing_or_not_executable_entry_point_is_refused() -> Result<()> {
     refused(
         |dir| Ok(fs::remove_file(dir.join("Role/entry"))?),
         3,
@@ -92,7 +83,7 @@ fn an_entry_point_that_is_missing_or_not_executable_names_the_path() -> Result<(
 }
 
 #[test]
-fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()> {
+fn a_missing_or_changed_image_is_refused_by_name() -> Result<()> {
     refused(
         |dir| {
             edit(
@@ -105,9 +96,9 @@ fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()
         4,
         &["ServiceConfiguration.cscfg:2:", "nosuch", "images/build"],
     )?;
-    let place = Place::new()?;
-    fs::remove_file(place.data().join("images"))?;
-    let copy = place.data().join("images/minimal");
+    let sandbox = Sandbox::new()?;
+    fs::remove_file(sandbox.data().join("images"))?;
+    let copy = sandbox.data().join("images/minimal");
     fs::create_dir_all(&copy)?;
     for name in [
         "manifest.json",
@@ -120,8 +111,8 @@ fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()
     }
     fs::remove_file(copy.join("initrd"))?;
     fs::write(copy.join("initrd"), b"not the initrd")?;
-    let service = Service::script(ROLE).write(&place.file("service"))?;
-    let output = place.output(&["test", &service.to_string_lossy()])?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let output = sandbox.output(&["test", &service.to_string_lossy()])?;
     let text = text(&output);
     ensure!(output.status.code() == Some(3), "{text}");
     ensure!(
@@ -133,13 +124,12 @@ fn an_image_that_does_not_exist_or_was_changed_is_refused_by_name() -> Result<()
 }
 
 #[test]
-fn a_port_in_use_is_a_conflict_that_names_endpoint_and_address() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::echo()?;
-    let port = service.port.context("the echo service has a port")?;
+fn a_port_in_use_is_reported_with_endpoint_and_address() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let (service, port) = Service::echo()?;
     let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-    let service = service.write(&place.file("service"))?;
-    let output = place.output(&["test", &service.to_string_lossy()])?;
+    let service = service.write(&sandbox.file("service"))?;
+    let output = sandbox.output(&["test", &service.to_string_lossy()])?;
     let text = text(&output);
     ensure!(output.status.code() == Some(5), "{text}");
     ensure!(
@@ -147,5 +137,5 @@ fn a_port_in_use_is_a_conflict_that_names_endpoint_and_address() -> Result<()> {
         "{text}"
     );
     ensure!(text.contains("ServiceDefinition.csdef:13:"), "{text}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

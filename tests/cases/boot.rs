@@ -1,17 +1,18 @@
-//! From a service directory to Ready, and a clean end.
+//! A service from its directory to Ready, and its end.
 
 use anyhow::{Result, ensure};
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 
 #[test]
-fn the_test_verb_reports_ready_probe_and_clean_stop_and_leaves_nothing() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::echo()?.write(&place.file("service"))?;
-    let json = place.file("report.json");
-    let junit = place.file("report.xml");
-    let output = place.output(&[
+fn test_reports_ready_probe_and_clean_stop() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let (service, _) = Service::echo()?;
+    let service = service.write(&sandbox.file("service"))?;
+    let json = sandbox.file("report.json");
+    let junit = sandbox.file("report.xml");
+    let output = sandbox.output(&[
         "test",
         &service.to_string_lossy(),
         "--probe",
@@ -29,15 +30,15 @@ fn the_test_verb_reports_ready_probe_and_clean_stop_and_leaves_nothing() -> Resu
         junit.contains("<testsuite") && !junit.contains("<failure"),
         "{junit}"
     );
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn exec_gives_the_guests_true_exit_code_and_logs_show_the_role() -> Result<()> {
-    let place = Place::new()?;
+fn exec_returns_the_exit_code_and_logs_show_the_role() -> Result<()> {
+    let sandbox = Sandbox::new()?;
     let service = Service::script("#!/bin/sh\necho role says $0; id -u; env; exec sleep 100000\n")
-        .write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+        .write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
     for (line, code) in [
         ("exit 0", 0),
@@ -55,11 +56,11 @@ fn exec_gives_the_guests_true_exit_code_and_logs_show_the_role() -> Result<()> {
     ensure!(run.exec(&["/no/such/program"])?.status.code() == Some(127));
     ensure!(run.exec(&["/etc/passwd"])?.status.code() == Some(126));
     ensure!(run.shell("echo out")? == "out\n");
-    let missing = place.output(&["exec", "Nobody_IN_0", "--", "true"])?;
+    let missing = sandbox.output(&["exec", "Nobody_IN_0", "--", "true"])?;
     ensure!(missing.status.code() == Some(125), "{}", text(&missing));
     ensure!(text(&missing).contains("HA-0501"), "{}", text(&missing));
 
-    let logs = place.output(&["logs", INSTANCE, "--source", "role"])?;
+    let logs = sandbox.output(&["logs", INSTANCE, "--source", "role"])?;
     let log = String::from_utf8_lossy(&logs.stdout).into_owned();
     for wanted in [
         "role says",
@@ -75,19 +76,16 @@ fn exec_gives_the_guests_true_exit_code_and_logs_show_the_role() -> Result<()> {
     }
     ensure!(!log.contains("out: 0\n"), "the role runs as root:\n{log}");
     run.stop()?;
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn a_killed_command_leaves_no_guest_no_disk_and_no_socket_behind() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn a_killed_command_leaves_no_guest_disk_or_socket() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
     run.signal(nix::sys::signal::Signal::SIGKILL)?;
     drop(run);
-    e2e::run::eventually("nothing is left", || {
-        Ok(place.assert_nothing_left().is_ok())
-    })
+    sandbox.wait_until_nothing_is_left()
 }

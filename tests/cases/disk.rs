@@ -1,4 +1,4 @@
-//! What a guest wrote and flushed survives; what it shares never changes.
+//! Data that a guest flushed survives; the base image never changes.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -6,8 +6,8 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use e2e::Place;
-use e2e::disks::{After, check, compare, judge, tool};
+use e2e::Sandbox;
+use e2e::disks::{WriterEnd, check, compare, tool, verify};
 use e2e::run::{Run, eventually};
 use e2e::service::Service;
 use nix::sys::signal::{Signal, kill};
@@ -33,16 +33,16 @@ fn digest(path: &Path) -> Result<String> {
         .collect())
 }
 
-/// The file /flushed in the file system `raw` has this digest.
-fn flushed_is(sum: &str, raw: &Path, place: &Place) -> Result<()> {
-    let copy = place.file("flushed");
+/// Fails unless the file /flushed in the file system `raw` has this digest.
+fn flushed_is(sum: &str, raw: &Path, sandbox: &Sandbox) -> Result<()> {
+    let copy = sandbox.file("flushed");
     let dump = format!("dump /flushed {}", copy.display());
     tool("debugfs", &["-R".as_ref(), dump.as_ref(), raw.as_ref()])?;
     ensure!(sum.starts_with(&digest(&copy)?), "/flushed on the host");
     Ok(())
 }
 
-/// Whether the process has ended with all its threads, whoever waits for it.
+/// Whether the process has ended with all its threads; it may be a zombie.
 fn ended(pid: i64) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
@@ -51,14 +51,13 @@ fn ended(pid: i64) -> bool {
 }
 
 #[test]
-fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_changes() -> Result<()> {
-    let place = Place::new()?;
-    place.vmm_is_killed();
+fn flushed_data_survives_a_vmm_killed_during_writes() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    sandbox.vmm_is_killed();
     let base = e2e::images().join("minimal/base.ext4");
     let before = digest(&base)?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &["--keep"])?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &["--keep"])?;
     let started = run.event("guest-starting", |_| true)?;
     run.ready()?;
     run.shell("dd if=/dev/urandom of=/flushed bs=64k count=64 conv=fsync 2>/dev/null")?;
@@ -66,31 +65,31 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
     run.shell("(while :; do dd if=/dev/urandom of=/unflushed bs=64k count=200; sync; done) >/dev/null 2>&1 </dev/null & echo")?;
     run.shell("until [ -s /unflushed ]; do :; done")?;
     let pid = started["pid"].as_i64().context("pid of the VMM")?;
-    // What the kill left is judged before the next start of the guest, which the
-    // command would be quick with, writes to it again.
+    // The stopped command cannot start the guest again, which would write to the disk
+    // before it is verified.
     run.signal(Signal::SIGSTOP)?;
     kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
     eventually("the VMM ends", || Ok(ended(pid)))?;
     let diff = run.instance_dir()?.join("diff.qcow2");
-    let reference = place.file("reference.raw");
-    judge(&diff, &reference, After::Kill)?;
-    // The journal is replayed, and nothing else needs mending. 1: something was done.
+    let reference = sandbox.file("reference.raw");
+    verify(&diff, &reference, WriterEnd::Killed)?;
+    // The journal is replayed and the file system needs no other repair. Exit code 1:
+    // errors were corrected.
     let replay = "e2fsck -fp \"$0\" || [ $? -eq 1 ]";
     tool("sh", &["-c".as_ref(), replay.as_ref(), reference.as_ref()])?;
-    flushed_is(&sum, &reference, &place)?;
+    flushed_is(&sum, &reference, &sandbox)?;
     fs::remove_file(&reference)?;
     run.signal(Signal::SIGCONT)?;
     let started = run.event("guest-starting", |event| event["generation"] == 2)?;
     run.ready()?;
     ensure!(run.shell("sha256sum </flushed")? == sum);
 
-    // Every block that is free, until none is; then the disk as the guest
-    // reads it, byte by byte, while nothing can change.
+    // Fill the disk; then hash it as the guest reads it, with the file system frozen.
     let free = run.shell(
         "rm -f /unflushed; dd if=/dev/urandom of=/fill bs=1M 2>/dev/null; sync; \
          stat -f -c %f /",
     )?;
-    // ext4 keeps up to 4,096 for itself (kernel, fs/ext4/super.c, ext4_set_resv_clusters).
+    // ext4 reserves up to 4,096 clusters (kernel, fs/ext4/super.c, ext4_set_resv_clusters).
     let free: u64 = free.trim().parse()?;
     ensure!(free <= 4096, "{free} blocks are free");
     let seen = run
@@ -103,8 +102,8 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
         Ok(!Path::new(&format!("/proc/{pid}")).exists())
     })?;
 
-    // Read by other programs, the chain of diff and base holds just that.
-    check(&diff, After::Kill)?;
+    // QEMU reads the same bytes from the chain of diff and base.
+    check(&diff, WriterEnd::Killed)?;
     let mut arguments: Vec<&OsStr> = ["convert", "-f", "qcow2", "-O", "raw"]
         .map(OsStr::new)
         .into();
@@ -113,7 +112,7 @@ fn flushed_data_survives_a_kill_of_the_vmm_in_mid_write_and_the_base_never_chang
     ensure!(digest(&reference)? == seen, "the guest reads another disk");
     compare(&diff, &reference)?;
     tool("e2fsck", &["-fn".as_ref(), reference.as_ref()])?;
-    flushed_is(&sum, &reference, &place)?;
+    flushed_is(&sum, &reference, &sandbox)?;
     ensure!(digest(&base)? == before, "the base image changed");
     Ok(())
 }

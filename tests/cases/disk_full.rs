@@ -1,4 +1,4 @@
-//! A host that runs out of disk space: said once, clearly, and survived.
+//! A host that runs out of disk space: guests pause, and no data is lost.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -8,29 +8,29 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::disks::{After, judge};
-use e2e::mounts::Mounts;
+use e2e::disks::{WriterEnd, verify};
+use e2e::mount_namespace::MountNamespace;
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
-use e2e::{Place, limit, text};
+use e2e::{Sandbox, limit, text};
 use nix::sys::statvfs::statvfs;
 
 /// A data directory on a file system of this size, with the images linked in.
-fn small_data(place: &Place, size: &str) -> Result<Mounts> {
-    let data = place.data();
+fn small_data(sandbox: &Sandbox, size: &str) -> Result<MountNamespace> {
+    let data = sandbox.data();
     let images = e2e::images().canonicalize()?;
-    Mounts::new(&format!(
+    MountNamespace::new(&format!(
         "mount -t tmpfs -o size={size} small '{data}'\nln -s '{images}' '{data}/images'",
         data = data.display(),
         images = images.display(),
     ))
 }
 
-/// What the command left in the data directory beside the images.
-fn left(disk: &Mounts, place: &Place) -> Vec<std::ffi::OsString> {
+/// What the command left in the data directory, except the images.
+fn left(disk: &MountNamespace, sandbox: &Sandbox) -> Vec<std::ffi::OsString> {
     let mut left = Vec::new();
     for dir in ["deployments", "failed"] {
-        if let Ok(entries) = fs::read_dir(disk.seen(&place.data()).join(dir)) {
+        if let Ok(entries) = fs::read_dir(disk.outside(&sandbox.data()).join(dir)) {
             left.extend(entries.flatten().map(|entry| entry.file_name()));
         }
     }
@@ -38,11 +38,10 @@ fn left(disk: &Mounts, place: &Place) -> Vec<std::ffi::OsString> {
 }
 
 #[test]
-fn a_disk_too_small_for_a_guest_or_its_files_is_refused_before_anything_runs() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    // Random, for squashfs and tmpfs alike keep it as large as it is.
+fn a_data_disk_that_is_too_small_is_refused_before_start() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    // Random data, which squashfs does not compress.
     let noise = fs::File::create(service.join("Role/noise"))?;
     io::copy(
         &mut fs::File::open("/dev/urandom")?.take(90 << 20),
@@ -52,30 +51,30 @@ fn a_disk_too_small_for_a_guest_or_its_files_is_refused_before_anything_runs() -
         ("32m", "not enough free disk space"),
         ("80m", "app.squashfs"),
     ] {
-        let disk = small_data(&place, size)?;
+        let disk = small_data(&sandbox, size)?;
         for on_no_kvm in ["fail", "skip"] {
             let output = disk
-                .command(&place, true)
+                .command(&sandbox, true)
                 .arg("test")
                 .arg(&service)
                 .args(["--on-no-kvm", on_no_kvm])
                 .output()?;
-            let said = text(&output);
-            ensure!(output.status.code() == Some(6), "{size}: {said}");
+            let printed = text(&output);
+            ensure!(output.status.code() == Some(6), "{size}: {printed}");
             for wanted in ["error[HA-0204]", wanted, "HOST_AGENT_DATA_DIR"] {
-                ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+                ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
             }
-            let left = left(&disk, &place);
+            let left = left(&disk, &sandbox);
             ensure!(left.is_empty(), "{size}: {left:?} was left");
         }
     }
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
-/// Fills the file system with the data but for `left` bytes; removing the file
-/// makes room.
-fn fill(disk: &Mounts, place: &Place, left: u64) -> Result<PathBuf> {
-    let data = disk.seen(&place.data());
+/// Fills the file system of the data directory except for `left` bytes; the file to
+/// remove to free the space again.
+fn fill(disk: &MountNamespace, sandbox: &Sandbox, left: u64) -> Result<PathBuf> {
+    let data = disk.outside(&sandbox.data());
     let ballast = data.join("ballast");
     let stat = statvfs(&data)?;
     let free = stat.blocks_available() * stat.fragment_size();
@@ -93,9 +92,9 @@ const WRITE: &str = "for to in / /mnt/resource/; do
 done
 wait";
 
-/// A shell line in the guest, which takes as long as the guest stands still.
-fn spawn_exec(place: &Place, line: &str) -> Result<Child> {
-    Ok(place
+/// Starts a shell line in the guest, which ends only after the guest resumes.
+fn spawn_exec(sandbox: &Sandbox, line: &str) -> Result<Child> {
+    Ok(sandbox
         .command()
         .args(["exec", INSTANCE, "--", "sh", "-c", line])
         .stdin(Stdio::null())
@@ -104,9 +103,14 @@ fn spawn_exec(place: &Place, line: &str) -> Result<Child> {
         .spawn()?)
 }
 
-fn full(service: &Path, place: &Place, arguments: &[&str]) -> Result<(Mounts, Command)> {
-    let disk = small_data(place, "128m")?;
-    let mut command = disk.command(place, true);
+/// A `run` of `service` with a data directory of 128 MiB.
+fn run_with_small_data(
+    service: &Path,
+    sandbox: &Sandbox,
+    arguments: &[&str],
+) -> Result<(MountNamespace, Command)> {
+    let disk = small_data(sandbox, "128m")?;
+    let mut command = disk.command(sandbox, true);
     command
         .args(["run", "--format", "jsonl"])
         .args(arguments)
@@ -115,18 +119,17 @@ fn full(service: &Path, place: &Place, arguments: &[&str]) -> Result<(Mounts, Co
 }
 
 #[test]
-fn a_guest_whose_disk_is_full_stands_still_without_silence_and_goes_on_by_itself() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
+fn a_guest_pauses_while_its_disk_is_full_and_then_resumes() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     let arguments = ["--keep", "--heartbeat-limit", "20"];
-    let (disk, command) = full(&service, &place, &arguments)?;
-    let mut run = Run::of(&place, command)?;
+    let (disk, command) = run_with_small_data(&service, &sandbox, &arguments)?;
+    let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
-    let ballast = fill(&disk, &place, 6 << 20)?;
+    let ballast = fill(&disk, &sandbox, 6 << 20)?;
     let noise = "dd if=/dev/urandom of=/run/noise bs=64k count=256 && sha256sum </run/noise";
     let sum = run.shell(noise)?;
-    let writing = spawn_exec(&place, WRITE)?;
+    let writing = spawn_exec(&sandbox, WRITE)?;
     let paused = run.event("no-space", |_| true)?;
     let file = paused["file"].as_str().unwrap_or_default().to_owned();
     let named = match paused["disk"].as_str() {
@@ -135,29 +138,29 @@ fn a_guest_whose_disk_is_full_stands_still_without_silence_and_goes_on_by_itself
     };
     ensure!(
         file.ends_with(named)
-            && paused["mount"] == place.data().to_string_lossy().as_ref()
+            && paused["mount"] == sandbox.data().to_string_lossy().as_ref()
             && paused["needed_bytes"].as_u64() > Some(0)
             && paused["free_bytes"].as_u64() < Some(6 << 20)
             && paused["quota"] == false,
         "{paused}"
     );
     run.event("out-of-rotation", |_| true)?;
-    // It says why it cannot be looked into, and ends by itself only.
+    // `exec` fails and names the reason.
     let output = run.exec(&["true"])?;
-    let said = text(&output);
+    let printed = text(&output);
     ensure!(
-        !output.status.success() && said.contains("no space"),
-        "{said}"
+        !output.status.success() && printed.contains("no space"),
+        "{printed}"
     );
-    let shown = place.output(&["ps"])?;
+    let shown = sandbox.output(&["ps"])?;
     ensure!(text(&shown).contains("NoSpace"), "{}", text(&shown));
-    // Longer than the guest may be silent.
+    // Longer than the heartbeat limit.
     sleep(Duration::from_secs(25));
     fs::remove_file(ballast)?;
     let back = run.event("space-back", |_| true)?;
     ensure!(back["paused_ms"].as_u64() > Some(25_000), "{back}");
 
-    // Nobody in the guest saw an error, and what it wrote is on its disks.
+    // No process in the guest saw an error, and the data is on both disks.
     let written = text(&writing.wait_with_output()?);
     for to in ["/", "/mnt/resource/"] {
         ensure!(written.contains(&format!("written to {to}\n")), "{written}");
@@ -167,40 +170,38 @@ fn a_guest_whose_disk_is_full_stands_still_without_silence_and_goes_on_by_itself
                 dmesg | grep -ciE 'I/O error|remount|lockup|blocked for' || :";
     let found = run.shell(read)?;
     ensure!(found == format!("{sum}{sum}0\n"), "{sum}{found}");
-    let kept = fs::read_dir(disk.seen(&place.data()).join("deployments"))?;
+    let kept = fs::read_dir(disk.outside(&sandbox.data()).join("deployments"))?;
     let kept = kept.flatten().next().context("the deployment")?.path();
     run.interrupt()?;
     let (status, seen) = run.wait()?;
-    let seen = seen.join("\n");
     ensure!(status.code() == Some(0), "{status}: {seen}");
     for never in ["verdict", "restarting", "disk-failed"] {
         ensure!(!seen.contains(&format!("\"event\":\"{never}\"")), "{seen}");
     }
     let diff = kept.join("Role_IN_0/diff.qcow2");
-    judge(&diff, &place.file("reference"), After::CleanEnd)
+    verify(&diff, &sandbox.file("reference"), WriterEnd::Clean)
 }
 
 #[test]
-fn a_stop_does_not_wait_for_space() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let (disk, command) = full(&service, &place, &[])?;
-    let mut run = Run::of(&place, command)?;
+fn a_stop_does_not_wait_for_disk_space() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let (disk, command) = run_with_small_data(&service, &sandbox, &[])?;
+    let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
-    // A second name keeps the disk when the command removes its own.
-    let data = disk.seen(&place.data());
+    // A hard link keeps the disk when the command removes the deployment.
+    let data = disk.outside(&sandbox.data());
     let deployment = fs::read_dir(data.join("deployments"))?;
     let deployment = deployment.flatten().next().context("the deployment")?;
     let diff = data.join("diff.qcow2");
     fs::hard_link(deployment.path().join(INSTANCE).join("diff.qcow2"), &diff)?;
-    fill(&disk, &place, 1 << 20)?;
+    fill(&disk, &sandbox, 1 << 20)?;
     let write = "exec dd if=/dev/zero of=/mnt/resource/fill bs=1M count=20 conv=fsync";
-    let writing = spawn_exec(&place, write)?;
+    let writing = spawn_exec(&sandbox, write)?;
     run.event("no-space", |event| event["disk"] == "resource")?;
     let asked = Instant::now();
     run.interrupt()?;
-    // Its writes fail from here on, so that the guest can end as always.
+    // From now on ENOSPC fails the guest's writes, so that the guest can shut down.
     let failed = run.event("disk-failed", |_| true)?;
     ensure!(
         failed["disk"] == "resource" && failed["full"] == true,
@@ -208,14 +209,13 @@ fn a_stop_does_not_wait_for_space() -> Result<()> {
     );
     let (status, seen) = run.wait()?;
     writing.wait_with_output()?;
-    let seen = seen.join("\n");
     ensure!(status.code() == Some(0), "{status}: {seen}");
     ensure!(seen.contains(r#""clean":true"#), "{seen}");
     ensure!(asked.elapsed() < limit(30), "{:?}: {seen}", asked.elapsed());
     ensure!(seen.matches("disk-failed").count() <= 2, "{seen}");
-    fs::remove_file(disk.seen(&place.data()).join("ballast"))?;
-    let left = left(&disk, &place);
+    fs::remove_file(disk.outside(&sandbox.data()).join("ballast"))?;
+    let left = left(&disk, &sandbox);
     ensure!(left.is_empty(), "{left:?} was left");
-    judge(&diff, &place.file("reference"), After::CleanEnd)?;
-    place.assert_nothing_left()
+    verify(&diff, &sandbox.file("reference"), WriterEnd::Clean)?;
+    sandbox.assert_nothing_left()
 }

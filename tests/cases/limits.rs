@@ -1,49 +1,48 @@
-//! A guest's process has limits that the kernel enforces, and nothing of them
-//! is left afterwards.
+//! The kernel enforces limits on a VMM process, and its cgroup is removed at the end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use e2e::Place;
+use e2e::Sandbox;
 use e2e::run::{Run, eventually};
 use e2e::service::Service;
 use nix::sys::signal::Signal;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
-/// Said where the tests here cannot do their work.
+/// Error of these tests on a host without cgroup limits.
 const NEEDED: &str = "run these tests where cgroups (version 2) with limits can be made, as root \
     or under systemd-run --scope -p Delegate=yes";
 /// Memory of an `ExtraSmall` guest in MiB.
 const GUEST_MIB: u64 = 768;
 
-fn idle(place: &Place) -> Result<PathBuf> {
-    Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))
+fn idle(sandbox: &Sandbox) -> Result<PathBuf> {
+    Service::idle().write(&sandbox.file("service"))
 }
 
-fn vmm(place: &Place) -> Result<u64> {
-    let output = place.output(&["ps", "--json"])?;
+fn vmm_pid(sandbox: &Sandbox) -> Result<u64> {
+    let output = sandbox.output(&["ps", "--json"])?;
     let list: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     list["deployments"][0]["instances"][0]["vmm_pid"]
         .as_u64()
         .context("no VMM process")
 }
 
-/// The cgroup that a process was given. Without one there is nothing to test.
+/// The cgroup of a VMM process. Fails if it has none.
 fn limited(run: &Run<'_>, pid: u64) -> Result<PathBuf> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
     let own = own.filter(|path| path.contains("host-agent-"));
     let why = run.seen().iter().find(|line| line.contains("not enforced"));
-    let why = why.map_or("and nothing is said of it", String::as_str);
+    let why = why.map_or("the timeline gives no reason", String::as_str);
     let path = own.with_context(|| format!("{NEEDED}: {why}"))?;
     Ok(Path::new("/sys/fs/cgroup").join(path))
 }
 
-/// Bytes of the disks that a guest writes, if they are on a tmpfs: there they
-/// are a part of its memory.
-fn disks_in_memory(place: &Place) -> Result<u64> {
-    let data = place.data();
+/// Bytes of the disks that a guest writes, if they are on a tmpfs, where the kernel
+/// counts them as memory of the cgroup.
+fn disks_in_memory(sandbox: &Sandbox) -> Result<u64> {
+    let data = sandbox.data();
     if statfs(&data)?.filesystem_type() != TMPFS_MAGIC {
         return Ok(0);
     }
@@ -58,12 +57,12 @@ fn disks_in_memory(place: &Place) -> Result<u64> {
 }
 
 #[test]
-fn a_guests_process_has_its_limits_and_a_killed_command_leaves_no_cgroup() -> Result<()> {
-    let place = Place::new()?;
-    let service = idle(&place)?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn a_vmm_process_has_limits_and_leaves_no_cgroup() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = idle(&sandbox)?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
-    let pid = vmm(&place)?;
+    let pid = vmm_pid(&sandbox)?;
     let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
     let limit = |name: &str| {
         let line = limits.lines().find_map(|line| line.strip_prefix(name));
@@ -80,13 +79,14 @@ fn a_guests_process_has_its_limits_and_a_killed_command_leaves_no_cgroup() -> Re
     let group = limited(&run, pid)?;
     let read = |name: &str| fs::read_to_string(group.join(name));
     let memory: u64 = read("memory.max")?.trim().parse()?;
-    let least = GUEST_MIB + (disks_in_memory(&place)? >> 20);
+    let least = GUEST_MIB + (disks_in_memory(&sandbox)? >> 20);
     ensure!(
         (least..least + 256).contains(&(memory >> 20)),
-        "{memory}, not {least} MiB and some"
+        "memory.max is {memory}, not {least} to {} MiB",
+        least + 256
     );
     ensure!(read("pids.max")?.trim() == "64");
-    // KVM may have a thread of its own beside it.
+    // KVM may have added a kernel thread (kvm-nx-lpage-recovery).
     let inside = read("cgroup.procs")?;
     ensure!(
         inside.lines().any(|line| line == pid.to_string()),
@@ -97,20 +97,18 @@ fn a_guests_process_has_its_limits_and_a_killed_command_leaves_no_cgroup() -> Re
     run.signal(Signal::SIGKILL)?;
     drop(run);
     eventually("no cgroup is left", || Ok(!of_deployment.exists()))?;
-    eventually("nothing is left", || {
-        Ok(place.assert_nothing_left().is_ok())
-    })
+    sandbox.wait_until_nothing_is_left()
 }
 
 #[test]
-fn a_process_that_outgrows_its_limit_ends_with_that_reason_and_is_started_again() -> Result<()> {
-    let place = Place::new()?;
-    place.vmm_is_killed();
-    let service = idle(&place)?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn a_vmm_process_over_its_memory_limit_is_restarted() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    sandbox.vmm_is_killed();
+    let service = idle(&sandbox)?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
-    let group = limited(&run, vmm(&place)?)?;
-    // Less than it uses already: the kernel finds nothing to take back.
+    let group = limited(&run, vmm_pid(&sandbox)?)?;
+    // Less than the process uses, and the kernel cannot reclaim enough of it.
     fs::write(group.join("memory.max"), "16M")?;
     let exited = run.event("guest-exited", |_| true)?;
     let detail = exited["detail"].as_str().unwrap_or_default();
@@ -119,20 +117,20 @@ fn a_process_that_outgrows_its_limit_ends_with_that_reason_and_is_started_again(
     run.ready()?;
     run.stop()?;
     ensure!(!group.exists(), "{} is left", group.display());
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
-/// As from `systemd-run --scope -p Delegate=yes`.
+/// What `systemd-run --scope -p Delegate=yes` sets up.
 #[test]
-fn a_command_alone_in_a_cgroup_makes_its_guests_there_and_leaves_it_empty() -> Result<()> {
-    let place = Place::new()?;
-    let service = idle(&place)?;
+fn a_command_in_a_delegated_cgroup_leaves_it_empty() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = idle(&sandbox)?;
     let top = Path::new("/sys/fs/cgroup");
     let delegated = top.join(format!("test-{}", std::process::id()));
     fs::write(top.join("cgroup.subtree_control"), "+memory +pids")
         .and_then(|()| fs::create_dir(&delegated))
         .context(NEEDED)?;
-    let command = place.command();
+    let command = sandbox.command();
     let enter = "echo $$ >\"$0/cgroup.procs\" && exec \"$@\"";
     let output = std::process::Command::new("sh")
         .args(["-c", enter])
@@ -147,14 +145,14 @@ fn a_command_alone_in_a_cgroup_makes_its_guests_there_and_leaves_it_empty() -> R
         )
         .output()?;
     ensure!(output.status.success(), "{}", e2e::text(&output));
-    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let timeline = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(
-        told.contains("guest starting") && !told.contains("not enforced"),
-        "{told}"
+        timeline.contains("guest starting") && !timeline.contains("not enforced"),
+        "{timeline}"
     );
     eventually("the cgroup is empty again", || {
-        // It cannot be removed before.
+        // rmdir fails until then.
         Ok(fs::remove_dir(&delegated).is_ok())
     })?;
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

@@ -1,16 +1,16 @@
-//! The virtual machine itself: guests that are no services, some of them hostile.
+//! The virtual machine without a supervisor: bare guests, some of them hostile.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use e2e::bare::{Bare, Disk, Guest, initrd};
-use e2e::disks::{After, judge};
+use e2e::bare::{BareGuest, Disk, RunningGuest, initrd};
+use e2e::disks::{WriterEnd, verify};
 use e2e::{images, program};
 use host_agent::vmm::control::{Command, Event, ExitReason};
 
-/// Quiet, and a panic resets at once.
+/// A panic resets at once.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi 8250.nr_uarts=1";
 
 fn built(name: &str) -> Result<PathBuf> {
@@ -21,18 +21,19 @@ fn built(name: &str) -> Result<PathBuf> {
         .join(name))
 }
 
-/// A guest whose PID 1 is the hostile program.
-fn evil(dir: &std::path::Path, kernel: PathBuf, vcpus: u8, memory_mib: u32) -> Result<Bare> {
+/// A guest whose PID 1 is `tests/evil`.
+fn evil(dir: &std::path::Path, kernel: PathBuf, vcpus: u8, memory_mib: u32) -> Result<BareGuest> {
     let file = dir.join("initrd");
     fs::write(&file, initrd(&built("evil-guest")?)?)?;
     let disk = dir.join("disk");
     fs::write(&disk, "honest!!".repeat(1 << 17))?;
-    // 16 MiB at the end of RAM are kept from the kernel for rings and buffers.
+    // The hostile driver has 16 MiB at the end of RAM for rings and buffers, which the
+    // kernel does not use.
     let window = u64::from(memory_mib.min(3 << 10) - 16) << 20;
     let seed = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)?
         .as_micros();
-    Ok(Bare {
+    Ok(BareGuest {
         kernel,
         initrd: file,
         command_line: format!(
@@ -45,8 +46,8 @@ fn evil(dir: &std::path::Path, kernel: PathBuf, vcpus: u8, memory_mib: u32) -> R
     })
 }
 
-fn violations(guest: &mut Guest) -> Result<u64> {
-    guest.tell(&Command::Stats {})?;
+fn violations(guest: &mut RunningGuest) -> Result<u64> {
+    guest.send(&Command::Stats {})?;
     match guest.event("statistics", |event| matches!(event, Event::Stats(_)))? {
         Event::Stats(stats) => Ok(stats.violations),
         other => anyhow::bail!("{other:?}"),
@@ -54,11 +55,11 @@ fn violations(guest: &mut Guest) -> Result<u64> {
 }
 
 #[test]
-fn a_hostile_driver_breaks_only_its_device_and_a_reset_mends_it() -> Result<()> {
+fn a_hostile_driver_breaks_only_its_device_until_a_reset() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let kernel = images().join("minimal/kernel");
     let mut guest = evil(dir.path(), kernel, 1, 128)?.start(dir.path())?;
-    // One event for each device that broke, whatever else the guest does.
+    // Each broken device sends one event.
     let mut broken = BTreeSet::new();
     while broken.len() < 3 {
         let event = guest.event("broken device", |event| {
@@ -76,8 +77,8 @@ fn a_hostile_driver_breaks_only_its_device_and_a_reset_mends_it() -> Result<()> 
         "{broken:?}"
     );
     ensure!(violations(&mut guest)? >= 3);
-    // The process answers while the guest goes on.
-    guest.tell(&Command::Ping { id: 7 })?;
+    // The process answers while the guest runs.
+    guest.send(&Command::Ping { id: 7 })?;
     guest.event("answer", |event| matches!(event, Event::Pong { id: 7 }))?;
     let (reason, status) = guest.end()?;
     let console = guest.console();
@@ -96,22 +97,22 @@ fn a_hostile_driver_breaks_only_its_device_and_a_reset_mends_it() -> Result<()> 
         "{console}"
     );
     ensure!(console.contains("300 random rounds over"), "{console}");
-    // Thousands of violations, and a log that is none the longer.
+    // Thousands of violations, but the log and the number of events are limited.
     ensure!(
         guest.messages().lines().count() < 100,
         "{}",
         guest.messages()
     );
-    let told = guest.events.len();
-    ensure!(told < 1000, "{told} events");
+    let events = guest.events.len();
+    ensure!(events < 1000, "{events} events");
     Ok(())
 }
 
 #[test]
-fn a_hostile_guest_that_writes_every_sector_of_its_diff_leaves_the_base_as_it_was() -> Result<()> {
+fn hostile_writes_never_reach_the_base_image() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut bare = evil(dir.path(), images().join("minimal/kernel"), 1, 128)?;
-    // It ends within a cluster of the diff.
+    // The base ends within a cluster of the diff.
     let base = dir.path().join("base");
     let content = "honest!!".repeat(((8 << 20) + 3 * 512) / 8);
     fs::write(&base, &content)?;
@@ -122,13 +123,17 @@ fn a_hostile_guest_that_writes_every_sector_of_its_diff_leaves_the_base_as_it_wa
     let console = guest.console();
     ensure!(reason == ExitReason::PowerOff, "{reason:?}\n{console}");
     let sectors = content.len() as u64 / 512;
-    let told = format!("evil: device 2: {sectors} of {sectors} sectors written");
-    ensure!(console.contains(&told), "{console}");
+    let written = format!("evil: device 2: {sectors} of {sectors} sectors written");
+    ensure!(console.contains(&written), "{console}");
 
     ensure!(fs::read(&base)? == content.as_bytes(), "the base changed");
     let reference = dir.path().join("reference");
-    judge(&dir.path().join("diff0.qcow2"), &reference, After::CleanEnd)?;
-    // Each sector holds its number, 64 times.
+    verify(
+        &dir.path().join("diff0.qcow2"),
+        &reference,
+        WriterEnd::Clean,
+    )?;
+    // The hostile driver fills each sector with its number, 64 times.
     let filled: Vec<u8> = (0..sectors)
         .flat_map(|sector| sector.to_le_bytes().repeat(64))
         .collect();
@@ -140,9 +145,9 @@ fn a_hostile_guest_that_writes_every_sector_of_its_diff_leaves_the_base_as_it_wa
 }
 
 #[test]
-fn a_triple_fault_is_an_exit_of_its_own() -> Result<()> {
+fn a_triple_fault_has_its_own_exit_reason() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    // lidt [rip+1]; int3; an interrupt table of no length.
+    // lidt [rip+1]; int3; an empty interrupt descriptor table.
     let code = [
         0x0f, 0x01, 0x1d, 1, 0, 0, 0, 0xcc, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
     ];
@@ -150,7 +155,7 @@ fn a_triple_fault_is_an_exit_of_its_own() -> Result<()> {
     fs::write(&kernel, elf(&code))?;
     let file = dir.path().join("initrd");
     fs::write(&file, [0; 4096])?;
-    let bare = Bare {
+    let bare = BareGuest {
         kernel,
         initrd: file,
         command_line: COMMAND_LINE.into(),
@@ -166,7 +171,7 @@ fn a_triple_fault_is_an_exit_of_its_own() -> Result<()> {
 }
 
 #[test]
-fn a_compressed_kernel_boots_on_eight_processors_and_takes_only_the_ram_it_touches() -> Result<()> {
+fn a_bzimage_boots_on_8_vcpus_and_uses_only_ram_it_touches() -> Result<()> {
     let kernel = std::env::var_os("HOST_AGENT_TEST_BZIMAGE")
         .context("HOST_AGENT_TEST_BZIMAGE names no kernel: run scripts/test")?;
     let dir = tempfile::tempdir()?;
@@ -181,25 +186,25 @@ fn a_compressed_kernel_boots_on_eight_processors_and_takes_only_the_ram_it_touch
     let console = guest.console();
     ensure!(reason == ExitReason::PowerOff, "{reason:?}\n{console}");
     ensure!(console.contains("Brought up 1 node, 8 CPUs"), "{console}");
-    // "ACPI Error", "ACPI BIOS Error" and the warnings of either kind.
+    // "ACPI Error", "ACPI BIOS Error" and their warnings.
     let complaint = console
         .lines()
         .find(|line| line.contains("ACPI") && (line.contains("Error") || line.contains("Warning")));
     ensure!(complaint.is_none(), "{complaint:?}\n{console}");
-    // The kernel describes each page of RAM by 64 bytes: 224 MiB of 14 GiB.
+    // `struct page` has 64 bytes for each page of RAM: 224 MiB for 14 GiB.
     ensure!(resident < 1024, "{resident} MiB are resident");
     Ok(())
 }
 
-/// An ELF file whose one segment is `code`, at 16 MiB, entered in 64-bit mode.
+/// An ELF file with one segment, `code`, loaded at 16 MiB and entered in 64-bit mode.
 fn elf(code: &[u8]) -> Vec<u8> {
     const AT: u64 = 16 << 20;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     let word = |file: &mut Vec<u8>, value: u64, size: usize| {
         file.extend_from_slice(&value.to_le_bytes()[..size]);
     };
-    // type, machine, version, entry, program headers at, section headers at,
-    // flags, sizes and counts of the headers
+    // e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize,
+    // e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx
     for (value, size) in [
         (2, 2),
         (62, 2),
@@ -217,7 +222,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
     ] {
         word(&mut file, value, size);
     }
-    // PT_LOAD, readable and executable, at 0x1000 of the file
+    // PT_LOAD, readable and executable, p_offset 0x1000
     let length = code.len() as u64;
     for (value, size) in [
         (1, 4),

@@ -1,20 +1,18 @@
-//! Readers of the timeline that are slow or gone hold up no supervision.
+//! A slow or closed reader of the timeline does not delay the supervisor.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
-use e2e::run::{INSTANCE, eventually};
+use anyhow::{Context, Result, ensure};
+use e2e::Sandbox;
+use e2e::run::{INSTANCE, end, eventually};
 use e2e::service::Service;
-use e2e::{Place, limit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-fn run(place: &Place, arguments: &[&str]) -> Result<Command> {
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut command = place.command();
+fn run(sandbox: &Sandbox, arguments: &[&str]) -> Result<Command> {
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut command = sandbox.command();
     command
         .args(["run", "--format", "jsonl"])
         .args(arguments)
@@ -23,61 +21,49 @@ fn run(place: &Place, arguments: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-fn ends(child: &mut Child) -> Result<std::process::ExitStatus> {
-    let deadline = Instant::now() + limit(30);
-    while Instant::now() < deadline {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    child.kill()?;
-    bail!("the command did not end");
-}
-
-/// Whether the instance is Ready in this generation, by the command's socket.
-fn ready(place: &Place, generation: u64) -> Result<bool> {
-    let output = place.output(&["ps", "--json"])?;
+/// Whether the instance is Ready in this generation, as `ps` shows it.
+fn ready(sandbox: &Sandbox, generation: u64) -> Result<bool> {
+    let output = sandbox.output(&["ps", "--json"])?;
     let list: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     let instance = &list["deployments"][0]["instances"][0];
     Ok(instance["state"] == "Ready" && instance["generation"] == generation)
 }
 
 #[test]
-fn a_reader_that_pauses_stalls_no_restart_and_the_command_ends_without_it() -> Result<()> {
-    let place = Place::new()?;
-    place.vmm_is_killed();
+fn a_paused_reader_delays_neither_restart_nor_end() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    sandbox.vmm_is_killed();
     let (mut reader, mut writer) = io::pipe()?;
-    // Full from the beginning: not one line can be written.
+    // The pipe is full from the start: no line can be written.
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096))?;
     writer.write_all(&[b'x'; 4096])?;
-    let mut child = run(&place, &["--heartbeat-limit", "20"])?
+    let mut child = run(&sandbox, &["--heartbeat-limit", "20"])?
         .stdout(writer.try_clone()?)
         .stderr(writer)
         .spawn()?;
-    eventually("the first boot is Ready", || ready(&place, 1))?;
-    let frozen = place.output(&["freeze", INSTANCE])?;
+    eventually("the first boot is Ready", || ready(&sandbox, 1))?;
+    let frozen = sandbox.output(&["freeze", INSTANCE])?;
     ensure!(frozen.status.success(), "{}", e2e::text(&frozen));
-    eventually("the second boot is Ready", || ready(&place, 2))?;
+    eventually("the second boot is Ready", || ready(&sandbox, 2))?;
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-    let status = ends(&mut child)?;
+    let status = end(&mut child)?;
     ensure!(status.code() == Some(0), "{status}");
     let mut text = String::new();
     reader.read_to_string(&mut text)?;
     ensure!(text.trim_start_matches('x').is_empty(), "{text}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn a_reader_that_went_away_ends_the_command_and_its_guest_without_a_word() -> Result<()> {
-    let place = Place::new()?;
+fn a_closed_output_ends_the_command_without_an_error_message() -> Result<()> {
+    let sandbox = Sandbox::new()?;
     let (reader, writer) = io::pipe()?;
     drop(reader);
-    let mut child = run(&place, &[])?
+    let mut child = run(&sandbox, &[])?
         .stdout(writer)
         .stderr(Stdio::piped())
         .spawn()?;
-    let status = ends(&mut child)?;
+    let status = end(&mut child)?;
     let mut errors = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         stderr.read_to_string(&mut errors)?;
@@ -87,15 +73,15 @@ fn a_reader_that_went_away_ends_the_command_and_its_guest_without_a_word() -> Re
         !errors.contains("error") && !errors.contains("panic"),
         "{errors}"
     );
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn a_followed_log_ends_with_the_service_and_that_is_a_success() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\necho up\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut child = place
+fn following_a_log_succeeds_when_the_service_ends() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script("#!/bin/sh\necho up\nexec sleep 100000\n")
+        .write(&sandbox.file("service"))?;
+    let mut child = sandbox
         .command()
         .arg("run")
         .arg(service)
@@ -103,8 +89,8 @@ fn a_followed_log_ends_with_the_service_and_that_is_a_success() -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;
-    eventually("the service is Ready", || ready(&place, 1))?;
-    let mut follower = place
+    eventually("the service is Ready", || ready(&sandbox, 1))?;
+    let mut follower = sandbox
         .command()
         .args(["logs", INSTANCE, "--follow"])
         .stdin(Stdio::null())
@@ -113,14 +99,14 @@ fn a_followed_log_ends_with_the_service_and_that_is_a_success() -> Result<()> {
         .spawn()?;
     let stdout = follower.stdout.take().context("stdout is piped")?;
     let mut first = String::new();
-    // Kept to the end: a reader that goes away is another matter.
+    // Stays open, so that the follower does not end because of a closed output.
     let mut stdout = BufReader::new(stdout);
     stdout.read_line(&mut first)?;
     ensure!(first.contains("up"), "{first}");
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-    let status = ends(&mut child)?;
+    let status = end(&mut child)?;
     ensure!(status.code() == Some(0), "{status}");
-    let status = ends(&mut follower)?;
+    let status = end(&mut follower)?;
     let mut errors = String::new();
     if let Some(mut stderr) = follower.stderr.take() {
         stderr.read_to_string(&mut errors)?;
@@ -129,5 +115,5 @@ fn a_followed_log_ends_with_the_service_and_that_is_a_success() -> Result<()> {
         status.code() == Some(0) && errors.is_empty(),
         "{status}: {errors}"
     );
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

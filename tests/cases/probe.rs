@@ -1,14 +1,14 @@
-//! `test` on a directory and on the package made of it, with HTTP probes; and
-//! what it says when a probe fails.
+//! `test` with HTTP probes, on a directory and on the package made from it, and its
+//! report of a failed probe.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use e2e::web::Web;
-use e2e::{Place, text};
+use e2e::web::WebService;
+use e2e::{Sandbox, text};
 use serde_json::Value;
 
-/// The report in both forms, which must agree.
+/// The JSON report. Fails unless the JUnit report agrees with it.
 fn reports(json: &Path, junit: &Path) -> Result<Value> {
     let report: Value = serde_json::from_slice(&std::fs::read(json)?)?;
     let xml = std::fs::read_to_string(junit)?;
@@ -53,7 +53,7 @@ fn reports(json: &Path, junit: &Path) -> Result<Value> {
     Ok(report)
 }
 
-/// The steps of the report without their times.
+/// The boot stages of the report without their times.
 fn steps(report: &Value) -> Vec<String> {
     report["instances"][0]["stages"]
         .as_array()
@@ -63,8 +63,8 @@ fn steps(report: &Value) -> Vec<String> {
         .collect()
 }
 
-/// What the role found when it started: its files, their modes, its variables.
-fn found(artifacts: &Path, report: &Value) -> Result<String> {
+/// The digests and variables that the role printed when it started.
+fn role_printed(artifacts: &Path, report: &Value) -> Result<String> {
     let log = artifacts.join("Web_IN_0/role.log");
     ensure!(
         report["instances"][0]["logs"]
@@ -87,10 +87,10 @@ fn found(artifacts: &Path, report: &Value) -> Result<String> {
 }
 
 #[test]
-fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported() -> Result<()> {
-    let place = Place::new()?;
-    let service = Web::new(1, 0)?.write(&place.file("service"))?;
-    let path = |name: &str| place.file(name).to_string_lossy().into_owned();
+fn a_package_tests_like_its_directory_and_reports_a_bad_probe() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = WebService::new(1, 0)?.write(&sandbox.file("service"))?;
+    let path = |name: &str| sandbox.file(name).to_string_lossy().into_owned();
     let directory = service.to_string_lossy();
     let report = |name: &str| {
         [
@@ -100,7 +100,7 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
     };
 
     let [json, junit] = report("directory");
-    let output = place.output(&[
+    let output = sandbox.output(&[
         "test",
         &directory,
         "--probe",
@@ -119,7 +119,10 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
         &path("of-directory"),
     ])?;
     ensure!(output.status.code() == Some(0), "{}", text(&output));
-    let of_directory = reports(&place.file("directory.json"), &place.file("directory.xml"))?;
+    let of_directory = reports(
+        &sandbox.file("directory.json"),
+        &sandbox.file("directory.xml"),
+    )?;
     ensure!(
         of_directory["result"] == "ok" && of_directory["exit_code"] == 0,
         "{of_directory}"
@@ -131,17 +134,17 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
     );
 
     let package = path("elsewhere.cspkg");
-    let packed = place.output(&["pack", &directory, "-o", &package, "--json"])?;
+    let packed = sandbox.output(&["pack", &directory, "-o", &package, "--json"])?;
     ensure!(packed.status.success(), "{}", text(&packed));
-    let valid = place.output(&["validate", &package])?;
+    let valid = sandbox.output(&["validate", &package])?;
     ensure!(valid.status.success(), "{}", text(&valid));
-    let config = place.file("elsewhere.cscfg");
+    let config = sandbox.file("elsewhere.cscfg");
     std::fs::copy(service.join("ServiceConfiguration.cscfg"), &config)?;
     std::fs::remove_dir_all(&service)?;
 
-    // The package serves the same; the last probe wants what does not come.
+    // The package serves the same files; the second probe expects a wrong status.
     let [json, junit] = report("package");
-    let output = place
+    let output = sandbox
         .command()
         .args([
             "test",
@@ -165,16 +168,16 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
         ])
         .env("HOST_AGENT_TIMEOUT_SCALE", "1")
         .output()?;
-    let said = text(&output);
-    ensure!(output.status.code() == Some(9), "{said}");
-    let of_package = reports(&place.file("package.json"), &place.file("package.xml"))?;
+    let printed = text(&output);
+    ensure!(output.status.code() == Some(9), "{printed}");
+    let of_package = reports(&sandbox.file("package.json"), &sandbox.file("package.xml"))?;
     ensure!(
         steps(&of_package) == steps(&of_directory),
         "{of_package}\n{of_directory}"
     );
     ensure!(
-        found(&place.file("of-package"), &of_package)?
-            == found(&place.file("of-directory"), &of_directory)?
+        role_printed(&sandbox.file("of-package"), &of_package)?
+            == role_printed(&sandbox.file("of-directory"), &of_directory)?
     );
     let results: Vec<_> = of_package["probes"]
         .as_array()
@@ -191,7 +194,7 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
         "{of_package}"
     );
 
-    // Which step, why, the last lines, where the rest is, what to type next.
+    // The failed step, its cause, the last lines, the logs, and the next command.
     for wanted in [
         "error[HA-0402]: probe http://Www/missing=200 failed",
         "  cause  GET /missing returned 404, not 200",
@@ -202,7 +205,7 @@ fn a_package_is_the_same_service_as_its_directory_and_a_wrong_status_is_reported
         &format!("  logs   {}", path("of-package")),
         "FAIL 1 of ",
     ] {
-        ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+        ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
     }
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

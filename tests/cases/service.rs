@@ -1,23 +1,23 @@
-//! A service of two roles and several instances, as its user sees it.
+//! A service of two roles and several instances, as a user sees it.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use e2e::run::{Run, eventually};
-use e2e::web::Web;
-use e2e::{Place, text};
+use e2e::web::WebService;
+use e2e::{Sandbox, text};
 use serde_json::Value;
 
 const ALL: [&str; 3] = ["Web_IN_0", "Web_IN_1", "Worker_IN_0"];
 
-/// Variables at the start of a role's log.
-fn variables(place: &Place, instance: &str) -> Result<BTreeMap<String, String>> {
-    let logs = place.output(&["logs", instance])?;
+/// The environment variables that the role printed to its log.
+fn variables(sandbox: &Sandbox, instance: &str) -> Result<BTreeMap<String, String>> {
+    let logs = sandbox.output(&["logs", instance])?;
     ensure!(logs.status.success(), "{}", text(&logs));
     Ok(String::from_utf8_lossy(&logs.stdout)
         .lines()
         .filter_map(|line| {
-            // A line of a log: time, stream, text.
+            // A log line has a time, a stream and a text.
             let (name, value) = line.split_once('=')?;
             let name = name.rsplit([' ', '\t']).next()?;
             Some((name.to_owned(), value.to_owned()))
@@ -26,19 +26,23 @@ fn variables(place: &Place, instance: &str) -> Result<BTreeMap<String, String>> 
 }
 
 #[test]
-fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_word() -> Result<()> {
-    let place = Place::new()?;
-    let web = Web::new(2, 1)?;
-    let service = web.write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &["--keep"])?;
+fn instances_of_two_roles_are_balanced_and_stop_on_ctrl_c() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let web = WebService::new(2, 1)?;
+    let service = web.write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &["--keep"])?;
     run.all_ready(&ALL)?;
     eventually("both web servers listen", || {
-        Ok(web.who().is_ok_and(|name| name.starts_with("Web_IN_"))
-            && web.who().is_ok_and(|name| name.starts_with("Web_IN_")))
+        Ok(web
+            .answering_instance()
+            .is_ok_and(|name| name.starts_with("Web_IN_"))
+            && web
+                .answering_instance()
+                .is_ok_and(|name| name.starts_with("Web_IN_")))
     })?;
 
-    // Each instance by its name.
-    let ps = place.output(&["ps", "--json"])?;
+    // `ps` and `exec` find each instance by its name.
+    let ps = sandbox.output(&["ps", "--json"])?;
     let ps: Value = serde_json::from_slice(&ps.stdout)?;
     let deployment = &ps["deployments"][0];
     let id = deployment["deployment"].as_str().context("deployment")?;
@@ -65,7 +69,7 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
             );
         }
     }
-    let table = place.output(&["ps"])?;
+    let table = sandbox.output(&["ps"])?;
     ensure!(
         ALL.iter().all(|name| text(&table).contains(name)),
         "{}",
@@ -73,13 +77,13 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
     );
     for name in ALL {
         let long = format!("{}/{name}", &id[..8]);
-        let output = place.output(&["exec", &long, "--", "hostname"])?;
+        let output = sandbox.output(&["exec", &long, "--", "hostname"])?;
         let seen = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         ensure!(seen == name.replace('_', "-"), "{}", text(&output));
     }
 
-    // Settings and variables reach the roles.
-    let role_variables = variables(&place, "Web_IN_1")?;
+    // Each role has its variables and settings.
+    let role_variables = variables(&sandbox, "Web_IN_1")?;
     let resources = "/mnt/resource/Resources/";
     let cache = format!("{resources}directory/{id}.Web.Cache/");
     let temp = format!("{resources}temp/{id}.Web/RoleTemp");
@@ -113,23 +117,23 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
         let seen = role_variables.get(name).map(String::as_str);
         ensure!(seen == Some(wanted), "{name}: {seen:?}, not {wanted}");
     }
-    let worker = variables(&place, "Worker_IN_0")?;
+    let worker = variables(&sandbox, "Worker_IN_0")?;
     ensure!(worker.get("RoleName").map(String::as_str) == Some("Worker"));
     ensure!(
         !worker.contains_key("SETTING") && !worker.contains_key("CACHE"),
         "{worker:?}"
     );
 
-    // Connections go round the instances that are Ready, and only those.
+    // Connections go in turn to the Ready instances, and to no other.
     let mut answers = BTreeMap::new();
     for _ in 0..8 {
-        *answers.entry(web.who()?).or_insert(0) += 1;
+        *answers.entry(web.answering_instance()?).or_insert(0) += 1;
     }
     ensure!(
         answers == BTreeMap::from([("Web_IN_0".into(), 4), ("Web_IN_1".into(), 4)]),
         "{answers:?}"
     );
-    let _ = place.output(&[
+    let _ = sandbox.output(&[
         "exec",
         "Web_IN_0",
         "--",
@@ -139,16 +143,18 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
     ])?;
     run.event("guest-exited", |event| event["instance"] == "Web_IN_0")?;
     for _ in 0..4 {
-        ensure!(web.who()? == "Web_IN_1");
+        ensure!(web.answering_instance()? == "Web_IN_1");
     }
     run.event("role", |event| {
         event["instance"] == "Web_IN_0" && event["state"] == "ready"
     })?;
     eventually("the new guest takes its turn", || {
-        Ok(web.who().is_ok_and(|name| name == "Web_IN_0"))
+        Ok(web
+            .answering_instance()
+            .is_ok_and(|name| name == "Web_IN_0"))
     })?;
 
-    // One Ctrl-C: every role is asked, every guest powers off, files stay.
+    // After one Ctrl-C every role stops, every guest powers off, and files are kept.
     let directory = run.instance_dir()?;
     let directory = directory.parent().context("deployment's directory")?;
     let seen = run.stop()?;
@@ -156,7 +162,7 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
         let log = std::fs::read_to_string(directory.join(name).join("role.log"))?;
         ensure!(log.contains("asked to stop"), "{name}: {log}");
         let events: Vec<Value> = seen
-            .iter()
+            .lines()
             .filter_map(|line| serde_json::from_str(line).ok())
             .filter(|event: &Value| event["instance"] == name)
             .collect();
@@ -164,7 +170,7 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
         ensure!(
             last("stopped").is_some_and(|event| event["clean"] == true),
             "{name} was not stopped cleanly:\n{}",
-            seen.join("\n")
+            seen
         );
         ensure!(
             last("guest-exited").is_some_and(|event| event["reason"] == "power-off"),
@@ -173,8 +179,8 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
         for file in ["diff.qcow2", "resource.raw", "app.squashfs", "serial.log"] {
             ensure!(directory.join(name).join(file).exists(), "{name}/{file}");
         }
-        // The log of a kept deployment is found by the same command.
-        let logs = place.output(&["logs", name])?;
+        // `logs` also finds the log of a kept deployment.
+        let logs = sandbox.output(&["logs", name])?;
         ensure!(
             String::from_utf8_lossy(&logs.stdout) == log,
             "{}",
@@ -182,5 +188,5 @@ fn two_roles_and_several_instances_run_are_balanced_and_stop_on_the_terminals_wo
         );
     }
     std::fs::remove_dir_all(directory)?;
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

@@ -1,61 +1,62 @@
-//! Each way to end a command, and what it leaves.
+//! Each way to end `run`, and what it leaves behind.
 
 use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use e2e::run::{INSTANCE, Run, eventually};
+use anyhow::{Context, Result, ensure};
+use e2e::run::{INSTANCE, Run, end, eventually};
 use e2e::service::Service;
-use e2e::{Place, limit, text};
+use e2e::{Sandbox, limit, text};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Says when it would hear, then that it was asked to stop, and stops or does not.
+/// Prints a line when it handles SIGTERM, and another on SIGTERM, but does not exit.
 const STUBBORN: &str =
     "#!/bin/sh\ntrap 'echo not yet' TERM\necho at work\nwhile :; do sleep 1 & wait; done\n";
+/// As `STUBBORN`, but exits on SIGTERM.
 const POLITE: &str = "#!/bin/sh\ntrap 'echo asked to stop; exit 0' TERM\necho at work\nwhile :; do sleep 1 & wait; done\n";
 
-/// A role is Ready when its process runs, which may be before it would hear.
-fn heard(place: &Place, line: &str) -> Result<()> {
+/// Waits until the role has written this line: a Ready role may not have set its
+/// signal handler yet.
+fn wait_for_log(sandbox: &Sandbox, line: &str) -> Result<()> {
     eventually(line, || {
-        let log = place.output(&["logs", INSTANCE])?;
+        let log = sandbox.output(&["logs", INSTANCE])?;
         Ok(text(&log).contains(line))
     })
 }
 
 #[test]
 fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
-    let place = Place::new()?;
-    place.vmm_is_killed();
-    let service = Service::script(STUBBORN).write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+    let sandbox = Sandbox::new()?;
+    sandbox.vmm_is_killed();
+    let service = Service::script(STUBBORN).write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
-    heard(&place, "at work")?;
+    wait_for_log(&sandbox, "at work")?;
     run.interrupt()?;
     run.event("stopping", |_| true)?;
-    // The role heard of it and is given its time.
-    heard(&place, "not yet")?;
+    // The role has got SIGTERM and has time to stop.
+    wait_for_log(&sandbox, "not yet")?;
     let asked = Instant::now();
     run.interrupt()?;
     let (status, seen) = run.wait()?;
-    let seen = seen.join("\n");
     ensure!(status.code() == Some(130), "{status}: {seen}");
     ensure!(asked.elapsed() < limit(2), "{:?}: {seen}", asked.elapsed());
     ensure!(seen.contains(r#""clean":false"#), "{seen}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
-/// Processes that the command started, with their command lines.
+/// Child processes of the command, with their command lines.
 fn children(run: &Run<'_>) -> Result<Vec<(Pid, String)>> {
     let parent = format!("PPid:\t{}", run.pid());
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {
-        // Those that end meanwhile are none of them.
+        // A process that ends meanwhile has no files to read.
         let read = |name| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
         if read("status").lines().any(|line| line == parent) {
             let pid = entry.file_name().to_string_lossy().parse()?;
@@ -65,15 +66,15 @@ fn children(run: &Run<'_>) -> Result<Vec<(Pid, String)>> {
     Ok(found)
 }
 
-/// As the end of a systemd scope or a shutdown of the host does.
+/// What the end of a systemd scope and a shutdown of the host do.
 #[test]
 fn a_signal_to_every_process_stops_the_role_before_its_guest() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(POLITE).write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
-    heard(&place, "at work")?;
-    // The command last: the worst order.
+    wait_for_log(&sandbox, "at work")?;
+    // The command gets the signal last, which is the worst order.
     let children = children(&run)?;
     ensure!(children.len() == 2, "{children:?}");
     for (pid, _) in children {
@@ -81,18 +82,17 @@ fn a_signal_to_every_process_stops_the_role_before_its_guest() -> Result<()> {
     }
     run.signal(Signal::SIGTERM)?;
     let (status, seen) = run.wait()?;
-    let seen = seen.join("\n");
     ensure!(status.code() == Some(0), "{status}: {seen}");
     ensure!(seen.contains(r#""clean":true"#), "{seen}");
     ensure!(!seen.contains(r#""event":"restarting""#), "{seen}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn a_killed_janitor_is_followed_by_another_that_cleans_up() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(POLITE).write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn a_killed_janitor_is_replaced_by_one_that_cleans_up() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
     let janitor = || -> Result<Option<Pid>> {
         let mut children = children(&run)?.into_iter();
@@ -106,78 +106,68 @@ fn a_killed_janitor_is_followed_by_another_that_cleans_up() -> Result<()> {
     })?;
     run.signal(Signal::SIGKILL)?;
     drop(run);
-    eventually("nothing is left", || {
-        Ok(place.assert_nothing_left().is_ok())
-    })
+    sandbox.wait_until_nothing_is_left()
 }
 
-/// The shell sends a hang-up to its jobs, and the kernel another.
+/// At a hang-up the shell sends SIGHUP to its jobs, and the kernel sends another.
 #[test]
-fn a_second_hang_up_leaves_a_role_its_time_to_stop() -> Result<()> {
-    let place = Place::new()?;
+fn a_second_sighup_does_not_shorten_the_time_to_stop() -> Result<()> {
+    let sandbox = Sandbox::new()?;
     let role = POLITE.replace("stop; exit 0", "stop; sleep 5; exit 0");
-    let service = Service::script(&role).write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+    let service = Service::script(&role).write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
-    heard(&place, "at work")?;
+    wait_for_log(&sandbox, "at work")?;
     run.signal(Signal::SIGHUP)?;
     run.event("stopping", |_| true)?;
-    heard(&place, "asked to stop")?;
+    wait_for_log(&sandbox, "asked to stop")?;
     run.signal(Signal::SIGHUP)?;
     let (status, seen) = run.wait()?;
-    let seen = seen.join("\n");
     ensure!(status.code() == Some(0), "{status}: {seen}");
     ensure!(seen.contains(r#""clean":true"#), "{seen}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn a_role_that_does_not_stop_in_its_time_is_killed_and_that_is_no_clean_end() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(STUBBORN).write(&place.file("service"))?;
-    let mut command = place.command();
+fn a_role_that_does_not_stop_in_time_is_killed_with_an_error() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(STUBBORN).write(&sandbox.file("service"))?;
+    let mut command = sandbox.command();
     command
         .args(["run", "--format", "jsonl"])
         .arg(&service)
         .env("HOST_AGENT_TIMEOUT_SCALE", "1");
-    let mut run = Run::of(&place, command)?;
+    let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
-    heard(&place, "at work")?;
+    wait_for_log(&sandbox, "at work")?;
     run.interrupt()?;
     let stopped = run.event("role", |event| event["state"] == "stopped")?;
     ensure!(stopped.to_string().contains("killed"), "{stopped}");
     let (status, seen) = run.wait()?;
-    let seen = seen.join("\n");
     ensure!(!status.success(), "{status}: {seen}");
-    // The guest itself went down in good order.
+    // The guest shut down, but the stop was not clean.
     ensure!(seen.contains("HA-0403"), "{seen}");
     ensure!(seen.contains(r#""clean":false"#), "{seen}");
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
 fn ctrl_c_before_the_guest_runs_leaves_nothing() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(POLITE).write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.event("image-verified", |_| true)?;
     run.interrupt()?;
     let (status, seen) = run.wait()?;
-    ensure!(
-        matches!(status.code(), Some(0 | 130)),
-        "{status}: {}",
-        seen.join("\n")
-    );
-    eventually("nothing is left", || {
-        Ok(place.assert_nothing_left().is_ok())
-    })
+    ensure!(matches!(status.code(), Some(0 | 130)), "{status}: {}", seen);
+    sandbox.wait_until_nothing_is_left()
 }
 
 #[test]
 fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(POLITE).write(&place.file("service"))?;
-    // No other process may hold the terminal open.
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
+    // No other process may keep the terminal open.
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master = posix_openpt(flags)?;
     grantpt(&master)?;
@@ -188,7 +178,7 @@ fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
         .custom_flags(OFlag::O_NOCTTY.bits())
         .open(ptsname_r(&master)?)?;
     let mut command = Command::new("setsid");
-    // The session's leader gets SIGHUP when its terminal goes.
+    // The session leader gets SIGHUP when its terminal closes.
     command
         .args(["--ctty", "--wait"])
         .arg(e2e::program())
@@ -197,7 +187,7 @@ fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
         .stdin(Stdio::from(slave.try_clone()?))
         .stdout(Stdio::from(slave.try_clone()?))
         .stderr(Stdio::from(slave));
-    place.surround(&mut command);
+    sandbox.set_environment(&mut command);
     let mut child = command.spawn()?;
     drop(command);
     let reader = std::thread::spawn(move || {
@@ -211,50 +201,45 @@ fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
         }
         (String::from_utf8_lossy(&seen).into_owned(), master)
     });
-    let deadline = Instant::now() + limit(30);
-    let mut in_time = |condition: &dyn Fn() -> bool, what: &str| {
-        while !condition() && child.try_wait()?.is_none() {
-            if Instant::now() > deadline {
-                let _ = child.kill();
-                bail!("the command {what}");
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(())
-    };
-    in_time(&|| reader.is_finished(), "is not Ready")?;
+    if eventually("the service is Ready", || Ok(reader.is_finished())).is_err() {
+        // Closes the terminal, which ends the reader.
+        child.kill()?;
+    }
     let (seen, master) = reader.join().expect("the reader does not panic");
     ensure!(seen.contains("Ready. Ctrl-C"), "{seen}");
-    heard(&place, "at work")?;
+    wait_for_log(&sandbox, "at work")?;
     drop(master);
-    in_time(&|| false, "does not end with its terminal")?;
-    // The role was asked, and the guest powered off by itself.
-    let logs = place.output(&["logs", INSTANCE])?;
+    end(&mut child)?;
+    // The role got SIGTERM.
+    let logs = sandbox.output(&["logs", INSTANCE])?;
     ensure!(text(&logs).contains("asked to stop"), "{}", text(&logs));
-    std::fs::remove_dir_all(place.data().join("deployments"))?;
-    place.assert_nothing_left()
+    std::fs::remove_dir_all(sandbox.data().join("deployments"))?;
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn until_ready_ends_at_ready_or_at_the_timeout_with_the_state_it_was_in() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::script(POLITE).write(&place.file("service"))?;
+fn until_ready_ends_at_ready_or_reports_the_state_at_timeout() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
     let service = service.to_string_lossy();
-    let output = place.output(&["run", &service, "--until", "ready", "--keep"])?;
-    let said = text(&output);
-    ensure!(output.status.code() == Some(0), "{said}");
-    // Kept, and the command says where.
-    let kept = place.data().join("deployments");
+    let output = sandbox.output(&["run", &service, "--until", "ready", "--keep"])?;
+    let printed = text(&output);
+    ensure!(output.status.code() == Some(0), "{printed}");
+    // The command prints the directory of the kept deployment.
+    let kept = sandbox.data().join("deployments");
     let kept: Vec<_> = std::fs::read_dir(&kept)?.flatten().collect();
     ensure!(kept.len() == 1, "{kept:?}");
-    ensure!(said.contains(&*kept[0].path().to_string_lossy()), "{said}");
+    ensure!(
+        printed.contains(&*kept[0].path().to_string_lossy()),
+        "{printed}"
+    );
     let instance = kept[0].path().join(INSTANCE);
     let log = std::fs::read_to_string(instance.join("role.log"))?;
     ensure!(log.contains("asked to stop"), "{log}");
     ensure!(instance.join("diff.qcow2").exists());
 
-    // A role that never says that it is ready.
-    let definition = place.file("service/ServiceDefinition.csdef");
+    // A role that never reports that it is ready.
+    let definition = sandbox.file("service/ServiceDefinition.csdef");
     let xml = std::fs::read_to_string(&definition)?;
     let waits = xml.replace(
         r#"setReadyOnProcessStart="true""#,
@@ -263,26 +248,26 @@ fn until_ready_ends_at_ready_or_at_the_timeout_with_the_state_it_was_in() -> Res
     ensure!(waits != xml);
     std::fs::write(&definition, waits)?;
     let seconds = limit(2).as_secs().to_string();
-    let output = place
+    let output = sandbox
         .command()
         .args(["run", &service, "--until", "ready", "--timeout", &seconds])
         .env("HOST_AGENT_TIMEOUT_SCALE", "1")
         .output()?;
-    let said = text(&output);
-    ensure!(output.status.code() == Some(7), "{said}");
+    let printed = text(&output);
+    ensure!(output.status.code() == Some(7), "{printed}");
     for wanted in [
         "error[HA-0302]",
         "Role_IN_0 is Starting",
         "--timeout",
         "  last ",
     ] {
-        ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+        ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
     }
-    // The kept deployment is still there, and only that.
-    let after: Vec<_> = std::fs::read_dir(place.data().join("deployments"))?
+    // Only the kept deployment is left.
+    let after: Vec<_> = std::fs::read_dir(sandbox.data().join("deployments"))?
         .flatten()
         .collect();
     ensure!(after.len() == 1, "{after:?}");
-    std::fs::remove_dir_all(place.data().join("deployments"))?;
-    place.assert_nothing_left()
+    std::fs::remove_dir_all(sandbox.data().join("deployments"))?;
+    sandbox.assert_nothing_left()
 }

@@ -1,32 +1,34 @@
-//! `exec` with a terminal, as a person uses it, and with pipes.
+//! `exec` on a terminal and with pipes.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use e2e::run::{INSTANCE, Run, eventually};
+use e2e::run::{INSTANCE, Run, end, eventually};
 use e2e::service::Service;
-use e2e::{Place, limit};
+use e2e::{Sandbox, limit};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::unistd::Pid;
 
-/// A person at a terminal: types into it and sees what it shows.
-struct Person {
-    keyboard: File,
-    screen: Receiver<Vec<u8>>,
-    terminal: OwnedFd,
-    calm: Termios,
+/// A pseudo-terminal.
+struct Terminal {
+    master: File,
+    /// What the master side reads.
+    output: Receiver<Vec<u8>>,
+    slave: OwnedFd,
+    /// The modes before a command changes them.
+    modes: Termios,
 }
 
-impl Person {
-    fn sit_down(rows: u16, columns: u16) -> Result<Self> {
+impl Terminal {
+    fn open(rows: u16, columns: u16) -> Result<Self> {
         let size = Winsize {
             ws_row: rows,
             ws_col: columns,
@@ -34,28 +36,28 @@ impl Person {
             ws_ypixel: 0,
         };
         let pair = openpty(Some(&size), None)?;
-        let keyboard = File::from(pair.master);
-        let mut eyes = keyboard.try_clone()?;
-        let (sender, screen) = channel();
+        let master = File::from(pair.master);
+        let mut reader = master.try_clone()?;
+        let (sender, output) = channel();
         thread::spawn(move || {
             let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = eyes.read(&mut bytes) {
+            while let Ok(count @ 1..) = reader.read(&mut bytes) {
                 if sender.send(bytes[..count].to_vec()).is_err() {
                     break;
                 }
             }
         });
         Ok(Self {
-            keyboard,
-            screen,
-            calm: tcgetattr(&pair.slave)?,
-            terminal: pair.slave,
+            master,
+            output,
+            modes: tcgetattr(&pair.slave)?,
+            slave: pair.slave,
         })
     }
 
     /// Starts the program with these arguments on the terminal.
-    fn start(&self, place: &Place, arguments: &[&str]) -> Result<Child> {
-        let plain = place.command();
+    fn start(&self, sandbox: &Sandbox, arguments: &[&str]) -> Result<Child> {
+        let plain = sandbox.command();
         let mut command = Command::new("setsid");
         command
             .arg("--ctty")
@@ -69,24 +71,24 @@ impl Person {
         }
         Ok(command
             .env("TERM", "xterm-lab")
-            .stdin(Stdio::from(self.terminal.try_clone()?))
-            .stdout(Stdio::from(self.terminal.try_clone()?))
-            .stderr(Stdio::from(self.terminal.try_clone()?))
+            .stdin(Stdio::from(self.slave.try_clone()?))
+            .stdout(Stdio::from(self.slave.try_clone()?))
+            .stderr(Stdio::from(self.slave.try_clone()?))
             .spawn()?)
     }
 
-    fn types(&mut self, text: &str) -> Result<()> {
-        Ok(self.keyboard.write_all(text.as_bytes())?)
+    fn write(&mut self, text: &str) -> Result<()> {
+        Ok(self.master.write_all(text.as_bytes())?)
     }
 
-    /// Waits until the screen has shown this.
-    fn sees(&self, wanted: &str) -> Result<()> {
+    /// Waits until the output since the last call contains this.
+    fn wait_for(&self, wanted: &str) -> Result<()> {
         let deadline = Instant::now() + limit(10);
         let mut shown = String::new();
         while !shown.contains(wanted) {
             let rest = deadline.saturating_duration_since(Instant::now());
-            let Ok(bytes) = self.screen.recv_timeout(rest) else {
-                bail!("no {wanted:?} on the screen:\n{shown}");
+            let Ok(bytes) = self.output.recv_timeout(rest) else {
+                bail!("no {wanted:?} on the terminal:\n{shown}");
             };
             shown.push_str(&String::from_utf8_lossy(&bytes));
         }
@@ -94,88 +96,71 @@ impl Person {
     }
 
     fn is_raw(&self) -> Result<bool> {
-        let modes = tcgetattr(&self.terminal)?.local_flags;
+        let modes = tcgetattr(&self.slave)?.local_flags;
         Ok(!modes.intersects(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG))
     }
 
-    fn is_calm(&self) -> Result<bool> {
-        Ok(tcgetattr(&self.terminal)? == self.calm)
-    }
-}
-
-fn ends(mut child: Child) -> Result<ExitStatus> {
-    let deadline = Instant::now() + limit(10);
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        if Instant::now() > deadline {
-            child.kill()?;
-            bail!("exec did not end");
-        }
-        thread::sleep(std::time::Duration::from_millis(20));
+    fn is_restored(&self) -> Result<bool> {
+        Ok(tcgetattr(&self.slave)? == self.modes)
     }
 }
 
 #[test]
-fn exec_on_a_terminal_is_a_terminal_in_the_guest_and_leaves_ours_as_it_was() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn exec_gives_the_guest_a_terminal_and_restores_its_own() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
 
-    let mut person = Person::sit_down(33, 99)?;
-    let child = person.start(&place, &["exec", INSTANCE, "--", "sh"])?;
-    person.types("tty; stty size; echo \"$TERM\"\n")?;
-    person.sees("/dev/pts/")?;
-    person.sees("33 99")?;
-    person.sees("xterm-lab")?;
-    ensure!(person.is_raw()?);
+    let mut terminal = Terminal::open(33, 99)?;
+    let mut child = terminal.start(&sandbox, &["exec", INSTANCE, "--", "sh"])?;
+    terminal.write("tty; stty size; echo \"$TERM\"\n")?;
+    terminal.wait_for("/dev/pts/")?;
+    terminal.wait_for("33 99")?;
+    terminal.wait_for("xterm-lab")?;
+    ensure!(terminal.is_raw()?);
     let resized = Command::new("stty")
         .args(["rows", "50", "cols", "132"])
-        .stdin(Stdio::from(person.terminal.try_clone()?))
+        .stdin(Stdio::from(terminal.slave.try_clone()?))
         .status()?;
     ensure!(resized.success());
-    person.types("until stty size | grep '50 132'; do sleep 0.1; done\n")?;
-    person.sees("\n50 132")?;
-    person.types("echo be''gun; sleep 1000; echo n''ever\n")?;
-    person.sees("begun")?;
-    person.types("\x03")?;
-    person.types("echo code $?\n")?;
-    person.sees("code 130")?;
-    person.types("exit 9\n")?;
-    let status = ends(child)?;
+    terminal.write("until stty size | grep '50 132'; do sleep 0.1; done\n")?;
+    terminal.wait_for("\n50 132")?;
+    terminal.write("echo be''gun; sleep 1000; echo n''ever\n")?;
+    terminal.wait_for("begun")?;
+    terminal.write("\x03")?;
+    terminal.write("echo code $?\n")?;
+    terminal.wait_for("code 130")?;
+    terminal.write("exit 9\n")?;
+    let status = end(&mut child)?;
     ensure!(status.code() == Some(9), "{status}");
-    ensure!(person.is_calm()?, "the terminal was left raw");
+    ensure!(terminal.is_restored()?, "the terminal was left raw");
 
-    // Told to end by a signal: so is the command, and the terminal is restored.
-    let child = person.start(&place, &["exec", "-it", INSTANCE, "--", "sleep", "1000"])?;
-    eventually("the terminal is raw", || person.is_raw())?;
+    // A signal to `exec` also ends the command, and the terminal is restored.
+    let mut child = terminal.start(&sandbox, &["exec", "-it", INSTANCE, "--", "sleep", "1000"])?;
+    eventually("the terminal is raw", || terminal.is_raw())?;
     eventually("the command runs", || {
         let found = run.exec(&["sh", "-c", "grep -l ^sleep /proc/[0-9]*/comm | wc -l"])?;
         Ok(String::from_utf8_lossy(&found.stdout).trim() == "2")
     })?;
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-    let status = ends(child)?;
+    let status = end(&mut child)?;
     ensure!(status.code() == Some(143), "{status}");
-    ensure!(person.is_calm()?, "the terminal was left raw");
+    ensure!(terminal.is_restored()?, "the terminal was left raw");
     run.stop()?;
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
-fn exec_with_pipes_carries_input_and_output_at_once_and_signals_pass_input_that_waits() -> Result<()>
-{
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let mut run = Run::start(&place, &service, &[])?;
+fn exec_with_pipes_forwards_data_and_signals() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
 
     let data: Vec<u8> = (0..2_000_000_u32).map(|n| (n * 31 / 7) as u8).collect();
     let piped = |command: &[&str]| {
-        place
+        sandbox
             .command()
             .args(["exec", "-i", INSTANCE, "--"])
             .args(command)
@@ -205,8 +190,9 @@ fn exec_with_pipes_carries_input_and_output_at_once_and_signals_pass_input_that_
         .as_mut()
         .context("stdout is piped")?
         .read_exact(&mut up)?;
+    // The command does not read its input: the signal overtakes it.
     kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGINT)?;
-    let status = ends(child)?;
+    let status = end(&mut child)?;
     ensure!(status.code() == Some(130), "{status}");
     ensure!(
         writer
@@ -215,5 +201,5 @@ fn exec_with_pipes_carries_input_and_output_at_once_and_signals_pass_input_that_
             .is_err()
     );
     run.stop()?;
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

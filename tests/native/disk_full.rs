@@ -1,14 +1,14 @@
-//! A disk that is full while a package or a report is written.
+//! The disk is full while a package or a report is written.
 
 use std::fs;
 
 use anyhow::{Result, ensure};
-use e2e::mounts::Mounts;
+use e2e::mount_namespace::MountNamespace;
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 use sha2::{Digest, Sha256};
 
-/// Bytes that do not compress.
+/// Pseudo-random bytes, which do not compress.
 fn noise(size: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size + 32);
     let mut block = Sha256::digest(b"noise");
@@ -21,15 +21,14 @@ fn noise(size: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_package_that_does_not_fit_is_refused_by_name_and_leaves_the_old_one_whole() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
-    let small = place.file("small");
-    let disk = Mounts::small(&small, "1m")?;
+fn a_package_that_does_not_fit_leaves_the_old_one_unchanged() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let small = sandbox.file("small");
+    let disk = MountNamespace::with_tmpfs(&small, "1m")?;
     let package = small.join("a.cspkg");
     let pack = || {
-        disk.command(&place, true)
+        disk.command(&sandbox, true)
             .arg("pack")
             .arg(&service)
             .arg("-o")
@@ -38,47 +37,46 @@ fn a_package_that_does_not_fit_is_refused_by_name_and_leaves_the_old_one_whole()
     };
     let first = pack()?;
     ensure!(first.status.success(), "{}", text(&first));
-    let before = e2e::files(&disk.seen(&small))?;
-    let old = fs::read(disk.seen(&package))?;
+    let before = e2e::files(&disk.outside(&small))?;
+    let old = fs::read(disk.outside(&package))?;
 
     fs::write(service.join("Role/noise"), noise(2 << 20))?;
     let second = pack()?;
-    let said = text(&second);
-    ensure!(second.status.code() == Some(6), "{said}");
+    let printed = text(&second);
+    ensure!(second.status.code() == Some(6), "{printed}");
     for wanted in ["error[HA-0204]", "a.cspkg", "No space left", "  hint "] {
-        ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+        ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
     }
     ensure!(
-        e2e::files(&disk.seen(&small))? == before,
+        e2e::files(&disk.outside(&small))? == before,
         "something was left"
     );
     ensure!(
-        fs::read(disk.seen(&package))? == old,
+        fs::read(disk.outside(&package))? == old,
         "the old package changed"
     );
     Ok(())
 }
 
 #[test]
-fn a_report_that_cannot_be_written_does_not_hide_why_the_test_failed() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
+fn an_unwritable_report_does_not_hide_the_failure() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     fs::remove_file(service.join("Role/entry"))?;
-    let small = place.file("small");
-    let disk = Mounts::small(&small, "16k")?;
-    fs::write(disk.seen(&small).join("filler"), noise(16 << 10))?;
+    let small = sandbox.file("small");
+    let disk = MountNamespace::with_tmpfs(&small, "16k")?;
+    fs::write(disk.outside(&small).join("filler"), noise(16 << 10))?;
     let output = disk
-        .command(&place, true)
+        .command(&sandbox, true)
         .arg("test")
         .arg(&service)
         .arg("--report")
         .arg(format!("json={}", small.join("new/report.json").display()))
         .output()?;
-    let said = text(&output);
-    ensure!(output.status.code() == Some(3), "{said}");
+    let printed = text(&output);
+    ensure!(output.status.code() == Some(3), "{printed}");
     for wanted in ["entry", "cannot write", "report.json", "No space left"] {
-        ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+        ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
     }
     Ok(())
 }

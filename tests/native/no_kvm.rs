@@ -1,27 +1,25 @@
-//! A machine whose `/dev/kvm` is missing, closed to the user or no KVM says
-//! so, says what mends it, and is skipped only where that was asked for.
+//! `/dev/kvm` is missing, not accessible or not KVM: the error names the cause and the
+//! remedy, and `test` is skipped only if the user asks for that.
 
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
-use e2e::mounts::Mounts;
+use e2e::mount_namespace::MountNamespace;
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 use serde_json::Value;
 
-const ROLE: &str = "#!/bin/sh\nexec sleep 100000\n";
-
-/// What is expected of a machine.
+/// A `/dev/kvm` and the expected results.
 struct Case {
-    /// Shell lines that make its `/dev/kvm`.
+    /// Shell lines that make `/dev/kvm`.
     kvm: &'static str,
-    /// In `doctor --json`.
+    /// Verdict in `doctor --json`.
     verdict: &'static str,
-    /// Of the error.
+    /// Code of the error.
     code: &'static str,
     /// Exit code of `doctor`, `run` and `test`.
     exit: i32,
-    /// Part of the mending command.
+    /// The hint contains at least one of these.
     hints: &'static [&'static str],
 }
 
@@ -30,13 +28,16 @@ fn parsed(output: &Output) -> Result<Value> {
 }
 
 fn check(case: &Case) -> Result<()> {
-    let place = Place::new()?;
-    let machine = Mounts::devices(&place, case.kvm)?;
-    let service = Service::script(ROLE).write(&place.file("service"))?;
+    let sandbox = Sandbox::new()?;
+    let namespace = MountNamespace::with_kvm(&sandbox, case.kvm)?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     let service = service.to_string_lossy();
-    let before = e2e::files(&place.data())?;
+    let before = e2e::files(&sandbox.data())?;
     let run = |arguments: &[&str]| -> Result<Output> {
-        let output = machine.command(&place, false).args(arguments).output()?;
+        let output = namespace
+            .command(&sandbox, false)
+            .args(arguments)
+            .output()?;
         ensure!(
             !text(&output).contains("panicked"),
             "{arguments:?}: {}",
@@ -44,7 +45,7 @@ fn check(case: &Case) -> Result<()> {
         );
         Ok(output)
     };
-    let mends = |hint: Option<&str>| {
+    let is_wanted_hint = |hint: Option<&str>| {
         let hint = hint.unwrap_or_default();
         case.hints.iter().any(|wanted| hint.contains(wanted))
     };
@@ -60,22 +61,28 @@ fn check(case: &Case) -> Result<()> {
         .filter(|check| check["level"] == "fail")
         .collect();
     ensure!(
-        failed.len() == 1 && mends(failed[0]["hint"].as_str()),
+        failed.len() == 1 && is_wanted_hint(failed[0]["hint"].as_str()),
         "{report}"
     );
 
     for verb in ["test", "run"] {
         let output = run(&[verb, &service])?;
-        let said = text(&output);
-        ensure!(output.status.code() == Some(case.exit), "{said}");
+        let printed = text(&output);
+        ensure!(output.status.code() == Some(case.exit), "{printed}");
         let error = String::from_utf8_lossy(&output.stderr);
-        ensure!(error.contains(&format!("error[{}]", case.code)), "{said}");
-        ensure!(error.contains("/dev/kvm"), "{said}");
+        ensure!(
+            error.contains(&format!("error[{}]", case.code)),
+            "{printed}"
+        );
+        ensure!(error.contains("/dev/kvm"), "{printed}");
         let hint = error.lines().find_map(|line| line.strip_prefix("  hint "));
-        ensure!(mends(hint), "{said}");
+        ensure!(is_wanted_hint(hint), "{printed}");
     }
 
-    let (json, junit) = (place.file("out/report.json"), place.file("out/report.xml"));
+    let (json, junit) = (
+        sandbox.file("out/report.json"),
+        sandbox.file("out/report.xml"),
+    );
     let reports = [
         format!("json={}", json.display()),
         format!("junit={}", junit.display()),
@@ -110,9 +117,9 @@ fn check(case: &Case) -> Result<()> {
         "{junit}"
     );
 
-    // By the environment too, but never against a broken service.
-    let by_environment = machine
-        .command(&place, false)
+    // The environment variable has the same effect. An invalid service still fails.
+    let by_environment = namespace
+        .command(&sandbox, false)
         .env("HOST_AGENT_ON_NO_KVM", "skip")
         .args(["test", &service, "--json"])
         .output()?;
@@ -122,14 +129,14 @@ fn check(case: &Case) -> Result<()> {
         text(&by_environment)
     );
     ensure!(parsed(&by_environment)?["result"] == "skip");
-    std::fs::remove_file(place.file("service/Role/entry"))?;
+    std::fs::remove_file(sandbox.file("service/Role/entry"))?;
     let broken = run(&["test", &service, "--on-no-kvm", "skip"])?;
     ensure!(broken.status.code() == Some(3), "{}", text(&broken));
     ensure!(
-        e2e::files(&place.data())? == before,
+        e2e::files(&sandbox.data())? == before,
         "the data directory changed"
     );
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
 #[test]
@@ -155,7 +162,7 @@ fn without_permission_the_error_says_how_to_give_it() -> Result<()> {
 }
 
 #[test]
-fn a_device_that_is_no_kvm_is_told_apart() -> Result<()> {
+fn a_device_that_is_not_kvm_is_recognised() -> Result<()> {
     check(&Case {
         kvm: ": >kvm; mount --bind /dev/null kvm",
         verdict: "cannot-run-kernel",

@@ -1,5 +1,5 @@
-//! Packages made to harm: each is refused with one error that names the file
-//! and the way out, and nothing is left behind.
+//! Malicious packages: each is refused with one error that names the file and a
+//! remedy, and nothing is left behind.
 
 use std::fs;
 use std::io::{Cursor, Read, Write};
@@ -7,11 +7,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-/// The parts of a package.
+/// Names and contents of the parts of a package.
 type Parts = Vec<(String, Vec<u8>)>;
 
 const MANIFEST: &str = "package.xml";
@@ -49,17 +49,17 @@ fn patched(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Result<Vec<u8>> {
             count += 1;
         }
     }
-    ensure!(count > 0, "{} is not there", String::from_utf8_lossy(from));
+    ensure!(count > 0, "no {} found", String::from_utf8_lossy(from));
     Ok(bytes)
 }
 
-/// The package with one more part, whose name is written as `name`.
+/// The package with a part named `name` added, even if a ZIP writer refuses the name.
 fn with_part(parts: &Parts, name: &str) -> Result<Vec<u8>> {
-    let stand_in = "~".repeat(name.len());
+    let placeholder = "~".repeat(name.len());
     let mut parts = parts.clone();
-    parts.push((stand_in.clone(), b"root::0:0::/:/bin/sh\n".to_vec()));
+    parts.push((placeholder.clone(), b"root::0:0::/:/bin/sh\n".to_vec()));
     let bytes = pack(&parts, CompressionMethod::Stored)?;
-    patched(bytes, stand_in.as_bytes(), name.as_bytes())
+    patched(bytes, placeholder.as_bytes(), name.as_bytes())
 }
 
 fn with_link(parts: &Parts) -> Result<Vec<u8>> {
@@ -87,10 +87,10 @@ fn with_manifest(parts: &Parts, change: impl Fn(&str) -> String) -> Result<Vec<u
     pack(&parts, CompressionMethod::Deflated)
 }
 
-/// The package in which one part declares `more` bytes more than it holds, in
-/// both of its headers.
+/// The package in which both headers of the manifest declare `more` bytes more than it
+/// has.
 fn with_false_size(parts: &Parts, more: i64) -> Result<Vec<u8>> {
-    // Local header: the size is 8 bytes before the name; central: 22.
+    // Offsets of the uncompressed size and of the name (APPNOTE.TXT, 4.3.7 and 4.3.12).
     let mut bytes = pack(parts, CompressionMethod::Deflated)?;
     for (magic, size_at, name_at) in [(b"PK\x03\x04", 22, 30), (b"PK\x01\x02", 24, 46)] {
         let at = (0..bytes.len() - 4)
@@ -109,15 +109,15 @@ fn with_false_size(parts: &Parts, more: i64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `text` with what stands between the first `from` and the next `to`
-/// replaced.
-fn between(text: &str, from: &str, to: &str, new: &str) -> String {
+/// `text` with the part between the first `from` and the next `to` replaced.
+fn replace_between(text: &str, from: &str, to: &str, new: &str) -> String {
     let start = text.find(from).map_or(0, |at| at + from.len());
     let end = text[start..].find(to).map_or(start, |at| start + at);
     format!("{}{new}{}", &text[..start], &text[end..])
 }
 
-fn once_more(text: &str, from: &str, to: &str) -> String {
+/// `text` with the part from the first `from` to the next `to` repeated.
+fn repeat_element(text: &str, from: &str, to: &str) -> String {
     let start = text.find(from).unwrap_or(0);
     let end = text[start..]
         .find(to)
@@ -132,7 +132,7 @@ fn cases(parts: &Parts) -> Result<Vec<(&'static str, Vec<u8>, &'static str)>> {
     bomb.push(("LocalContent/bomb".into(), vec![0; 64 << 20]));
     let file_path = |new: &'static str| {
         with_manifest(parts, |text| {
-            between(text, "<FilePath>", "</FilePath>", new)
+            replace_between(text, "<FilePath>", "</FilePath>", new)
         })
     };
     Ok(vec![
@@ -140,7 +140,7 @@ fn cases(parts: &Parts) -> Result<Vec<(&'static str, Vec<u8>, &'static str)>> {
         ("absolute", with_part(parts, "/etc/passwd")?, "absolute"),
         ("drive", with_part(parts, "c:/passwd")?, "\":\""),
         ("backslash", with_part(parts, "..\\passwd")?, "\"\\\""),
-        ("empty-piece", with_part(parts, "a//b")?, "empty"),
+        ("empty-component", with_part(parts, "a//b")?, "empty"),
         ("twice", with_part(parts, MANIFEST)?, "duplicate part"),
         (
             "twice-case",
@@ -186,21 +186,21 @@ fn cases(parts: &Parts) -> Result<Vec<(&'static str, Vec<u8>, &'static str)>> {
         (
             "file-twice",
             with_manifest(parts, |text| {
-                once_more(text, "<FileDefinition>", "</FileDefinition>")
+                repeat_element(text, "<FileDefinition>", "</FileDefinition>")
             })?,
             "duplicate file",
         ),
         (
             "content-twice",
             with_manifest(parts, |text| {
-                once_more(text, "<ContentDefinition>", "</ContentDefinition>")
+                repeat_element(text, "<ContentDefinition>", "</ContentDefinition>")
             })?,
             "duplicate content",
         ),
         (
             "length",
             with_manifest(parts, |text| {
-                between(text, "<LengthInBytes>", "</LengthInBytes>", "1")
+                replace_between(text, "<LengthInBytes>", "</LengthInBytes>", "1")
             })?,
             "LengthInBytes",
         ),
@@ -208,7 +208,7 @@ fn cases(parts: &Parts) -> Result<Vec<(&'static str, Vec<u8>, &'static str)>> {
             "hash",
             with_manifest(parts, |text| {
                 let zeros = format!("{}=", "A".repeat(43));
-                between(
+                replace_between(
                     text,
                     "<IntegrityCheckHash>",
                     "</IntegrityCheckHash>",
@@ -232,15 +232,14 @@ fn cases(parts: &Parts) -> Result<Vec<(&'static str, Vec<u8>, &'static str)>> {
 }
 
 #[test]
-fn a_package_with_names_links_or_sizes_that_lie_is_refused_and_leaves_nothing() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
+fn malicious_packages_are_refused_and_leave_nothing() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     fs::write(service.join("Role/data"), "some data ".repeat(1000))?;
     let config = service.join("ServiceConfiguration.cscfg");
     let config = config.to_string_lossy();
-    let good = place.file("good.cspkg");
-    let output = place.output(&[
+    let good = sandbox.file("good.cspkg");
+    let output = sandbox.output(&[
         "pack",
         &service.to_string_lossy(),
         "-o",
@@ -248,18 +247,18 @@ fn a_package_with_names_links_or_sizes_that_lie_is_refused_and_leaves_nothing() 
     ])?;
     ensure!(output.status.success(), "{}", text(&output));
     let parts = unpack(&fs::read(&good)?)?;
-    let again = place.file("again.cspkg");
+    let again = sandbox.file("again.cspkg");
     fs::write(&again, pack(&parts, CompressionMethod::Deflated)?)?;
-    let output = place.output(&[
+    let output = sandbox.output(&[
         "validate",
         &good.to_string_lossy(),
         &again.to_string_lossy(),
     ])?;
     ensure!(output.status.success(), "{}", text(&output));
 
-    let before = everything(&place)?;
+    let before = everything(&sandbox)?;
     for (name, bytes, words) in cases(&parts)? {
-        let bad = place.file(&format!("{name}.cspkg"));
+        let bad = sandbox.file(&format!("{name}.cspkg"));
         fs::write(&bad, bytes)?;
         let bad = bad.to_string_lossy().into_owned();
         for arguments in [
@@ -267,27 +266,30 @@ fn a_package_with_names_links_or_sizes_that_lie_is_refused_and_leaves_nothing() 
             &["test", &bad, "--config", &config],
             &["run", &bad, "--config", &config],
         ] {
-            let output = place.output(arguments)?;
-            let said = text(&output);
+            let output = sandbox.output(arguments)?;
+            let printed = text(&output);
             let error = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.code() == Some(3), "{name}: {said}");
-            ensure!(error.matches("error[").count() == 1, "{name}: {said}");
+            ensure!(output.status.code() == Some(3), "{name}: {printed}");
+            ensure!(error.matches("error[").count() == 1, "{name}: {printed}");
             ensure!(
                 error.contains(&bad) && error.contains(words),
-                "{name}: {said}"
+                "{name}: {printed}"
             );
-            ensure!(error.contains("\n  hint "), "{name} has no remedy: {said}");
-            ensure!(!error.contains("panicked"), "{name}: {said}");
+            ensure!(
+                error.contains("\n  hint "),
+                "{name} has no remedy: {printed}"
+            );
+            ensure!(!error.contains("panicked"), "{name}: {printed}");
         }
         fs::remove_file(bad)?;
-        ensure!(everything(&place)? == before, "{name} left something");
+        ensure!(everything(&sandbox)? == before, "{name} left something");
     }
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }
 
-/// Files of the test's directory and temporary files of ours.
-fn everything(place: &Place) -> Result<(Vec<(std::path::PathBuf, u64)>, usize)> {
-    let own = e2e::files(&place.file(""))?;
+/// The files of the sandbox, and the number of temporary files of `pack`.
+fn everything(sandbox: &Sandbox) -> Result<(Vec<(std::path::PathBuf, u64)>, usize)> {
+    let own = e2e::files(&sandbox.file(""))?;
     let temporary = fs::read_dir(std::env::temp_dir())?
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(".pack-"))
@@ -297,24 +299,23 @@ fn everything(place: &Place) -> Result<(Vec<(std::path::PathBuf, u64)>, usize)> 
 
 #[test]
 fn a_link_in_a_service_directory_is_refused_by_its_path() -> Result<()> {
-    let place = Place::new()?;
-    let service =
-        Service::script("#!/bin/sh\nexec sleep 100000\n").write(&place.file("service"))?;
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
     std::os::unix::fs::symlink("/etc/passwd", service.join("Role/users"))?;
-    let package = place.file("a.cspkg");
+    let package = sandbox.file("a.cspkg");
     let service = service.to_string_lossy();
     for arguments in [
         &["validate", &service][..],
         &["test", &service],
         &["pack", &service, "-o", &package.to_string_lossy()],
     ] {
-        let output = place.output(arguments)?;
-        let said = text(&output);
-        ensure!(output.status.code() == Some(3), "{said}");
+        let output = sandbox.output(arguments)?;
+        let printed = text(&output);
+        ensure!(output.status.code() == Some(3), "{printed}");
         for wanted in ["Role/users", "symbolic link", "  hint "] {
-            ensure!(said.contains(wanted), "`{wanted}` is not in: {said}");
+            ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
         }
     }
     ensure!(!Path::new(&package).exists());
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

@@ -1,19 +1,19 @@
-//! A signal to every process of a session or unit is the command's to obey:
-//! it asks the roles to stop, which takes guests that still run.
+//! VMM processes and the janitor ignore a signal to every process of a session or
+//! unit, so that the command can stop the roles while their guests run.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use e2e::Place;
+use e2e::Sandbox;
 use e2e::run::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const ENDS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
 
-/// Signals that a process ignores or keeps from itself, as the kernel has them.
-fn not_taken(pid: u32) -> Result<u64> {
+/// The mask of signals that a process ignores or blocks (proc(5), SigIgn and SigBlk).
+fn ignored_signals(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let mut mask = 0;
     for name in ["SigBlk:", "SigIgn:"] {
@@ -24,9 +24,9 @@ fn not_taken(pid: u32) -> Result<u64> {
 }
 
 #[test]
-fn guests_and_janitor_outlast_a_signal_to_all_and_end_with_their_command() -> Result<()> {
-    let place = Place::new()?;
-    let nowhere = place.file("nowhere").display().to_string();
+fn guests_and_janitor_ignore_signals_and_end_with_the_command() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let nowhere = sandbox.file("nowhere").display().to_string();
     let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, &nowhere]];
     for arguments in processes {
         let (ours, theirs) = host_agent::vmm::wire::pair()?;
@@ -38,16 +38,16 @@ fn guests_and_janitor_outlast_a_signal_to_all_and_end_with_their_command() -> Re
             .spawn()?;
         let pid = child.id();
         let wanted = ENDS.iter().map(|end| 1 << (*end as u64 - 1)).sum::<u64>();
-        let taken = eventually("the process takes none of the signals", || {
-            Ok(not_taken(pid)? & wanted == wanted)
+        let ignored = eventually("the process ignores the signals", || {
+            Ok(ignored_signals(pid)? & wanted == wanted)
         });
         for end in ENDS {
             kill(Pid::from_raw(i32::try_from(pid)?), end)?;
         }
         drop(ours);
         let status = child.wait()?;
-        taken?;
-        // By itself: a code, not a signal.
+        ignored?;
+        // An exit code: no signal ended it.
         ensure!(status.code().is_some(), "{arguments:?}: {status}");
     }
     Ok(())

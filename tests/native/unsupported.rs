@@ -1,17 +1,17 @@
-//! What is not supported yet is refused by name with file and line, never
-//! ignored.
+//! Elements and attributes that are not supported yet are refused with file and line,
+//! never ignored.
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::service::Service;
-use e2e::{Place, text};
+use e2e::{Sandbox, text};
 
 const DEFINITION: &str = "ServiceDefinition.csdef";
 const CONFIGURATION: &str = "ServiceConfiguration.cscfg";
 
-/// File, text that is replaced, its replacement with a mark where the error
-/// is, and how the error names it. `@` is the mark.
+/// File, text to replace, replacement with `@` where the error is, and the name in the
+/// error.
 const CASES: &[(&str, &str, &str, &str)] = &[
     (
         DEFINITION,
@@ -148,41 +148,41 @@ const CASES: &[(&str, &str, &str, &str)] = &[
 ];
 
 #[test]
-fn each_part_of_the_model_that_is_not_there_yet_is_refused_at_its_line() -> Result<()> {
-    let place = Place::new()?;
-    let service = Service::echo()?.write(&place.file("service"))?;
+fn unsupported_elements_are_refused_at_their_line() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let (service, _) = Service::echo()?;
+    let service = service.write(&sandbox.file("service"))?;
     for (file, from, to, name) in CASES {
         let path = service.join(file);
         let sound = fs::read_to_string(&path)?;
         let marked = sound.replacen(from, to, 1);
         ensure!(marked != sound, "{from} is not in {file}");
-        let mark = marked.find('@').filter(|_| to.contains('@'));
-        // The XPath of the service has the same character.
-        let mark = mark
-            .and_then(|_| marked.find(to))
-            .map(|at| at + to.find('@').unwrap_or(0));
-        let at = mark.ok_or_else(|| anyhow::anyhow!("no mark in {to}"))?;
+        // Not the first `@` of the file: the XPaths of the service contain it too.
+        let mark = to.find('@').context("no mark")?;
+        let at = mark + marked.find(to).context("the replacement is there")?;
         let line = marked[..at].matches('\n').count() + 1;
         let mut broken = marked;
         broken.remove(at);
         fs::write(&path, broken)?;
         for verb in ["validate", "test"] {
-            let output = place.output(&[verb, &service.to_string_lossy()])?;
-            let said = text(&output);
-            ensure!(output.status.code() == Some(3), "{name}: {said}");
+            let output = sandbox.output(&[verb, &service.to_string_lossy()])?;
+            let printed = text(&output);
+            ensure!(output.status.code() == Some(3), "{name}: {printed}");
             let wanted = format!("{}:{line}:", path.display());
-            ensure!(said.contains(&wanted), "`{wanted}` is not in: {said}");
-            ensure!(said.contains("not supported yet"), "{name}: {said}");
-            let error = said.lines().find(|line| line.starts_with("error[HA-0101]"));
+            ensure!(printed.contains(&wanted), "`{wanted}` is not in: {printed}");
+            ensure!(printed.contains("not supported yet"), "{name}: {printed}");
+            let error = printed
+                .lines()
+                .find(|line| line.starts_with("error[HA-0101]"));
             ensure!(
                 error.is_some_and(|line| line.contains(name)),
-                "{name}: {said}"
+                "{name}: {printed}"
             );
-            ensure!(said.contains("\n  hint "), "{name}: {said}");
+            ensure!(printed.contains("\n  hint "), "{name}: {printed}");
         }
         fs::write(&path, sound)?;
     }
-    let output = place.output(&["validate", &service.to_string_lossy()])?;
+    let output = sandbox.output(&["validate", &service.to_string_lossy()])?;
     ensure!(output.status.success(), "{}", text(&output));
-    place.assert_nothing_left()
+    sandbox.assert_nothing_left()
 }

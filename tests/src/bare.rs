@@ -1,4 +1,4 @@
-//! A VMM process without a supervisor: one guest that is no service.
+//! A VMM process without a supervisor, for guests that are not services.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,16 +15,23 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{limit, program};
 
-/// What is booted.
-#[derive(Debug)]
-pub struct Bare {
+/// The serial log in a guest's directory.
+pub const CONSOLE: &str = "console";
+/// Standard error of the VMM process, in the same directory.
+pub const MESSAGES: &str = "messages";
+/// Size at which the serial log is rotated: far more than a boot writes.
+const CONSOLE_BYTES: u64 = 1 << 20;
+
+/// A guest to boot.
+#[derive(Debug, Clone)]
+pub struct BareGuest {
     /// ELF file or bzImage.
     pub kernel: PathBuf,
     /// Initial RAM file system.
     pub initrd: PathBuf,
     /// Kernel command line.
     pub command_line: String,
-    /// Processors.
+    /// Number of vCPUs.
     pub vcpus: u8,
     /// RAM in MiB.
     pub memory_mib: u32,
@@ -32,7 +39,7 @@ pub struct Bare {
     pub disks: Vec<Disk>,
 }
 
-/// A disk of a guest that is no service.
+/// A disk of a bare guest.
 #[derive(Debug, Clone)]
 pub enum Disk {
     /// A fresh diff over this base, `diffN.qcow2` in the guest's directory.
@@ -41,29 +48,32 @@ pub enum Disk {
     Raw(PathBuf),
 }
 
+/// The descriptors that are sent to the VMM process.
+#[derive(Debug, Default)]
+struct Files(Vec<OwnedFd>);
+
+impl Files {
+    fn add(&mut self, file: File) -> Result<FileIndex> {
+        self.0.push(file.into());
+        Ok(FileIndex(u8::try_from(self.0.len() - 1)?))
+    }
+}
+
 impl Disk {
-    /// Opens disk number `number` of the guest whose directory is `dir`. Its files
-    /// are added to those that the VMM is given.
-    pub fn open(&self, number: usize, dir: &Path, files: &mut Vec<OwnedFd>) -> Result<DiskSpec> {
-        let mut add = |file: File| -> Result<FileIndex> {
-            files.push(file.into());
-            Ok(FileIndex(u8::try_from(files.len() - 1)?))
-        };
-        let mut write = OpenOptions::new();
-        write.read(true).write(true);
+    /// Opens disk number `number` of the guest whose directory is `dir`.
+    fn open(&self, number: usize, dir: &Path, files: &mut Files) -> Result<DiskSpec> {
         let backing = match self {
             Self::Diff(base) => {
                 let diff = dir.join(format!("diff{number}.qcow2"));
-                let fresh = write.clone().create(true).truncate(true).open(&diff)?;
                 let size = fs::metadata(base)?.len();
-                create_diff(fresh, size, &base.to_string_lossy())?;
+                create_diff(read_write(&diff, true)?, size, &base.to_string_lossy())?;
                 DiskBacking::Diff {
-                    diff: add(write.open(&diff)?)?,
-                    base: add(File::open(base)?)?,
+                    diff: files.add(read_write(&diff, false)?)?,
+                    base: files.add(read(base)?)?,
                 }
             }
             Self::Raw(file) => DiskBacking::Raw {
-                file: add(write.open(file)?)?,
+                file: files.add(read_write(file, false)?)?,
                 read_only: false,
             },
         };
@@ -74,36 +84,50 @@ impl Disk {
     }
 }
 
-/// A guest that runs. Dropped, it is killed.
-#[derive(Debug)]
-pub struct Guest {
-    child: Child,
-    control: OwnedFd,
-    dir: PathBuf,
-    /// Every event so far.
-    pub events: Vec<Event>,
+fn read(path: &Path) -> Result<File> {
+    File::open(path).with_context(|| path.display().to_string())
 }
 
-impl Bare {
-    /// Starts it, with its console and the process's messages in `dir`.
-    pub fn start(&self, dir: &Path) -> Result<Guest> {
-        let write = |path: &Path| {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(path)
-                .with_context(|| format!("open {}", path.display()))
-        };
-        let open = |path: &Path| File::open(path).with_context(|| path.display().to_string());
-        let mut files: Vec<OwnedFd> = vec![
-            write(Path::new("/dev/kvm"))?.into(),
-            open(&self.kernel)?.into(),
-            open(&self.initrd)?.into(),
-            write(&dir.join("console"))?.into(),
-            write(&dir.join("console.1"))?.into(),
-        ];
+/// Opens a file for reading and writing, after emptying or creating it if it is to be `fresh`.
+fn read_write(path: &Path, fresh: bool) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(fresh)
+        .truncate(fresh)
+        .open(path)
+        .with_context(|| path.display().to_string())
+}
+
+/// A guest whose files are open and whose VMM process has not started.
+#[derive(Debug)]
+pub struct Prepared {
+    spec: GuestSpec,
+    files: Files,
+    messages: File,
+}
+
+impl Prepared {
+    /// Starts `program` as a VMM process; the process and its control socket.
+    pub fn spawn(self, program: &Path) -> Result<(Child, OwnedFd)> {
+        let (control, theirs) = wire::pair()?;
+        let child = Program::new(program)
+            .arg("vmm")
+            .stdin(Stdio::from(theirs))
+            .stderr(self.messages)
+            .spawn()?;
+        let passed: Vec<_> = self.files.0.iter().map(AsFd::as_fd).collect();
+        let start = Command::Start(Box::new(self.spec));
+        wire::send(control.as_fd(), &start, &passed)?;
+        Ok((child, control))
+    }
+}
+
+impl BareGuest {
+    /// Opens the guest's files, with its serial log and the messages of its VMM
+    /// process in `dir`.
+    pub fn prepare(&self, dir: &Path) -> Result<Prepared> {
+        let mut files = Files::default();
         let mut disks = Vec::new();
         for (number, disk) in self.disks.iter().enumerate() {
             disks.push(disk.open(number, dir, &mut files)?);
@@ -113,27 +137,29 @@ impl Bare {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             cmdline: self.command_line.clone(),
-            kvm: FileIndex(0),
-            kernel: FileIndex(1),
-            initrd: FileIndex(2),
+            kvm: files.add(read_write(Path::new("/dev/kvm"), false)?)?,
+            kernel: files.add(read(&self.kernel)?)?,
+            initrd: files.add(read(&self.initrd)?)?,
             serial: SerialSpec {
-                current: FileIndex(3),
-                previous: FileIndex(4),
-                max_bytes: 1 << 20,
+                current: files.add(read_write(&dir.join(CONSOLE), true)?)?,
+                previous: files.add(read_write(&dir.join("console.1"), true)?)?,
+                max_bytes: CONSOLE_BYTES,
             },
             disks,
             dial_limit_ms: 2000,
             outlive_supervisor: false,
         };
-        let (control, theirs) = wire::pair()?;
-        let child = Program::new(program())
-            .arg("vmm")
-            .stdin(Stdio::from(theirs))
-            .stderr(File::create(dir.join("messages"))?)
-            .spawn()?;
-        let passed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        wire::send(control.as_fd(), &Command::Start(Box::new(spec)), &passed)?;
-        Ok(Guest {
+        Ok(Prepared {
+            spec,
+            files,
+            messages: File::create(dir.join(MESSAGES))?,
+        })
+    }
+
+    /// Starts the guest.
+    pub fn start(&self, dir: &Path) -> Result<RunningGuest> {
+        let (child, control) = self.prepare(dir)?.spawn(&program())?;
+        Ok(RunningGuest {
             child,
             control,
             dir: dir.to_owned(),
@@ -142,9 +168,19 @@ impl Bare {
     }
 }
 
-impl Guest {
-    /// Sends a command.
-    pub fn tell(&self, command: &Command) -> Result<()> {
+/// A guest and its VMM process, which is killed on drop.
+#[derive(Debug)]
+pub struct RunningGuest {
+    child: Child,
+    control: OwnedFd,
+    dir: PathBuf,
+    /// Every event so far.
+    pub events: Vec<Event>,
+}
+
+impl RunningGuest {
+    /// Sends a command to the VMM process.
+    pub fn send(&self, command: &Command) -> Result<()> {
         Ok(wire::send(self.control.as_fd(), command, &[])?)
     }
 
@@ -167,16 +203,16 @@ impl Guest {
         }
     }
 
-    /// Waits for its end; the reason that it told and its exit code.
+    /// Waits for the guest's end; the reported reason and the exit status of the process.
     pub fn end(&mut self) -> Result<(ExitReason, ExitStatus)> {
         let event = self.event("exit", |event| matches!(event, Event::Exited(_)))?;
         let Event::Exited(reason) = event else {
-            bail!("{event:?} is no exit");
+            bail!("{event:?} is not an exit");
         };
         Ok((reason, self.child.wait()?))
     }
 
-    /// Memory of the process, guest RAM and all, in MiB.
+    /// Resident memory of the VMM process, guest RAM included, in MiB.
     pub fn resident_mib(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -189,17 +225,17 @@ impl Guest {
 
     /// What the guest wrote to its serial line.
     pub fn console(&self) -> String {
-        let bytes = fs::read(self.dir.join("console")).unwrap_or_default();
+        let bytes = fs::read(self.dir.join(CONSOLE)).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// What the VMM process wrote to standard error.
     pub fn messages(&self) -> String {
-        fs::read_to_string(self.dir.join("messages")).unwrap_or_default()
+        fs::read_to_string(self.dir.join(MESSAGES)).unwrap_or_default()
     }
 }
 
-impl Drop for Guest {
+impl Drop for RunningGuest {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

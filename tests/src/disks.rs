@@ -1,4 +1,4 @@
-//! The diff disks of a test's guests, judged by another program at its end.
+//! Verifies diff disks with QEMU, and those of a test's guests at its end.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -17,24 +17,23 @@ use vm_memory::VolatileSlice;
 
 use crate::text;
 
-/// Bytes read at once.
+/// Bytes per read.
 const BLOCK: usize = 1 << 20;
-/// How often new disks are looked for: sooner than a guest can write to one and
-/// its command remove it.
-const LOOK: Duration = Duration::from_millis(100);
-/// The first bytes of a diff disk, written when it is complete.
+/// Interval between two searches for new disks: shorter than any deployment.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// Magic number of qcow2, which `create_diff` writes last.
 const MAGIC: &[u8] = b"QFI\xfb";
 
 /// How the last program that wrote to a disk ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum After {
-    /// By itself.
-    CleanEnd,
-    /// Killed, perhaps in mid-write: clusters may be counted that hold nothing.
-    Kill,
+pub enum WriterEnd {
+    /// It exited.
+    Clean,
+    /// It was killed, maybe during a write: the disk may have leaked clusters.
+    Killed,
 }
 
-/// Runs a tool on disk images; what it printed.
+/// Runs a program that reads disk images; its standard output.
 pub fn tool(name: &str, arguments: &[&OsStr]) -> Result<String> {
     let output = Command::new(name)
         .args(arguments)
@@ -45,9 +44,9 @@ pub fn tool(name: &str, arguments: &[&OsStr]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// QEMU finds no damage in `diff`, wherever its base is, and no waste either
-/// unless its writer was killed.
-pub fn check(diff: &Path, after: After) -> Result<()> {
+/// Fails if QEMU finds corruption in `diff`, or leaked clusters after a clean end.
+/// The base is not opened.
+pub fn check(diff: &Path, writer: WriterEnd) -> Result<()> {
     let image = serde_json::json!({
         "driver": "qcow2",
         "file": {"driver": "file", "filename": diff},
@@ -58,7 +57,7 @@ pub fn check(diff: &Path, after: After) -> Result<()> {
         .arg(format!("json:{image}"))
         .output()
         .context("qemu-img is a test dependency")?;
-    // 3: leaks and nothing else (qemu-img(1)).
+    // 3: leaked clusters, no corruption (qemu-img(1)).
     ensure!(
         matches!(output.status.code(), Some(0 | 3)),
         "qemu-img check: {}",
@@ -68,13 +67,13 @@ pub fn check(diff: &Path, after: After) -> Result<()> {
     ensure!(
         report["check-errors"] == 0
             && report["corruptions"].is_null()
-            && (report["leaks"].is_null() || after == After::Kill),
+            && (report["leaks"].is_null() || writer == WriterEnd::Killed),
         "{report}"
     );
     Ok(())
 }
 
-/// QEMU reads from `diff` and its base what the raw file `reference` holds.
+/// Fails unless QEMU reads the contents of the raw file `reference` from `diff` and its base.
 pub fn compare(diff: &Path, reference: &Path) -> Result<()> {
     let mut arguments: Vec<&OsStr> = ["compare", "-f", "qcow2", "-F", "raw"]
         .map(OsStr::new)
@@ -85,43 +84,42 @@ pub fn compare(diff: &Path, reference: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Has `diff` checked, and compared with what the product reads from it, which is
-/// in the raw file `reference` then. Nothing may write to it meanwhile.
-pub fn judge(diff: &Path, reference: &Path, after: After) -> Result<()> {
-    check(diff, after).context("after the guest")?;
-    read_out(diff, reference)?;
+/// Checks `diff`, and compares what QEMU reads from it with what the product reads,
+/// which is then in the raw file `reference`. No program may write to `diff` meanwhile.
+pub fn verify(diff: &Path, reference: &Path, writer: WriterEnd) -> Result<()> {
+    check(diff, writer).context("after the guest")?;
+    copy_to_raw(diff, reference)?;
     compare(diff, reference)
 }
 
-/// Second names of diff disks, which keep them when a command removes its own.
-/// They are given to every disk that appears below a directory, whoever made it.
+/// Hard-links every diff disk that appears below a directory, so that it still
+/// exists after its command has removed the deployment.
 #[derive(Debug)]
-pub(crate) struct Kept {
-    /// Closed, it ends the thread.
+pub(crate) struct DiskWatch {
+    /// Dropping it ends the thread.
     open: Option<Sender<()>>,
     thread: Option<JoinHandle<Vec<PathBuf>>>,
     killed: AtomicBool,
 }
 
-impl Kept {
-    /// Looks for disks of `deployments` until it is time to judge them, and gives
-    /// them names in `dir`.
-    pub(crate) fn watch(deployments: PathBuf, dir: PathBuf) -> Self {
+impl DiskWatch {
+    /// Links the disks of `deployments` into `dir` until they are verified.
+    pub(crate) fn start(deployments: PathBuf, dir: PathBuf) -> Self {
         let (open, closed) = channel::<()>();
         let thread = thread::spawn(move || {
             let mut seen = BTreeSet::new();
-            let mut kept = Vec::new();
+            let mut links = Vec::new();
             loop {
-                let last = closed.recv_timeout(LOOK) != Err(RecvTimeoutError::Timeout);
+                let last = closed.recv_timeout(INTERVAL) != Err(RecvTimeoutError::Timeout);
                 for diff in disks(&deployments) {
-                    let name = dir.join(format!("diff-{}.qcow2", kept.len()));
-                    if !seen.contains(&diff) && fs::hard_link(&diff, &name).is_ok() {
-                        kept.push(name);
+                    let link = dir.join(format!("diff-{}.qcow2", links.len()));
+                    if !seen.contains(&diff) && fs::hard_link(&diff, &link).is_ok() {
+                        links.push(link);
                         seen.insert(diff);
                     }
                 }
                 if last {
-                    return kept;
+                    return links;
                 }
             }
         });
@@ -132,24 +130,24 @@ impl Kept {
         }
     }
 
-    /// A program that writes to a disk may be killed.
-    pub(crate) fn may_be_killed(&self) {
+    /// Accepts leaked clusters, because a program that writes to a disk is killed.
+    pub(crate) fn writer_is_killed(&self) {
         self.killed.store(true, Ordering::Relaxed);
     }
 
-    /// Judges every disk. Nothing may write to them any more.
-    pub(crate) fn judge(&mut self) -> Result<()> {
-        let after = if self.killed.load(Ordering::Relaxed) {
-            After::Kill
+    /// Verifies every disk. No program may write to them any more.
+    pub(crate) fn verify(&mut self) -> Result<()> {
+        let writer = if self.killed.load(Ordering::Relaxed) {
+            WriterEnd::Killed
         } else {
-            After::CleanEnd
+            WriterEnd::Clean
         };
         self.open = None;
-        let thread = self.thread.take().context("judged once")?;
-        let kept = thread.join().map_err(|_| anyhow!("the watch panicked"))?;
-        for diff in kept {
+        let thread = self.thread.take().context("the disks are verified once")?;
+        let links = thread.join().map_err(|_| anyhow!("the watch panicked"))?;
+        for diff in links {
             let reference = diff.with_extension("raw");
-            judge(&diff, &reference, after)?;
+            verify(&diff, &reference, writer)?;
             fs::remove_file(&reference)?;
         }
         Ok(())
@@ -174,8 +172,8 @@ fn disks(deployments: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Writes to `raw` all that the product's own reader finds in `diff`.
-fn read_out(diff: &Path, raw: &Path) -> Result<()> {
+/// Copies `diff` to the raw file `raw`, as the product reads it.
+fn copy_to_raw(diff: &Path, raw: &Path) -> Result<()> {
     let info = tool(
         "qemu-img",
         &["info".as_ref(), "--output=json".as_ref(), diff.as_ref()],
@@ -193,7 +191,7 @@ fn read_out(diff: &Path, raw: &Path) -> Result<()> {
     while at < disk.size() {
         let count = usize::try_from(disk.size() - at).map_or(BLOCK, |left| left.min(BLOCK));
         disk.read(at, &[VolatileSlice::from(&mut block[..count])])?;
-        // Holes stay holes.
+        // Zeros stay holes.
         if block[..count].iter().any(|byte| *byte != 0) {
             raw.write_all_at(&block[..count], at)?;
         }
@@ -207,7 +205,7 @@ mod tests {
     use super::*;
     use host_agent::vmm::disk::create_diff;
 
-    /// A diff with 64 KiB of `fill` written and flushed, where an instance has it.
+    /// A diff disk in an instance's directory, with 64 KiB of `fill` written and flushed.
     fn instance(dir: &Path, fill: u8) -> Result<PathBuf> {
         let base = dir.join("base");
         fs::write(&base, vec![7; 1 << 20])?;
@@ -229,51 +227,51 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_its_command_removed_is_judged_and_only_a_kill_excuses_leaks() -> Result<()> {
-        for (damage, after, sound) in [
-            (None, After::CleanEnd, true),
-            (Some((0, 1)), After::CleanEnd, false),
-            (Some((0, 1)), After::Kill, true),
-            (Some((1, 0)), After::Kill, false),
+    fn removed_disks_are_verified_and_leaks_need_a_killed_writer() -> Result<()> {
+        for (damage, writer, sound) in [
+            (None, WriterEnd::Clean, true),
+            (Some((0, 1)), WriterEnd::Clean, false),
+            (Some((0, 1)), WriterEnd::Killed, true),
+            (Some((1, 0)), WriterEnd::Killed, false),
         ] {
             let dir = tempfile::tempdir()?;
-            let mut kept = Kept::watch(dir.path().join("deployments"), dir.path().to_owned());
-            if after == After::Kill {
-                kept.may_be_killed();
+            let mut watch = DiskWatch::start(dir.path().join("deployments"), dir.path().to_owned());
+            if writer == WriterEnd::Killed {
+                watch.writer_is_killed();
             }
             let diff = instance(dir.path(), 9)?;
             if let Some((from, to)) = damage {
-                recount(&diff, from, to)?;
+                change_refcount(&diff, from, to)?;
             }
-            let name = dir.path().join("diff-0.qcow2");
-            crate::run::eventually("it has a second name", || Ok(name.exists()))?;
+            let link = dir.path().join("diff-0.qcow2");
+            crate::run::eventually("the disk is linked", || Ok(link.exists()))?;
             fs::remove_dir_all(dir.path().join("deployments"))?;
-            let judged = kept.judge();
-            ensure!(judged.is_ok() == sound, "{damage:?} {after:?}: {judged:?}");
+            let found = watch.verify();
+            ensure!(found.is_ok() == sound, "{damage:?} {writer:?}: {found:?}");
         }
         Ok(())
     }
 
-    /// Changes the count of the last cluster that is counted `from` times to `to`.
-    fn recount(diff: &Path, from: u16, to: u16) -> Result<()> {
+    /// Sets the refcount of the last cluster whose refcount is `from` to `to`.
+    fn change_refcount(diff: &Path, from: u16, to: u16) -> Result<()> {
         let file = OpenOptions::new().read(true).write(true).open(diff)?;
         let clusters = file.metadata()?.len() >> 16;
-        // Room for one more, which nobody counts.
+        // One more cluster, with refcount 0.
         file.set_len((clusters + 1) << 16)?;
         let mut word = [0; 8];
-        // Where the table of counts is (qcow2, byte 48), and its first block.
+        // refcount_table_offset of the qcow2 header, then the first refcount block.
         file.read_exact_at(&mut word, 48)?;
         let table = u64::from_be_bytes(word);
         file.read_exact_at(&mut word, table)?;
-        let counts = u64::from_be_bytes(word);
+        let block = u64::from_be_bytes(word);
         for cluster in (0..=clusters).rev() {
             let mut count = [0; 2];
-            file.read_exact_at(&mut count, counts + 2 * cluster)?;
+            file.read_exact_at(&mut count, block + 2 * cluster)?;
             if u16::from_be_bytes(count) == from {
-                file.write_all_at(&to.to_be_bytes(), counts + 2 * cluster)?;
+                file.write_all_at(&to.to_be_bytes(), block + 2 * cluster)?;
                 return Ok(());
             }
         }
-        Err(anyhow!("no cluster is counted {from} times"))
+        Err(anyhow!("no cluster has refcount {from}"))
     }
 }

@@ -1,9 +1,9 @@
-//! Harness of the end-to-end tests: services made on the spot, the program
-//! run as a user runs it, and nothing but its public interface.
+//! Harness of the end-to-end tests: writes services, runs the program as a user
+//! does, and uses only its public interface.
 
 pub mod bare;
 pub mod disks;
-pub mod mounts;
+pub mod mount_namespace;
 pub mod peak;
 pub mod run;
 pub mod service;
@@ -16,24 +16,26 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::run::eventually;
+
 /// The program under test: `HOST_AGENT_BIN`.
 pub fn program() -> PathBuf {
     env::var_os("HOST_AGENT_BIN").map_or_else(
-        || panic!("HOST_AGENT_BIN names no program: run scripts/test"),
+        || panic!("HOST_AGENT_BIN is not set: run scripts/test"),
         PathBuf::from,
     )
 }
 
-/// Where the guest images are: `HOST_AGENT_DATA_DIR`.
+/// The directory of the guest images, in `HOST_AGENT_DATA_DIR`.
 pub fn images() -> PathBuf {
     env::var_os("HOST_AGENT_DATA_DIR").map_or_else(
-        || panic!("HOST_AGENT_DATA_DIR names no directory: run scripts/test"),
+        || panic!("HOST_AGENT_DATA_DIR is not set: run scripts/test"),
         |dir| PathBuf::from(dir).join("images"),
     )
 }
 
-/// A limit for `seconds` of a fast machine, on this one. The suite runs on
-/// emulated hardware too.
+/// A time limit: `seconds` on fast hardware, times `HOST_AGENT_TEST_SCALE`, since
+/// the tests run on emulated hardware too.
 pub fn limit(seconds: u64) -> Duration {
     let scale = env::var("HOST_AGENT_TEST_SCALE")
         .ok()
@@ -42,30 +44,30 @@ pub fn limit(seconds: u64) -> Duration {
     Duration::from_secs(seconds * scale)
 }
 
-/// Directories of one test: data (with the images linked in) and run time. When
-/// it is dropped, the diff disks of its guests are judged.
+/// One test's data directory, with the images linked in, and its run-time
+/// directory. On drop, the diff disks of the test's guests are verified.
 #[derive(Debug)]
-pub struct Place {
-    kept: disks::Kept,
+pub struct Sandbox {
+    disks: disks::DiskWatch,
     dir: tempfile::TempDir,
 }
 
-impl Place {
-    /// Fresh directories.
+impl Sandbox {
+    /// Creates the directories.
     pub fn new() -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("ha").tempdir()?;
         std::fs::create_dir(dir.path().join("data"))?;
         std::fs::create_dir(dir.path().join("run"))?;
         std::os::unix::fs::symlink(images(), dir.path().join("data/images"))?;
         let deployments = dir.path().join("data/deployments");
-        let kept = disks::Kept::watch(deployments, dir.path().to_owned());
-        Ok(Self { kept, dir })
+        let disks = disks::DiskWatch::start(deployments, dir.path().to_owned());
+        Ok(Self { disks, dir })
     }
 
-    /// To be called by a test in which a VMM process is killed: its disk may hold
-    /// clusters that are counted and not used.
+    /// Accepts leaked clusters in the diff disks. A test in which a VMM process is
+    /// killed calls this.
     pub fn vmm_is_killed(&self) {
-        self.kept.may_be_killed();
+        self.disks.writer_is_killed();
     }
 
     /// The data directory.
@@ -78,15 +80,15 @@ impl Place {
         self.dir.path().join(name)
     }
 
-    /// The program with this place's directories.
+    /// The program with the environment of this sandbox.
     pub fn command(&self) -> Command {
         let mut command = Command::new(program());
-        self.surround(&mut command);
+        self.set_environment(&mut command);
         command
     }
 
-    /// Gives `command` the environment of this place.
-    pub fn surround(&self, command: &mut Command) {
+    /// Gives `command` the environment of this sandbox.
+    pub fn set_environment(&self, command: &mut Command) {
         command
             .env("HOST_AGENT_DATA_DIR", self.data())
             .env("XDG_RUNTIME_DIR", self.dir.path().join("run"))
@@ -103,7 +105,7 @@ impl Place {
             .with_context(|| format!("run {arguments:?}"))
     }
 
-    /// What an ended command must not leave: deployments, sockets, processes.
+    /// Fails if a deployment, a socket or a process is left.
     pub fn assert_nothing_left(&self) -> Result<()> {
         for dir in ["data/deployments", "run/host-agent"] {
             let left: Vec<_> = match std::fs::read_dir(self.dir.path().join(dir)) {
@@ -117,7 +119,12 @@ impl Place {
         Ok(())
     }
 
-    /// The command line of a process that was started here and has not ended.
+    /// Waits until a killed command's janitor has removed everything.
+    pub fn wait_until_nothing_is_left(&self) -> Result<()> {
+        eventually("nothing is left", || Ok(self.assert_nothing_left().is_ok()))
+    }
+
+    /// The command line of a running process that was started in this sandbox.
     fn process(&self) -> Result<Option<String>> {
         let mine = format!("HOST_AGENT_DATA_DIR={}", self.data().display());
         for entry in std::fs::read_dir("/proc")?.flatten() {
@@ -134,22 +141,21 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Sandbox {
     fn drop(&mut self) {
         if std::thread::panicking() {
             return;
         }
-        // A killed command's guests end by themselves.
-        let judged = run::eventually("the guests end", || Ok(self.process()?.is_none()))
-            .and_then(|()| self.kept.judge());
-        if let Err(error) = judged {
+        // The guests of a killed command end by themselves.
+        let verified = eventually("the guests end", || Ok(self.process()?.is_none()))
+            .and_then(|()| self.disks.verify());
+        if let Err(error) = verified {
             panic!("the disks of this test's guests: {error:#}");
         }
     }
 }
 
-/// Every file below `dir` with its length, sorted: what a command must leave
-/// as it was.
+/// Every file below `dir` with its length, sorted, to compare before and after.
 pub fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
     let mut found = Vec::new();
     let mut left = vec![dir.to_owned()];
@@ -167,7 +173,7 @@ pub fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
     Ok(found)
 }
 
-/// Standard output and error of a command, for messages.
+/// Status, standard output and standard error of a command, for messages.
 pub fn text(output: &Output) -> String {
     format!(
         "{}\n{}\n{}",

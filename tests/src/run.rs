@@ -1,4 +1,4 @@
-//! A `host-agent run` in the background, read line by line.
+//! A `host-agent run` in the background, whose timeline is read line by line.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::{Place, limit};
+use crate::{Sandbox, limit};
 
 /// The only instance of a [`crate::service::Service`].
 pub const INSTANCE: &str = "Role_IN_0";
@@ -19,26 +19,26 @@ pub const INSTANCE: &str = "Role_IN_0";
 /// A running service.
 #[derive(Debug)]
 pub struct Run<'a> {
-    place: &'a Place,
+    sandbox: &'a Sandbox,
     child: Child,
     lines: Receiver<String>,
     seen: Vec<String>,
 }
 
 impl<'a> Run<'a> {
-    /// Starts the service in `service` with more `arguments`.
-    pub fn start(place: &'a Place, service: &Path, arguments: &[&str]) -> Result<Self> {
-        let mut command = place.command();
+    /// Starts the service in directory `service`, with `arguments` added.
+    pub fn start(sandbox: &'a Sandbox, service: &Path, arguments: &[&str]) -> Result<Self> {
+        let mut command = sandbox.command();
         command
             .args(["run", "--format", "jsonl"])
             .args(arguments)
             .arg(service);
-        Self::of(place, command)
+        Self::from_command(sandbox, command)
     }
 
     /// Starts `command`, which is a `run --format jsonl` with the directories
-    /// of `place`.
-    pub fn of(place: &'a Place, mut command: Command) -> Result<Self> {
+    /// of `sandbox`.
+    pub fn from_command(sandbox: &'a Sandbox, mut command: Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -60,7 +60,7 @@ impl<'a> Run<'a> {
             });
         }
         Ok(Self {
-            place,
+            sandbox,
             child,
             lines,
             seen: Vec::new(),
@@ -131,7 +131,7 @@ impl<'a> Run<'a> {
 
     /// Directory with the instance's disks and logs.
     pub fn instance_dir(&self) -> Result<PathBuf> {
-        let deployments = self.place.data().join("deployments");
+        let deployments = self.sandbox.data().join("deployments");
         let deployment = std::fs::read_dir(&deployments)?
             .flatten()
             .next()
@@ -143,7 +143,7 @@ impl<'a> Run<'a> {
     pub fn exec(&self, command: &[&str]) -> Result<Output> {
         let mut arguments = vec!["exec", INSTANCE, "--"];
         arguments.extend(command);
-        self.place.output(&arguments)
+        self.sandbox.output(&arguments)
     }
 
     /// Runs a shell line in the guest that must succeed; its output.
@@ -155,7 +155,7 @@ impl<'a> Run<'a> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Ctrl-C, once.
+    /// Sends SIGINT, as one Ctrl-C does.
     pub fn interrupt(&self) -> Result<()> {
         self.signal(Signal::SIGINT)
     }
@@ -166,18 +166,13 @@ impl<'a> Run<'a> {
         Ok(kill(pid, signal)?)
     }
 
-    /// Ends the wait for the command if it hangs; how it ended.
-    pub fn status(self) -> Result<ExitStatus> {
-        Ok(self.wait()?.0)
-    }
-
     /// Lines of the timeline so far.
     pub fn seen(&self) -> &[String] {
         &self.seen
     }
 
-    /// Waits for the command to end by itself.
-    pub fn wait(mut self) -> Result<(ExitStatus, Vec<String>)> {
+    /// Waits until the command ends by itself; its status and whole timeline.
+    pub fn wait(mut self) -> Result<(ExitStatus, String)> {
         let deadline = Instant::now() + limit(30);
         loop {
             match self.line(deadline, "of the end") {
@@ -187,15 +182,15 @@ impl<'a> Run<'a> {
             }
         }
         let status = self.child.wait()?;
-        Ok((status, std::mem::take(&mut self.seen)))
+        Ok((status, self.seen.join("\n")))
     }
 
-    /// Ctrl-C and a clean end.
-    pub fn stop(self) -> Result<Vec<String>> {
+    /// Stops the command by one Ctrl-C; its whole timeline.
+    pub fn stop(self) -> Result<String> {
         self.interrupt()?;
         let (status, seen) = self.wait()?;
         if !matches!(status.code(), Some(0 | 130)) {
-            bail!("run ended with {status}:\n{}", seen.join("\n"));
+            bail!("run ended with {status}:\n{seen}");
         }
         Ok(seen)
     }
@@ -208,7 +203,22 @@ impl Drop for Run<'_> {
     }
 }
 
-/// Waits for a condition that no event announces.
+/// Waits until a command ends; kills it and fails if it does not end in time.
+pub fn end(child: &mut Child) -> Result<ExitStatus> {
+    let deadline = Instant::now() + limit(30);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            bail!("the command did not end in time");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Polls for a condition that no event announces.
 pub fn eventually(what: &str, condition: impl Fn() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + limit(10);
     while Instant::now() < deadline {

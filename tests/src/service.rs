@@ -1,4 +1,4 @@
-//! Services written to a directory on the spot.
+//! Services with one worker role, written to a directory.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket,
 };
 
-/// Perl is essential in Debian and speaks TCP: an echo server for any image.
+/// An echo server for any image: Perl is essential in Debian.
 pub const ECHO: &str = r#"#!/usr/bin/perl
 use strict; use IO::Socket::INET; $SIG{CHLD} = 'IGNORE';
 my $l = IO::Socket::INET->new(LocalAddr => '127.0.0.1', LocalPort => $ENV{ECHO_PORT},
@@ -35,11 +35,16 @@ pub struct Service {
     pub image: String,
     /// VM size.
     pub size: String,
-    /// Public port of endpoint `Echo`, if it has one.
+    /// Public port of endpoint `Echo`; without one the endpoint is not defined.
     pub port: Option<u16>,
 }
 
 impl Service {
+    /// A role that starts and does nothing.
+    pub fn idle() -> Self {
+        Self::script("#!/bin/sh\nexec sleep 100000\n")
+    }
+
     /// A role that runs this script.
     pub fn script(entry: &str) -> Self {
         Self {
@@ -50,15 +55,17 @@ impl Service {
         }
     }
 
-    /// The echo server behind a free public port.
-    pub fn echo() -> Result<Self> {
-        Ok(Self {
-            port: Some(free_port()?),
+    /// The echo server behind a free public port, and that port.
+    pub fn echo() -> Result<(Self, u16)> {
+        let port = free_port()?;
+        let service = Self {
+            port: Some(port),
             ..Self::script(ECHO)
-        })
+        };
+        Ok((service, port))
     }
 
-    /// Writes the service to `dir` and returns that.
+    /// Writes the service to `dir` and returns `dir`.
     pub fn write(&self, dir: &Path) -> Result<PathBuf> {
         fs::create_dir_all(dir.join("Role"))?;
         let entry = dir.join("Role/entry");
@@ -110,9 +117,9 @@ impl Service {
     }
 }
 
-/// A port that was free a moment ago. It is bound and not listened on, so that
-/// the copy of the socket which a process just forked by another test still
-/// has, until it calls exec, is in nobody's way.
+/// A port that was free a moment ago. The socket is bound but does not listen: a
+/// process that another test forks meanwhile holds a copy of it until `execve`, and
+/// with SO_REUSEADDR only a listening copy would block the port.
 pub fn free_port() -> Result<u16> {
     let socket = socket(
         AddressFamily::Inet,

@@ -1,5 +1,4 @@
-//! A service of two roles around a real web server: busybox httpd, as Debian
-//! packages it.
+//! A service of two roles, one of which serves HTTP with Debian's busybox httpd.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +11,7 @@ use anyhow::{Context, Result};
 use crate::limit;
 use crate::service::free_port;
 
-/// Says what it was given, serves `www` and says when it is asked to stop.
+/// Prints its variables and files, serves `www`, and prints a line on SIGTERM.
 const SERVE: &str = r#"#!/bin/sh
 trap 'echo asked to stop; kill $server; exit 0' TERM
 env | LC_ALL=C sort
@@ -23,7 +22,7 @@ server=$!
 wait
 "#;
 
-/// A page made by a program: which instance answers.
+/// A CGI program that prints the name of its instance.
 const WHO: &str = r#"#!/bin/sh
 printf 'Content-Type: text/plain\r\n\r\n%s\n' "$RoleInstanceID"
 "#;
@@ -34,18 +33,18 @@ env | LC_ALL=C sort
 while :; do sleep 1 & wait; done
 ";
 
-/// `Web`, instances of the web server behind endpoint `Www`, and `Worker`.
+/// Role `Web`, the web server behind endpoint `Www`, and role `Worker`.
 #[derive(Debug)]
-pub struct Web {
+pub struct WebService {
     /// Public port of `Www`.
     pub port: u16,
-    /// Instances of `Web`.
+    /// Number of instances of `Web`.
     pub instances: u32,
-    /// Instances of `Worker`; without any, the role is not defined.
+    /// Number of instances of `Worker`; with 0 the role is not defined.
     pub workers: u32,
 }
 
-impl Web {
+impl WebService {
     /// A service on a free port.
     pub fn new(instances: u32, workers: u32) -> Result<Self> {
         Ok(Self {
@@ -55,15 +54,15 @@ impl Web {
         })
     }
 
-    /// Writes the service to `dir` and returns that.
+    /// Writes the service to `dir` and returns `dir`.
     pub fn write(&self, dir: &Path) -> Result<PathBuf> {
         let web = dir.join("Web");
         fs::create_dir_all(web.join("www/cgi-bin"))?;
-        program(&web.join("serve"), SERVE)?;
-        program(&web.join("www/cgi-bin/who"), WHO)?;
+        write_program(&web.join("serve"), SERVE)?;
+        write_program(&web.join("www/cgi-bin/who"), WHO)?;
         fs::write(web.join("www/index.html"), "hello\n")?;
         let busybox = std::env::var_os("HOST_AGENT_TEST_BUSYBOX")
-            .context("HOST_AGENT_TEST_BUSYBOX names no static busybox: run scripts/test")?;
+            .context("HOST_AGENT_TEST_BUSYBOX is not set: run scripts/test")?;
         fs::copy(busybox, web.join("busybox"))?;
         let port = self.port;
         let mut definition = format!(
@@ -102,7 +101,7 @@ impl Web {
         );
         if self.workers > 0 {
             fs::create_dir_all(dir.join("Worker/bin"))?;
-            program(&dir.join("Worker/bin/work"), WORK)?;
+            write_program(&dir.join("Worker/bin/work"), WORK)?;
             definition.push_str(
                 r#"  <WorkerRole name="Worker" vmsize="ExtraSmall">
     <Runtime executionContext="elevated">
@@ -131,14 +130,14 @@ impl Web {
     }
 
     /// Name of the instance that answers a request.
-    pub fn who(&self) -> Result<String> {
+    pub fn answering_instance(&self) -> Result<String> {
         let answer = get(self.port, "/cgi-bin/who")?;
         let body = answer.rsplit("\r\n\r\n").next().unwrap_or_default();
         Ok(body.trim().to_owned())
     }
 }
 
-fn program(path: &Path, text: &str) -> Result<()> {
+fn write_program(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text)?;
     Ok(fs::set_permissions(
         path,
@@ -146,8 +145,8 @@ fn program(path: &Path, text: &str) -> Result<()> {
     )?)
 }
 
-/// The whole answer to a GET.
-pub fn get(port: u16, path: &str) -> Result<String> {
+/// The whole response to a GET request.
+fn get(port: u16, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(limit(10)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: test\r\n\r\n")?;

@@ -1,5 +1,5 @@
-//! File systems that only one test sees: a mount name space kept open by a
-//! process, which commands can be started in.
+//! File systems that only one test sees: a mount name space, kept open by a
+//! process, in which commands are started.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -7,18 +7,18 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Place, program};
+use crate::{Sandbox, program};
 
-/// A mount name space; its mounts go when this is dropped.
+/// A mount name space. On drop its mounts go away.
 #[derive(Debug)]
-pub struct Mounts {
+pub struct MountNamespace {
     holder: Child,
     as_user: bool,
 }
 
-impl Mounts {
-    /// A name space in which the shell lines `script` have run as root, or as
-    /// root of a user name space of its own.
+impl MountNamespace {
+    /// Makes a name space and runs the shell lines `script` in it as root, or as root
+    /// of a new user name space.
     pub fn new(script: &str) -> Result<Self> {
         let as_user = !nix::unistd::Uid::effective().is_root();
         let mut command = Command::new("unshare");
@@ -39,24 +39,24 @@ impl Mounts {
         let stdout = holder.stdout.take().context("stdout is piped")?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
-        let mounts = Self { holder, as_user };
+        let namespace = Self { holder, as_user };
         if line.trim_end() != "mounted" {
-            bail!("cannot mount; as root, or where users may have name spaces:\n{script}");
+            bail!("cannot mount; run as root, or allow user name spaces:\n{script}");
         }
-        Ok(mounts)
+        Ok(namespace)
     }
 
-    /// A small file system at `path`, which is made.
-    pub fn small(path: &Path, size: &str) -> Result<Self> {
+    /// Mounts a tmpfs of this size at `path`, which is created.
+    pub fn with_tmpfs(path: &Path, size: &str) -> Result<Self> {
         std::fs::create_dir_all(path)?;
         let path = path.display();
         Self::new(&format!("mount -t tmpfs -o size={size} small {path}"))
     }
 
-    /// Devices as everywhere, but with `kvm` made by the shell lines `kvm`,
-    /// which run in the new directory of devices.
-    pub fn devices(place: &Place, kvm: &str) -> Result<Self> {
-        let devices = place.file("dev");
+    /// Replaces `/dev` by the usual devices and a `kvm` that the shell lines `kvm`
+    /// make in the new directory.
+    pub fn with_kvm(sandbox: &Sandbox, kvm: &str) -> Result<Self> {
+        let devices = sandbox.file("dev");
         std::fs::create_dir_all(&devices)?;
         let devices = devices.display();
         Self::new(&format!(
@@ -67,12 +67,12 @@ impl Mounts {
         ))
     }
 
-    /// The program in this name space, with the directories of `place`.
-    /// Without `privileged`, root has no more rights than anybody.
-    pub fn command(&self, place: &Place, privileged: bool) -> Command {
+    /// The program in this name space, with the environment of `sandbox`. Without
+    /// `privileged` it has no capabilities, even as root.
+    pub fn command(&self, sandbox: &Sandbox, privileged: bool) -> Command {
         let mut command = Command::new("nsenter");
         let holder = self.holder.id().to_string();
-        // Its root too: this process may have been given another one.
+        // `--root`: the lab runs the tests in a chroot, whose root the name space keeps.
         command.args(["--mount", "--root", "--target", &holder]);
         if self.as_user {
             command.args(["--user", "--preserve-credentials"]);
@@ -81,19 +81,19 @@ impl Mounts {
             command.args(["setpriv", "--bounding-set=-all", "--inh-caps=-all"]);
         }
         command.arg(program());
-        place.surround(&mut command);
+        sandbox.set_environment(&mut command);
         command
     }
 
-    /// `path` in this name space, as it is reached from outside.
-    pub fn seen(&self, path: &Path) -> PathBuf {
-        let mut seen = PathBuf::from(format!("/proc/{}/root", self.holder.id()));
-        seen.extend(path.components().skip(1));
-        seen
+    /// The path at which this process reaches `path` of the name space.
+    pub fn outside(&self, path: &Path) -> PathBuf {
+        let mut outside = PathBuf::from(format!("/proc/{}/root", self.holder.id()));
+        outside.extend(path.components().skip(1));
+        outside
     }
 }
 
-impl Drop for Mounts {
+impl Drop for MountNamespace {
     fn drop(&mut self) {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
