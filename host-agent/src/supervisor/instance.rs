@@ -17,13 +17,13 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
-use vmbus::channel::Channel;
+use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health};
 
 use super::event::{EventKind, state_name};
-use super::heartbeat::{Finding, HeartbeatRule, Monitor, Now};
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
-use super::probe::{Probe, Seen};
+use super::liveness::heartbeat::{HeartbeatRule, Now};
+use super::liveness::{Liveness, LivenessEffect};
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
@@ -86,12 +86,10 @@ pub struct InstanceParts {
 struct Instance {
     parts: InstanceParts,
     life: Lifecycle,
-    monitor: Monitor,
+    liveness: Liveness,
     boot: Option<Boot>,
-    paused: bool,
-    ran_whole_tick: bool,
     wait: Option<(Instant, Wait)>,
-    next_dial: u64,
+    last_id: u64,
     last_health: Option<Health>,
     quota: TokenBucket<Duration>,
     role_log: Arc<LogWriter>,
@@ -115,12 +113,10 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
     let handle = InstanceHandle::new(&parts.name, &parts.dir, requests, view_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
-        monitor: Monitor::new(parts.rule),
+        liveness: Liveness::new(parts.rule, parts.probe_limit),
         boot: None,
-        paused: false,
-        ran_whole_tick: false,
         wait: None,
-        next_dial: 0,
+        last_id: 0,
         last_health: None,
         quota: TokenBucket::new(TIMELINE),
         role_log,
@@ -222,12 +218,12 @@ impl Instance {
                 });
             }
             Effect::AskShutdown { then, deadline } => {
-                self.monitor.settle();
-                // Nor can one that waits for room: it gets errors instead.
+                self.liveness.taken_down();
+                // A guest that is paused for space cannot shut down: its writes
+                // get errors instead.
                 let _ = self.command(&Command::FailWhenFull {}, Vec::new());
-                if self.paused {
-                    // A guest that stands still cannot shut down. One whose
-                    // VMM process does not take this is killed in time.
+                if self.liveness.is_paused_by_operator() {
+                    // If this fails, the limit of the shutdown ends the process.
                     let _ = self.command(&Command::Resume {}, Vec::new());
                 }
                 if let Some(boot) = &self.boot {
@@ -236,7 +232,7 @@ impl Instance {
                 }
             }
             Effect::StopVmm => {
-                self.monitor.settle();
+                self.liveness.taken_down();
                 if self.command(&Command::Stop {}, Vec::new()).is_err() {
                     self.kill();
                 }
@@ -268,11 +264,11 @@ impl Instance {
                 self.feed(Input::Connected)
             }
             ChannelEvent::Asked(sequence) => {
-                self.monitor.asked(sequence);
+                self.liveness.asked(sequence);
                 true
             }
             ChannelEvent::Beat(beat) => {
-                let fresh = self.monitor.beat(&beat.boot_id, beat.sequence);
+                let fresh = self.liveness.beat(&beat.boot_id, beat.sequence);
                 if fresh && self.last_health != Some(beat.health) {
                     self.last_health = Some(beat.health);
                     if beat.health == Health::Critical {
@@ -282,7 +278,7 @@ impl Instance {
                     }
                 }
                 if fresh && beat.health == Health::Stopped {
-                    self.monitor.booting();
+                    self.liveness.booting_again();
                 }
                 !fresh || self.feed(Input::Beat)
             }
@@ -296,7 +292,7 @@ impl Instance {
                 true
             }
             ChannelEvent::ShutdownBegun => {
-                self.monitor.booting();
+                self.liveness.booting_again();
                 self.feed(Input::ShutdownBegun)
             }
             ChannelEvent::Violation { channel, reason } => {
@@ -309,58 +305,46 @@ impl Instance {
     }
 
     fn tick(&mut self) -> bool {
-        // One that stands still for want of room cannot answer.
-        let boot = self.boot.as_mut().filter(|boot| boot.standing.is_none());
-        let probe = boot.and_then(|boot| boot.probe.as_mut());
-        if let Some(seen) = probe.and_then(Probe::tick) {
-            return self.condemn(seen);
-        }
+        let id = self.next_id();
         let now = Now {
             monotonic: clock(ClockId::CLOCK_MONOTONIC),
             boottime: clock(ClockId::CLOCK_BOOTTIME),
         };
-        // A pause that an operator asked for, to try the rule out, is what a
-        // frozen guest looks like: it counts as silence.
-        // One for want of room does not.
-        let runs = self.boot.is_some() && !self.stands_still();
-        let ran = std::mem::replace(&mut self.ran_whole_tick, runs);
-        match self.monitor.tick(now, ran) {
-            None => true,
-            Some(Finding::Resumed) => {
-                self.tell(EventKind::Resumed);
-                true
-            }
-            Some(Finding::Condemned(verdict)) => self.look_closer(verdict),
-        }
-    }
-
-    fn condemn(&mut self, seen: Seen) -> bool {
-        if let Some(boot) = &mut self.boot {
-            boot.probe = None;
-        }
-        self.feed(Input::Condemned {
-            verdict: seen.verdict,
-            evidence: seen.evidence.to_owned(),
-            kernel_alive: seen.kernel_alive,
-        })
+        let effect = self.liveness.tick(now, id);
+        self.perform_liveness(effect)
     }
 
     fn ping(&mut self) -> bool {
-        let id = self.dial_id();
-        let Some(boot) = &mut self.boot else {
-            return true;
-        };
-        if let Some(seen) = boot.pings.due() {
-            return self.condemn(seen);
+        let id = self.next_id();
+        let effect = self.liveness.ping_due(id);
+        self.perform_liveness(effect)
+    }
+
+    fn perform_liveness(&mut self, effect: Option<LivenessEffect>) -> bool {
+        // A probe or ping that cannot be sent has no answer either.
+        match effect {
+            Some(LivenessEffect::SendProbe { id }) => {
+                let port = EXEC_PORT;
+                let _ = self.command(&Command::Probe { id, port }, Vec::new());
+            }
+            Some(LivenessEffect::SendPing { id }) => {
+                let _ = self.command(&Command::Ping { id }, Vec::new());
+            }
+            Some(LivenessEffect::ReportResumed) => self.tell(EventKind::Resumed),
+            Some(LivenessEffect::Condemn(evidence)) => {
+                return self.feed(Input::Condemned {
+                    verdict: evidence.verdict,
+                    evidence: evidence.evidence.to_owned(),
+                    kernel_alive: evidence.kernel_alive,
+                });
+            }
+            None => {}
         }
-        // One that a closed socket does not take has no answer either.
-        let _ = boot.process.send(&Command::Ping { id }, Vec::new());
-        boot.pings.sent();
         true
     }
 
     fn kill(&mut self) {
-        self.monitor.settle();
+        self.liveness.taken_down();
         if let Some(boot) = &mut self.boot {
             boot.process.kill();
         }

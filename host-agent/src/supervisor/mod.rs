@@ -1,16 +1,17 @@
 //! The long-lived part of the host agent: keeps each instance at its goal.
 //!
-//! Policy is in the pure files ([`lifecycle`], [`heartbeat`], [`probe`],
-//! [`restart`], [`goal`]); the `instance` actor performs what they decide.
+//! Policy is in the pure files ([`lifecycle`], [`liveness`], [`restart`],
+//! [`goal`]); the `instance` actor performs what they decide.
 
 pub mod deployment;
 pub mod event;
 pub mod goal;
 pub mod guest;
-pub mod heartbeat;
 pub mod instance;
 pub mod lifecycle;
-pub mod probe;
+pub mod liveness;
 pub mod process;
 pub mod restart;
 pub mod timeline;
+
+pub use liveness::heartbeat;

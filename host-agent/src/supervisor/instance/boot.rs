@@ -13,12 +13,9 @@ use vmbus::text::chain;
 
 use super::super::event::EventKind;
 use super::super::guest;
-use super::super::heartbeat::Monitor;
 use super::super::lifecycle::Input;
-use super::super::probe::{Pings, Probe};
 use super::super::process::{Happening, VmmProcess};
 use super::dial::Dialed;
-use super::space::Standing;
 use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
@@ -35,10 +32,8 @@ pub(super) struct Boot {
     pub(super) channels: Arc<GuestChannels>,
     pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
     pub(super) exit: Option<ExitReason>,
-    /// The host has no room for what the guest writes.
-    pub(super) standing: Option<Standing>,
-    pub(super) pings: Pings,
-    pub(super) probe: Option<Probe>,
+    /// A pause for space was reported, so that its end is reported too.
+    pub(super) no_space_reported: bool,
     pub(super) trouble: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
     pub(super) dials: BTreeMap<u64, Dialed>,
     pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
@@ -46,8 +41,6 @@ pub(super) struct Boot {
 
 impl Instance {
     pub(super) fn spawn(&mut self, generation: u64) -> Result<u32, String> {
-        self.monitor = Monitor::new(self.parts.rule);
-        self.paused = false;
         self.wait = None;
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let parts = &self.parts;
@@ -89,13 +82,12 @@ impl Instance {
             channels,
             shutdown,
             exit: None,
-            standing: None,
-            pings: Pings::default(),
-            probe: None,
+            no_space_reported: false,
             trouble: HashMap::new(),
             dials: BTreeMap::new(),
             stats: VecDeque::new(),
         });
+        self.liveness.spawned();
         self.view.send_modify(|view| {
             view.generation = generation;
             view.pid = pid;
@@ -145,6 +137,7 @@ impl Instance {
                 let untold = untold.fold(0, u64::saturating_add);
                 self.tell_untold(untold);
                 self.boot = None;
+                self.liveness.ended();
                 self.wait = None;
                 self.last_health = None;
                 self.view.send_modify(|view| {
@@ -177,7 +170,7 @@ impl Instance {
             }
             Event::Dialed { id, outcome } => return self.dialed(id, outcome),
             Event::Paused { paused } => {
-                if std::mem::replace(&mut self.paused, paused) != paused {
+                if self.liveness.paused(paused) {
                     self.tell(EventKind::Paused { paused });
                 }
             }
@@ -187,7 +180,7 @@ impl Instance {
                 quota,
             } => return self.no_space(disk, needed, quota),
             Event::SpaceBack {} => return self.space_back(),
-            Event::Pong { .. } => boot.pings.answered(),
+            Event::Pong { .. } => self.liveness.pong(),
             Event::Stats(stats) => {
                 if let Some(answer) = boot.stats.pop_front() {
                     let _ = answer.send(Ok(stats));

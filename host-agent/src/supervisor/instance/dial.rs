@@ -8,9 +8,7 @@ use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use vmbus::channel::{EXEC_PORT, tunnel_port};
 
-use super::super::event::Verdict;
 use super::super::lifecycle::Input;
-use super::super::probe::{Probe, Seen};
 use super::{Instance, MOST_ASKED, Request};
 use crate::endpoints::Incoming;
 use crate::vmm::control::{Command, DialOutcome};
@@ -40,7 +38,9 @@ impl Instance {
                 };
                 let sent = self.command(&command, Vec::new());
                 let result = match sent.map_err(|error| error.to_string()) {
-                    Ok(()) if !paused && self.stands_still() => Err(NO_SPACE.into()),
+                    Ok(()) if !paused && self.liveness.is_paused_for_space() => {
+                        Err(NO_SPACE.into())
+                    }
                     other => other,
                 };
                 let _ = answer.send(result);
@@ -51,7 +51,7 @@ impl Instance {
             Request::Stats(answer) if self.is_busy() => {
                 let _ = answer.send(Err(BUSY.into()));
             }
-            Request::Exec(answer) if self.stands_still() => {
+            Request::Exec(answer) if self.liveness.is_paused_for_space() => {
                 let _ = answer.send(Err(NO_SPACE.into()));
             }
             Request::Exec(answer) => self.exec(answer),
@@ -86,7 +86,7 @@ impl Instance {
         let result = (|| {
             let (ours, theirs) = UnixStream::pair()?;
             let theirs = OwnedFd::from(theirs.into_std()?);
-            let id = self.dial_id();
+            let id = self.next_id();
             let port = EXEC_PORT;
             self.command(&Command::Dial { id, port }, vec![theirs])?;
             Ok::<_, io::Error>((id, ours))
@@ -110,7 +110,7 @@ impl Instance {
         if self.is_behind() {
             return;
         }
-        let id = self.dial_id();
+        let id = self.next_id();
         let port = tunnel_port(connection.local_port);
         let _ = self.command(&Command::Dial { id, port }, vec![connection.socket]);
     }
@@ -122,32 +122,15 @@ impl Instance {
         }
     }
 
-    /// Before a verdict: does the guest's kernel answer? The answer, or its
-    /// absence, is the evidence.
-    pub(super) fn look_closer(&mut self, verdict: Verdict) -> bool {
-        if self.paused {
-            return self.condemn(Seen::stopped(verdict));
-        }
-        let id = self.dial_id();
-        let port = EXEC_PORT;
-        // One that cannot be sent is not answered.
-        let _ = self.command(&Command::Probe { id, port }, Vec::new());
-        let (limit, tick) = (self.parts.probe_limit, self.parts.rule.tick());
-        if let Some(boot) = &mut self.boot {
-            boot.probe = Some(Probe::new(verdict, id, limit, tick));
-        }
-        true
-    }
-
     /// The guest answered, or not.
     pub(super) fn dialed(&mut self, id: u64, outcome: DialOutcome) -> bool {
+        let effect = self.liveness.dial_answered(id, outcome);
+        if effect.is_some() {
+            return self.perform_liveness(effect);
+        }
         let Some(boot) = &mut self.boot else {
             return true;
         };
-        let seen = boot.probe.as_ref().map(|probe| probe.answered(id, outcome));
-        if let Some(seen) = seen.flatten() {
-            return self.condemn(seen);
-        }
         // Nobody waits for the outcome of a client's connection.
         if let Some((stream, answer)) = boot.dials.remove(&id) {
             let result = match outcome {
@@ -159,8 +142,8 @@ impl Instance {
         true
     }
 
-    pub(super) fn dial_id(&mut self) -> u64 {
-        self.next_dial += 1;
-        self.next_dial
+    pub(super) fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
     }
 }

@@ -4,7 +4,6 @@ use std::os::linux::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
-use tokio::time::Instant;
 
 use super::super::event::EventKind;
 use super::super::guest;
@@ -14,32 +13,20 @@ use super::{ClockId, Instance, clock};
 /// Least that is asked for: a cluster of a diff disk and the tables that name it.
 const LEAST: u64 = 128 << 10;
 
-/// A pause for want of room.
-#[derive(Debug)]
-pub(super) struct Standing {
-    since: Instant,
-    /// Its end is told if its begin was.
-    told: bool,
-}
-
 impl Instance {
     pub(super) fn no_space(&mut self, disk: String, needed: u32, quota: bool) -> bool {
         let Some(name) = guest::disk_file(&disk) else {
             return self.no_such_disk();
         };
-        let told = self.quota.take(clock(ClockId::CLOCK_MONOTONIC));
+        let now = clock(ClockId::CLOCK_MONOTONIC);
+        let reported = self.quota.take(now);
         let Some(boot) = &mut self.boot else {
             return true;
         };
-        let standing = boot.standing.get_or_insert_with(|| Standing {
-            since: Instant::now(),
-            told,
-        });
-        standing.told |= told;
-        // What ran of this tick is not worth a verdict.
-        self.ran_whole_tick = false;
+        boot.no_space_reported |= reported;
+        self.liveness.no_space(now);
         self.view.send_modify(|view| view.no_space = true);
-        if told {
+        if reported {
             let file = self.parts.dir.join(name);
             self.tell(EventKind::NoSpace {
                 disk,
@@ -54,23 +41,17 @@ impl Instance {
     }
 
     pub(super) fn space_back(&mut self) -> bool {
-        let standing = self.boot.as_mut().and_then(|boot| boot.standing.take());
-        let Some(Standing { since, told }) = standing else {
+        let now = clock(ClockId::CLOCK_MONOTONIC);
+        let Some(paused) = self.liveness.space_back(now) else {
             return true;
         };
         self.view.send_modify(|view| view.no_space = false);
-        if told {
-            let paused_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let boot = self.boot.as_mut();
+        if boot.is_some_and(|boot| std::mem::take(&mut boot.no_space_reported)) {
+            let paused_ms = u64::try_from(paused.as_millis()).unwrap_or(u64::MAX);
             self.tell(EventKind::SpaceBack { paused_ms });
         }
         self.feed(Input::SpaceBack)
-    }
-
-    /// Whether the guest stands still for want of room.
-    pub(super) fn stands_still(&self) -> bool {
-        self.boot
-            .as_ref()
-            .is_some_and(|boot| boot.standing.is_some())
     }
 
     fn no_such_disk(&mut self) -> bool {
