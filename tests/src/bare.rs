@@ -7,7 +7,7 @@ use std::process::{Child, Command as Program, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use host_agent::vmm::control::{Command, Event, ExitReason};
+use host_agent::vmm::control::{Command, Event, ExitReason, Start};
 use host_agent::vmm::disk::create_diff;
 use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
@@ -117,8 +117,12 @@ impl Prepared {
             .stderr(self.messages)
             .spawn()?;
         let passed: Vec<_> = self.files.0.iter().map(AsFd::as_fd).collect();
-        let start = Command::Start(Box::new(self.spec));
-        wire::send(control.as_fd(), &start, &passed)?;
+        let start = Start {
+            generation: 1,
+            guest: self.spec,
+            adoption: None,
+        };
+        wire::send(control.as_fd(), &Command::Start(Box::new(start)), &passed)?;
         Ok((child, control))
     }
 }
@@ -147,7 +151,6 @@ impl BareGuest {
             },
             disks,
             dial_limit_ms: 2000,
-            outlive_supervisor: false,
         };
         Ok(Prepared {
             spec,

@@ -70,6 +70,13 @@ pub enum EventKind {
         /// Process id of the VMM.
         pid: u32,
     },
+    /// host-agent attached to a guest that was already running.
+    GuestAdopted {
+        /// Number of the guest's boot.
+        generation: u64,
+        /// Process id of the VMM.
+        pid: u32,
+    },
     /// The vCPUs run.
     GuestRunning {
         /// Microseconds from start of the process.
@@ -258,6 +265,9 @@ impl fmt::Display for EventKind {
             Self::DisksReady { kept: true } => write!(f, "disks kept"),
             Self::GuestStarting { generation, pid } => {
                 write!(f, "guest starting, generation {generation} (process {pid})")
+            }
+            Self::GuestAdopted { generation, pid } => {
+                write!(f, "guest adopted, generation {generation} (process {pid})")
             }
             Self::GuestRunning { setup_us } => {
                 write!(f, "guest running, built in {}", ms(setup_us / 1000))

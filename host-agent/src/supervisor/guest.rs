@@ -209,7 +209,6 @@ fn prepare_on(
             },
         ],
         dial_limit_ms: u32::try_from(dial_limit.as_millis()).unwrap_or(u32::MAX),
-        outlive_supervisor: false,
     };
     Ok((spec, files))
 }

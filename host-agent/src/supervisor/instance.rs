@@ -33,7 +33,7 @@ use crate::store::image::Image;
 use crate::store::log_file::LogWriter;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
 use crate::vmm::control::Command;
-use boot::{Boot, next_happening};
+use boot::{Boot, next_vmm_event};
 pub use handle::{InstanceHandle, Request, View};
 
 /// Events of channels that may wait for the actor.
@@ -153,7 +153,7 @@ impl Instance {
         while running {
             let wait = self.wait;
             running = tokio::select! {
-                happening = next_happening(&mut self.boot) => self.happened(happening),
+                event = next_vmm_event(&mut self.boot) => self.vmm_event(event),
                 Some((generation, event)) = channels.recv() => self.channel(generation, event),
                 Some(connection) = incoming.recv() => {
                     self.connect(connection);

@@ -1,8 +1,9 @@
-//! What happens to an instance and what is done about it. Pure: each input
-//! with the time gives effects; nothing here waits or touches a process.
+//! State machine of one instance. Pure: each input with the time gives effects;
+//! nothing here waits or touches a process.
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vmbus::message::{PowerAction, RoleState, Status};
 
 use super::event::{EventKind, Verdict, exit_text};
@@ -25,28 +26,39 @@ pub enum Input {
     },
     /// No VMM process could be started.
     SpawnFailed(String),
-    /// PID 1 of the guest spoke.
+    /// This supervisor attached to the VMM process that an earlier one started.
+    /// Only before [`Input::Start`], after [`Lifecycle::restore`].
+    Adopted {
+        /// Number of the guest's boot.
+        generation: u64,
+        /// Process id.
+        pid: u32,
+        /// The guest is paused because a disk has no space.
+        no_space: bool,
+    },
+    /// The app agent connected.
     Connected,
     /// A fresh heartbeat came.
     Beat,
-    /// The host has no room for what the guest writes: it stands still.
+    /// The guest is paused because a disk has no space.
     NoSpace,
-    /// There is room again.
+    /// The guest runs again after [`Input::NoSpace`].
     SpaceBack,
     /// The role's status, of the current boot.
     Status(Status),
-    /// The monitor condemned the guest, and this was seen when looking closer.
+    /// The heartbeat rule gave a verdict.
     Condemned {
         /// The verdict.
         verdict: Verdict,
-        /// What was seen, in words.
+        /// What a probe of the guest found, in words.
         evidence: String,
         /// Whether the guest's kernel answered.
         kernel_alive: bool,
     },
     /// The guest has begun to shut down.
     ShutdownBegun,
-    /// The VMM process ended.
+    /// The VMM process ended, if before [`Input::Start`] while no supervisor was
+    /// attached.
     Ended(ExitReason),
     /// [`Effect::Wait`] is over.
     Waited(Wait),
@@ -63,7 +75,7 @@ pub enum Wait {
     Restart,
     /// The guest's own shutdown.
     Shutdown,
-    /// The VMM process's orderly end.
+    /// The end of the VMM process after it was asked to stop.
     VmmStop,
     /// The end of the VMM process after it was killed.
     Death,
@@ -79,26 +91,26 @@ pub enum Effect {
     },
     /// Ask the app agent to shut the guest down.
     AskShutdown {
-        /// How it ends.
+        /// What the guest does at the end.
         then: PowerAction,
-        /// Time for the role.
+        /// Time for the role to stop.
         deadline: Duration,
     },
-    /// Ask the VMM process to flush and end.
+    /// Ask the VMM process to flush the disks and end.
     StopVmm,
-    /// End the VMM process by force.
+    /// Kill the VMM process.
     KillVmm,
     /// Give [`Input::Waited`] after this time.
     Wait(Wait, Duration),
     /// Put the instance in or out of its endpoints' rotation.
     Rotation(bool),
-    /// Tell the timeline.
+    /// Report this in the timeline.
     Tell(EventKind),
     /// The instance is finished.
     Finish,
 }
 
-/// The numbers of the rules, scaled for this machine.
+/// Time limits, scaled for this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Time for a role to stop when the service is stopped.
@@ -106,13 +118,13 @@ pub struct Limits {
     /// Time for the guest beyond that to power off.
     pub power_off: Duration,
     /// Time for a condemned guest whose kernel answers to begin to shut down.
-    /// Its agent, which would, is most likely what is dead.
+    /// Short, because the agent that would shut it down has probably died.
     pub begin: Duration,
-    /// Time for a condemned guest that shuts down to do so.
+    /// Time for a condemned guest that has begun to shut down.
     pub condemned: Duration,
-    /// Time for the VMM process to flush and end.
+    /// Time for the VMM process to flush the disks and end.
     pub vmm_stop: Duration,
-    /// Time for the VMM process to be gone after it was killed.
+    /// Time for the VMM process to end after it was killed.
     pub death: Duration,
 }
 
@@ -126,50 +138,109 @@ pub struct Lifecycle {
     /// When the first and the last heartbeat of this boot came.
     beats: Option<(Duration, Duration)>,
     connected: bool,
+    /// In [`State::Idle`]: the boot of the history had not ended.
+    unattended: bool,
+    /// When the next boot is due, in [`State::Waiting`].
+    restart_at: Option<Duration>,
     status: Option<Status>,
-    /// The status has changed since it was last told.
-    untold: bool,
+    /// The status has changed since it was last reported.
+    unreported: bool,
     quota: TokenBucket<Duration>,
     in_rotation: bool,
-    /// The guest stands still for want of room.
+    /// The guest is paused because a disk has no space.
     no_space: bool,
+}
+
+/// The part of a [`Lifecycle`] that a store keeps for the next supervisor. It
+/// changes a few times a boot, never with a heartbeat.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RestartHistory {
+    /// Number of the last boot, 0 before the first.
+    pub generation: u64,
+    /// Whether that boot has not ended: its VMM process may still run.
+    pub running: bool,
+    /// Delays, and whether the instance is faulted.
+    pub budget: RestartBudget,
+    /// Whether the app agent connected in that boot.
+    pub connected: bool,
+    /// When the first heartbeat of that boot came (`CLOCK_MONOTONIC`).
+    pub first_beat: Option<Duration>,
+    /// When the next boot is due (`CLOCK_MONOTONIC`).
+    pub restart_at: Option<Duration>,
+}
+
+impl RestartHistory {
+    /// Forgets what a boot of the host ends: the VMM process, and the times.
+    #[must_use]
+    pub fn after_host_boot(self) -> Self {
+        Self {
+            generation: self.generation,
+            budget: self.budget,
+            ..Self::default()
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
-    /// Nothing runs, nothing is wanted yet.
+    /// Before [`Input::Start`] or [`Input::Adopted`].
     Idle,
     /// A VMM process runs, or is being started.
     Running,
-    /// It is being ended so that it can be started again.
+    /// The guest is being ended for a restart.
     Ending {
         because: String,
-        /// The guest was asked to shut down, and did not begin to so far.
+        /// The guest was asked to shut down and has not begun to.
         asked: bool,
     },
-    /// Waiting to start again.
+    /// Waiting for the restart.
     Waiting,
     /// Being stopped for good.
     Stopping,
-    /// Over.
+    /// Stopped for good.
     Finished,
 }
 
 impl Lifecycle {
-    /// An instance that does not run yet.
+    /// An instance that never ran.
     pub fn new(limits: Limits) -> Self {
+        Self::restore(limits, RestartHistory::default())
+    }
+
+    /// An instance that an earlier supervisor had, before [`Input::Adopted`],
+    /// [`Input::Start`], or [`Input::Ended`] for a guest that has ended since.
+    pub fn restore(limits: Limits, history: RestartHistory) -> Self {
         Self {
             limits,
             state: State::Idle,
-            generation: 0,
-            budget: RestartBudget::default(),
-            beats: None,
-            connected: false,
+            generation: history.generation,
+            budget: history.budget,
+            beats: history.first_beat.map(|first| (first, first)),
+            connected: history.connected,
+            unattended: history.running,
+            restart_at: history.restart_at,
             status: None,
-            untold: false,
+            unreported: false,
             quota: TokenBucket::new(TIMELINE),
             in_rotation: false,
             no_space: false,
+        }
+    }
+
+    /// The part that a store keeps. Worth a comparison after each input.
+    pub fn history(&self) -> RestartHistory {
+        RestartHistory {
+            generation: self.generation,
+            running: match self.state {
+                State::Idle => self.unattended,
+                State::Running | State::Ending { .. } | State::Stopping => true,
+                State::Waiting | State::Finished => false,
+            },
+            budget: self.budget.clone(),
+            connected: self.connected,
+            first_beat: self.beats.map(|(first, _)| first),
+            restart_at: self.restart_at,
         }
     }
 
@@ -178,15 +249,32 @@ impl Lifecycle {
         self.generation
     }
 
-    /// Takes in what happened at `now` (monotonic). `jitter` in 0..=1 spreads
+    /// Handles an input at `now` (`CLOCK_MONOTONIC`). `jitter` in 0..=1 spreads
     /// restart delays.
     pub fn on(&mut self, input: Input, now: Duration, jitter: f64) -> Vec<Effect> {
         let mut effects = Vec::new();
         match (input, self.state.clone()) {
             (_, State::Finished) => {}
-            (Input::Start, State::Idle) | (Input::Waited(Wait::Restart), State::Waiting) => {
-                self.boot(&mut effects);
+            (Input::Start, State::Idle) => {
+                let rest = self.restart_at.and_then(|at| at.checked_sub(now));
+                match rest.filter(|rest| !rest.is_zero()) {
+                    // The delay of the earlier supervisor goes on.
+                    Some(rest) => {
+                        self.state = State::Waiting;
+                        effects.push(Effect::Wait(Wait::Restart, rest));
+                    }
+                    None => self.boot(&mut effects),
+                }
             }
+            (Input::Waited(Wait::Restart), State::Waiting) => self.boot(&mut effects),
+            (
+                Input::Adopted {
+                    generation,
+                    pid,
+                    no_space,
+                },
+                State::Idle,
+            ) => self.adopt(generation, pid, no_space, &mut effects),
             (Input::Spawned { pid }, _) => effects.push(Effect::Tell(EventKind::GuestStarting {
                 generation: self.generation,
                 pid,
@@ -198,12 +286,12 @@ impl Lifecycle {
                 effects.push(Effect::Tell(EventKind::Failed {
                     error: error.clone(),
                 }));
-                self.plan_restart(error, jitter, &mut effects);
+                self.plan_restart(error, now, jitter, &mut effects);
             }
             (Input::Connected, _) => self.connected = true,
             (Input::Beat, State::Running) => {
                 self.beats.get_or_insert((now, now)).1 = now;
-                self.tell_status(now, &mut effects);
+                self.report_status(now, &mut effects);
             }
             (Input::NoSpace, _) => {
                 self.no_space = true;
@@ -237,7 +325,7 @@ impl Lifecycle {
                     self.kill_vmm(&mut effects);
                 }
             }
-            // Once: a guest that says so again gets no more time.
+            // Only once, so that a repeated message gains no time.
             (
                 Input::ShutdownBegun,
                 State::Ending {
@@ -249,18 +337,18 @@ impl Lifecycle {
                 self.state = State::Ending { because, asked };
                 effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
             }
-            (Input::Ended(reason), State::Running) => {
+            (Input::Ended(reason), State::Running | State::Idle) => {
                 self.rotate(false, &mut effects);
                 let because = exit_text(&reason);
                 effects.push(exited(reason, None));
-                self.plan_restart(because, jitter, &mut effects);
+                self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Ending { because, .. }) => {
                 effects.push(exited(reason, Some(&because)));
-                self.plan_restart(because, jitter, &mut effects);
+                self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Stopping) => {
-                // A guest in which nothing of ours ran yet has nothing to stop.
+                // Before the app agent connects there is no role to stop.
                 let clean = match reason {
                     ExitReason::PowerOff => !self.status.as_ref().is_some_and(|it| it.killed),
                     ExitReason::Stopped => !self.connected,
@@ -310,7 +398,7 @@ impl Lifecycle {
                 effects.push(Effect::KillVmm);
                 effects.push(Effect::Wait(Wait::Death, REMIND));
             }
-            // A second stop, and what belongs to a boot that is over.
+            // A second stop, or a late input of a boot that has ended.
             _ => {}
         }
         effects
@@ -321,22 +409,37 @@ impl Lifecycle {
         self.state = State::Running;
         self.beats = None;
         self.connected = false;
+        self.restart_at = None;
         self.no_space = false;
         self.status = None;
-        self.untold = false;
+        self.unreported = false;
         effects.push(Effect::Spawn {
             generation: self.generation,
         });
+    }
+
+    /// Goes on with a guest that runs. It gets connections once its status arrives.
+    fn adopt(&mut self, generation: u64, pid: u32, no_space: bool, effects: &mut Vec<Effect>) {
+        if self.generation != generation {
+            // The history is of another boot.
+            self.generation = generation;
+            self.beats = None;
+            self.connected = false;
+        }
+        self.state = State::Running;
+        self.restart_at = None;
+        self.no_space = no_space;
+        effects.push(Effect::Tell(EventKind::GuestAdopted { generation, pid }));
     }
 
     fn status(&mut self, status: Status, state: &State, now: Duration, effects: &mut Vec<Effect>) {
         if self.status.as_ref() == Some(&status) {
             return;
         }
-        // A guest agent that has just begun knows nothing of a role: no news.
-        self.untold = status.state != RoleState::Unknown;
+        // A guest agent reports Unknown until it has started the role.
+        self.unreported = status.state != RoleState::Unknown;
         self.status = Some(status);
-        self.tell_status(now, effects);
+        self.report_status(now, effects);
         self.rotate_by_status(state, effects);
     }
 
@@ -348,16 +451,16 @@ impl Lifecycle {
         }
     }
 
-    /// Tells the newest status. A guest that changes it all the time is told of
-    /// now and then: what came between is passed over.
-    fn tell_status(&mut self, now: Duration, effects: &mut Vec<Effect>) {
-        let Some(status) = self.status.as_ref().filter(|_| self.untold) else {
+    /// Reports the newest status at a limited rate. One that a newer status
+    /// replaces before it can be reported is skipped.
+    fn report_status(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        let Some(status) = self.status.as_ref().filter(|_| self.unreported) else {
             return;
         };
         if !self.quota.take(now) {
             return;
         }
-        self.untold = false;
+        self.unreported = false;
         effects.push(Effect::Tell(EventKind::Role {
             state: status.state,
             detail: status.detail.clone(),
@@ -384,8 +487,14 @@ impl Lifecycle {
         effects.push(Effect::Wait(Wait::VmmStop, self.limits.vmm_stop));
     }
 
-    fn plan_restart(&mut self, because: String, jitter: f64, effects: &mut Vec<Effect>) {
-        // The silence before a verdict is no health.
+    fn plan_restart(
+        &mut self,
+        because: String,
+        now: Duration,
+        jitter: f64,
+        effects: &mut Vec<Effect>,
+    ) {
+        // Up to the last heartbeat: the silence before a verdict does not count.
         let healthy = self.beats.map(|(first, last)| last.saturating_sub(first));
         self.state = State::Waiting;
         let delay = match self.budget.boot_ended(healthy, jitter) {
@@ -405,6 +514,7 @@ impl Lifecycle {
                 delay
             }
         };
+        self.restart_at = Some(now + delay);
         effects.push(Effect::Wait(Wait::Restart, delay));
     }
 
@@ -419,7 +529,7 @@ impl Lifecycle {
     }
 }
 
-/// Tells how a guest ended, and why if it was our doing.
+/// Reports how a guest ended, and why if host-agent ended it.
 fn exited(reason: ExitReason, because: Option<&String>) -> Effect {
     let ours = matches!(reason, ExitReason::Killed | ExitReason::Stopped);
     let because = because.filter(|_| ours).cloned();

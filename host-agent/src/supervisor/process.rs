@@ -1,25 +1,32 @@
-//! The VMM process of one boot: started with descriptors only, spoken to over
-//! its control socket, reaped.
+//! The VMM process of one boot: started with descriptors only or attached again,
+//! driven over its control socket, reaped.
+
+mod attach;
+mod handle;
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::Stdio;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Program, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command as Program};
 
-use crate::vmm::control::{Command, Event, ExitReason};
-use crate::vmm::spec::GuestSpec;
+use crate::vmm::control::{Adoption, Attached, Command, Event, ExitReason, Start};
+use crate::vmm::spec::{FileIndex, GuestSpec};
 use crate::vmm::wire;
+pub use attach::{AttachError, Expected};
+use handle::ProcessHandle;
+pub use handle::ProcessId;
 
-/// Commands kept for a socket that is full at the moment, before what others
-/// ask for is refused.
-const MOST_WAITING: usize = 192;
+/// Commands that wait for a full socket before those on behalf of clients are
+/// refused.
+const MAX_WAITING: usize = 192;
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -30,79 +37,130 @@ pub struct SpawnError {
     source: io::Error,
 }
 
-/// A running VMM process. Dropping it kills the process.
+/// A VMM process to start.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// Number of the guest's boot.
+    pub generation: u64,
+    /// The guest.
+    pub guest: GuestSpec,
+    /// The descriptors of `guest` in order.
+    pub files: Vec<OwnedFd>,
+    /// Standard error.
+    pub log: File,
+    /// Directory of the instance if the process is to outlive this one:
+    /// [`VmmProcess::attach`] finds it there.
+    pub outlive_in: Option<&'a Path>,
+}
+
+/// A running VMM process. Dropped, it is killed, or left to the next supervisor
+/// if it may outlive this one.
 #[derive(Debug)]
 pub struct VmmProcess {
-    child: Child,
-    pid: u32,
+    process: ProcessHandle,
     control: UnixStream,
     waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
-    /// Nothing more is taken from it.
-    deaf: bool,
+    /// The exit file of a process that may outlive this one.
+    exit: Option<PathBuf>,
+    /// The control socket failed.
+    hung_up: bool,
     killed: bool,
+    unknown_events: u64,
 }
 
 impl VmmProcess {
-    /// Starts this program again as the VMM process of `spec`; `files` are
-    /// the spec's descriptors in order, `log` takes its standard error. `admit`
-    /// is called with the process id before the process has a guest.
-    pub fn spawn(
-        spec: GuestSpec,
-        files: &[OwnedFd],
-        log: File,
-        admit: impl FnOnce(u32),
-    ) -> Result<Self, SpawnError> {
+    /// Starts this program again as a VMM process. `admit` is called with the
+    /// process id before the process has a guest.
+    pub fn spawn(launch: Launch<'_>, admit: impl FnOnce(u32)) -> Result<Self, SpawnError> {
         let step = |step| move |source| SpawnError { step, source };
+        let mut files = launch.files;
+        let mut add = |file| {
+            files.push(file);
+            let index = u8::try_from(files.len() - 1);
+            FileIndex(index.expect("a packet carries fewer than 256 files"))
+        };
+        let mut exit = None;
+        let mut adoption = None;
+        if let Some(dir) = launch.outlive_in {
+            let (listener, file) = attach::prepare(dir).map_err(step("listening socket"))?;
+            adoption = Some(Adoption {
+                listener: add(listener),
+                exit: add(file.into()),
+            });
+            exit = Some(attach::exit_path(dir));
+        }
         let (ours, theirs) = wire::pair().map_err(step("control socket"))?;
+        // Standard library: tokio would wait for the child itself.
         let child = Program::new("/proc/self/exe")
             .arg("vmm")
             .env_clear()
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
-            .stderr(Stdio::from(log))
+            .stderr(Stdio::from(launch.log))
             // A Ctrl-C at the terminal is for the supervisor alone.
             .process_group(0)
-            .kill_on_drop(true)
             .spawn()
             .map_err(step("exec"))?;
-        let pid = child.id().unwrap_or_default();
-        admit(pid);
-        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        wire::send(ours.as_fd(), &Command::Start(Box::new(spec)), &files)
-            .map_err(step("hand over the guest"))?;
+        let process = ProcessHandle::child(child).map_err(step("pidfd"))?;
+        // Before it has received Start the process ends when this end of the socket
+        // closes: an error from here on leaves no process behind.
+        admit(process.id().pid);
+        let start = Start {
+            generation: launch.generation,
+            guest: launch.guest,
+            adoption,
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|errno| step("control socket")(errno.into()))?;
-        // tokio only waits for this socket; what is read and written are
-        // whole packets, by `wire`.
+        // tokio only waits for this socket; `wire` reads and writes whole packets.
         let control = UnixStream::from_std(ours.into()).map_err(step("control socket"))?;
-        Ok(Self {
-            child,
-            pid,
+        wire::send(control.as_fd(), &Command::Start(Box::new(start)), &borrowed)
+            .map_err(step("send the guest specification"))?;
+        Ok(Self::new(process, control, exit))
+    }
+
+    /// Attaches to the VMM process that listens in the instance's directory `dir`;
+    /// the process and the state of its guest. A failure does nothing to the
+    /// process.
+    pub async fn attach(dir: &Path, expected: &Expected) -> Result<(Self, Attached), AttachError> {
+        attach::attach(dir, expected).await
+    }
+
+    const fn new(process: ProcessHandle, control: UnixStream, exit: Option<PathBuf>) -> Self {
+        Self {
+            process,
             control,
             waiting: VecDeque::new(),
-            deaf: false,
+            exit,
+            hung_up: false,
             killed: false,
-        })
+            unknown_events: 0,
+        }
+    }
+
+    /// Identity for a later [`VmmProcess::attach`].
+    pub const fn id(&self) -> ProcessId {
+        self.process.id()
     }
 
     /// Process id.
     pub const fn pid(&self) -> u32 {
-        self.pid
+        self.id().pid
     }
 
-    /// Sends a command, or keeps it until the socket takes it again: the kernel
-    /// queues few packets. Never waits. A command of the supervisor's own is
-    /// never lost for want of room: they are few. Whoever passes on what others
-    /// want asks [`VmmProcess::is_behind`] before.
+    /// Sends a command, or keeps it until the socket has space: the kernel queues
+    /// few packets. Never waits and never drops a command. A caller that passes on
+    /// requests of clients checks [`VmmProcess::is_behind`] first; the
+    /// supervisor's own commands are few.
     pub fn send(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
         self.waiting.push_back((wire::encode(command)?, files));
         self.flush()
     }
 
-    /// Whether so much waits for the process that no more is to be asked of it
-    /// on behalf of others.
+    /// Whether too many commands wait to add requests of clients.
     pub fn is_behind(&self) -> bool {
-        self.waiting.len() >= MOST_WAITING
+        self.waiting.len() >= MAX_WAITING
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -120,11 +178,11 @@ impl VmmProcess {
         Ok(())
     }
 
-    /// The next event with its files, or how the process ended. Cancelling
-    /// loses nothing.
-    pub async fn next(&mut self) -> Happening {
-        if self.deaf {
-            return Happening::Ended(self.child.wait().await.map(exit_detail));
+    /// The next event with its files, or the end of the process. Cancelling loses
+    /// nothing.
+    pub async fn next(&mut self) -> VmmEvent {
+        if self.hung_up {
+            return self.end().await;
         }
         while !self.waiting.is_empty() {
             tokio::select! {
@@ -135,37 +193,53 @@ impl VmmProcess {
                 }
                 ready = self.control.writable() => {
                     if let Err(error) = ready.and_then(|()| self.flush()) {
-                        // What it said last is still to be read.
-                        tracing::debug!(pid = self.pid, %error, "takes no commands");
+                        // Its last events are still to be read.
+                        tracing::debug!(pid = self.pid(), %error, "takes no commands");
                         self.waiting.clear();
                     }
                 }
             }
         }
-        tokio::select! {
+        let received = tokio::select! {
             biased;
-            event = receive::<Event>(&self.control) => match event {
-                Ok(Some((event, files))) => Happening::Event(event, files),
-                // The socket closes a moment before the process ends.
-                Ok(None) => Happening::Ended(self.child.wait().await.map(exit_detail)),
-                Err(error) => {
-                    self.deaf = true;
-                    Happening::Garbled(error)
+            event = receive::<Event>(&self.control) => event,
+            // The runtime may report the end of the process before its last events:
+            // read them first.
+            _ = self.process.ended() => wire::recv(self.control.as_fd()),
+        };
+        match received {
+            Ok(Some((event, files))) => {
+                if event == Event::Unknown {
+                    self.note_unknown();
                 }
-            },
-            // What it said last is still to be read: a process is seen to have
-            // ended before its socket is seen to be readable.
-            status = self.child.wait() => match wire::recv(self.control.as_fd()) {
-                Ok(Some((event, files))) => Happening::Event(event, files),
-                _ => Happening::Ended(status.map(exit_detail)),
-            },
+                VmmEvent::Event(event, files)
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => VmmEvent::Garbled(error),
+            // The socket closes a moment before the process ends.
+            Ok(None) | Err(_) => {
+                self.hung_up = true;
+                self.end().await
+            }
         }
     }
 
-    /// Kills the process; [`VmmProcess::next`] tells when it is gone.
+    async fn end(&mut self) -> VmmEvent {
+        let how = self.process.ended().await;
+        let reason = self.exit.as_deref().and_then(attach::exit_reason);
+        VmmEvent::Ended(Ending { how, reason })
+    }
+
+    /// Logs the first event of another build.
+    fn note_unknown(&mut self) {
+        self.unknown_events = self.unknown_events.saturating_add(1);
+        if self.unknown_events == 1 {
+            tracing::warn!(pid = self.pid(), "ignores events of another version");
+        }
+    }
+
+    /// Kills the process; [`VmmProcess::next`] reports its end.
     pub fn kill(&mut self) {
-        // It fails only when the process has ended already.
-        let _ = self.child.start_kill();
+        self.process.kill();
         self.killed = true;
     }
 
@@ -175,25 +249,45 @@ impl VmmProcess {
     }
 }
 
-/// What a VMM process did.
-#[derive(Debug)]
-pub enum Happening {
-    /// It said something.
-    Event(Event, Vec<OwnedFd>),
-    /// It sent what is no event.
-    Garbled(io::Error),
-    /// It is gone; in words, how.
-    Ended(io::Result<String>),
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        if self.exit.is_none() {
+            self.process.kill();
+        }
+    }
 }
 
-impl Happening {
-    /// The exit reason of a process that ended without giving one; `why` if
-    /// the kernel knows. `killed` if we killed it.
-    pub fn died(how: io::Result<String>, why: Option<String>, killed: bool) -> ExitReason {
+/// An event of a VMM process or about it.
+#[derive(Debug)]
+pub enum VmmEvent {
+    /// The process sent an event.
+    Event(Event, Vec<OwnedFd>),
+    /// The process sent a packet that is no event. It is ignored.
+    Garbled(io::Error),
+    /// The process ended.
+    Ended(Ending),
+}
+
+/// The end of a VMM process.
+#[derive(Debug)]
+pub struct Ending {
+    /// How it ended, in words.
+    pub how: io::Result<String>,
+    /// The reason in its exit file, for an [`Event::Exited`] that was not received.
+    pub reason: Option<ExitReason>,
+}
+
+impl Ending {
+    /// The exit reason of a process that sent none. `why` is what the kernel knows
+    /// of it, `killed` whether this supervisor killed the process.
+    pub fn reason(self, why: Option<String>, killed: bool) -> ExitReason {
+        if let Some(reason) = self.reason {
+            return reason;
+        }
         if killed && why.is_none() {
             return ExitReason::Killed;
         }
-        let mut detail = match how {
+        let mut detail = match self.how {
             Ok(text) => format!("VMM process {text}"),
             Err(error) => format!("VMM process lost: {error}"),
         };
@@ -201,15 +295,6 @@ impl Happening {
             detail = format!("{detail}: {why}");
         }
         ExitReason::Failed { detail }
-    }
-}
-
-fn exit_detail(status: std::process::ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("ended with code {code}"),
-        (_, Some(signal)) => format!("was killed by signal {signal}"),
-        _ => "ended".into(),
     }
 }
 
@@ -226,75 +311,4 @@ async fn receive<T: DeserializeOwned>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn process(child: Child, ours: OwnedFd) -> VmmProcess {
-        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-        VmmProcess {
-            pid: 1,
-            child,
-            control: UnixStream::from_std(ours.into()).unwrap(),
-            waiting: VecDeque::new(),
-            deaf: false,
-            killed: false,
-        }
-    }
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn a_crowd_of_clients_takes_no_room_from_the_supervisors_own_commands() {
-        let (ours, theirs) = wire::pair().unwrap();
-        let child = Program::new("true").spawn().unwrap();
-        let mut process = process(child, ours);
-        let mut dialed = 0;
-        while !process.is_behind() {
-            let dial = Command::Dial {
-                id: dialed,
-                port: 1,
-            };
-            process.send(&dial, Vec::new()).unwrap();
-            dialed += 1;
-        }
-        let own = [
-            Command::Ping { id: 7 },
-            Command::Resume {},
-            Command::Stop {},
-        ];
-        for command in &own {
-            process.send(command, Vec::new()).unwrap();
-        }
-        // Now it takes them, in their order.
-        let mut taken = Vec::new();
-        while taken.len() < dialed as usize + own.len() {
-            process.control.writable().await.unwrap();
-            process.flush().unwrap();
-            taken.push(wire::recv::<Command>(theirs.as_fd()).unwrap().unwrap().0);
-        }
-        assert_eq!(taken[dialed as usize..], own);
-        assert!(!process.is_behind());
-    }
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn what_a_process_said_last_is_heard_before_its_end() {
-        let (ours, theirs) = wire::pair().unwrap();
-        let mut child = Program::new("true").spawn().unwrap();
-        let said = [Event::GuestPanicked {}, Event::Exited(ExitReason::PowerOff)];
-        for event in &said {
-            wire::send(theirs.as_fd(), event, &[]).unwrap();
-        }
-        wire::send(ours.as_fd(), &Command::Stats {}, &[]).unwrap();
-        drop(theirs);
-        // Nothing here lets the runtime look at the socket.
-        while child.try_wait().unwrap().is_none() {
-            std::thread::yield_now();
-        }
-        let mut process = process(child, ours);
-        for event in said {
-            assert!(matches!(process.next().await, Happening::Event(heard, _) if heard == event));
-        }
-        for _ in 0..2 {
-            let end = process.next().await;
-            assert!(matches!(end, Happening::Ended(Ok(how)) if how == "ended with code 0"));
-        }
-    }
-}
+mod tests;

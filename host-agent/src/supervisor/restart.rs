@@ -2,21 +2,26 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// First delay after the free restart.
 const FIRST_DELAY: Duration = Duration::from_secs(10);
-/// Longest delay.
+/// Longest delay of a guest that is not faulted.
 const LONGEST_DELAY: Duration = Duration::from_mins(15);
-/// Health for this long forgets every earlier restart.
+/// Heartbeats for this long reset the delays.
 const FORGIVEN_AFTER: Duration = Duration::from_mins(30);
-/// Boots in a row without one heartbeat that make a guest faulted.
+/// Boots in a row without a heartbeat after which a guest is faulted.
 const FRUITLESS_BOOTS: u32 = 5;
 /// Delay between tries of a faulted guest.
 const FAULTED_DELAY: Duration = Duration::from_hours(1);
 
 /// One guest's restart budget.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RestartBudget {
+    /// Restarts since the delays were last reset.
     restarts: u32,
+    /// Boots in a row without a heartbeat.
     fruitless: u32,
 }
 
@@ -25,11 +30,16 @@ pub struct RestartBudget {
 pub enum Decision {
     /// Start again after this delay.
     After(Duration),
-    /// Faulted: try once after this delay, and tell the operator.
+    /// The guest is faulted: report that, and start again after this delay.
     Faulted(Duration),
 }
 
 impl RestartBudget {
+    /// Whether the guest is faulted: its last boots had no heartbeat.
+    pub const fn is_faulted(&self) -> bool {
+        self.fruitless >= FRUITLESS_BOOTS
+    }
+
     /// A boot ended. `healthy_for` is how long heartbeats came, if any came;
     /// `jitter` in 0..=1 spreads delays by a quarter each way.
     pub fn boot_ended(&mut self, healthy_for: Option<Duration>, jitter: f64) -> Decision {
@@ -42,7 +52,7 @@ impl RestartBudget {
                 }
             }
         }
-        if self.fruitless >= FRUITLESS_BOOTS {
+        if self.is_faulted() {
             return Decision::Faulted(FAULTED_DELAY);
         }
         let delay = match self.restarts {
@@ -65,7 +75,7 @@ mod tests {
     const MIDDLE: f64 = 0.5;
 
     #[test]
-    fn a_healthy_guest_restarts_at_once_then_after_doubling_delays_to_fifteen_minutes() {
+    fn delays_double_from_none_to_fifteen_minutes() {
         let mut budget = RestartBudget::default();
         let healthy = Some(Duration::from_secs(60));
         let delays: Vec<u64> = (0..10)
@@ -80,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn five_boots_without_a_heartbeat_fault_the_guest_until_one_comes() {
+    fn five_boots_without_a_heartbeat_fault_the_guest() {
         let mut budget = RestartBudget::default();
         for _ in 0..4 {
             assert!(matches!(
@@ -91,6 +101,7 @@ mod tests {
         for _ in 0..2 {
             let decision = budget.boot_ended(None, MIDDLE);
             assert_eq!(decision, Decision::Faulted(FAULTED_DELAY));
+            assert!(budget.is_faulted());
         }
         let beat = budget.boot_ended(Some(Duration::from_secs(1)), MIDDLE);
         assert!(matches!(beat, Decision::After(_)));

@@ -1,14 +1,25 @@
-//! The one protocol between supervisor and VMM process.
+//! The control protocol between supervisor and VMM process.
 //!
-//! A `SOCK_SEQPACKET` pair: each message is one packet of JSON, file
-//! descriptors ride along (`SCM_RIGHTS`). The VMM process has its end as standard
-//! input, which a parent can set without code between `fork` and `exec`. The VMM process trusts the
-//! supervisor; the supervisor treats every event as a claim of a process that
-//! its guest may have taken over.
+//! Packets on a `SOCK_SEQPACKET` socket: one JSON message each, with file
+//! descriptors beside it (`SCM_RIGHTS`). The supervisor that starts a VMM process
+//! passes its end as standard input, a socket pair, and sends [`Command::Start`]
+//! first. A later supervisor connects to the socket in the instance's directory
+//! and sends [`Command::Attach`] first. From there on both speak the same messages.
+//!
+//! The VMM process trusts the supervisor. The supervisor treats every event as a
+//! claim of a process that its guest may have taken over.
+//!
+//! Builds of different age meet here. A receiver ignores fields that it does not
+//! know, and takes a command or event that it does not know as `Unknown`, which it
+//! counts and ignores. A new field therefore needs a default, and a new value of
+//! [`DialOutcome`] or [`ExitReason`] needs a new version.
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::GuestSpec;
+use super::spec::{FileIndex, GuestSpec};
+
+/// Versions of this protocol that this build speaks, the preferred one first.
+pub const VERSIONS: &[u32] = &[1];
 
 /// Longest packet in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -20,17 +31,25 @@ pub const MAX_FILES: usize = 32;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
-    /// First message, once: run this guest. Carries every file of the spec.
-    Start(Box<GuestSpec>),
-    /// Dial `port` in the guest and join it with the stream socket carried
-    /// along. Answered by [`Event::Dialed`].
+    /// First message on the inherited socket: run this guest. Carries every file
+    /// that the message names.
+    Start(Box<Start>),
+    /// First message on a connection to the listening socket. Answered by
+    /// [`Event::Attached`] or [`Event::Refused`].
+    Attach {
+        /// [`VERSIONS`] of the supervisor.
+        versions: Vec<u32>,
+    },
+    /// Connect to `port` in the guest and join the connection with the stream
+    /// socket that the packet carries. Answered by [`Event::Dialed`].
     Dial {
         /// Chosen by the supervisor, repeated in the answer.
         id: u64,
         /// Guest vsock port.
         port: u32,
     },
-    /// Dial `port` and drop the connection: does the guest kernel answer?
+    /// Connect to `port` and drop the connection, to learn whether the guest's
+    /// kernel answers. Answered by [`Event::Dialed`].
     Probe {
         /// Chosen by the supervisor, repeated in the answer.
         id: u64,
@@ -41,8 +60,8 @@ pub enum Command {
     Pause {},
     /// Let the vCPUs run again.
     Resume {},
-    /// The guest is to end: from here on a write for which the host has no room
-    /// fails, and one that is held fails now.
+    /// From now on ENOSPC fails a guest's write instead of holding it, and a
+    /// write that is held fails now: the guest is to shut down.
     FailWhenFull {},
     /// Answer with [`Event::Pong`].
     Ping {
@@ -53,6 +72,33 @@ pub enum Command {
     Stats {},
     /// Flush the disks and end the process.
     Stop {},
+    /// A command of another build.
+    #[serde(other)]
+    Unknown,
+}
+
+/// How a VMM process starts. Only the program that started it sends this, so both
+/// ends are of one build.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Start {
+    /// Number of the guest's boot.
+    pub generation: u64,
+    /// The guest.
+    pub guest: GuestSpec,
+    /// Without it the process ends when its supervisor closes the socket.
+    pub adoption: Option<Adoption>,
+}
+
+/// What a VMM process that outlives its supervisor needs for the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adoption {
+    /// Bound `SOCK_SEQPACKET` socket. The VMM process calls `listen(2)`, so that
+    /// `SO_PEERCRED` at a connecting supervisor names the VMM process.
+    pub listener: FileIndex,
+    /// Empty file, open for writing, that gets the [`ExitReason`] as JSON.
+    pub exit: FileIndex,
 }
 
 /// VMM process to supervisor.
@@ -69,24 +115,35 @@ pub enum Event {
         /// The error chain.
         reason: String,
     },
-    /// The guest dialed a host port. Carries one end of a stream socket pair;
-    /// closing it resets the connection.
+    /// Answer to [`Command::Attach`]: the whole state of the guest.
+    Attached(Box<Attached>),
+    /// Answer to [`Command::Attach`]; the connection closes.
+    Refused {
+        /// [`VERSIONS`] of the VMM process.
+        versions: Vec<u32>,
+        /// Another supervisor is attached. The VMM process keeps the one that it
+        /// has until that one closes its socket: so no process that claims to
+        /// have a new supervisor escapes the old one.
+        busy: bool,
+    },
+    /// The guest connected to a host port. Carries one end of a stream socket
+    /// pair; closing it resets the connection.
     Opened {
         /// Host port.
         port: u32,
         /// Guest port.
         source_port: u32,
     },
-    /// Answer to [`Command::Dial`] and [`Command::Probe`].
+    /// Answer to [`Command::Dial`] and [`Command::Probe`] of this supervisor.
     Dialed {
         /// From the command.
         id: u64,
-        /// What the guest said.
+        /// How the guest answered.
         outcome: DialOutcome,
     },
-    /// The vCPUs stopped or run again on the supervisor's word.
+    /// The vCPUs are paused or run again by command of the supervisor.
     Paused {
-        /// Whether they are stopped.
+        /// Whether they are paused.
         paused: bool,
     },
     /// Answer to [`Command::Ping`].
@@ -100,45 +157,89 @@ pub enum Event {
     DeviceNeedsReset {
         /// `blk-0`, `vsock`, `rng`.
         device: String,
-        /// What was wrong.
+        /// The violation.
         reason: String,
     },
-    /// The host cannot read or write the file behind a disk; the guest sees
+    /// The host cannot read or write the file behind a disk; the guest sees I/O
     /// errors. Sent once a disk.
-    DiskFailed {
-        /// Serial number of the disk.
-        disk: String,
-        /// The system's words.
-        error: String,
-        /// Whether there was no room for a write.
-        full: bool,
-    },
-    /// The host has no room for a write to a disk. The write is held, not
-    /// failed, and the vCPUs are stopped until [`Event::SpaceBack`].
-    NoSpace {
-        /// Serial number of the disk.
-        disk: String,
-        /// Bytes of the request that is held; 0 for a flush.
-        needed: u32,
-        /// A quota is used up, not the file system.
-        quota: bool,
-    },
-    /// No write is held any more; the vCPUs run again, if the supervisor lets
-    /// them.
+    DiskFailed(DiskFailed),
+    /// The host has no space for a write to a disk. The write is held, not
+    /// failed, and the vCPUs are paused until [`Event::SpaceBack`].
+    NoSpace(NoSpace),
+    /// No write is held any more; the vCPUs run again unless the supervisor
+    /// paused them too.
     SpaceBack {},
-    /// The guest said that its kernel panicked; an exit follows.
+    /// The guest reported a kernel panic; an exit follows.
     GuestPanicked {},
-    /// The guest ended; the last message.
+    /// The guest ended; the last event.
     Exited(ExitReason),
+    /// An event of another build.
+    #[serde(other)]
+    Unknown,
 }
 
-/// What became of a dial.
+/// A disk whose file the host cannot serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFailed {
+    /// Serial number of the disk.
+    pub disk: String,
+    /// The first error.
+    pub error: String,
+    /// Whether that was a write without space.
+    pub full: bool,
+}
+
+/// A disk with a write that is held because the host has no space for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoSpace {
+    /// Serial number of the disk.
+    pub disk: String,
+    /// Bytes of the request that is held; 0 for a flush.
+    pub needed: u32,
+    /// A quota is used up, not the file system.
+    pub quota: bool,
+}
+
+/// Everything that a supervisor needs to go on with a guest that another one
+/// started. A field that a later version adds has a default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Attached {
+    /// The version that both ends speak from here on.
+    pub version: u32,
+    /// Instance name.
+    pub name: String,
+    /// Number of the guest's boot.
+    pub generation: u64,
+    /// Microseconds from process start until the vCPUs ran.
+    pub setup_us: u64,
+    /// Milliseconds since process start.
+    pub uptime_ms: u64,
+    /// Whether the vCPUs are paused by command of a supervisor.
+    pub paused: bool,
+    /// Whether [`Command::FailWhenFull`] was given.
+    pub fails_when_full: bool,
+    /// Every disk that holds a write. While there is one the vCPUs are paused.
+    pub no_space: Vec<NoSpace>,
+    /// Every disk that the host failed to serve.
+    pub failed_disks: Vec<DiskFailed>,
+    /// Whether the guest reported a kernel panic.
+    pub panicked: bool,
+    /// Why the guest ended, if it has: the process flushes its disks and ends.
+    pub exit: Option<ExitReason>,
+    /// Counters since process start.
+    pub stats: Stats,
+    /// Commands that this build does not know, and packets that were no commands.
+    pub ignored_commands: u64,
+}
+
+/// How a connection into the guest ended up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DialOutcome {
     /// The guest accepted.
     Connected,
-    /// The guest reset: nothing listens, but its kernel is alive.
+    /// The guest's kernel reset the connection: it is alive, nothing listens.
     Refused,
     /// No answer within the limit.
     TimedOut,
@@ -158,10 +259,9 @@ pub enum ExitReason {
     TripleFault,
     /// The guest's kernel panicked.
     Panic,
-    /// The supervisor asked.
+    /// [`Command::Stop`], or the supervisor closed its socket.
     Stopped,
-    /// The supervisor killed the VMM process, which said nothing more. Never
-    /// sent: the supervisor alone knows.
+    /// The supervisor killed the VMM process, which sent no reason. Never sent.
     Killed,
     /// KVM or the VMM could not go on.
     Failed {
@@ -186,18 +286,18 @@ impl ExitReason {
 
 /// Counters of a VMM process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Stats {
     /// Exits of each vCPU that reached this process.
     pub exits: Vec<u64>,
     /// Microseconds from process start to the first byte on the serial line.
     pub first_serial_us: Option<u64>,
-    /// Bytes of serial output lost because the file could not take them.
+    /// Bytes of serial output lost because writing the log failed or was too slow.
     pub serial_dropped: u64,
     /// Protocol violations by the guest, all devices together.
     pub violations: u64,
-    /// Requests and packets of the guest that were malformed or asked for what
-    /// is not there, all devices together. Each was refused or dropped by
-    /// itself.
+    /// Requests and packets of the guest that were malformed or out of range, all
+    /// devices together. Each was refused or dropped by itself.
     pub refused: u64,
     /// Open vsock connections.
     pub vsock_connections: u32,

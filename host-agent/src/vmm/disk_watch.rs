@@ -1,6 +1,6 @@
 //! What the main thread makes of disks that the host cannot serve.
 
-use super::control::Event;
+use super::control::{DiskFailed, Event, NoSpace};
 use super::machine::DiskState;
 use super::outbox::Outbox;
 use super::virtio::blk::Shortage;
@@ -58,11 +58,11 @@ impl DiskWatch {
     pub fn tell_room(&mut self, outbox: &Outbox) {
         for watched in &mut self.0 {
             if let (Some(shortage), false) = (watched.shortage, watched.told) {
-                let event = Event::NoSpace {
+                let event = Event::NoSpace(NoSpace {
                     disk: watched.disk.serial.clone(),
                     needed: shortage.needed,
                     quota: shortage.quota,
-                };
+                });
                 watched.told = outbox.send(&event, vec![]);
             }
         }
@@ -78,11 +78,11 @@ impl DiskWatch {
     pub fn tell_failures(&mut self, outbox: &Outbox) {
         for Watched { disk, failed, .. } in &mut self.0 {
             if let (Some(failure), false) = (disk.counters.first_failure.get(), *failed) {
-                let event = Event::DiskFailed {
+                let event = Event::DiskFailed(DiskFailed {
                     disk: disk.serial.clone(),
                     error: failure.error.clone(),
                     full: failure.full,
-                };
+                });
                 *failed = outbox.send(&event, vec![]);
             }
         }
@@ -130,11 +130,11 @@ mod tests {
     }
 
     fn no_space(disk: &str) -> Event {
-        Event::NoSpace {
+        Event::NoSpace(NoSpace {
             disk: disk.into(),
             needed: 512,
             quota: true,
-        }
+        })
     }
 
     #[test]
@@ -203,11 +203,11 @@ mod tests {
         counters.first_failure.set(failure.clone()).unwrap();
         watch.tell_failures(&outbox);
         assert_eq!(relieve(), []);
-        let failed = Event::DiskFailed {
+        let failed = Event::DiskFailed(DiskFailed {
             disk: "os".into(),
             error: failure.error,
             full: false,
-        };
+        });
         for told in [vec![failed], vec![]] {
             watch.tell_failures(&outbox);
             assert_eq!(relieve(), told);

@@ -12,7 +12,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Command, DialOutcome, Event, ExitReason, Stats};
+use super::control::{Command, DialOutcome, Event, ExitReason, Start, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
@@ -75,7 +75,7 @@ pub fn main() -> ExitCode {
     report_panics(outbox.clone());
     start_log();
     let ran = match start.map_err(StartError::Socket) {
-        Ok(Some((Command::Start(spec), files))) => run(*spec, files, &outbox, wake, started),
+        Ok(Some((Command::Start(start), files))) => run(*start, files, &outbox, wake, started),
         Ok(_) => Err(StartError::NoStart),
         Err(error) => Err(error),
     };
@@ -147,13 +147,14 @@ fn report_panics(outbox: Outbox) {
 }
 
 fn run(
-    spec: GuestSpec,
+    start: Start,
     files: Vec<OwnedFd>,
     outbox: &Outbox,
     wake: EventFd,
     started: Instant,
 ) -> Result<ExitReason, StartError> {
-    let outlive = spec.outlive_supervisor;
+    let outlive = start.adoption.is_some();
+    let spec = start.guest;
     let name: String = spec.name.chars().take(15).collect();
     // Only what a process list shows depends on it.
     let _ = std::fs::write("/proc/self/comm", name);
@@ -311,7 +312,7 @@ impl Loop<'_> {
     fn obey(&mut self, command: Command, files: Vec<OwnedFd>) -> Option<ExitReason> {
         match command {
             // Once is enough.
-            Command::Start(_) => {}
+            Command::Start(_) | Command::Attach { .. } | Command::Unknown => {}
             Command::Dial { id, port } => {
                 if let Some(socket) = files.into_iter().next() {
                     self.machine.vsock().dial(id, port, socket);

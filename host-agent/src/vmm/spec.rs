@@ -1,12 +1,11 @@
-//! What a VMM process is told to run: plain data, checked on receipt.
+//! Description of a guest for its VMM process: plain data, checked on receipt.
 
 use serde::{Deserialize, Serialize};
 
 /// Most virtual processors of a guest.
 pub const MAX_VCPUS: u8 = 8;
 
-/// Position of a file descriptor in the list passed with
-/// [`super::control::Command::Start`].
+/// Index into the file descriptors that [`super::control::Command::Start`] carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIndex(pub u8);
 
@@ -32,23 +31,20 @@ pub struct GuestSpec {
     pub serial: SerialSpec,
     /// Disks in the order in which the guest numbers them (`vda`, `vdb`, …).
     pub disks: Vec<DiskSpec>,
-    /// The guest's kernel must answer a dial within this, in milliseconds.
+    /// The guest's kernel must answer a connection within this, in milliseconds.
     pub dial_limit_ms: u32,
-    /// Keep the guest alive when the control socket closes. A command in the
-    /// foreground owns its guests and says `false`.
-    pub outlive_supervisor: bool,
 }
 
-/// Where serial output goes. When `current` holds `max_bytes`, it is copied to
-/// `previous` and begins anew, so that names keep their meaning without a path.
+/// Where serial output goes. At `max_bytes` the VMM process copies `current` to
+/// `previous` and truncates it: it has no paths to rename.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SerialSpec {
     /// Newest output.
     pub current: FileIndex,
-    /// What came before it.
+    /// Output before that of `current`.
     pub previous: FileIndex,
-    /// Size at which the files turn over.
+    /// Size of `current` at which it is copied and truncated.
     pub max_bytes: u64,
 }
 
@@ -56,14 +52,14 @@ pub struct SerialSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// What the guest reads as the disk's serial number, at most
-    /// 20 printable ASCII characters (virtio 1.2, 5.2.6.1).
+    /// Serial number that the guest reads, at most 20 printable ASCII characters
+    /// (virtio 1.2, 5.2.6.1).
     pub serial: String,
-    /// What backs it.
+    /// Where its data is.
     pub backing: DiskBacking,
 }
 
-/// What backs a disk.
+/// Where the data of a disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskBacking {
@@ -71,7 +67,7 @@ pub enum DiskBacking {
     Raw {
         /// The file.
         file: FileIndex,
-        /// Writes are refused whatever the guest negotiated.
+        /// Refuse writes, whatever features the driver negotiated.
         read_only: bool,
     },
     /// A qcow2 diff over a raw base that is never written.

@@ -180,7 +180,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, Stats};
+    use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, NoSpace, Stats};
 
     #[test]
     fn a_message_arrives_with_its_files_which_are_close_on_exec() {
@@ -320,11 +320,11 @@ mod tests {
             (text(), text())
                 .prop_map(|(device, reason)| Event::DeviceNeedsReset { device, reason }),
             (text(), any::<u32>(), any::<bool>()).prop_map(|(disk, needed, quota)| {
-                Event::NoSpace {
+                Event::NoSpace(NoSpace {
                     disk,
                     needed,
                     quota,
-                }
+                })
             }),
             Just(Event::SpaceBack {}),
             Just(Event::GuestPanicked {}),

@@ -14,13 +14,13 @@ use vmbus::text::chain;
 use super::super::event::EventKind;
 use super::super::guest;
 use super::super::lifecycle::Input;
-use super::super::process::{Happening, VmmProcess};
+use super::super::process::{Launch, VmmEvent, VmmProcess};
 use super::dial::Dialed;
 use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
 use crate::token_bucket::LogLimit;
-use crate::vmm::control::{Event, ExitReason, Stats};
+use crate::vmm::control::{self, Event, ExitReason, Stats};
 use crate::vmm::spec::GuestSpec;
 
 /// One boot of the guest.
@@ -54,7 +54,14 @@ impl Instance {
         .map_err(|e| chain(&e))?;
         let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
         let group = self.limited(&spec);
-        let process = VmmProcess::spawn(spec, &files, log, |pid| {
+        let launch = Launch {
+            generation,
+            guest: spec,
+            files,
+            log,
+            outlive_in: None,
+        };
+        let process = VmmProcess::spawn(launch, |pid| {
             if let Some(group) = &group
                 && let Err(error) = group.enter(pid)
             {
@@ -113,26 +120,27 @@ impl Instance {
         self.tell(EventKind::Warning { text });
     }
 
-    pub(super) fn happened(&mut self, happening: Happening) -> bool {
+    pub(super) fn vmm_event(&mut self, event: VmmEvent) -> bool {
         let Some(boot) = &mut self.boot else {
             return true;
         };
-        match happening {
-            Happening::Event(event, files) => self.event(event, files),
-            Happening::Garbled(error) => {
-                let text = format!("VMM process sent what is no event: {}", chain(&error));
+        match event {
+            VmmEvent::Event(event, files) => self.event(event, files),
+            VmmEvent::Garbled(error) => {
+                // Limited like everything that a guest can cause: its VMM process
+                // is restarted only if it does not answer pings either.
+                let text = format!("VMM process sent an invalid event: {}", chain(&error));
                 self.trouble(EventKind::Warning { text });
-                self.kill();
                 true
             }
-            Happening::Ended(how) => {
+            VmmEvent::Ended(ending) => {
                 let group = boot.group.as_ref();
                 let why = group.and_then(GuestGroup::killed_for_memory);
                 let killed = boot.process.was_killed();
                 let reason = boot
                     .exit
                     .take()
-                    .unwrap_or_else(|| Happening::died(how, why, killed));
+                    .unwrap_or_else(|| ending.reason(why, killed));
                 let untold = boot.trouble.values().map(LogLimit::suppressed);
                 let untold = untold.fold(0, u64::saturating_add);
                 self.tell_untold(untold);
@@ -174,11 +182,11 @@ impl Instance {
                     self.tell(EventKind::Paused { paused });
                 }
             }
-            Event::NoSpace {
+            Event::NoSpace(control::NoSpace {
                 disk,
                 needed,
                 quota,
-            } => return self.no_space(disk, needed, quota),
+            }) => return self.no_space(disk, needed, quota),
             Event::SpaceBack {} => return self.space_back(),
             Event::Pong { .. } => self.liveness.pong(),
             Event::Stats(stats) => {
@@ -189,7 +197,7 @@ impl Instance {
             Event::DeviceNeedsReset { device, reason } => {
                 self.trouble(EventKind::DeviceNeedsReset { device, reason });
             }
-            Event::DiskFailed { disk, error, full } => {
+            Event::DiskFailed(control::DiskFailed { disk, error, full }) => {
                 let file = guest::disk_file(&disk).unwrap_or("disk");
                 let file = self.parts.dir.join(file);
                 self.trouble(EventKind::DiskFailed {
@@ -200,6 +208,8 @@ impl Instance {
                 });
             }
             Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
+            // Answers to Attach alone, and events of another build.
+            Event::Attached(_) | Event::Refused { .. } | Event::Unknown => {}
             Event::Exited(reason) => {
                 let panicked = boot.exit == Some(ExitReason::Panic);
                 if !(panicked && reason == ExitReason::Reboot) {
@@ -211,7 +221,7 @@ impl Instance {
     }
 }
 
-pub(super) async fn next_happening(boot: &mut Option<Boot>) -> Happening {
+pub(super) async fn next_vmm_event(boot: &mut Option<Boot>) -> VmmEvent {
     match boot {
         Some(boot) => boot.process.next().await,
         None => std::future::pending().await,

@@ -1,4 +1,4 @@
-//! Walks through an instance's life, and a property over every walk.
+//! Sequences of inputs, and a property over random ones.
 
 use super::*;
 use proptest::prelude::*;
@@ -51,7 +51,7 @@ fn silent(kernel_alive: bool) -> Input {
 }
 
 #[test]
-fn a_silent_guest_leaves_rotation_is_killed_and_boots_as_the_next_generation() {
+fn silent_guest_is_killed_and_boots_as_next_generation() {
     let mut life = ready();
     let minute = Duration::from_mins(1);
     let effects = life.on(silent(false), minute, 0.5);
@@ -105,7 +105,7 @@ fn silence_before_a_verdict_does_not_count_as_health() {
 }
 
 #[test]
-fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
+fn an_exit_by_the_guest_is_reported_without_a_verdict() {
     let reasons = [
         ExitReason::PowerOff,
         ExitReason::Panic,
@@ -121,7 +121,7 @@ fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
         let told = Effect::Tell(EventKind::GuestExited { reason, because });
         assert_eq!(effects[0], told);
     }
-    // And a stop on request needs none.
+    // A stop on request has no verdict either.
     let mut life = ready();
     life.on(Input::Kill, Duration::ZERO, 0.5);
     let effects = life.on(Input::Ended(ExitReason::Killed), Duration::ZERO, 0.5);
@@ -130,7 +130,7 @@ fn an_end_that_was_not_our_doing_is_told_without_our_reason() {
 }
 
 #[test]
-fn a_condemned_guest_whose_kernel_answers_may_shut_down_if_it_begins_to_at_once() {
+fn condemned_guest_must_begin_its_shutdown_at_once() {
     for begins in [false, true] {
         let mut life = ready();
         let mut on = |input| life.on(input, Duration::ZERO, 0.5);
@@ -150,7 +150,7 @@ fn a_condemned_guest_whose_kernel_answers_may_shut_down_if_it_begins_to_at_once(
 }
 
 #[test]
-fn a_killed_process_that_does_not_end_is_told_of_again_and_again() {
+fn a_killed_process_that_does_not_end_is_reported_repeatedly() {
     let mut life = ready();
     assert!(life.on(Input::Kill, Duration::ZERO, 0.5).ends_with(&KILLED));
     for _ in 0..3 {
@@ -163,7 +163,7 @@ fn a_killed_process_that_does_not_end_is_told_of_again_and_again() {
 }
 
 #[test]
-fn a_guest_stopped_before_anything_of_ours_ran_in_it_ended_cleanly() {
+fn a_stop_before_the_agent_connects_is_clean() {
     for connected in [false, true] {
         let mut life = Lifecycle::new(LIMITS);
         life.on(Input::Start, Duration::ZERO, 0.5);
@@ -178,7 +178,7 @@ fn a_guest_stopped_before_anything_of_ours_ran_in_it_ended_cleanly() {
 }
 
 #[test]
-fn a_stop_while_a_restart_is_waited_for_is_the_end_at_once() {
+fn a_stop_while_waiting_for_a_restart_finishes_at_once() {
     let mut life = ready();
     life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
     let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
@@ -190,7 +190,7 @@ fn a_stop_while_a_restart_is_waited_for_is_the_end_at_once() {
 }
 
 #[test]
-fn a_status_that_changes_all_the_time_is_told_now_and_then_and_last_as_it_is() {
+fn status_reports_are_rate_limited_and_the_last_is_reported() {
     let mut life = ready();
     let told = |effects: &[Effect]| {
         let roles = effects.iter().filter_map(|effect| match effect {
@@ -205,7 +205,7 @@ fn a_status_that_changes_all_the_time_is_told_now_and_then_and_last_as_it_is() {
         let state = [RoleState::Busy, RoleState::Ready][change as usize % 2];
         let effects = life.on(Input::Status(status(state)), now, 0.5);
         lines += told(&effects).len();
-        // Who gets connections follows every change.
+        // The rotation follows every change.
         let rotation = Effect::Rotation(state == RoleState::Ready);
         assert!(effects.contains(&rotation));
     }
@@ -219,12 +219,12 @@ fn a_status_that_changes_all_the_time_is_told_now_and_then_and_last_as_it_is() {
 }
 
 #[test]
-fn a_guest_without_space_is_out_of_rotation_until_it_goes_on_if_it_is_ready_then() {
+fn a_guest_paused_for_space_is_out_of_rotation() {
     for after in [RoleState::Ready, RoleState::Recycling] {
         let mut life = ready();
         let mut on = |input| life.on(input, Duration::ZERO, 0.5);
         assert_eq!(on(Input::NoSpace), [Effect::Rotation(false)]);
-        // A second disk, and what the guest said before it stood still.
+        // A second disk, and a status from before the pause.
         assert_eq!(on(Input::NoSpace), []);
         let effects = on(Input::Status(status(after)));
         assert!(!effects.contains(&Effect::Rotation(true)));
@@ -236,7 +236,7 @@ fn a_guest_without_space_is_out_of_rotation_until_it_goes_on_if_it_is_ready_then
         };
         assert_eq!(on(Input::SpaceBack), back);
     }
-    // The next boot begins without.
+    // The next boot starts with space.
     let mut life = ready();
     life.on(Input::NoSpace, Duration::ZERO, 0.5);
     life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
@@ -246,7 +246,7 @@ fn a_guest_without_space_is_out_of_rotation_until_it_goes_on_if_it_is_ready_then
 }
 
 #[test]
-fn a_stop_asks_the_guest_and_a_power_off_then_is_a_clean_end() {
+fn a_power_off_after_a_stop_is_a_clean_end() {
     let mut life = ready();
     let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
     assert!(matches!(effects[2], Effect::AskShutdown { .. }));
@@ -257,7 +257,7 @@ fn a_stop_asks_the_guest_and_a_power_off_then_is_a_clean_end() {
 }
 
 #[test]
-fn a_stop_for_which_the_role_had_to_be_killed_is_not_clean() {
+fn a_stop_that_kills_the_role_is_not_clean() {
     let mut life = ready();
     life.on(Input::Stop, Duration::ZERO, 0.5);
     let killed = Status {
@@ -270,7 +270,7 @@ fn a_stop_for_which_the_role_had_to_be_killed_is_not_clean() {
 }
 
 #[test]
-fn that_nothing_is_known_of_a_role_yet_is_not_told() {
+fn an_unknown_status_is_not_reported() {
     let mut life = ready();
     let unknown = life.on(
         Input::Status(status(RoleState::Unknown)),
@@ -293,7 +293,7 @@ fn that_nothing_is_known_of_a_role_yet_is_not_told() {
 }
 
 #[test]
-fn a_power_off_that_nobody_asked_for_restarts_the_guest_and_says_so() {
+fn an_unrequested_power_off_restarts_the_guest() {
     let mut life = ready();
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
     assert!(effects.iter().any(|effect| matches!(effect,
@@ -301,7 +301,7 @@ fn a_power_off_that_nobody_asked_for_restarts_the_guest_and_says_so() {
 }
 
 #[test]
-fn a_guest_that_never_beats_is_faulted_after_five_boots() {
+fn five_boots_without_a_heartbeat_fault_the_instance() {
     let mut life = Lifecycle::new(LIMITS);
     life.on(Input::Start, Duration::ZERO, 0.5);
     for boot in 1..=5 {
@@ -314,8 +314,137 @@ fn a_guest_that_never_beats_is_faulted_after_five_boots() {
     }
 }
 
+fn adoption(generation: u64) -> Input {
+    Input::Adopted {
+        generation,
+        pid: 7,
+        no_space: false,
+    }
+}
+
+/// The lifecycle of the next supervisor.
+fn restored(life: &Lifecycle) -> Lifecycle {
+    let text = serde_json::to_string(&life.history()).unwrap();
+    Lifecycle::restore(LIMITS, serde_json::from_str(&text).unwrap())
+}
+
+#[test]
+fn an_adopted_guest_enters_rotation_with_its_first_status() {
+    let mut life = restored(&ready());
+    assert_eq!(life.history(), ready().history());
+    let mut on = |input| life.on(input, Duration::ZERO, 0.5);
+    let adopted = EventKind::GuestAdopted {
+        generation: 1,
+        pid: 7,
+    };
+    assert_eq!(on(adoption(1)), [Effect::Tell(adopted)]);
+    assert_eq!(on(Input::Beat), []);
+    let effects = on(Input::Status(status(RoleState::Ready)));
+    assert!(effects.contains(&Effect::Rotation(true)));
+    // It is the boot from before: the next is generation 2.
+    on(Input::Ended(ExitReason::Panic));
+    assert_eq!(
+        on(Input::Waited(Wait::Restart)),
+        [Effect::Spawn { generation: 2 }]
+    );
+}
+
+#[test]
+fn a_guest_adopted_without_space_waits_for_it() {
+    let mut life = restored(&ready());
+    let mut on = |input| life.on(input, Duration::ZERO, 0.5);
+    on(Input::Adopted {
+        generation: 1,
+        pid: 7,
+        no_space: true,
+    });
+    let effects = on(Input::Status(status(RoleState::Ready)));
+    assert!(!effects.contains(&Effect::Rotation(true)));
+    assert_eq!(on(Input::SpaceBack), [Effect::Rotation(true)]);
+}
+
+#[test]
+fn stopping_an_adopted_guest_asks_its_agent() {
+    let mut life = restored(&ready());
+    life.on(adoption(1), Duration::ZERO, 0.5);
+    let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
+    assert!(matches!(effects[1], Effect::AskShutdown { .. }));
+    // Nothing is known of the agent of another boot than the recorded one.
+    let mut life = restored(&ready());
+    life.on(adoption(2), Duration::ZERO, 0.5);
+    let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
+    assert!(effects.contains(&Effect::StopVmm));
+}
+
+#[test]
+fn health_counts_from_the_first_beat_across_supervisors() {
+    let minutes = Duration::from_mins;
+    let delay_after = |health: Duration| {
+        let mut life = ready();
+        life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+        life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+        life.on(Input::Beat, Duration::ZERO, 0.5);
+        let mut life = restored(&life);
+        life.on(adoption(2), minutes(20), 0.5);
+        life.on(Input::Beat, health, 0.5);
+        let effects = life.on(Input::Ended(ExitReason::Panic), health, 0.5);
+        effects.iter().find_map(|effect| match effect {
+            Effect::Wait(Wait::Restart, delay) => Some(*delay),
+            _ => None,
+        })
+    };
+    assert_eq!(delay_after(minutes(25)), Some(Duration::from_secs(10)));
+    assert_eq!(delay_after(minutes(30)), Some(Duration::ZERO));
+}
+
+#[test]
+fn a_guest_that_ended_unattended_costs_a_restart() {
+    let mut life = ready();
+    life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+    life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+    let mut life = restored(&life);
+    assert!(life.history().running);
+    let effects = life.on(Input::Ended(ExitReason::TripleFault), Duration::ZERO, 0.5);
+    assert!(matches!(
+        &effects[..],
+        [
+            Effect::Tell(EventKind::GuestExited { reason: ExitReason::TripleFault, .. }),
+            Effect::Tell(EventKind::Restarting { generation: 3, .. }),
+            Effect::Wait(Wait::Restart, delay),
+        ] if *delay == Duration::from_secs(10)
+    ));
+}
+
+#[test]
+fn a_restart_delay_goes_on_across_supervisors() {
+    let mut life = Lifecycle::new(LIMITS);
+    life.on(Input::Start, Duration::ZERO, 0.5);
+    for _ in 0..5 {
+        life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+        life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
+    }
+    life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
+    let history = life.history();
+    assert!(history.budget.is_faulted() && !history.running);
+    let minute = Duration::from_mins(1);
+    let mut life = restored(&life);
+    let rest = [Effect::Wait(Wait::Restart, Duration::from_mins(59))];
+    assert_eq!(life.on(Input::Start, minute, 0.5), rest);
+    // A delay that is over, or of another boot of the host, does not delay.
+    for (history, now) in [
+        (history.clone(), Duration::from_hours(2)),
+        (history.after_host_boot(), minute),
+    ] {
+        let mut life = Lifecycle::restore(LIMITS, history);
+        let boot = [Effect::Spawn { generation: 7 }];
+        assert_eq!(life.on(Input::Start, now, 0.5), boot);
+    }
+}
+
 fn any_input() -> impl Strategy<Value = Input> {
     prop_oneof![
+        Just(Input::Start),
+        Just(adoption(9)),
         Just(Input::Spawned { pid: 1 }),
         Just(Input::SpawnFailed("no".into())),
         Just(Input::Connected),
@@ -339,29 +468,30 @@ fn any_input() -> impl Strategy<Value = Input> {
 }
 
 proptest! {
-    /// Whatever comes in whatever order: one VMM process at a time, the
-    /// rotation flag alternates, after the end nothing more is done, and what
-    /// shall end is always waited for with a limit.
+    /// Holds for every order of inputs: one VMM process at a time, the rotation
+    /// flag alternates, no effects after the end, and a time limit on everything
+    /// that is to end.
     #[test]
-    fn no_order_of_inputs_starts_two_guests_or_revives_a_finished_one(
+    fn no_order_of_inputs_runs_two_guests_at_once(
+        adopted in any::<bool>(),
         inputs in proptest::collection::vec(any_input(), 0..80)
     ) {
         let mut life = Lifecycle::new(LIMITS);
-        let mut running = false;
+        let mut running = adopted;
         let mut rotation = false;
         let mut finished = false;
         let mut stopping = false;
         let mut wait = None;
-        let mut feed = vec![Input::Start];
+        let mut feed = vec![if adopted { adoption(7) } else { Input::Start }];
         feed.extend(inputs);
         for input in feed {
-            // Only a process that runs can end or fail to start.
+            // Only a running process can end or fail to start.
             if matches!(input, Input::Ended(_) | Input::SpawnFailed(_)) {
                 if !running { continue; }
                 running = false;
                 wait = None;
             }
-            // Only what is waited for can be over.
+            // Only a wait that is under way can be over.
             if let Input::Waited(over) = input {
                 if wait != Some(over) { continue; }
                 wait = None;
@@ -388,6 +518,7 @@ proptest! {
                     _ => {}
                 }
             }
+            prop_assert_eq!(life.history().running, running && !finished);
             if stopping {
                 prop_assert!(finished || wait.is_some());
             }

@@ -1,0 +1,287 @@
+//! Attaching to a VMM process that an earlier supervisor started.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, socket, sockopt,
+};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use super::handle::{ProcessHandle, ProcessId};
+use super::{VmmProcess, receive};
+use crate::vmm::control::{Attached, Command, Event, ExitReason, VERSIONS};
+use crate::vmm::wire;
+
+/// Name of the socket on which a VMM process listens, in its instance's directory.
+const SOCKET: &str = "vmm.sock";
+/// Name of the file with its exit reason, there too.
+const EXIT: &str = "vmm.exit";
+/// Longest exit reason that is read, in bytes.
+const MAX_EXIT: u64 = 64 * 1024;
+/// Time for the answer to `Attach`. The main thread of the VMM process answers,
+/// which never waits for the guest or a disk.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Time in which a supervisor that was just killed lets go of its guests, and in
+/// which a process that was just started begins to listen.
+const RETRY_LIMIT: Duration = Duration::from_secs(2);
+/// Time between two tries.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// What the supervisor's records say of a VMM process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expected {
+    /// Instance name.
+    pub name: String,
+    /// Number of the guest's boot.
+    pub generation: u64,
+    /// The process. `None` if the supervisor ended before it recorded this.
+    pub process: Option<ProcessId>,
+}
+
+/// Why a VMM process was not attached. None of these does anything to the process.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No socket: the process was never started, or cannot be attached.
+    #[error("no socket {0}")]
+    NoSocket(PathBuf),
+    /// The expected process runs, but does not accept connections.
+    #[error("VMM process {pid} does not accept connections")]
+    Refused {
+        /// Its process id.
+        pid: u32,
+    },
+    /// The process has ended.
+    #[error("the VMM process has ended{}", exit_text(exit.as_ref()))]
+    Gone {
+        /// The reason that it left; `None` if it was killed or crashed.
+        exit: Option<ExitReason>,
+    },
+    /// Another supervisor is attached.
+    #[error("another host-agent is attached to the VMM process")]
+    Busy,
+    /// No version of the protocol in common.
+    #[error(
+        "VMM process speaks versions {theirs:?} of the control protocol, this host-agent {ours:?}"
+    )]
+    Version {
+        /// Versions of this program.
+        ours: Vec<u32>,
+        /// Versions of the VMM process.
+        theirs: Vec<u32>,
+    },
+    /// Another process listens on the socket.
+    #[error("the socket belongs to process {found}, expected was {expected}")]
+    WrongProcess {
+        /// The recorded process.
+        expected: ProcessId,
+        /// The process that listens.
+        found: ProcessId,
+    },
+    /// The process runs another guest.
+    #[error(
+        "the VMM process runs generation {found_generation} of {found_name:?}, \
+         expected was generation {expected_generation} of {expected_name:?}"
+    )]
+    WrongGuest {
+        /// Recorded instance name.
+        expected_name: String,
+        /// Recorded boot.
+        expected_generation: u64,
+        /// Its instance name.
+        found_name: String,
+        /// Its boot.
+        found_generation: u64,
+    },
+    /// No answer in time: the process hangs.
+    #[error("the VMM process did not answer for {} s", ANSWER_LIMIT.as_secs())]
+    NoAnswer,
+    /// The answer is not one of the protocol.
+    #[error("the VMM process answered with another message than the protocol has: {0}")]
+    BadAnswer(String),
+    /// A system call failed.
+    #[error("{step} of the VMM process")]
+    System {
+        /// What was tried.
+        step: &'static str,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn exit_text(exit: Option<&ExitReason>) -> String {
+    match exit {
+        Some(reason) => format!(": {}", crate::supervisor::event::exit_text(reason)),
+        None => " and left no reason: it was killed or crashed".into(),
+    }
+}
+
+impl fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (start time {})", self.pid, self.start_ticks)
+    }
+}
+
+fn system(step: &'static str) -> impl Fn(io::Error) -> AttachError {
+    move |source| AttachError::System { step, source }
+}
+
+/// Attaches to the process that listens in `dir`.
+pub(super) async fn attach(
+    dir: &Path,
+    expected: &Expected,
+) -> Result<(VmmProcess, Attached), AttachError> {
+    let deadline = Instant::now() + RETRY_LIMIT;
+    loop {
+        match attach_once(dir, expected).await {
+            Err(AttachError::Busy | AttachError::Refused { .. }) if Instant::now() < deadline => {
+                tokio::time::sleep(RETRY).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn attach_once(
+    dir: &Path,
+    expected: &Expected,
+) -> Result<(VmmProcess, Attached), AttachError> {
+    let gone = || AttachError::Gone {
+        exit: exit_reason(&exit_path(dir)),
+    };
+    let socket = match connect_in(dir) {
+        Ok(socket) => socket,
+        Err(Errno::ENOENT) => return Err(AttachError::NoSocket(dir.join(SOCKET))),
+        Err(Errno::ECONNREFUSED) => {
+            let running = expected.process.filter(|process| process.runs());
+            return Err(
+                running.map_or_else(gone, |ProcessId { pid, .. }| AttachError::Refused { pid })
+            );
+        }
+        // So many wait already.
+        Err(Errno::EAGAIN) => return Err(AttachError::Busy),
+        Err(errno) => return Err(system("connect to the socket")(errno.into())),
+    };
+    // Whoever called listen(2).
+    let peer = getsockopt(&socket, sockopt::PeerCredentials)
+        .map_err(|errno| system("read the peer credentials")(errno.into()))?;
+    let pid = u32::try_from(peer.pid()).unwrap_or_default();
+    let mut process = match ProcessHandle::running(pid) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone()),
+        other => other.map_err(system("open the pidfd"))?,
+    };
+    let found = process.id();
+    if let Some(expected) = expected.process.filter(|expected| *expected != found) {
+        return Err(AttachError::WrongProcess { expected, found });
+    }
+    let attach = Command::Attach {
+        versions: VERSIONS.to_vec(),
+    };
+    wire::send(socket.as_fd(), &attach, &[]).map_err(system("send Attach"))?;
+    let control = UnixStream::from_std(socket.into()).map_err(system("register the socket"))?;
+    let answer = tokio::time::timeout(ANSWER_LIMIT, async {
+        match receive::<Event>(&control).await {
+            // The socket closes a moment before the process ends.
+            Ok(None) => process.ended().await.map(|_| None),
+            other => other,
+        }
+    });
+    let attached = match answer.await {
+        Err(_) => return Err(AttachError::NoAnswer),
+        Ok(Ok(None)) => return Err(gone()),
+        Ok(Ok(Some((Event::Attached(attached), _)))) => *attached,
+        Ok(Ok(Some((Event::Refused { busy: true, .. }, _)))) => return Err(AttachError::Busy),
+        Ok(Ok(Some((Event::Refused { versions, .. }, _)))) => {
+            return Err(AttachError::Version {
+                ours: VERSIONS.to_vec(),
+                theirs: versions,
+            });
+        }
+        Ok(Ok(Some((event, _)))) => return Err(AttachError::BadAnswer(format!("{event:?}"))),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
+            return Err(AttachError::BadAnswer(error.to_string()));
+        }
+        Ok(Err(error)) => return Err(system("read the answer")(error)),
+    };
+    if attached.name != expected.name || attached.generation != expected.generation {
+        return Err(AttachError::WrongGuest {
+            expected_name: expected.name.clone(),
+            expected_generation: expected.generation,
+            found_name: attached.name,
+            found_generation: attached.generation,
+        });
+    }
+    let exit = Some(exit_path(dir));
+    Ok((VmmProcess::new(process, control, exit), attached))
+}
+
+fn connect_in(dir: &Path) -> nix::Result<OwnedFd> {
+    let (_dir, address) = address(dir)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    connect(socket.as_raw_fd(), &address)?;
+    Ok(socket)
+}
+
+/// The address of the socket in `dir`, valid while the directory stays open: the
+/// 108 bytes of `sun_path` are too few for the path of a data directory.
+fn address(dir: &Path) -> nix::Result<(File, UnixAddr)> {
+    let dir = File::open(dir).map_err(errno)?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+    Ok((dir, UnixAddr::new(path.as_str())?))
+}
+
+fn errno(error: io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// Makes what a VMM process in `dir` needs to outlive its supervisor: a bound
+/// socket, which only the VMM process listens on, and an empty exit file. Both
+/// replace those of the boot before.
+pub(super) fn prepare(dir: &Path) -> io::Result<(OwnedFd, File)> {
+    let (path, exit) = (dir.join(SOCKET), exit_path(dir));
+    for old in [&path, &exit] {
+        match fs::remove_file(old) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    let (_dir, address) = address(dir)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    bind(socket.as_raw_fd(), &address)?;
+    // The VMM process checks the uid of a peer too.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok((socket, File::create_new(&exit)?))
+}
+
+/// The exit file in `dir`.
+pub(super) fn exit_path(dir: &Path) -> PathBuf {
+    dir.join(EXIT)
+}
+
+/// The reason that a VMM process left in its exit file.
+pub(super) fn exit_reason(path: &Path) -> Option<ExitReason> {
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_EXIT).read_to_end(&mut text));
+    if let Err(error) = read {
+        tracing::warn!(path = %path.display(), %error, "cannot read the exit file");
+        return None;
+    }
+    if text.is_empty() {
+        return None;
+    }
+    let reason = serde_json::from_slice(&text).unwrap_or_else(|error| ExitReason::Failed {
+        detail: format!("unreadable exit file: {error}"),
+    });
+    Some(reason)
+}
