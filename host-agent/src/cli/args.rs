@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::probe::Probe;
+use super::endpoint_probe::EndpointProbe;
 use super::report::ReportFile;
 use crate::api::types::LogFile;
 
@@ -44,13 +44,13 @@ pub struct CommandLine {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 pub struct Global {
-    /// Form of the answer [default: table]
+    /// Output format [default: table]
     #[arg(long, global = true)]
     pub format: Option<Format>,
     /// Same as --format json; with run, jsonl
     #[arg(long, global = true)]
     pub json: bool,
-    /// Print the answer and errors only
+    /// Print only the result and errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Log more; -vv even more
@@ -62,25 +62,25 @@ pub struct Global {
     /// How progress is shown
     #[arg(long, global = true, default_value = "auto", hide_default_value = true)]
     pub progress: Progress,
-    /// Never ask, never read the terminal
+    /// Never prompt, never read the terminal
     #[arg(long, global = true, env = "HOST_AGENT_NO_INPUT", hide_env = true, value_parser = clap::builder::FalseyValueParser::new())]
     pub no_input: bool,
     /// Print help
     #[arg(short, long, global = true, action = clap::ArgAction::HelpShort)]
     help: Option<bool>,
-    /// Form of errors; json with --json
+    /// Error format; json with --json
     #[arg(long, global = true)]
     pub error_format: Option<ErrorFormat>,
 }
 
-/// Forms of an answer.
+/// Output formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// For people.
     Table,
-    /// One JSON document; for `run`, whose answer grows, as `jsonl`.
+    /// One JSON document; the same as `jsonl` for `run`, which prints events.
     Json,
-    /// One JSON document a line.
+    /// One JSON document per line.
     Jsonl,
 }
 
@@ -98,15 +98,15 @@ pub enum Color {
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Progress {
-    /// As suits the terminal.
+    /// One changing line on a terminal, else as `Plain`.
     Auto,
-    /// A line for each step.
+    /// One line per step.
     Plain,
-    /// Not at all.
+    /// No progress.
     None,
 }
 
-/// Forms of an error.
+/// Error formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ErrorFormat {
     /// Text.
@@ -118,7 +118,7 @@ pub enum ErrorFormat {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
-    /// Can this machine run guests? If not: why, and what mends it
+    /// Can this machine run guests? If not: why, and how to fix it
     #[command(after_help = "\
 Examples:
   host-agent doctor
@@ -130,13 +130,13 @@ Examples:
   host-agent run ./redis
   host-agent run redis.cspkg --config test.cscfg --until ready")]
     Run(RunArgs),
-    /// Smoke test: Ready, probes, clean stop; ends with an exit code
+    /// Smoke test: Ready, probes, clean stop; exits with a code
     #[command(after_help = "\
 Examples:
   host-agent test ./redis --probe tcp://Redis --report junit=report.xml
   host-agent test ./web --probe http://www/health=200 --artifacts out")]
     Test(TestArgs),
-    /// Run a command in a guest and end with its exit code
+    /// Run a command in a guest and exit with its exit code
     #[command(after_help = "\
 Examples:
   host-agent exec -i Cache_IN_0 -- redis-cli --pipe < keys
@@ -166,7 +166,7 @@ Examples:
   host-agent validate ./redis
   host-agent validate redis.cspkg ServiceConfiguration.cscfg --json")]
     Validate(ValidateArgs),
-    /// Print the completion of a shell
+    /// Print the completion script of a shell
     #[command(after_help = "\
 Examples:
   host-agent completion bash > ~/.local/share/bash-completion/completions/host-agent
@@ -178,15 +178,15 @@ Examples:
   host-agent version
   host-agent version --json")]
     Version,
-    /// Stop the vCPUs of an instance, to try out the heartbeat rule
+    /// Pause the vCPUs of an instance, to test the heartbeat limit
     #[command(hide = true)]
     Freeze(InstanceArg),
-    /// Let the vCPUs of an instance run again
+    /// Resume the vCPUs of an instance
     #[command(hide = true)]
     Thaw(InstanceArg),
 }
 
-/// What is deployed.
+/// The service to deploy.
 #[derive(Debug, Clone, Args)]
 pub struct ServiceArgs {
     /// Directory with a .csdef, or a .cspkg
@@ -199,10 +199,10 @@ pub struct ServiceArgs {
 /// `run`.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// What.
+    /// The service.
     #[command(flatten)]
     pub service: ServiceArgs,
-    /// Stay until the service is stopped, or stop it when it is Ready
+    /// Run until the service is stopped, or stop it when it is Ready
     #[arg(long, default_value = "stopped")]
     pub until: Until,
     /// Keep disks and logs at the end
@@ -211,7 +211,7 @@ pub struct RunArgs {
     /// Restart a guest that is silent this long [default: 10m]
     #[arg(long, value_name = "S", value_parser = duration)]
     pub heartbeat_limit: Option<Duration>,
-    /// Give up when not Ready in this time, times the timeout scale
+    /// Give up if not Ready after this time, times the timeout scale
     #[arg(long, value_name = "S", value_parser = duration)]
     pub timeout: Option<Duration>,
 }
@@ -219,7 +219,7 @@ pub struct RunArgs {
 /// When `run` ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Until {
-    /// When it is stopped by a signal, or cannot go on.
+    /// When a signal stops it, or it fails.
     Stopped,
     /// When every instance is Ready.
     Ready,
@@ -228,12 +228,12 @@ pub enum Until {
 /// `test`.
 #[derive(Debug, Clone, Args)]
 pub struct TestArgs {
-    /// What.
+    /// The service.
     #[command(flatten)]
     pub service: ServiceArgs,
     /// tcp://ENDPOINT or http://ENDPOINT/PATH[=CODE]; may be repeated
     #[arg(long = "probe", value_name = "URL")]
-    pub probes: Vec<Probe>,
+    pub probes: Vec<EndpointProbe>,
     /// Give up after this time, times the timeout scale
     #[arg(long, value_name = "S", value_parser = duration, default_value = "3m")]
     pub timeout: Duration,
@@ -248,7 +248,7 @@ pub struct TestArgs {
     pub on_no_kvm: Option<OnNoKvm>,
 }
 
-/// What a test is on a machine that cannot run guests.
+/// The result of a test on a machine that cannot run guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnNoKvm {
     /// A failure, exit 6 or 11.
@@ -260,7 +260,7 @@ pub enum OnNoKvm {
 /// `exec`.
 #[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
-    /// Pass standard input on [default: on a terminal]
+    /// Forward standard input [default: on a terminal]
     #[arg(short, long)]
     pub interactive: bool,
     /// Give the command a terminal [default: on a terminal]
@@ -278,7 +278,7 @@ pub struct ExecArgs {
 pub struct LogsArgs {
     /// Instance, or DEPLOYMENT/INSTANCE
     pub instance: String,
-    /// Go on with what is written later
+    /// Keep printing what is appended
     #[arg(short, long)]
     pub follow: bool,
     /// Which log
@@ -310,11 +310,11 @@ pub struct ValidateArgs {
 /// `completion`.
 #[derive(Debug, Clone, Args)]
 pub struct CompletionArgs {
-    /// For which shell
+    /// The shell
     pub shell: Shell,
 }
 
-/// Shells whose completion can be made.
+/// Shells with a completion script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Shell {
     /// Bash.
@@ -332,10 +332,10 @@ pub struct InstanceArg {
     pub instance: String,
 }
 
-/// A longer time is a mistake, and a sum with the present may overflow.
+/// Longest time accepted: a longer one is a mistake, and `now` + it may overflow.
 const LONGEST: Duration = Duration::from_hours(366 * 24);
 
-/// A time: seconds, or a number with `ms`, `s`, `m` or `h`.
+/// Parses a time: seconds, or a number with `ms`, `s`, `m` or `h`.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn help_of_every_verb_fits_one_screen_and_ends_with_two_examples() {
+    fn every_help_fits_one_screen_and_ends_with_two_examples() {
         let mut command = CommandLine::command();
         command.build();
         let top = command.render_help().to_string();
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_read_with_and_without_units() {
+    fn times_are_parsed_with_and_without_units() {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_for_the_guest_keeps_its_own_flags() {
+    fn flags_after_the_double_dash_belong_to_the_guest_command() {
         let line = ["host-agent", "exec", "A_IN_0", "--", "ls", "--json", "-q"];
         let parsed = CommandLine::try_parse_from(line).unwrap();
         let Verb::Exec(args) = parsed.verb else {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_test_takes_probes_and_reports_and_refuses_what_is_neither() {
+    fn malformed_probes_and_reports_are_refused() {
         let parse = |extra: &[&str]| {
             let line = ["host-agent", "test", "dir"].iter().chain(extra);
             CommandLine::try_parse_from(line)

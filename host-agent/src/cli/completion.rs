@@ -1,7 +1,7 @@
-//! `host-agent completion`: what a shell needs to complete verbs and flags.
+//! `host-agent completion`: shell scripts that complete verbs and flags.
 
 use clap::CommandFactory as _;
-use clap_complete::{Shell as Kind, generate};
+use clap_complete::{Shell as Generator, generate};
 
 use super::args::{CommandLine, Shell};
 use super::error::CliError;
@@ -15,14 +15,19 @@ pub fn print(shell: Shell) -> Result<Exit, CliError> {
 }
 
 fn script(shell: Shell) -> Vec<u8> {
-    let kind = match shell {
-        Shell::Bash => Kind::Bash,
-        Shell::Zsh => Kind::Zsh,
-        Shell::Fish => Kind::Fish,
+    let generator = match shell {
+        Shell::Bash => Generator::Bash,
+        Shell::Zsh => Generator::Zsh,
+        Shell::Fish => Generator::Fish,
     };
-    // Into memory: the generator panics when its output cannot be written.
+    // Into memory, because `generate` panics on a write error.
     let mut script = Vec::new();
-    generate(kind, &mut CommandLine::command(), "host-agent", &mut script);
+    generate(
+        generator,
+        &mut CommandLine::command(),
+        "host-agent",
+        &mut script,
+    );
     script
 }
 
@@ -33,7 +38,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn every_script_knows_the_verbs_and_bash_completes_one() {
+    fn every_script_has_the_verbs_and_bash_completes_one() {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             let script = String::from_utf8(script(shell)).unwrap();
             for word in ["validate", "doctor", "heartbeat-limit"] {
@@ -47,9 +52,9 @@ mod tests {
             .unwrap();
         let mut input = bash.stdin.take().unwrap();
         input.write_all(&script(Shell::Bash)).unwrap();
-        let ask = "\nCOMP_WORDS=(host-agent va) COMP_CWORD=1\n\
+        let completion = "\nCOMP_WORDS=(host-agent va) COMP_CWORD=1\n\
             _host__agent host-agent va host-agent\necho \"${COMPREPLY[*]}\"\n";
-        input.write_all(ask.as_bytes()).unwrap();
+        input.write_all(completion.as_bytes()).unwrap();
         drop(input);
         let output = bash.wait_with_output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "validate\n");

@@ -1,4 +1,4 @@
-//! `host-agent doctor`.
+//! `host-agent doctor`: prints whether this machine can run guests.
 
 use super::error::{CliError, Code};
 use super::exit::Exit;
@@ -6,7 +6,7 @@ use super::output::Output;
 use crate::doctor::{self, Verdict};
 use crate::store::paths;
 
-/// Prints the report; 0 usable, 6 not usable, 11 no permission.
+/// Prints the report. Exit codes: 0 usable, 6 not usable, 11 no permission.
 pub fn run(output: &Output) -> Result<Exit, CliError> {
     let report = doctor::check(&paths::data_dir());
     let exit = match report.verdict {

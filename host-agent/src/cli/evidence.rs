@@ -1,4 +1,4 @@
-//! Logs of instances as evidence: their last lines, and copies that outlive
+//! Logs of instances after a failure: their last lines, and copies that outlive
 //! the deployment.
 
 use std::fs::{self, File};
@@ -8,15 +8,15 @@ use std::time::SystemTime;
 
 use super::printable::printable;
 
-/// The end of a file in which last lines are looked for.
+/// How much of the end of a file is searched for lines.
 const TAIL_BYTES: u64 = 64 * 1024;
 /// Longest line shown, in characters.
 const MAX_LINE: usize = 400;
-/// Failed tests whose logs are kept beside the deployments.
+/// Failed tests whose logs are kept.
 const KEPT: usize = 10;
 
-/// The last `count` lines of a log, fit for a terminal. Empty if it cannot be
-/// read: then there is nothing to show.
+/// The last `count` lines of a log, without control characters. Empty if the
+/// log cannot be read: it only adds to another error.
 pub fn tail(path: &Path, count: usize) -> Vec<String> {
     read_end(path).map_or_else(|_| Vec::new(), |bytes| last_lines(&bytes, count))
 }
@@ -63,11 +63,11 @@ pub fn copy_logs(from: &Path, to: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(copies)
 }
 
-/// Where the logs of a failed test go when the user named no place: a
-/// directory of its own under the data directory, of which a few are kept.
+/// Where the logs of a failed test go without `--artifacts`: a directory under
+/// the data directory, which keeps the newest few.
 pub fn failed_dir(data_dir: &Path, deployment: &str) -> PathBuf {
     let parent = data_dir.join("failed");
-    // Too many old ones are no reason to lose new ones.
+    // If old ones cannot be removed, the new one is kept all the same.
     let _ = prune(&parent, KEPT - 1);
     parent.join(deployment.get(..8).unwrap_or(deployment))
 }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn last_lines_are_whole_few_and_harmless() {
+    fn last_lines_are_whole_and_without_control_characters() {
         let bytes = b"one\r\n\ntwo\x1b[31m\n\xff three\nfour\n";
         assert_eq!(
             last_lines(bytes, 3),
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_few_failed_tests_are_remembered() {
+    fn the_logs_of_the_newest_failed_tests_are_kept() {
         let root = tempfile::tempdir().unwrap();
         for number in 0..25 {
             let id = format!("{number:032}");

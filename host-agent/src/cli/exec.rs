@@ -14,7 +14,7 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use super::args::ExecArgs;
 use super::error::{CliError, Code};
 use super::exit::Exit;
-use super::sink::{Place, Sink};
+use super::lossless_output::{LosslessOutput, Slot};
 use super::terminal::{RawMode, window_size};
 use super::{instances, runtime};
 use crate::api::client::{Connection, Target};
@@ -117,11 +117,14 @@ async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, C
     connection.accepted().await?;
     let (mut reader, writer) = connection.into_parts();
     let mut signals = Signals::listen()?;
-    let sink = |file: io::Result<Sink>| {
+    let sink = |file: io::Result<LosslessOutput>| {
         let what = "cannot print what the command says";
         file.map_err(|error| CliError::new(Code::ExecHost, what).cause(error.to_string()))
     };
-    let (stdout, stderr) = (sink(Sink::to(io::stdout()))?, sink(Sink::to(io::stderr()))?);
+    let (stdout, stderr) = (
+        sink(LosslessOutput::to(io::stdout()))?,
+        sink(LosslessOutput::to(io::stderr()))?,
+    );
     // Until this returns, or panics: errors are printed on a terminal in its
     // own mode.
     let _raw = if mode.input && mode.terminal {
@@ -222,20 +225,20 @@ async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, C
 
 /// Room for a piece of each stream, as long as it has a reader.
 struct Places<'a> {
-    stdout: Option<Place<'a>>,
-    stderr: Option<Place<'a>>,
+    stdout: Option<Slot<'a>>,
+    stderr: Option<Slot<'a>>,
 }
 
 /// The next frame, when there is room for what it may say. Cancelling loses
 /// nothing.
 async fn next_frame<'a>(
     reader: &mut FrameReader<OwnedReadHalf>,
-    stdout: &'a Sink,
-    stderr: &'a Sink,
+    stdout: &'a LosslessOutput,
+    stderr: &'a LosslessOutput,
 ) -> (Places<'a>, Result<Option<ExecOutput>, StreamError>) {
     let places = Places {
-        stdout: stdout.place().await,
-        stderr: stderr.place().await,
+        stdout: stdout.reserve().await,
+        stderr: stderr.reserve().await,
     };
     (places, reader.next().await)
 }

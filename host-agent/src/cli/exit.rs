@@ -1,4 +1,4 @@
-//! Exit codes: what scripts may rely on.
+//! The exit codes of the command, which scripts rely on.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,4 @@
-//! Signals that end a command: the first asks, the second insists, unless it
-//! is a hang-up.
+//! The signals that end a command.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -12,7 +11,7 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Takes the signals over from now on.
+    /// Replaces the default actions of the signals.
     pub fn listen() -> Result<Self, CliError> {
         let take = |kind: SignalKind| {
             let number = u8::try_from(kind.as_raw_value()).expect("Linux has 64 signals");
@@ -29,7 +28,7 @@ impl Interrupts {
         })
     }
 
-    /// The number of the next one. Cancelling loses nothing.
+    /// The number of the next signal. Cancel safe.
     pub async fn next(&mut self) -> u8 {
         let [(int, a), (term, b), (hup, c)] = &mut self.signals;
         tokio::select! {

@@ -1,8 +1,7 @@
-//! `host-agent logs`: from a running deployment, or from the files that a
-//! kept one left.
+//! `host-agent logs`: from a running deployment, else from the files of one that
+//! ended and was kept.
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -11,15 +10,12 @@ use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::instances;
 use super::interrupt::Interrupts;
-use super::sink::Sink;
+use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
 use crate::api::client::{Connection, Target};
 use crate::api::types::{Request, Response};
 use crate::store::log_file::previous;
 use crate::store::paths;
-
-/// Bytes of a file printed at once.
-const PIECE: usize = 64 * 1024;
 
 /// Prints the log.
 pub fn run(args: &LogsArgs) -> Result<Exit, CliError> {
@@ -40,31 +36,31 @@ async fn stream(target: &Target, args: &LogsArgs) -> Result<Exit, CliError> {
         follow: args.follow,
     };
     let mut connection = Connection::open(&target.socket, &request).await?;
-    let stdout = Sink::to(io::stdout());
+    let stdout = LosslessOutput::to(io::stdout());
     let stdout = stdout.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     tokio::select! {
         copied = copy(&mut connection, stdout) => copied,
-        // Ending `-f` is how it is meant to end.
+        // A signal is the normal end of `-f`.
         number = interrupts.next() => {
             Ok(if args.follow { Exit::Success } else { Exit::Signal(number) })
         }
     }
 }
 
-/// Copies the log to `stdout` until it ends.
-async fn copy(connection: &mut Connection, stdout: Sink) -> Result<Exit, CliError> {
+/// Copies the log to `stdout` until the log ends or the reader closes the pipe.
+async fn copy(connection: &mut Connection, stdout: LosslessOutput) -> Result<Exit, CliError> {
     let ended = loop {
         let answer = tokio::select! {
             answer = connection.answer() => answer,
-            // Nothing more may ever come that would show it.
+            // A log that gets no more lines would never show the broken pipe.
             () = stdout.broken() => break Ok(Exit::Success),
         };
         match answer {
             Ok(Response::LogChunk { bytes }) => {
-                let Some(place) = stdout.place().await else {
+                let Some(slot) = stdout.reserve().await else {
                     break Ok(Exit::Success);
                 };
-                place.send(bytes);
+                slot.send(bytes);
             }
             Ok(Response::LogEnd {}) => break Ok(Exit::Success),
             Ok(Response::Ok {}) => {}
@@ -79,7 +75,7 @@ async fn copy(connection: &mut Connection, stdout: Sink) -> Result<Exit, CliErro
     ended
 }
 
-/// The log of the newest kept deployment that has it, if there is one.
+/// Prints the log of the newest kept deployment that has it, if there is one.
 fn kept(args: &LogsArgs) -> Option<Result<Exit, CliError>> {
     let deployments = paths::data_dir().join("deployments");
     let file = newest(&deployments, &args.instance, args.source.file_name())?;
@@ -88,7 +84,7 @@ fn kept(args: &LogsArgs) -> Option<Result<Exit, CliError>> {
 
 fn newest(deployments: &Path, name: &str, log: &str) -> Option<PathBuf> {
     let (prefix, instance) = name.split_once('/').unwrap_or(("", name));
-    // The name becomes part of a path.
+    // The name becomes part of a path: it must stay below the deployment.
     if instance.is_empty() || instance.contains('/') || instance.starts_with('.') {
         return None;
     }
@@ -104,24 +100,16 @@ fn newest(deployments: &Path, name: &str, log: &str) -> Option<PathBuf> {
         .map(|(_, file)| file)
 }
 
-/// Prints a log, the part before it first, as it is sent while it is written.
+/// Prints a log after its rotated part. The size of both is bounded.
 fn print(log: &Path) -> Result<Exit, CliError> {
     for part in [previous(log).as_path(), log] {
         let failed = |error: io::Error| {
             let what = format!("cannot read {}", part.display());
             CliError::new(Code::Unclassified, what).cause(error.to_string())
         };
-        let mut file = match File::open(part) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            opened => opened.map_err(failed)?,
-        };
-        let mut piece = vec![0; PIECE];
-        loop {
-            let count = file.read(&mut piece).map_err(failed)?;
-            if count == 0 {
-                break;
-            }
-            output::write(&piece[..count])?;
+        match std::fs::read(part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            read => output::write(&read.map_err(failed)?)?,
         }
     }
     Ok(Exit::Success)
@@ -130,9 +118,10 @@ fn print(log: &Path) -> Result<Exit, CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
 
     #[test]
-    fn a_kept_log_is_found_in_the_newest_deployment_and_never_elsewhere() {
+    fn a_kept_log_is_found_in_the_newest_deployment_only() {
         let data = tempfile::tempdir().unwrap();
         for id in ["aaaa", "bbbb"] {
             let instance = data.path().join(id).join("A_IN_0");

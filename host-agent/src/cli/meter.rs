@@ -1,26 +1,26 @@
-//! Shows a step that takes long: on a terminal one line that changes, else a
-//! line now and then.
+//! Shows long blocking steps: on a terminal one changing line, else a line every
+//! ten seconds.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::output::{Output, Style};
+use super::output::{Output, ProgressStyle};
 use crate::doctor::iec;
 use crate::progress::{Progress, StepSnapshot};
 
-/// A shorter step is not shown.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Time between two looks.
-const LOOK: Duration = Duration::from_millis(200);
-/// Time between two lines where no line can be changed.
+/// Shorter steps are not shown.
+const MIN_STEP: Duration = Duration::from_secs(2);
+/// How often the progress is read.
+const POLL: Duration = Duration::from_millis(200);
+/// Interval of lines where no line can be changed.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// Shows the steps of its [`Progress`] until it is dropped.
+/// A thread that shows the steps of a [`Progress`] until this is dropped.
 #[derive(Debug)]
 pub struct Meter {
     progress: Progress,
-    // Its end ends the thread.
+    // Dropping the sender ends the thread.
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -30,12 +30,12 @@ impl Meter {
     pub fn start(output: &Output) -> Self {
         let progress = Progress::default();
         let (stop, stopped) = channel::<()>();
-        let thread = (output.style() != Style::None).then(|| {
+        let thread = (output.style() != ProgressStyle::None).then(|| {
             let (output, progress) = (output.clone(), progress.clone());
             std::thread::spawn(move || {
                 let mut shown = Shown::default();
-                while stopped.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
-                    shown.look(progress.now(), &output);
+                while stopped.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
+                    shown.update(progress.now(), &output);
                 }
                 output.clear();
             })
@@ -47,7 +47,7 @@ impl Meter {
         }
     }
 
-    /// What the work is to report to.
+    /// The progress to which the work reports.
     pub const fn progress(&self) -> &Progress {
         &self.progress
     }
@@ -57,13 +57,13 @@ impl Drop for Meter {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It ends at once; a panic in it has been printed.
+            // It ends within one poll; a panic has been printed.
             let _ = thread.join();
         }
     }
 }
 
-/// The line that was last shown of a step.
+/// The step shown last, and when its next line is due.
 #[derive(Debug, Default)]
 struct Shown {
     step: Option<Instant>,
@@ -71,7 +71,7 @@ struct Shown {
 }
 
 impl Shown {
-    fn look(&mut self, now: Option<StepSnapshot>, output: &Output) {
+    fn update(&mut self, now: Option<StepSnapshot>, output: &Output) {
         let Some(now) = now else {
             output.clear();
             return;
@@ -79,16 +79,16 @@ impl Shown {
         if self.step != Some(now.started) {
             *self = Self {
                 step: Some(now.started),
-                next: PATIENCE,
+                next: MIN_STEP,
             };
         }
         let elapsed = now.elapsed();
         if elapsed < self.next {
             return;
         }
-        let text = words(&now, elapsed);
-        if output.style() == Style::Live {
-            output.live(&text);
+        let text = describe(&now, elapsed);
+        if output.style() == ProgressStyle::Live {
+            output.show_live(&text);
         } else {
             self.next = elapsed + KEEP_ALIVE;
             output.progress(&text);
@@ -96,7 +96,7 @@ impl Shown {
     }
 }
 
-fn words(now: &StepSnapshot, elapsed: Duration) -> String {
+fn describe(now: &StepSnapshot, elapsed: Duration) -> String {
     let seconds = elapsed.as_secs();
     let StepSnapshot {
         what, done, total, ..
@@ -117,14 +117,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_is_shown_with_as_much_as_is_known() {
+    fn a_step_shows_the_bytes_and_the_total_if_known() {
         let now = |done, total| StepSnapshot {
             what: "checking image minimal".into(),
             done,
             total,
             started: Instant::now(),
         };
-        let text = |done, total| words(&now(done, total), Duration::from_millis(12_900));
+        let text = |done, total| describe(&now(done, total), Duration::from_millis(12_900));
         let gib = 1 << 30;
         assert_eq!(
             text(gib / 4, Some(gib)),

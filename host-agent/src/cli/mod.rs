@@ -1,9 +1,10 @@
-//! The command line: verbs, what is printed, exit codes.
+//! The command line: verbs, output, exit codes.
 
 mod args;
 mod completion;
 mod deploy;
 mod doctor;
+mod endpoint_probe;
 mod environment;
 mod error;
 mod evidence;
@@ -12,15 +13,14 @@ mod exit;
 mod instances;
 mod interrupt;
 mod logs;
+mod lossless_output;
 mod meter;
 mod output;
 mod printable;
-mod probe;
 mod report;
 mod run;
 mod running;
 mod service;
-mod sink;
 mod stream;
 mod terminal;
 mod test;
@@ -71,7 +71,7 @@ pub fn main() -> ExitCode {
     let code: ExitCode = match result {
         Ok(exit) => exit.into(),
         Err(error) => {
-            // A reader that went away does not want to hear about it.
+            // A closed pipe is not an error to report.
             if error.exit() != Exit::Signal(13) {
                 output.error(&error);
             }
@@ -94,11 +94,11 @@ fn version(output: &Output) -> Result<Exit, CliError> {
     Ok(Exit::Success)
 }
 
-/// Help, or what is wrong with the arguments.
+/// Prints help, or the error in the arguments.
 fn usage(error: &clap::Error) -> Exit {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // A closed pipe is the reader's business.
+            // A closed pipe is ignored.
             let _ = error.print();
             Exit::Success
         }
@@ -113,14 +113,14 @@ fn usage(error: &clap::Error) -> Exit {
     }
 }
 
-/// How an error is printed when the flags are not understood.
+/// The output for a command line that does not parse.
 fn before_flags() -> Output {
     let variable = std::env::var_os(output::FORMAT).unwrap_or_default();
     let json = environment::errors_are_json(std::env::args_os(), &variable);
     Output::before_flags(json)
 }
 
-/// From the parser's text: its first paragraph, its tip, or where help is.
+/// From the parser's message: its first paragraph, usage and tip.
 fn usage_error(text: &str) -> CliError {
     let what = text.split("\n\n").next().unwrap_or(text);
     let what: Vec<_> = what.lines().map(str::trim).collect();
@@ -137,9 +137,9 @@ fn usage_error(text: &str) -> CliError {
     error.hint(tip.unwrap_or("host-agent --help"))
 }
 
-/// Log lines to standard error: warnings, more with `-v`, or as
-/// `HOST_AGENT_LOG` says (`info`, `host_agent::supervisor=debug,warn`, …). VMM
-/// processes get no environment: they log warnings and errors, always.
+/// Log lines to standard error: warnings, more with `-v`, or by `HOST_AGENT_LOG`
+/// (`info`, `host_agent::supervisor=debug,warn`, …). VMM processes get no
+/// environment, so they always log warnings and errors.
 fn start_log(verbose: u8, output: &Output) {
     let level = match verbose {
         0 => LevelFilter::WARN,
@@ -165,7 +165,7 @@ fn start_log(verbose: u8, output: &Output) {
         .init();
 }
 
-/// An asynchronous run-time on this thread.
+/// An asynchronous runtime on this thread.
 fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bad_usage_is_one_line_with_the_parsers_tip() {
+    fn a_usage_error_is_one_line_with_the_tip_of_the_parser() {
         let parse = |line: &[&str]| {
             let error = CommandLine::try_parse_from(line).unwrap_err();
             usage_error(&error.render().to_string())

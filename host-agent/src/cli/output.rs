@@ -1,5 +1,5 @@
-//! What is printed where: the answer to standard output, everything else to
-//! standard error.
+//! Prints: the result of a command to standard output, everything else to standard
+//! error.
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -15,69 +15,69 @@ use super::exit::Exit;
 use super::stream::Stream;
 use super::terminal::window_size;
 
-/// `SIGPIPE`: the end of a program whose reader went away.
+/// The signal of a program whose reader closed the pipe.
 const SIGPIPE: u8 = 13;
 
-/// The variable that stands in for `--format`.
+/// The environment variable in place of `--format`.
 pub const FORMAT: &str = "HOST_AGENT_FORMAT";
 
-/// Most time for a slow reader to take what is left when the command ends.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the end of a command waits for a slow reader.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// How this command prints.
 #[derive(Debug, Clone)]
 pub struct Output {
     format: Format,
     error_format: ErrorFormat,
-    progress: Style,
+    progress: ProgressStyle,
     warnings: bool,
     color: bool,
     screen: Arc<Screen>,
 }
 
-/// How a long step is shown.
+/// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Style {
+pub enum ProgressStyle {
     /// One line that changes.
     Live,
     /// A line now and then.
     Plain,
-    /// Not at all.
+    /// No progress.
     None,
 }
 
-/// What the parts of a command that print share.
+/// The state that all clones of an [`Output`] share.
 #[derive(Debug, Default)]
 struct Screen {
-    /// Whether the last line on standard error is one that will change.
+    /// Whether the last line on standard error is a changing one.
     live: Mutex<bool>,
-    /// Standard output and error with threads of their own.
-    behind: OnceLock<(Stream, Stream)>,
+    /// Standard output and error, each written by a thread.
+    threads: OnceLock<(Stream, Stream)>,
 }
 
 impl Output {
-    /// From the flags, the environment and the terminal.
+    /// By the flags, the environment and the terminal.
     ///
     /// # Errors
-    /// A variable of the environment makes no sense.
+    /// The value of an environment variable is not valid.
     pub fn new(global: &Global) -> Result<Self, CliError> {
         let format = match global.format {
             _ if global.json => Format::Json,
             Some(format) => format,
             None => environment::choice(FORMAT)?.unwrap_or(Format::Table),
         };
-        let derived = match format {
+        let default_error_format = match format {
             Format::Table => ErrorFormat::Human,
             Format::Json | Format::Jsonl => ErrorFormat::Json,
         };
         Ok(Self {
             format,
-            error_format: global.error_format.unwrap_or(derived),
+            error_format: global.error_format.unwrap_or(default_error_format),
             progress: match global.progress {
-                _ if global.quiet => Style::None,
-                Progress::None => Style::None,
-                Progress::Auto if is_screen() => Style::Live,
-                Progress::Auto | Progress::Plain => Style::Plain,
+                _ if global.quiet => ProgressStyle::None,
+                Progress::None => ProgressStyle::None,
+                Progress::Auto if is_screen() => ProgressStyle::Live,
+                Progress::Auto | Progress::Plain => ProgressStyle::Plain,
             },
             warnings: !global.quiet,
             color: colored(global.color),
@@ -85,7 +85,7 @@ impl Output {
         })
     }
 
-    /// For errors before the flags are known.
+    /// For errors of a command line that does not parse.
     pub fn before_flags(json: bool) -> Self {
         Self {
             format: Format::Table,
@@ -94,14 +94,14 @@ impl Output {
             } else {
                 ErrorFormat::Human
             },
-            progress: Style::Plain,
+            progress: ProgressStyle::Plain,
             warnings: true,
             color: colored(Color::Auto),
             screen: Arc::default(),
         }
     }
 
-    /// The whole answer: `text` for people, `json` for machines.
+    /// Prints the whole result: `text`, or `json` with `--format json`.
     pub fn answer(&self, text: &str, json: impl FnOnce() -> Value) -> Result<(), CliError> {
         match self.format {
             Format::Table => write(format!("{text}\n").as_bytes()),
@@ -110,8 +110,8 @@ impl Output {
         }
     }
 
-    /// One piece of an answer that grows: a line for people, a JSON line for
-    /// machines. `missed` makes the JSON line of lines that were dropped.
+    /// Prints one line of a result that grows: `text`, or `json` as one line.
+    /// `missed` makes the JSON line for a number of dropped lines.
     pub fn line(
         &self,
         text: &str,
@@ -123,7 +123,7 @@ impl Output {
             Format::Json | Format::Jsonl => format!("{}\n", json()),
         };
         self.clear();
-        let Some((stdout, _)) = self.screen.behind.get() else {
+        let Some((stdout, _)) = self.screen.threads.get() else {
             return write(line.as_bytes());
         };
         let gap = |count| match self.format {
@@ -134,54 +134,54 @@ impl Output {
         queued.map_err(|error| cannot_write(&error))
     }
 
-    /// From here on [`Output::line`] and everything on standard error is
-    /// written by threads: a reader that pauses holds up nobody.
+    /// From now on threads write the lines of [`Output::line`] and standard error,
+    /// so that a reader that pauses does not block the command.
     ///
     /// # Errors
-    /// No thread is to be had.
+    /// `dup` or the start of a thread failed.
     pub fn never_block(&self) -> io::Result<()> {
         let streams = (Stream::to(io::stdout())?, Stream::to(io::stderr())?);
-        // Once is enough.
-        let _ = self.screen.behind.set(streams);
+        // Fails if it is already set.
+        let _ = self.screen.threads.set(streams);
         Ok(())
     }
 
-    /// Gives slow readers a moment to take what is left.
+    /// Waits a moment for slow readers to take the queued lines.
     pub fn finish(&self) {
-        let Some((stdout, stderr)) = self.screen.behind.get() else {
+        let Some((stdout, stderr)) = self.screen.threads.get() else {
             return;
         };
-        let left = stdout.flush(FAREWELL);
+        let left = stdout.flush(FLUSH_LIMIT);
         if left > 0 {
             self.warn(&format!(
                 "{left} lines were not written: the reader of standard output is too slow"
             ));
         }
-        stderr.flush(FAREWELL);
+        stderr.flush(FLUSH_LIMIT);
     }
 
-    /// A step was taken.
+    /// Prints that a step is done.
     pub fn progress(&self, text: &str) {
-        if self.progress != Style::None {
-            self.say(text);
+        if self.progress != ProgressStyle::None {
+            self.line_to_stderr(text);
         }
     }
 
-    /// How a long step is to be shown.
-    pub const fn style(&self) -> Style {
+    /// How to show a long step.
+    pub const fn style(&self) -> ProgressStyle {
         self.progress
     }
 
-    /// Shows `text` until the next line of any kind.
-    pub fn live(&self, text: &str) {
-        // A line that wraps cannot be taken back.
+    /// Shows `text` until the next line is printed.
+    pub fn show_live(&self, text: &str) {
+        // A carriage return cannot erase a line that wraps.
         let width = usize::from(window_size().1).saturating_sub(1);
         let text: String = text.chars().take(width).collect();
         self.to_stderr(&format!("\r{text}\u{1b}[K"));
         *self.live_line() = true;
     }
 
-    /// Takes the changing line away, if there is one.
+    /// Erases the changing line, if there is one.
     pub fn clear(&self) {
         if std::mem::take(&mut *self.live_line()) {
             self.to_stderr("\r\u{1b}[K");
@@ -193,15 +193,15 @@ impl Output {
         live.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A line for people on standard error.
-    fn say(&self, text: &str) {
+    /// A line of text on standard error.
+    fn line_to_stderr(&self, text: &str) {
         self.clear();
         self.to_stderr(&format!("{text}\n"));
     }
 
-    /// Nothing can be done if standard error is gone.
+    /// An error is ignored: there is no stream left to report it on.
     fn to_stderr(&self, text: &str) {
-        let _ = match self.screen.behind.get() {
+        let _ = match self.screen.threads.get() {
             None => io::stderr().lock().write_all(text.as_bytes()),
             Some((_, stderr)) => stderr.push(text.into(), |count| {
                 format!("[{count} lines dropped: the reader is too slow]\n").into_bytes()
@@ -209,7 +209,7 @@ impl Output {
         };
     }
 
-    /// Something the user should know.
+    /// Prints a warning.
     pub fn warn(&self, text: &str) {
         if self.warnings {
             let (on, off) = if self.color {
@@ -217,27 +217,27 @@ impl Output {
             } else {
                 ("", "")
             };
-            self.say(&format!("{on}warning{off}: {text}"));
+            self.line_to_stderr(&format!("{on}warning{off}: {text}"));
         }
     }
 
-    /// The error that ends the command.
+    /// Prints the error that ends the command.
     pub fn error(&self, error: &CliError) {
         match self.error_format {
-            ErrorFormat::Human => self.say(&error.human(self.color)),
-            ErrorFormat::Json => self.say(&error.json().to_string()),
+            ErrorFormat::Human => self.line_to_stderr(&error.human(self.color)),
+            ErrorFormat::Json => self.line_to_stderr(&error.json().to_string()),
         }
     }
 }
 
-/// Raw bytes of the answer, at once.
+/// Writes bytes of the result and flushes them.
 pub fn write(bytes: &[u8]) -> Result<(), CliError> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     written.map_err(|error| cannot_write(&error))
 }
 
-/// Standard output cannot be written; a reader that went away ends us silently.
+/// The error of standard output. A closed pipe ends the command as `SIGPIPE` would.
 pub fn cannot_write(error: &io::Error) -> CliError {
     let failure = CliError::new(Code::Output, "cannot write to standard output");
     let failure = failure.cause(error.to_string());
@@ -248,7 +248,7 @@ pub fn cannot_write(error: &io::Error) -> CliError {
     }
 }
 
-/// Whether standard error is a terminal that can change a line.
+/// Whether standard error is a terminal where a line can change.
 fn is_screen() -> bool {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
@@ -277,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn colors_suit_a_terminal_that_has_them_and_whoever_insists() {
+    fn colors_follow_the_terminal_no_color_and_clicolor_force() {
         let suits = |terminal, set: &[(&str, &str)]| {
             let variable = |name: &str| {
                 let found = set.iter().find(|(known, _)| *known == name);

@@ -1,25 +1,21 @@
-//! Text of others made fit for a terminal.
+//! Removes control characters from text of guests, packages and file names, which
+//! could otherwise drive the terminal or forge a line.
 
-/// `text` on one line and without control sequences: what a guest, a package
-/// or a file name holds must neither drive the terminal nor forge a line.
+const REPLACEMENT: &str = "\u{fffd}";
+
+/// `text` with every control character replaced.
 pub fn printable(text: &str) -> String {
-    text.chars().map(harmless).collect()
+    text.replace(char::is_control, REPLACEMENT)
 }
 
-/// As [`printable`], but with its tabs.
+/// As [`printable`], but keeps tabs.
 pub fn printable_code(text: &str) -> String {
-    let keep_tab = |c| if c == '\t' { c } else { harmless(c) };
-    text.chars().map(keep_tab).collect()
+    text.replace(|c: char| c.is_control() && c != '\t', REPLACEMENT)
 }
 
-/// As [`printable`], but with its lines.
+/// As [`printable`], but keeps newlines.
 pub fn printable_lines(text: &str) -> String {
-    let keep_newline = |c| if c == '\n' { c } else { harmless(c) };
-    text.chars().map(keep_newline).collect()
-}
-
-fn harmless(c: char) -> char {
-    if c.is_control() { '\u{fffd}' } else { c }
+    text.replace(|c: char| c.is_control() && c != '\n', REPLACEMENT)
 }
 
 #[cfg(test)]
@@ -27,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_drives_a_terminal_is_replaced_in_place() {
+    fn control_characters_are_replaced_one_by_one() {
         assert_eq!(printable("a\u{1b}[2J\nb\u{9b}c\t"), "a�[2J�b�c�");
         assert_eq!(printable_code("\ta\n"), "\ta�");
         assert_eq!(printable_lines("\ta\nb"), "�a\nb");

@@ -163,7 +163,7 @@ impl Running {
                 return Ok(Ended::Finished);
             };
             if let Some(ticker) = &mut self.ticker {
-                ticker.said();
+                ticker.postpone();
             }
             let news = self.watch.take(&event);
             if news != News::Nothing {
@@ -185,7 +185,7 @@ impl Running {
     fn tell_of_wait(&mut self) {
         let waiting = self.watch.waiting().join(", ");
         if let Some(ticker) = &mut self.ticker {
-            ticker.say(&format!("waiting: {waiting}"));
+            ticker.show(&format!("waiting: {waiting}"));
         }
     }
 

@@ -21,7 +21,7 @@ use crate::doctor::iec;
 use crate::progress::Progress;
 use crate::service::{self, Validated};
 
-/// Packs a directory.
+/// Packs a directory into a package file.
 pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     let started = Instant::now();
     let meter = Meter::start(output);
@@ -59,8 +59,8 @@ pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     Ok(Exit::Success)
 }
 
-/// Does `work` beside. A signal makes it give up and remove what it made; the
-/// second one does not wait for that.
+/// Runs `work` on another thread. The first signal cancels it and waits until it
+/// has removed its files; the second one does not wait.
 fn interruptible<T: Send + 'static>(
     progress: &Progress,
     work: impl FnOnce(&Progress) -> Result<T, CliError> + Send + 'static,
@@ -68,15 +68,15 @@ fn interruptible<T: Send + 'static>(
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let mut interrupts = Interrupts::listen()?;
-        let theirs = progress.clone();
-        let mut working = tokio::task::spawn_blocking(move || work(&theirs));
+        let of_work = progress.clone();
+        let mut working = tokio::task::spawn_blocking(move || work(&of_work));
         let number = tokio::select! {
             done = &mut working => return joined(done),
             number = interrupts.next() => number,
         };
         progress.cancel();
         tokio::select! {
-            // It may have been through already.
+            // It may have finished before the cancellation.
             done = working => joined(done).map_err(|_| interrupted(number)),
             number = interrupts.next() => Err(interrupted(number)),
         }
@@ -89,20 +89,20 @@ fn joined<T>(done: Result<Result<T, CliError>, JoinError>) -> Result<T, CliError
     done.unwrap_or_else(|error| Err(CliError::chain(Code::Unclassified, &error)))
 }
 
-/// Checks each file; the answer lists those that are right, errors tell of
-/// the others, and the exit code is that of the first error.
+/// Checks each file: the result lists all, standard error has the errors, and the
+/// exit code is that of the first error.
 pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> {
     let mut lines = Vec::new();
     let mut results = Vec::new();
     let mut exit = Exit::Success;
     let meter = Meter::start(output);
     for file in &args.files {
-        // JSON has no other names than those in UTF-8.
+        // Names that are not UTF-8 are shown with replacement characters.
         let name = file.display().to_string();
         match service::validate(file, args.config.as_deref(), meter.progress()) {
             Ok(found) => {
-                lines.push(format!("ok    {name}  {}", words(found)));
-                results.push(json!({"file": name, "valid": true, "what": words(found)}));
+                lines.push(format!("ok    {name}  {}", describe(found)));
+                results.push(json!({"file": name, "valid": true, "what": describe(found)}));
             }
             Err(error) => {
                 let error = CliError::from(error);
@@ -126,7 +126,7 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     Ok(exit)
 }
 
-fn words(found: Validated) -> &'static str {
+fn describe(found: Validated) -> &'static str {
     match found {
         Validated::Service => "definition, configuration and files agree",
         Validated::Definition => "definition",
@@ -156,7 +156,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
 
     #[test]
-    fn a_path_that_is_not_utf8_is_no_reason_to_panic() {
+    fn paths_that_are_not_utf8_work() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &[u8]| directory.path().join(OsStr::from_bytes(name));
         let line = ["host-agent", "version", "--json"];

@@ -1,15 +1,15 @@
-//! The terminal of a program that runs in a guest: raw mode and its size.
+//! The terminal on standard input: raw mode and window size.
 #![allow(unsafe_code)]
 
 use std::io;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
-/// The terminal on standard input passes every key on until this is dropped.
+/// Raw mode: every key reaches the program, until this is dropped.
 pub struct RawMode(Termios);
 
 impl RawMode {
-    /// Begins raw mode.
+    /// Enters raw mode.
     pub fn enter() -> nix::Result<Self> {
         let saved = tcgetattr(io::stdin())?;
         let mut raw = saved.clone();
@@ -21,13 +21,13 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        // Nothing can be done about a terminal that went away.
+        // Fails only if the terminal is gone.
         let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.0);
     }
 }
 
-/// Rows and columns of the terminal on standard input, else output, else
-/// error; 24 by 80 if none says.
+/// Rows and columns of the terminal on standard input, else output, else error;
+/// 24 by 80 if none of them is a terminal with a size.
 pub fn window_size() -> (u16, u16) {
     let streams = [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO];
     streams.into_iter().find_map(size_of).unwrap_or((24, 80))

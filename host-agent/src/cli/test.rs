@@ -9,13 +9,13 @@ use tokio::time::Instant;
 
 use super::args::{OnNoKvm, ServiceArgs, TestArgs};
 use super::deploy::MORE_SPACE;
+use super::endpoint_probe::{EndpointProbe, UnresolvedEndpoint};
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
 use super::printable::printable;
-use super::probe::{Probe, Unresolved};
 use super::report::{
-    self, HostFacts, InstanceReport, Outcome, ReportFile, Step, TestReport, rfc3339, stages,
+    self, HostFacts, InstanceReport, Outcome, ReportFile, StepReport, TestReport, rfc3339, stages,
 };
 use super::run::{not_ready, tails};
 use super::running::{Ended, Running, STEADY, interrupted};
@@ -165,11 +165,14 @@ impl From<CliError> for Failure {
 }
 
 /// A probe with the names of a role and an endpoint.
-type Target<'a> = (&'a Probe, (String, String));
+type Target<'a> = (&'a EndpointProbe, (String, String));
 
 /// A probe that does not name one endpoint of the service is bad usage, told
 /// before anything is started.
-fn resolve<'a>(probes: &'a [Probe], model: &ServiceModel) -> Result<Vec<Target<'a>>, CliError> {
+fn resolve<'a>(
+    probes: &'a [EndpointProbe],
+    model: &ServiceModel,
+) -> Result<Vec<Target<'a>>, CliError> {
     let mut targets = Vec::new();
     for probe in probes {
         let error = match probe.resolve(model) {
@@ -177,7 +180,7 @@ fn resolve<'a>(probes: &'a [Probe], model: &ServiceModel) -> Result<Vec<Target<'
                 targets.push((probe, (role.definition.name.clone(), endpoint.name.clone())));
                 continue;
             }
-            Err(Unresolved::Unknown(names)) => {
+            Err(UnresolvedEndpoint::Unknown(names)) => {
                 let what = format!("the service has no endpoint {}", probe.endpoint);
                 CliError::new(Code::Usage, format!("probe {probe}: {what}")).hint(
                     if names.is_empty() {
@@ -187,7 +190,7 @@ fn resolve<'a>(probes: &'a [Probe], model: &ServiceModel) -> Result<Vec<Target<'
                     },
                 )
             }
-            Err(Unresolved::Ambiguous(names)) => {
+            Err(UnresolvedEndpoint::Ambiguous(names)) => {
                 let what = format!("several roles have an endpoint {}", probe.endpoint);
                 CliError::new(Code::Usage, format!("probe {probe}: {what}"))
                     .hint(format!("name one of: {}", names.join(", ")))
@@ -216,14 +219,14 @@ async fn drive(
     for target in probes {
         let name = target.0.to_string();
         if result.is_err() {
-            report.probes.push(Step::new(name, Outcome::Skip, 0));
+            report.probes.push(StepReport::new(name, Outcome::Skip, 0));
             continue;
         }
         let step = run_probe(running, target, host.timeout_scale(), deadline, output).await;
         let step = match step {
             Ok(step) => step,
             Err(failure) => {
-                report.probes.push(Step::new(name, Outcome::Fail, 0));
+                report.probes.push(StepReport::new(name, Outcome::Fail, 0));
                 result = Err(failure);
                 continue;
             }
@@ -255,7 +258,7 @@ async fn drive(
     }
     let took = running.stop(output, tell).await?;
     let left = running.watch.unclean();
-    let mut stop = Step::new("stop", Outcome::Ok, millis(took));
+    let mut stop = StepReport::new("stop", Outcome::Ok, millis(took));
     if let Some(first) = left.first() {
         let what = format!("{} had to be stopped by force", left.join(", "));
         stop.result = Outcome::Fail;
@@ -295,7 +298,7 @@ async fn run_probe(
     scale: u32,
     deadline: Instant,
     output: &Output,
-) -> Result<Step, Failure> {
+) -> Result<StepReport, Failure> {
     let tell = |_: &TimelineEvent, line: String| {
         output.progress(&line);
         Ok(())
@@ -329,7 +332,7 @@ async fn run_probe(
                     _ => CliError::new(Code::Role, "the service ended while it was probed").into(),
                 });
             }
-            () = ticker.due() => ticker.say(&last.borrow()),
+            () = ticker.due() => ticker.show(&last.borrow()),
         }
     };
     drop(ticker);
@@ -341,10 +344,10 @@ async fn run_probe(
             Some(Code::Probe.name()),
         ),
     };
-    Ok(Step {
+    Ok(StepReport {
         detail: Some(detail),
         code,
-        ..Step::new(probe.to_string(), result, millis(outcome.took))
+        ..StepReport::new(probe.to_string(), result, millis(outcome.took))
     })
 }
 
@@ -363,7 +366,7 @@ fn describe(running: &Running, result: &mut Result<(), Failure>, report: &mut Te
     for name in &running.names {
         let mine = failure
             .filter(|failure| failure.instance.as_ref() == Some(name))
-            .map(|failure| report::Failure {
+            .map(|failure| report::StageFailure {
                 detail: failure.error.what().to_owned(),
                 code: failure.error.code().name(),
             });

@@ -1,17 +1,17 @@
-//! Says what a wait is for: on a terminal in one line that changes, else in a
-//! line whenever nothing else was said for a while.
+//! Shows what the command waits for: on a terminal one changing line, else a line
+//! whenever nothing else was printed for ten seconds.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::output::{Output, Style};
+use super::output::{Output, ProgressStyle};
 
-/// A shorter wait is not told of.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Time between two looks of the line that changes.
-const LOOK: Duration = Duration::from_secs(1);
-/// Time between two lines where no line can be changed.
+/// Shorter waits are not shown on a terminal.
+const MIN_WAIT: Duration = Duration::from_secs(2);
+/// Interval of updates of a changing line.
+const UPDATE: Duration = Duration::from_secs(1);
+/// Interval of lines where no line can be changed.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// One wait.
@@ -23,12 +23,12 @@ pub struct Ticker {
 }
 
 impl Ticker {
-    /// A wait that begins now.
+    /// Starts a wait.
     pub fn start(output: &Output) -> Self {
         let started = Instant::now();
         let first = match output.style() {
-            Style::Live => PATIENCE,
-            Style::Plain | Style::None => KEEP_ALIVE,
+            ProgressStyle::Live => MIN_WAIT,
+            ProgressStyle::Plain | ProgressStyle::None => KEEP_ALIVE,
         };
         Self {
             output: output.clone(),
@@ -37,30 +37,30 @@ impl Ticker {
         }
     }
 
-    /// Something else was said: no line is needed soon.
-    pub fn said(&mut self) {
-        self.next = Instant::now() + self.pause();
+    /// Postpones the next line, because something else was printed.
+    pub fn postpone(&mut self) {
+        self.next = Instant::now() + self.interval();
     }
 
-    /// Waits until it is time to say something. Cancelling loses nothing.
+    /// Waits until the next line is due. Cancel safe.
     pub async fn due(&self) {
         sleep_until(self.next).await;
     }
 
-    /// Says that `what` is waited for.
-    pub fn say(&mut self, what: &str) {
-        self.next = Instant::now() + self.pause();
+    /// Shows that the command waits for `what`.
+    pub fn show(&mut self, what: &str) {
+        self.postpone();
         let text = format!("{what} ({} s)", self.started.elapsed().as_secs());
         match self.output.style() {
-            Style::Live => self.output.live(&text),
-            Style::Plain | Style::None => self.output.progress(&text),
+            ProgressStyle::Live => self.output.show_live(&text),
+            ProgressStyle::Plain | ProgressStyle::None => self.output.progress(&text),
         }
     }
 
-    const fn pause(&self) -> Duration {
+    const fn interval(&self) -> Duration {
         match self.output.style() {
-            Style::Live => LOOK,
-            Style::Plain | Style::None => KEEP_ALIVE,
+            ProgressStyle::Live => UPDATE,
+            ProgressStyle::Plain | ProgressStyle::None => KEEP_ALIVE,
         }
     }
 }
@@ -76,15 +76,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_due_a_while_after_the_last_one_and_not_before() {
+    fn a_line_is_due_ten_seconds_after_the_last_one() {
         let mut ticker = Ticker::start(&Output::before_flags(false));
         let start = ticker.started;
         assert_eq!(ticker.next, start + KEEP_ALIVE);
         let far = start + 100 * KEEP_ALIVE;
-        for speak in [Ticker::said, |ticker: &mut Ticker| ticker.say("waiting")] {
+        for print in [Ticker::postpone, |ticker: &mut Ticker| {
+            ticker.show("waiting");
+        }] {
             ticker.next = far;
             let before = Instant::now();
-            speak(&mut ticker);
+            print(&mut ticker);
             assert!(ticker.next >= before + KEEP_ALIVE && ticker.next < far);
         }
     }

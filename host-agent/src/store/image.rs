@@ -1,5 +1,5 @@
-//! Guest images: found by name, opened read-only, digests held against the
-//! manifest before a guest sees a byte.
+//! Guest images: found by name, opened read-only, and checked against the digests
+//! of the manifest before a guest reads them.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,13 +25,13 @@ const FILES: [&str; 5] = [
 const SCHEMA: &str = "host-agent.image/1";
 /// Longest manifest in bytes.
 const MAX_MANIFEST: u64 = 4 << 20;
-/// Remembers which files passed a full check, beside the manifest.
+/// File beside the manifest that records which files passed a full check.
 const CHECKED: &str = "checked.json";
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// No such image.
+    /// There is no image of that name.
     #[error("image {name} does not exist: there is no {}", path.display())]
     Missing {
         /// Image name.
@@ -48,7 +48,7 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    /// The manifest is not one.
+    /// The manifest does not parse.
     #[error("{}: not an image manifest", path.display())]
     Manifest {
         /// The file.
@@ -57,7 +57,7 @@ pub enum ImageError {
         #[source]
         source: serde_json::Error,
     },
-    /// The manifest is of another schema or lacks a file.
+    /// The manifest has another schema or lacks a file.
     #[error("{}: {what}", path.display())]
     Incomplete {
         /// The manifest.
@@ -65,7 +65,7 @@ pub enum ImageError {
         /// What is wrong.
         what: String,
     },
-    /// A file is not the one that the manifest describes.
+    /// A file does not match the manifest.
     #[error("{}: SHA-256 is {actual}, the manifest says {expected}", path.display())]
     Digest {
         /// The file.
@@ -78,13 +78,13 @@ pub enum ImageError {
 }
 
 /// `manifest.json` of an image.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Manifest {
+#[derive(Debug, Deserialize)]
+struct Manifest {
     schema: String,
     files: BTreeMap<String, ManifestFile>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct ManifestFile {
     sha256: String,
     #[serde(default)]
@@ -102,33 +102,31 @@ pub struct AgentProgram {
     pub bytes: Vec<u8>,
 }
 
-/// An image whose digests hold.
+/// An image whose files match their digests.
 #[derive(Debug)]
 pub struct Image {
-    /// Its manifest.
-    pub manifest: Manifest,
     /// Kernel, open read-only.
     pub kernel: File,
     /// Initial RAM file system, open read-only.
     pub initrd: File,
     /// Base of the OS disk, open read-only.
     pub base: File,
-    /// Path of the base, recorded in diff disks for people and their tools.
+    /// Path of the base, which diff disks name for `qemu-img`.
     pub base_path: PathBuf,
     /// Size of the base in bytes.
     pub base_size: u64,
-    /// File system with which a resource disk begins, open read-only.
+    /// Initial file system of resource disks, open read-only.
     pub resource: File,
-    /// The guest agent to deliver.
+    /// The guest agent that the app agent downloads.
     pub agent: Arc<AgentProgram>,
-    /// Whether an earlier full check of the same files was relied on.
+    /// Whether an earlier full check of the same files was used.
     pub cached: bool,
 }
 
-/// What identifies the bytes of a file without reading them: a change of
-/// content changes the change time, which no user can set back.
+/// Identifies the content of a file without reading it: a write changes the ctime,
+/// which users cannot set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
+struct FileIdentity {
     sha256: String,
     device: u64,
     inode: u64,
@@ -136,8 +134,7 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-/// Opens and checks image `name` in `data_dir`. Reads whole files: not for an
-/// asynchronous thread.
+/// Opens and checks image `name` in `data_dir`. Blocking: it may read whole files.
 pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, ImageError> {
     let dir = data_dir.join("images").join(name);
     let path = dir.join("manifest.json");
@@ -162,7 +159,7 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         let what = format!("schema {}, this build reads {SCHEMA}", manifest.schema);
         return Err(ImageError::Incomplete { path, what });
     }
-    let known: BTreeMap<String, Stamp> = fs::read(dir.join(CHECKED))
+    let known: BTreeMap<String, FileIdentity> = fs::read(dir.join(CHECKED))
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .unwrap_or_default();
@@ -171,7 +168,7 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         .filter_map(|file| fs::metadata(dir.join(file)).ok());
     let total = lengths.map(|metadata| metadata.len()).sum();
     let _step = progress.step(format!("checking image {name}"), Some(total));
-    let mut stamps = BTreeMap::new();
+    let mut identities = BTreeMap::new();
     let mut opened = Vec::new();
     for file in FILES {
         let expected = manifest
@@ -181,13 +178,14 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
                 path: path.clone(),
                 what: format!("lists no file {file}"),
             })?;
-        let (handle, stamp) = check(&dir.join(file), &expected.sha256, known.get(file), progress)?;
-        stamps.insert(file.to_owned(), stamp);
+        let (handle, identity) =
+            check(&dir.join(file), &expected.sha256, known.get(file), progress)?;
+        identities.insert(file.to_owned(), identity);
         opened.push(handle);
     }
-    let cached = known == stamps;
-    if !cached && let Ok(json) = serde_json::to_vec(&stamps) {
-        // Only a later start is slower when this cannot be written.
+    let cached = known == identities;
+    if !cached && let Ok(json) = serde_json::to_vec(&identities) {
+        // Without this file only the next start is slower.
         let _ = fs::write(dir.join(CHECKED), json);
     }
     let [kernel, initrd, base, resource, mut program] =
@@ -206,11 +204,10 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         bytes,
     });
     Ok(Image {
-        manifest,
         kernel,
         initrd,
         base,
-        base_size: stamps["base.ext4"].size,
+        base_size: identities["base.ext4"].size,
         base_path: dir.join("base.ext4"),
         resource,
         agent,
@@ -221,25 +218,25 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
 fn check(
     path: &Path,
     expected: &str,
-    known: Option<&Stamp>,
+    known: Option<&FileIdentity>,
     progress: &Progress,
-) -> Result<(File, Stamp), ImageError> {
+) -> Result<(File, FileIdentity), ImageError> {
     let read = |source| ImageError::Read {
         path: path.to_owned(),
         source,
     };
     let mut file = File::open(path).map_err(read)?;
     let metadata = file.metadata().map_err(read)?;
-    let stamp = Stamp {
+    let identity = FileIdentity {
         sha256: expected.to_owned(),
         device: metadata.dev(),
         inode: metadata.ino(),
         size: metadata.size(),
         changed: (metadata.ctime(), metadata.ctime_nsec()),
     };
-    if known == Some(&stamp) {
-        progress.advance(stamp.size);
-        return Ok((file, stamp));
+    if known == Some(&identity) {
+        progress.advance(identity.size);
+        return Ok((file, identity));
     }
     let (actual, _) = Digest::of(progress.watch(&mut file)).map_err(read)?;
     let actual = actual.hex();
@@ -250,9 +247,9 @@ fn check(
             expected: expected.to_owned(),
         });
     }
-    // The same file, not what the path may have become since.
+    // Not opened again: the path may lead to another file by now.
     file.rewind().map_err(read)?;
-    Ok((file, stamp))
+    Ok((file, identity))
 }
 
 fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
@@ -282,27 +279,20 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_is_found_even_after_an_earlier_check_and_names_the_file() {
+    fn a_change_after_an_earlier_check_is_found() {
         let dir = tempfile::tempdir().unwrap();
         image(dir.path());
-        assert!(
-            !open(dir.path(), "minimal", &Progress::default())
-                .unwrap()
-                .cached
-        );
-        assert!(
-            open(dir.path(), "minimal", &Progress::default())
-                .unwrap()
-                .cached
-        );
+        let open = || open(dir.path(), "minimal", &Progress::default());
+        assert!(!open().unwrap().cached);
+        assert!(open().unwrap().cached);
         let base = dir.path().join("images/minimal/base.ext4");
         fs::write(&base, "base.exT4").unwrap();
-        let error = open(dir.path(), "minimal", &Progress::default()).unwrap_err();
+        let error = open().unwrap_err();
         assert!(matches!(&error, ImageError::Digest { path, .. } if *path == base));
     }
 
     #[test]
-    fn an_image_that_is_missing_or_incomplete_is_refused_with_its_path() {
+    fn a_missing_image_or_file_is_named_with_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let error = open(dir.path(), "nothere", &Progress::default()).unwrap_err();
         assert!(error.to_string().contains("images/nothere/manifest.json"));

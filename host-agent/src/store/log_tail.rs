@@ -1,4 +1,4 @@
-//! Reads a log from its beginning on, while it grows and turns over. Blocking.
+//! Reads a log from its start while it grows and rotates. Blocking.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 
 use super::log_file::previous;
 
-/// A place in a log.
+/// A position in a log.
 #[derive(Debug)]
 pub struct LogTail {
     path: PathBuf,
-    /// The part that is read now, if there is one yet.
+    /// The file being read, if it exists yet.
     part: Option<File>,
 }
 
 impl LogTail {
-    /// The beginning of the log at `path`, which need not be there yet.
+    /// The start of the log at `path`, which need not exist yet.
     pub fn open(path: &Path) -> Self {
         let part = File::open(previous(path)).or_else(|_| File::open(path));
         Self {
@@ -25,17 +25,16 @@ impl LogTail {
         }
     }
 
-    /// What comes next, at most `most` bytes; nothing at the end of what is
-    /// written so far.
+    /// The next bytes, at most `most`; none at the current end of the log.
     pub fn read(&mut self, most: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; most];
         let mut count = self.read_part(&mut bytes)?;
         if count == 0 {
-            let moves_on = self.moves_on()?;
-            // A part that has a successor is not written to any more: what came
-            // since the read before is the rest of it.
+            let rotated = self.rotated()?;
+            // A rotated file gets no more bytes: this read returns those that came
+            // after the read above.
             count = self.read_part(&mut bytes)?;
-            if count == 0 && moves_on {
+            if count == 0 && rotated {
                 self.part = File::open(&self.path).ok();
                 count = self.read_part(&mut bytes)?;
             }
@@ -48,9 +47,8 @@ impl LogTail {
         self.part.as_mut().map_or(Ok(0), |part| part.read(bytes))
     }
 
-    /// Whether another file is at the log's path. One that was emptied is read
-    /// from its beginning.
-    fn moves_on(&mut self) -> io::Result<bool> {
+    /// Whether another file is at the log's path. Rewinds a file that was truncated.
+    fn rotated(&mut self) -> io::Result<bool> {
         let Ok(now) = fs::metadata(&self.path) else {
             return Ok(false);
         };
@@ -84,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_lost_when_a_log_turns_over_between_two_reads() {
+    fn nothing_is_lost_when_a_log_rotates_between_two_reads() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("role.log");
         let mut tail = LogTail::open(&path);
@@ -96,10 +94,10 @@ mod tests {
         fs::rename(&path, previous(&path)).unwrap();
         fs::write(&path, "after it\n").unwrap();
         assert_eq!(rest(&mut tail), "before the turn\nafter it\n");
-        // Who comes now reads both parts.
+        // A new reader gets both files.
         let all = rest(&mut LogTail::open(&path));
         assert_eq!(all, "first\nbefore the turn\nafter it\n");
-        // As the serial log turns over.
+        // The serial log is truncated when it rotates.
         fs::write(&path, "new\n").unwrap();
         assert_eq!(rest(&mut tail), "new\n");
     }

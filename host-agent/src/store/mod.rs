@@ -1,4 +1,4 @@
-//! What the host agent keeps in files: images, deployments, logs.
+//! The files of the host agent: images, deployments, logs.
 
 pub mod deployment;
 pub mod image;

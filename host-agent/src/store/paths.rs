@@ -1,4 +1,4 @@
-//! Where things live: data directory and run-time directory.
+//! Paths of the data directory and the runtime directory.
 
 use std::env;
 use std::ffi::OsString;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Uid, User};
 
 /// Images and deployments: `HOST_AGENT_DATA_DIR`, else `host-agent` under
-/// `XDG_DATA_HOME` or `~/.local/share`. Does not depend on where we are.
+/// `XDG_DATA_HOME` or `~/.local/share`. An absolute path.
 pub fn data_dir() -> PathBuf {
     let home = || Some(User::from_uid(Uid::effective()).ok()??.dir);
     let directory = data_dir_of(|name| env::var_os(name), home);
@@ -18,17 +18,17 @@ pub fn data_dir() -> PathBuf {
     std::path::absolute(&directory).unwrap_or(directory)
 }
 
-/// Sockets: `host-agent` under `XDG_RUNTIME_DIR`, `/run` for root, else a
-/// directory of the user's own in `/tmp`. Short, since socket paths are.
+/// Sockets: `host-agent` under `XDG_RUNTIME_DIR`, `/run` for root, else a directory
+/// per user in `/tmp`. Short, because a socket path has at most 107 bytes.
 pub fn runtime_dir() -> PathBuf {
     runtime_dir_of(|name| env::var_os(name), Uid::effective())
 }
 
-/// Whether nobody but this user, and root, can put something into `directory`.
-/// What is found in another one is not to be trusted.
+/// Checks that only this user and root can create files in `directory`. The
+/// content of any other directory is not trusted.
 ///
 /// # Errors
-/// Somebody can, or it cannot be told.
+/// Another user can, or `lstat` failed.
 pub fn check_own(directory: &Path) -> io::Result<()> {
     let found = fs::symlink_metadata(directory)?;
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
@@ -62,7 +62,7 @@ fn data_dir_of(
 }
 
 fn runtime_dir_of(variable: impl Fn(&str) -> Option<OsString>, user: Uid) -> PathBuf {
-    // The XDG specification: a relative path is to be ignored.
+    // XDG base directory specification: ignore relative paths.
     match set(&variable, "XDG_RUNTIME_DIR").filter(|dir| dir.is_absolute()) {
         Some(dir) => dir.join("host-agent"),
         None if user.is_root() => PathBuf::from("/run/host-agent"),
@@ -82,7 +82,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn only_a_directory_that_is_ours_alone_is_trusted() {
+    fn only_a_private_directory_of_this_user_is_trusted() {
         let root = tempfile::tempdir().unwrap();
         let directory = root.path().join("run");
         assert_eq!(
@@ -102,14 +102,14 @@ mod tests {
         let link = root.path().join("link");
         std::os::unix::fs::symlink(&directory, &link).unwrap();
         assert!(check_own(&link).is_err());
-        // It belongs to root, and to nobody when we are root ourselves.
+        // It belongs to root: for root this check would pass.
         if !Uid::effective().is_root() {
             assert!(check_own(Path::new("/root")).is_err());
         }
     }
 
     #[test]
-    fn directories_come_from_the_environment_unless_it_is_empty_or_relative() {
+    fn empty_or_relative_variables_do_not_set_directories() {
         let data = |set: &[(&str, &str)]| {
             let variable = |name: &str| {
                 let found = set.iter().find(|(known, _)| *known == name);

@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_keeps_its_form() {
+    fn the_document_has_suites_cases_and_failures() {
         let mut report = failed();
         report.instances[0].stages.truncate(1);
         assert_eq!(
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_printed_cannot_break_the_document() {
+    fn output_of_a_guest_cannot_break_the_document() {
         let mut report = failed();
         report.instances[0].stages[0].result = Outcome::Fail;
         report.instances[0].serial_tail = vec!["</system-out>]]>\u{1b}[1m\u{0}\u{ffff}&".into()];

@@ -1,4 +1,4 @@
-//! What a test found: one value, printed as text, JSON and JUnit.
+//! The report of a test: one value, printed as text, JSON and JUnit.
 
 mod junit;
 mod stages;
@@ -12,9 +12,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use junit::junit;
-pub use stages::{Failure, stages};
+pub use stages::{StageFailure, stages};
 
-/// A file to write.
+/// A report file to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportFile {
     /// The whole report.
@@ -39,14 +39,14 @@ impl FromStr for ReportFile {
 }
 
 impl ReportFile {
-    /// Where it goes.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         match self {
             Self::Json(path) | Self::Junit(path) => path,
         }
     }
 
-    /// What goes there.
+    /// Content of the file.
     pub fn render(&self, report: &TestReport) -> String {
         match self {
             Self::Json(_) => format!("{:#}\n", report.json()),
@@ -59,9 +59,9 @@ impl ReportFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// As it should.
+    /// Passed.
     Ok,
-    /// Not as it should.
+    /// Failed.
     Fail,
     /// Not tried.
     Skip,
@@ -80,7 +80,7 @@ impl fmt::Display for Outcome {
 /// Schema `host-agent.test/1`: grows only by new fields.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TestReport {
-    /// The whole.
+    /// Result of the whole test.
     pub result: Outcome,
     /// Exit code of the command.
     pub exit_code: u8,
@@ -90,19 +90,19 @@ pub struct TestReport {
     pub started: String,
     /// Of the whole command.
     pub duration_ms: u64,
-    /// The machine.
+    /// Facts about the machine.
     pub host: HostFacts,
     /// The instances, in the order of the definition.
     pub instances: Vec<InstanceReport>,
     /// The probes, in the order given.
-    pub probes: Vec<Step>,
-    /// The end of the service, when it came so far.
-    pub stop: Option<Step>,
-    /// What failed, in the form of every error.
+    pub probes: Vec<StepReport>,
+    /// The stop of the service, if it was reached.
+    pub stop: Option<StepReport>,
+    /// What failed: schema `host-agent.error/1`.
     pub error: Option<Value>,
 }
 
-/// What timing depended on.
+/// Facts about the machine that affect timing.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HostFacts {
     /// `bare metal`, `nested`, …; absent when guests cannot run.
@@ -120,33 +120,33 @@ pub struct InstanceReport {
     pub name: String,
     /// Its last state before the stop.
     pub state: String,
-    /// The steps it took.
-    pub stages: Vec<Step>,
-    /// Its logs, where they can be read after the command.
-    #[serde(serialize_with = "as_texts")]
+    /// The steps of its start.
+    pub stages: Vec<StepReport>,
+    /// Copies of its logs that outlive the deployment.
+    #[serde(serialize_with = "as_strings")]
     pub logs: Vec<PathBuf>,
-    /// The last lines of its serial console, when it failed.
+    /// The last lines of its serial console, if it failed.
     pub serial_tail: Vec<String>,
 }
 
-/// One step.
+/// One step of a test.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Step {
+pub struct StepReport {
     /// Name of the step, or the probe.
     pub name: String,
-    /// How it ended.
+    /// Its result.
     pub result: Outcome,
-    /// How long it took.
+    /// Duration in milliseconds.
     pub ms: u64,
-    /// What was seen.
+    /// What was observed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-    /// `HA-nnnn`, when it failed.
+    /// `HA-nnnn`, if it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
 }
 
-impl Step {
+impl StepReport {
     /// A step without detail.
     pub fn new(name: impl Into<String>, result: Outcome, ms: u64) -> Self {
         Self {
@@ -169,13 +169,13 @@ pub fn rfc3339(time: SystemTime) -> String {
         .to_string()
 }
 
-/// A path need not be UTF-8, JSON must.
-fn as_texts<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+/// Paths as JSON strings, which must be UTF-8.
+fn as_strings<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 impl TestReport {
-    /// With the schema's name in front.
+    /// As a JSON document with the name of its schema.
     pub fn json(&self) -> Value {
         let mut value = serde_json::json!({"schema": "host-agent.test/1"});
         let fields = serde_json::to_value(self).expect("the report has string keys only");
@@ -185,8 +185,8 @@ impl TestReport {
         value
     }
 
-    /// Every step with the instance it belongs to.
-    pub fn steps(&self) -> impl Iterator<Item = (Option<&InstanceReport>, &Step)> {
+    /// Every step, with its instance if it has one.
+    pub fn steps(&self) -> impl Iterator<Item = (Option<&InstanceReport>, &StepReport)> {
         let instances = self.instances.iter().flat_map(|instance| {
             instance
                 .stages
@@ -197,7 +197,7 @@ impl TestReport {
         instances.chain(rest.map(|step| (None, step)))
     }
 
-    /// The last line: how it ended, what ran.
+    /// The last line of the output: the result and the number of checks.
     pub fn verdict(&self) -> String {
         let count = |outcome| {
             let steps = self.steps();
@@ -222,9 +222,9 @@ pub mod tests {
     use super::*;
     use std::time::Duration;
 
-    /// A test in which the second probe failed.
+    /// The report of a test in which the second probe failed.
     pub fn failed() -> TestReport {
-        let step = |name: &str, result, ms| Step::new(name, result, ms);
+        let step = |name: &str, result, ms| StepReport::new(name, result, ms);
         TestReport {
             result: Outcome::Fail,
             exit_code: 9,
@@ -249,7 +249,7 @@ pub mod tests {
             }],
             probes: vec![
                 step("tcp://redis", Outcome::Ok, 6),
-                Step {
+                StepReport {
                     detail: Some("GET / returned 503, not \"200\"".into()),
                     code: Some("HA-0402".into()),
                     ..step("http://www/=200", Outcome::Fail, 2000)
@@ -276,7 +276,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_log_whose_name_is_no_text_is_reported_all_the_same() {
+    fn a_log_path_that_is_not_utf8_is_reported() {
         let mut report = failed();
         let name = std::os::unix::ffi::OsStrExt::from_bytes(b"out/\xff/role.log");
         report.instances[0].logs = vec![PathBuf::from(std::ffi::OsStr::to_owned(name))];
@@ -285,7 +285,7 @@ pub mod tests {
     }
 
     #[test]
-    fn the_last_line_counts_what_ran() {
+    fn the_last_line_counts_the_checks() {
         let mut report = failed();
         assert_eq!(report.verdict(), "FAIL 1 of 6 checks in 4.1 s");
         report.probes.pop();
@@ -308,7 +308,7 @@ pub mod tests {
     }
 
     #[test]
-    fn report_files_are_named_with_their_kind() {
+    fn report_files_are_parsed_with_their_kind() {
         assert_eq!("json=a=b".parse(), Ok(ReportFile::Json("a=b".into())));
         assert_eq!("junit=x.xml".parse(), Ok(ReportFile::Junit("x.xml".into())));
         for bad in ["json", "json=", "html=x", "x.xml"] {

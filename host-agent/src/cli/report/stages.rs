@@ -1,19 +1,23 @@
-//! From the timeline of an instance to the steps it took. Pure.
+//! The steps of an instance's start, from its timeline. Pure.
 
 use std::time::Duration;
 
 use vmbus::message::RoleState;
 
-use super::{Outcome, Step};
+use super::{Outcome, StepReport};
 use crate::supervisor::event::{EventKind, TimelineEvent};
 
-/// The steps from accepted to Ready. The image is verified once for all.
+/// The steps from the command to Ready. The image is verified once for all
+/// instances.
 const NAMES: [&str; 5] = ["image", "disks", "boot", "agent", "role"];
 
-/// The steps of `instance` until it was Ready for the first time. `failure`
-/// is what ended the instance before that: then the step it was in failed,
-/// and later ones were skipped.
-pub fn stages(events: &[TimelineEvent], instance: &str, failure: Option<&Failure>) -> Vec<Step> {
+/// The steps of `instance` until it was Ready for the first time. If `failure`
+/// came before that, the step in progress failed and later ones were skipped.
+pub fn stages(
+    events: &[TimelineEvent],
+    instance: &str,
+    failure: Option<&StageFailure>,
+) -> Vec<StepReport> {
     let own = |event: &&TimelineEvent| {
         event.instance.as_deref() == Some(instance)
             || matches!(event.kind, EventKind::ImageVerified { .. })
@@ -33,14 +37,14 @@ pub fn stages(events: &[TimelineEvent], instance: &str, failure: Option<&Failure
             (Some(end), _) => {
                 let ms = millis(end.saturating_sub(begin));
                 begin = *end;
-                Step::new(name, Outcome::Ok, ms)
+                StepReport::new(name, Outcome::Ok, ms)
             }
-            (None, Some(failure)) if number == ends.len() => Step {
+            (None, Some(failure)) if number == ends.len() => StepReport {
                 detail: Some(failure.detail.clone()),
                 code: Some(failure.code.clone()),
-                ..Step::new(name, Outcome::Fail, millis(last.saturating_sub(begin)))
+                ..StepReport::new(name, Outcome::Fail, millis(last.saturating_sub(begin)))
             },
-            (None, _) => Step::new(name, Outcome::Skip, 0),
+            (None, _) => StepReport::new(name, Outcome::Skip, 0),
         };
         steps.push(step);
     }
@@ -49,8 +53,8 @@ pub fn stages(events: &[TimelineEvent], instance: &str, failure: Option<&Failure
 
 /// Why an instance is not Ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// In words.
+pub struct StageFailure {
+    /// A sentence.
     pub detail: String,
     /// `HA-nnnn`.
     pub code: String,
@@ -98,7 +102,7 @@ mod tests {
         }
     }
 
-    fn story() -> Vec<TimelineEvent> {
+    fn timeline() -> Vec<TimelineEvent> {
         vec![
             TimelineEvent {
                 instance: None,
@@ -130,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn each_step_lasts_from_the_end_of_the_one_before() {
-        let steps = stages(&story(), "A_IN_0", None);
+    fn each_step_begins_at_the_end_of_the_one_before() {
+        let steps = stages(&timeline(), "A_IN_0", None);
         let seen: Vec<_> = steps.iter().map(|s| (s.name.as_str(), s.ms)).collect();
         assert_eq!(
             seen,
@@ -147,12 +151,12 @@ mod tests {
     }
 
     #[test]
-    fn the_step_that_was_not_finished_failed_and_later_ones_are_skipped() {
-        let failure = Failure {
+    fn the_step_in_progress_fails_and_later_ones_are_skipped() {
+        let failure = StageFailure {
             detail: "kernel panic".into(),
             code: "HA-0301".into(),
         };
-        let steps = stages(&story(), "B_IN_0", Some(&failure));
+        let steps = stages(&timeline(), "B_IN_0", Some(&failure));
         let seen: Vec<_> = steps.iter().map(|step| step.result).collect();
         assert_eq!(
             seen,

@@ -1,4 +1,4 @@
-//! Probes: does a published endpoint answer?
+//! Probes of published endpoints, over TCP or HTTP.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -12,50 +12,50 @@ use vmbus::role::Endpoint;
 
 use crate::service::model::{Role, ServiceModel, full_name};
 
-/// A TCP connection that is open and silent this long is a success: many
-/// protocols let the client speak first. The host accepts before the guest
-/// does, so a refusal shows as an early end. Times the timeout scale, to a
-/// limit: a refusal takes one round trip to the guest.
+/// A TCP connection that stays open and silent this long is a success: in many
+/// protocols the client sends first. The host accepts before the guest does, so a
+/// refusal by the guest closes the connection early, after one round trip. Times
+/// the timeout scale, up to a limit.
 const TCP_OPEN: Duration = Duration::from_millis(500);
-/// The longest silence waited for.
+/// The limit of [`TCP_OPEN`] times the timeout scale.
 const TCP_OPEN_MOST: Duration = Duration::from_secs(2);
-/// Most time of one HTTP attempt, times the timeout scale, and no more than is
+/// Limit of one HTTP attempt, times the timeout scale, and not more than the time
 /// left.
 const HTTP_LIMIT: Duration = Duration::from_secs(5);
-/// Time of an HTTP attempt when hardly any is left: an answer takes some.
+/// Limit of an HTTP attempt when less time than this is left.
 const HTTP_LEAST: Duration = Duration::from_secs(1);
-/// Between two attempts.
+/// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
-/// Longest status line taken.
+/// Longest status line read.
 const MAX_STATUS_LINE: usize = 1024;
 
-/// What to try.
+/// A probe of one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Probe {
-    /// Name of the endpoint, or of its role and it.
+pub struct EndpointProbe {
+    /// `ENDPOINT` or `ROLE.ENDPOINT`.
     pub endpoint: String,
-    kind: Kind,
+    kind: ProbeKind,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Kind {
+enum ProbeKind {
     Tcp,
     Http { path: String, code: u16 },
 }
 
-/// Why a probe has no one endpoint.
+/// Why the name of a probe is not the name of one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unresolved {
-    /// No endpoint has that name; these are there.
+pub enum UnresolvedEndpoint {
+    /// No endpoint has that name; these exist.
     Unknown(Vec<String>),
-    /// These have it.
+    /// These endpoints have it.
     Ambiguous(Vec<String>),
 }
 
-/// How a probe ended.
+/// The result of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outcome {
-    /// What was seen, or why it failed.
+pub struct ProbeOutcome {
+    /// What was observed, or why it failed.
     pub result: Result<String, String>,
     /// Attempts made.
     pub attempts: u32,
@@ -63,7 +63,7 @@ pub struct Outcome {
     pub took: Duration,
 }
 
-impl FromStr for Probe {
+impl FromStr for EndpointProbe {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -83,11 +83,11 @@ impl FromStr for Probe {
             return Err("the path has characters that must be percent-encoded".into());
         }
         let kind = match scheme {
-            "tcp" if path.is_empty() => Kind::Tcp,
+            "tcp" if path.is_empty() => ProbeKind::Tcp,
             "tcp" => return Err("tcp:// takes no path".into()),
             "http" => {
                 let (path, code) = path_and_code(path)?;
-                Kind::Http { path, code }
+                ProbeKind::Http { path, code }
             }
             other => return Err(format!("{other}:// is not a probe: {FORM}")),
         };
@@ -98,7 +98,7 @@ impl FromStr for Probe {
     }
 }
 
-/// Splits `/health=204`. In a query only three digits at the end are a code.
+/// Splits `/health=204`. After a query only three digits are a code.
 fn path_and_code(text: &str) -> Result<(String, u16), String> {
     let text = if text.is_empty() { "/" } else { text };
     let split = text
@@ -114,23 +114,23 @@ fn path_and_code(text: &str) -> Result<(String, u16), String> {
     }
 }
 
-impl fmt::Display for Probe {
+impl fmt::Display for EndpointProbe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.kind {
-            Kind::Tcp => write!(f, "tcp://{}", self.endpoint),
-            Kind::Http { path, code } => write!(f, "http://{}{path}={code}", self.endpoint),
+            ProbeKind::Tcp => write!(f, "tcp://{}", self.endpoint),
+            ProbeKind::Http { path, code } => write!(f, "http://{}{path}={code}", self.endpoint),
         }
     }
 }
 
-impl Probe {
-    /// The endpoint that is meant, and its role: by its bare name where only
-    /// one has it, else as ROLE.ENDPOINT.
+impl EndpointProbe {
+    /// The endpoint and its role, by `ENDPOINT` if only one role has it, or by
+    /// `ROLE.ENDPOINT`.
     pub fn resolve<'a>(
         &self,
         model: &'a ServiceModel,
-    ) -> Result<(&'a Role, &'a Endpoint), Unresolved> {
-        // Either name may hold dots: whole names are compared, nothing is split.
+    ) -> Result<(&'a Role, &'a Endpoint), UnresolvedEndpoint> {
+        // Both names may contain dots, so whole names are compared.
         let all = || {
             model
                 .endpoints()
@@ -144,14 +144,14 @@ impl Probe {
             .collect();
         match (found.pop(), found.is_empty()) {
             (Some(only), true) => Ok(only),
-            (Some(last), false) => Err(Unresolved::Ambiguous(
+            (Some(last), false) => Err(UnresolvedEndpoint::Ambiguous(
                 found
                     .into_iter()
                     .chain([last])
                     .map(|(role, endpoint)| full_name(&role.definition.name, &endpoint.name))
                     .collect(),
             )),
-            (None, _) => Err(Unresolved::Unknown(
+            (None, _) => Err(UnresolvedEndpoint::Unknown(
                 all()
                     .map(|(role, endpoint)| model.endpoint_name(role, endpoint))
                     .collect(),
@@ -159,16 +159,15 @@ impl Probe {
         }
     }
 
-    /// Tries until it succeeds or `deadline` is reached: Ready says that the
-    /// role's process runs, not that it listens already.
-    /// Tells `failed` of each failure that is not the last.
+    /// Tries until it succeeds or `deadline` passes: a Ready role runs, but may not
+    /// listen yet. Calls `failed` for each failure except the last.
     pub async fn run(
         &self,
         address: SocketAddr,
         deadline: Instant,
         scale: u32,
         mut failed: impl FnMut(&str),
-    ) -> Outcome {
+    ) -> ProbeOutcome {
         let started = Instant::now();
         let mut attempts = 0;
         loop {
@@ -178,7 +177,7 @@ impl Probe {
             match &result {
                 Err(why) if Instant::now() + PAUSE < deadline => failed(why),
                 _ => {
-                    return Outcome {
+                    return ProbeOutcome {
                         result,
                         attempts,
                         took: started.elapsed(),
@@ -196,8 +195,8 @@ impl Probe {
         scale: u32,
     ) -> Result<String, String> {
         match &self.kind {
-            Kind::Tcp => tcp(address, (TCP_OPEN * scale).min(TCP_OPEN_MOST)).await,
-            Kind::Http { path, code } => {
+            ProbeKind::Tcp => tcp(address, (TCP_OPEN * scale).min(TCP_OPEN_MOST)).await,
+            ProbeKind::Http { path, code } => {
                 let limit = (HTTP_LIMIT * scale).min(left.max(HTTP_LEAST));
                 let status = timeout(limit, http(address, &self.endpoint, path))
                     .await
@@ -224,7 +223,7 @@ async fn tcp(address: SocketAddr, open: Duration) -> Result<String, String> {
     }
 }
 
-/// The status code of a GET.
+/// The status code of a GET request.
 async fn http(address: SocketAddr, host: &str, path: &str) -> Result<u16, String> {
     let failed = |error: std::io::Error| format!("http at {address}: {error}");
     let mut stream = TcpStream::connect(address).await.map_err(failed)?;
@@ -268,7 +267,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     #[test]
-    fn probes_are_read_and_written_back() {
+    fn probes_are_parsed_and_printed() {
         for (text, expected) in [
             ("tcp://redis", "tcp://redis"),
             ("http://www", "http://www/=200"),
@@ -278,7 +277,7 @@ mod tests {
             ("http://www/?a=12", "http://www/?a=12=200"),
             ("http://www/?a=12=404", "http://www/?a=12=404"),
         ] {
-            assert_eq!(text.parse::<Probe>().unwrap().to_string(), expected);
+            assert_eq!(text.parse::<EndpointProbe>().unwrap().to_string(), expected);
         }
         for bad in [
             "redis",
@@ -292,7 +291,7 @@ mod tests {
             "http://www/a\r\nX: y",
             "https://www/",
         ] {
-            assert!(bad.parse::<Probe>().is_err(), "{bad}");
+            assert!(bad.parse::<EndpointProbe>().is_err(), "{bad}");
         }
     }
 
@@ -338,16 +337,16 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_is_named_alone_or_with_its_role_but_never_guessed() {
+    fn an_endpoint_is_found_by_its_name_or_role_and_name() {
         let model = model(&[
             ("Web", &["Endpoint1", "Admin"]),
             ("Web.Api", &["Endpoint1"]),
             ("Mail", &["Api.Endpoint1"]),
         ]);
         let port = |name: &str| {
-            let probe: Probe = format!("tcp://{name}").parse().unwrap();
+            let probe: EndpointProbe = format!("tcp://{name}").parse().unwrap();
             let (_, endpoint) = probe.resolve(&model)?;
-            Ok::<u16, Unresolved>(endpoint.local_port)
+            Ok::<u16, UnresolvedEndpoint>(endpoint.local_port)
         };
         assert_eq!(port("Web.Endpoint1"), Ok(1));
         assert_eq!(port("Admin"), Ok(2));
@@ -356,14 +355,14 @@ mod tests {
         assert_eq!(port("Api.Endpoint1"), Ok(4));
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         let both = names(&["Web.Endpoint1", "Web.Api.Endpoint1"]);
-        assert_eq!(port("Endpoint1"), Err(Unresolved::Ambiguous(both)));
+        assert_eq!(port("Endpoint1"), Err(UnresolvedEndpoint::Ambiguous(both)));
         let all = names(&[
             "Web.Endpoint1",
             "Admin",
             "Web.Api.Endpoint1",
             "Api.Endpoint1",
         ]);
-        assert_eq!(port("Mail.Admin"), Err(Unresolved::Unknown(all)));
+        assert_eq!(port("Mail.Admin"), Err(UnresolvedEndpoint::Unknown(all)));
     }
 
     #[test]
@@ -382,7 +381,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_is_dropped_at_once_is_no_success() {
+    async fn a_connection_closed_at_once_is_a_failure() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(async move {
@@ -393,7 +392,7 @@ mod tests {
             held.write_all(b"hello").await.unwrap();
             held
         });
-        let probe: Probe = "tcp://x".parse().unwrap();
+        let probe: EndpointProbe = "tcp://x".parse().unwrap();
         let deadline = Instant::now() + Duration::from_mins(1);
         let mut failures = Vec::new();
         let outcome = probe
@@ -405,11 +404,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_attempt_takes_no_longer_than_is_left_and_says_what_it_saw() {
+    async fn an_attempt_ends_with_the_time_left_and_reports_why() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let probe: Probe = "http://www/".parse().unwrap();
-        // Nobody accepts: the connection is open, and nothing comes.
+        let probe: EndpointProbe = "http://www/".parse().unwrap();
+        // Nothing accepts: the connection stays open and silent.
         let left = Duration::from_millis(1200);
         let outcome = probe
             .run(address, Instant::now() + left, 1000, |_| {})
@@ -417,7 +416,7 @@ mod tests {
         assert_eq!(outcome.result, Err("no answer in 1.2 s".to_owned()));
         assert_eq!(outcome.attempts, 1);
         tokio::spawn(async move {
-            // The first is the one above.
+            // The first connection is from the attempt above.
             for _ in 0..2 {
                 let (mut client, _) = listener.accept().await.unwrap();
                 assert_ne!(client.read(&mut [0; 512]).await.unwrap(), 0);
@@ -429,7 +428,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_wrong_status_is_a_failure_that_names_both() {
+    async fn a_wrong_status_fails_and_names_both_codes() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
@@ -442,7 +441,7 @@ mod tests {
                 .await
                 .unwrap();
         });
-        let probe: Probe = "http://www/h".parse().unwrap();
+        let probe: EndpointProbe = "http://www/h".parse().unwrap();
         let outcome = probe.run(address, Instant::now(), 1, |_| {}).await;
         assert_eq!(
             outcome.result,
