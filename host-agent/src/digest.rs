@@ -2,6 +2,8 @@
 
 use std::io::{self, Read};
 
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -32,6 +34,20 @@ impl Digest {
     /// 64 digits.
     pub fn hex(&self) -> String {
         hex(&self.0)
+    }
+
+    /// Reads [`Self::hex`]; no other spelling is accepted.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        if text.len() != 2 * bytes.len() || !text.is_ascii() {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let pair = std::str::from_utf8(pair).ok()?;
+            *byte = u8::from_str_radix(pair, 16).ok()?;
+        }
+        let digest = Self(bytes);
+        (digest.hex() == text).then_some(digest)
     }
 
     /// The first 16 bytes in hex: a name for the content.
@@ -74,6 +90,20 @@ impl Digest {
         }
         let digest = Self(bytes.try_into().ok()?);
         (digest.to_base64() == text).then_some(digest)
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.hex())
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::from_hex(&text)
+            .ok_or_else(|| D::Error::custom("a SHA-256 has 64 lower-case hexadecimal digits"))
     }
 }
 

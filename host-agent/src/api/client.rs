@@ -105,7 +105,10 @@ pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
         }
         let asked = tokio::time::timeout(ANSWER_LIMIT, ask_ps(&socket)).await;
         match asked {
-            Ok(Ok(info)) => running.push(Running { socket, info }),
+            Ok(Ok(found)) => running.extend(found.into_iter().map(|info| Running {
+                socket: socket.clone(),
+                info,
+            })),
             Ok(Err(error)) => {
                 tracing::debug!(socket = %socket.display(), %error, "passed over");
             }
@@ -152,10 +155,10 @@ pub fn find(running: &[Running], name: &str) -> Result<Target, ClientError> {
     }
 }
 
-async fn ask_ps(socket: &Path) -> Result<DeploymentInfo, ClientError> {
+async fn ask_ps(socket: &Path) -> Result<Vec<DeploymentInfo>, ClientError> {
     let mut connection = Connection::open(socket, &Request::Ps {}).await?;
     match connection.answer().await? {
-        Response::Deployment(info) => Ok(info),
+        Response::Deployments { deployments } => Ok(deployments),
         _ => Err(connection.broken("answered with something else")),
     }
 }
@@ -228,9 +231,11 @@ impl Connection {
 mod tests {
     use super::*;
     use crate::api::types::InstanceInfo;
+    use crate::supervisor::status::InstanceStatus;
 
     fn running(deployment: &str, instances: &[&str]) -> Running {
         let instances = instances.iter().map(|name| InstanceInfo {
+            status: InstanceStatus::default(),
             name: (*name).into(),
             state: "Ready".into(),
             generation: 1,

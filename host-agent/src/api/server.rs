@@ -1,4 +1,4 @@
-//! Answers requests on the socket of a running deployment.
+//! Answers requests on the socket of a host.
 
 use std::fs;
 use std::io;
@@ -18,10 +18,9 @@ use vmbus::stream::{FrameReader, StreamError, join, send};
 use super::types::{
     DeploymentInfo, EndpointInfo, Failure, InstanceInfo, MAX_CHUNK, Request, Response,
 };
-use crate::store::deployment::socket_name;
 use crate::store::log_tail::LogTail;
 use crate::store::paths;
-use crate::supervisor::deployment::{DeploymentHandle, Published};
+use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
 
 /// How often a followed log is looked at.
@@ -36,15 +35,6 @@ const LAST_LINES: Duration = Duration::from_secs(2);
 /// Pause after a connection that could not be accepted.
 const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
 
-/// What the server tells of, beside what the handle knows.
-#[derive(Debug, Clone)]
-pub struct About {
-    /// Name of the service.
-    pub service: String,
-    /// Name, address and guest port of each endpoint, with its role.
-    pub endpoints: Vec<(String, EndpointInfo)>,
-}
-
 /// A socket that is being served; dropping it stops and removes it.
 #[derive(Debug)]
 pub struct Server {
@@ -53,23 +43,22 @@ pub struct Server {
     ended: Arc<watch::Sender<bool>>,
 }
 
-/// Serves `deployment` on its socket in `runtime_dir`.
-pub fn serve(runtime_dir: &Path, deployment: DeploymentHandle, about: About) -> io::Result<Server> {
+/// Serves `host` on its socket.
+pub fn serve(host: &Host) -> io::Result<Server> {
+    let runtime_dir = &host.options().runtime_dir;
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(runtime_dir)?;
     paths::check_own(runtime_dir)?;
-    // The directory of a deployment has its id for a name.
-    let path = runtime_dir.join(socket_name(Path::new(deployment.id())));
+    let path = host.socket();
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-    let directory = runtime_dir.to_owned();
+    let directory = runtime_dir.clone();
     tokio::spawn(async move { sweep(&directory, SETTLED).await });
     let ended = Arc::new(watch::Sender::new(false));
     let shared = Arc::new(Shared {
-        deployment,
-        about,
+        host: host.clone(),
         ended: Arc::clone(&ended),
         started: Instant::now(),
     });
@@ -132,8 +121,7 @@ impl Drop for Server {
 }
 
 struct Shared {
-    deployment: DeploymentHandle,
-    about: About,
+    host: Host,
     /// Whether the deployment has ended; each log that is sent has a receiver.
     ended: Arc<watch::Sender<bool>>,
     started: Instant,
@@ -147,7 +135,11 @@ impl Shared {
         };
         let (_, early) = reader.into_parts();
         match request {
-            Request::Ps {} => send(&mut stream, &Response::Deployment(self.info())).await,
+            Request::Ps {} => {
+                let deployments = self.host.deployments();
+                let deployments = deployments.iter().map(|found| self.info(found)).collect();
+                send(&mut stream, &Response::Deployments { deployments }).await
+            }
             Request::Exec { instance, exec } => {
                 self.with(&instance, &mut stream, |it, stream| {
                     Box::pin(exec_in(it, stream, exec, early))
@@ -161,7 +153,7 @@ impl Shared {
             } => {
                 let ended = self.ended.subscribe();
                 self.with(&instance, &mut stream, |it, stream| {
-                    let path = it.dir.join(source.file_name());
+                    let path = it.directory().join(source.file_name());
                     Box::pin(logs(path, follow, ended, stream))
                 })
                 .await
@@ -190,41 +182,37 @@ impl Shared {
             Box<dyn Future<Output = Result<(), StreamError>> + Send + 's>,
         >,
     {
-        match self.deployment.instance(name) {
+        let deployments = self.host.deployments();
+        match deployments.iter().find_map(|found| found.instance(name)) {
             Some(instance) => work(instance.clone(), stream).await,
             None => {
-                let message = format!("no instance {name} in this deployment");
+                let message = format!("no instance {name} on this host");
                 send(stream, &failed(Failure::NotFound, message)).await
             }
         }
     }
 
-    fn info(&self) -> DeploymentInfo {
-        let instances = self.deployment.instances().iter().map(|instance| {
-            let view = instance.view();
-            let role = instance.name.rsplit_once("_IN_").map(|(role, _)| role);
+    fn info(&self, deployment: &DeploymentHandle) -> DeploymentInfo {
+        let instances = deployment.instances().iter().map(|instance| {
+            let (spec, status) = (instance.spec(), instance.status());
+            let endpoints = spec.endpoints.iter().map(|endpoint| EndpointInfo {
+                name: endpoint.name.clone(),
+                address: endpoint.address,
+                local_port: endpoint.local_port,
+            });
             InstanceInfo {
-                name: instance.name.clone(),
-                state: if view.no_space {
-                    "NoSpace".into()
-                } else {
-                    view.state
-                },
-                generation: view.generation,
+                name: spec.name().to_owned(),
+                state: status.word().to_owned(),
+                generation: status.generation,
                 uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-                vmm_pid: (view.pid != 0).then_some(view.pid),
-                endpoints: self
-                    .about
-                    .endpoints
-                    .iter()
-                    .filter(|(of, _)| Some(of.as_str()) == role)
-                    .map(|(_, endpoint)| endpoint.clone())
-                    .collect(),
+                vmm_pid: status.vmm_pid,
+                endpoints: endpoints.collect(),
+                status,
             }
         });
         DeploymentInfo {
-            deployment: self.deployment.id().to_owned(),
-            service: self.about.service.clone(),
+            deployment: deployment.id().to_owned(),
+            service: deployment.service().to_owned(),
             pid: std::process::id(),
             instances: instances.collect(),
         }
@@ -236,26 +224,6 @@ fn failed(kind: Failure, message: impl Into<String>) -> Response {
         kind,
         message: message.into(),
     }
-}
-
-/// Endpoints of a model with the addresses on which they are published.
-pub fn endpoints(
-    model: &crate::service::model::ServiceModel,
-    published: &Published,
-) -> Vec<(String, EndpointInfo)> {
-    let mut all = Vec::new();
-    for (role, endpoint, _) in model.endpoints() {
-        let name = &role.definition.name;
-        if let Some(address) = published.get(&(name.clone(), endpoint.name.clone())) {
-            let info = EndpointInfo {
-                name: endpoint.name.clone(),
-                address: *address,
-                local_port: endpoint.local_port,
-            };
-            all.push((name.clone(), info));
-        }
-    }
-    all
 }
 
 async fn exec_in(

@@ -10,6 +10,8 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use vmbus::message::ExecRequest;
 
+use crate::supervisor::status::InstanceStatus;
+
 /// Most bytes in one [`Response::LogChunk`]: a byte may take four characters
 /// of JSON, and a frame has room for 1 MiB.
 pub const MAX_CHUNK: usize = 64 * 1024;
@@ -18,7 +20,7 @@ pub const MAX_CHUNK: usize = 64 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
-    /// What runs? Answered by [`Response::Deployment`].
+    /// What runs? Answered by [`Response::Deployments`].
     Ps {},
     /// Run a program in a guest. Answered by [`Response::Ok`] or
     /// [`Response::Error`]; see the module.
@@ -84,7 +86,10 @@ pub enum Response {
         message: String,
     },
     /// Answer to [`Request::Ps`].
-    Deployment(DeploymentInfo),
+    Deployments {
+        /// What runs on this host.
+        deployments: Vec<DeploymentInfo>,
+    },
     /// A piece of a log, at most [`MAX_CHUNK`] bytes.
     LogChunk {
         /// The bytes.
@@ -128,6 +133,8 @@ pub struct InstanceInfo {
     pub name: String,
     /// State in one word, as in the timeline.
     pub state: String,
+    /// The state in full.
+    pub status: InstanceStatus,
     /// Number of the guest's boot.
     pub generation: u64,
     /// Milliseconds since the deployment was accepted.

@@ -17,9 +17,9 @@ use crate::service::model::ServiceModel;
 use crate::shell::quoted;
 use crate::store::image::ImageError;
 use crate::store::paths;
-use crate::supervisor::deployment::{DeployError, Options};
 use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::heartbeat::HeartbeatRule;
+use crate::supervisor::host::{HostError, HostOptions};
 
 /// The way out of a full disk.
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
@@ -44,15 +44,17 @@ pub fn host() -> Result<HostReport, CliError> {
     }
 }
 
-/// The options of a deployment on `host`.
+/// How instances are run on the machine that `host` describes.
 pub fn options(
     host: &HostReport,
-    keep: bool,
     heartbeat_limit: Option<Duration>,
-) -> Result<Options, CliError> {
-    let mut options = Options::new(paths::data_dir());
-    options.timeout_scale = f64::from(host.timeout_scale());
-    options.keep = keep;
+) -> Result<HostOptions, CliError> {
+    let mut options = HostOptions {
+        data_dir: paths::data_dir(),
+        runtime_dir: paths::runtime_dir(),
+        rule: HeartbeatRule::DEFAULT,
+        timeout_scale: f64::from(host.timeout_scale()),
+    };
     if let Some(limit) = heartbeat_limit {
         // The time to boot has nothing to do with the limit that is tried out.
         let boot_limit = HeartbeatRule::DEFAULT.limit();
@@ -62,12 +64,20 @@ pub fn options(
     Ok(options)
 }
 
-/// Why a deployment could not begin, and what helps.
-pub fn refused(error: &DeployError) -> CliError {
+/// Why `model` could not be deployed, and what helps.
+pub fn refused(error: &HostError, model: &ServiceModel) -> CliError {
     match error {
-        DeployError::Image { place, source } => image(source).at(place),
-        DeployError::Listen { place, source } => listen(source).at(place),
-        DeployError::Guest { .. } | DeployError::Directory { .. } | DeployError::Internal(_) => {
+        HostError::Image(source) => image(source).at(&model.image_place),
+        HostError::Listen { role, name, source } => {
+            let found = model
+                .endpoints()
+                .find(|(of, endpoint, _)| of.definition.name == *role && endpoint.name == *name);
+            match found {
+                Some((_, _, public)) => listen(source).at(&public.place),
+                None => listen(source),
+            }
+        }
+        _ => {
             let this = CliError::chain(Code::Start, error);
             match system_error(error) {
                 Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
@@ -130,7 +140,7 @@ fn listen(error: &ListenError) -> CliError {
 }
 
 /// The kind of the system's error at the root of `error`.
-fn system_error(error: &DeployError) -> Option<io::ErrorKind> {
+fn system_error(error: &HostError) -> Option<io::ErrorKind> {
     let mut last: &dyn std::error::Error = error;
     let mut kind = None;
     while let Some(source) = last.source() {
@@ -170,72 +180,75 @@ pub fn cannot_write(path: &Path, error: &io::Error) -> CliError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::{Place, Position};
+    use crate::progress::Progress;
+    use crate::service;
     use crate::supervisor::event::EventKind;
 
-    fn place() -> Place {
-        Place {
-            file: "s.xml".into(),
-            position: Position { line: 4, column: 7 },
-        }
+    fn model() -> ServiceModel {
+        let redis = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+        service::load(Path::new(redis), None, &Progress::default()).unwrap()
     }
 
     #[test]
-    fn a_port_in_use_is_a_conflict_that_names_endpoint_and_port() {
-        let error = DeployError::Listen {
-            place: place(),
+    fn a_port_in_use_is_a_conflict_at_its_place() {
+        let model = model();
+        let role = &model.roles[0];
+        let error = HostError::Listen {
+            role: role.definition.name.clone(),
+            name: role.definition.endpoints[0].name.clone(),
             source: ListenError {
                 endpoint: "redis".into(),
                 address: ([127, 0, 0, 1], 6379).into(),
                 source: io::Error::from(io::ErrorKind::AddrInUse),
             },
         };
-        let error = refused(&error);
+        let error = refused(&error, &model);
         assert_eq!(error.exit(), Exit::Conflict);
         let text = error.human(false);
-        assert!(text.starts_with("error[HA-0207]: s.xml:4:7: endpoint redis"));
+        assert!(
+            text.contains(".csdef:") && text.contains("endpoint redis"),
+            "{text}"
+        );
         assert!(text.contains("sport = :6379"));
     }
 
     #[test]
     fn a_full_disk_is_found_at_the_root_of_the_chain() {
-        let error = DeployError::Directory {
+        let error = HostError::Directory {
             what: "a deployment",
             path: "/data".into(),
             source: io::Error::from(io::ErrorKind::StorageFull),
         };
-        let error = refused(&error);
+        let error = refused(&error, &model());
         assert_eq!(error.exit(), Exit::Host);
         assert!(error.hint_text().unwrap().contains("HOST_AGENT_DATA_DIR"));
     }
 
     #[test]
-    fn an_image_that_is_not_there_says_how_to_make_it() {
-        let error = DeployError::Image {
-            place: place(),
-            source: ImageError::Missing {
-                name: "web".into(),
-                path: "/data/images/web".into(),
-            },
-        };
-        let error = refused(&error);
-        assert_eq!(error.json()["line"], 4);
+    fn a_missing_image_comes_with_the_command_that_builds_it() {
+        let error = HostError::Image(ImageError::Missing {
+            name: "web".into(),
+            path: "/data/images/web".into(),
+        });
+        let error = refused(&error, &model());
+        assert!(error.json()["line"].as_u64().unwrap() > 0);
         assert_eq!(error.exit(), Exit::NotFound);
         assert_eq!(error.hint_text(), Some("images/build web"));
-        let error = DeployError::Image {
-            place: place(),
-            source: ImageError::Incomplete {
-                path: "/data/images/web/manifest.json".into(),
-                what: "no kernel".into(),
-            },
-        };
-        assert_eq!(refused(&error).hint_text(), Some("images/build web"));
+        let error = HostError::Image(ImageError::Incomplete {
+            path: "/data/images/web/manifest.json".into(),
+            what: "no kernel".into(),
+        });
+        assert_eq!(
+            refused(&error, &model()).hint_text(),
+            Some("images/build web")
+        );
     }
 
     #[test]
     fn a_line_of_the_timeline_has_time_instance_and_change() {
         let event = TimelineEvent {
             at: Duration::from_millis(83_960),
+            deployment: None,
             instance: Some("A_IN_0".into()),
             kind: EventKind::Warning {
                 text: "odd \u{1b}[2J".into(),

@@ -117,6 +117,7 @@ fn uptime(time: Duration) -> String {
 mod tests {
     use super::*;
     use crate::api::types::{DeploymentInfo, EndpointInfo, InstanceInfo};
+    use crate::supervisor::status::InstanceStatus;
 
     #[test]
     fn the_table_lines_up_and_an_empty_one_says_so() {
@@ -128,6 +129,7 @@ mod tests {
             instances: vec![InstanceInfo {
                 name: "Cache_IN_0".into(),
                 state: "Ready".into(),
+                status: InstanceStatus::default(),
                 generation: 2,
                 uptime_ms: 61_000,
                 vmm_pid: Some(9),

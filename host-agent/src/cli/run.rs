@@ -13,6 +13,7 @@ use super::output::Output;
 use super::running::{Ended, Running, STEADY, interrupted};
 use super::watch::{News, Trouble};
 use super::{deploy, runtime};
+use crate::store::deployment::Retention;
 use crate::supervisor::event::{TimelineEvent, missed};
 
 /// Lines of each log shown with an error.
@@ -28,13 +29,18 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
         return Err(CliError::host(&host, &args.service.service));
     }
     output.progress(&format!("host-agent: {}", host.summary()));
-    let options = deploy::options(&host, args.keep, args.heartbeat_limit)?;
+    let options = deploy::options(&host, args.heartbeat_limit)?;
+    let retention = if args.keep {
+        Retention::Kept
+    } else {
+        Retention::Ephemeral
+    };
     let timeout = args.timeout.map(|timeout| host.scaled(timeout));
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let tell = |event: &TimelineEvent, line| tell(output, event, line);
-        let mut running = Running::start(model, options, output, tell).await?;
+        let mut running = Running::start(model, options, retention, output, tell).await?;
         let steady = host.scaled(STEADY);
         let result = follow(&mut running, args, deadline, steady, output).await;
         // What a failure left is looked at before the files go.

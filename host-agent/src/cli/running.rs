@@ -1,9 +1,11 @@
 //! A deployment while a command owns it: its events, its socket, and the
 //! signals that end it.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
+use vmbus::text::chain;
 
 use super::deploy::{refused, timeline_line};
 use super::error::{CliError, Code};
@@ -12,19 +14,22 @@ use super::interrupt::Interrupts;
 use super::meter::Meter;
 use super::output::Output;
 use super::ticker::Ticker;
-use super::watch::{News, Watch, instance_names};
-use crate::api::server::{self, About, Server};
+use super::watch::{News, Watch};
+use crate::api::server::{self, Server};
 use crate::service::model::ServiceModel;
-use crate::store::paths;
-use crate::supervisor::deployment::{Deployment, DeploymentHandle, Options, deploy};
+use crate::store::deployment::Retention;
+use crate::supervisor::deploy::{DeployOptions, deploy};
 use crate::supervisor::event::TimelineEvent;
-use crate::supervisor::timeline::{Events, timeline};
+use crate::supervisor::host::{DeploymentHandle, Host, HostOptions};
+use crate::supervisor::instance::InstanceHandle;
+use crate::supervisor::plan::instance_names;
+use crate::supervisor::timeline::{Events, Timeline};
 
 /// A deployment in the hands of this command.
 #[derive(Debug)]
 pub struct Running {
-    deployment: Deployment,
-    handle: DeploymentHandle,
+    host: Host,
+    deployment: DeploymentHandle,
     // Its socket goes when this is dropped.
     server: Option<Server>,
     events: Events,
@@ -70,10 +75,12 @@ const GIVE_UP: Duration = Duration::from_secs(5);
 const MOST_EVENTS: usize = 10_000;
 
 impl Running {
-    /// Deploys `model`, passing events to `tell`. A signal meanwhile ends it.
+    /// Deploys `model` on a host of its own, passing events to `tell`. A signal meanwhile
+    /// ends it.
     pub async fn start(
         model: ServiceModel,
-        options: Options,
+        options: HostOptions,
+        retention: Retention,
         output: &Output,
         mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
     ) -> Result<Self, CliError> {
@@ -81,7 +88,6 @@ impl Running {
         let names = instance_names(&model);
         let width = names.iter().map(String::len).max().unwrap_or(0);
         let mut watch = Watch::new(names.iter().cloned());
-        let about = model.clone();
         output.progress(&format!(
             "deploying {}: image {}, {} instance{}",
             model.name,
@@ -90,9 +96,19 @@ impl Running {
             if names.len() == 1 { "" } else { "s" }
         ));
         let meter = Meter::start(output);
-        let (timeline, mut events) = timeline();
+        let timeline = Timeline::start();
+        let mut events = timeline.subscribe();
         let mut seen = Vec::new();
-        let deploying = deploy(model, options, timeline, meter.progress().clone());
+        let how = DeployOptions {
+            retention,
+            address: Ipv4Addr::LOCALHOST.into(),
+        };
+        let progress = meter.progress().clone();
+        let deploying = async {
+            let host = Host::open(options, timeline).await?;
+            let deployment = deploy(&host, &model, how, &progress).await?;
+            Ok((host, deployment))
+        };
         let mut deploying = std::pin::pin!(deploying);
         let stopped = loop {
             tokio::select! {
@@ -105,14 +121,14 @@ impl Running {
                     }
                     seen.push(event);
                 }
-                deployment = &mut deploying => {
-                    let deployment = deployment.map_err(|error| refused(&error))?;
+                deployed = &mut deploying => {
+                    let (host, deployment) = deployed.map_err(|error| refused(&error, &model))?;
                     drop(meter);
-                    let server = serve(&deployment, &about, output);
+                    let server = serve(&host, output);
                     return Ok(Self {
-                        handle: deployment.handle(),
                         deployment,
                         server,
+                        host,
                         events,
                         ended: false,
                         abandoned: false,
@@ -136,8 +152,17 @@ impl Running {
     }
 
     /// The deployment.
-    pub fn deployment(&self) -> &Deployment {
+    pub fn deployment(&self) -> &DeploymentHandle {
         &self.deployment
+    }
+
+    /// Public address of an endpoint of a role.
+    pub fn address(&self, role: &str, endpoint: &str) -> Option<SocketAddr> {
+        let specs = self.deployment.instances().iter().map(InstanceHandle::spec);
+        let of_role = specs.filter(|spec| spec.role() == role);
+        let mut endpoints = of_role.flat_map(|spec| &spec.endpoints);
+        let found = endpoints.find(|found| found.name == endpoint)?;
+        Some(found.address)
     }
 
     /// Passes every event to `tell` until something decides. The first signal
@@ -149,7 +174,10 @@ impl Running {
     ) -> Result<Ended, CliError> {
         loop {
             let event = tokio::select! {
+                biased;
                 event = self.events.next() => event,
+                // After the last event.
+                () = self.deployment.ended() => None,
                 () = due(self.ticker.as_ref()) => {
                     self.tell_of_wait();
                     continue;
@@ -277,9 +305,9 @@ impl Running {
         self.watch.stopping();
         self.stops += 1;
         if self.stops == 1 {
-            self.handle.stop().await;
+            self.deployment.stop().await;
         } else {
-            self.handle.kill().await;
+            self.deployment.kill().await;
         }
     }
 
@@ -299,23 +327,20 @@ impl Running {
         if let Some(server) = self.server {
             server.close().await;
         }
-        if !self.abandoned {
-            self.deployment.finished().await;
+        if !self.abandoned
+            && let Err(error) = self.host.remove(self.deployment.id()).await
+        {
+            output.warn(&format!("{}; removed later", chain(&error)));
         }
     }
 }
 
-/// The socket of `deployment`; without it only other commands are worse off.
-fn serve(deployment: &Deployment, model: &ServiceModel, output: &Output) -> Option<Server> {
-    let about = About {
-        service: model.name.clone(),
-        endpoints: server::endpoints(model, deployment.published()),
-    };
-    let runtime_dir = paths::runtime_dir();
-    match server::serve(&runtime_dir, deployment.handle(), about) {
+/// The socket of `host`; without it only other commands are worse off.
+fn serve(host: &Host, output: &Output) -> Option<Server> {
+    match server::serve(host) {
         Ok(server) => Some(server),
         Err(error) => {
-            let place = runtime_dir.display();
+            let place = host.options().runtime_dir.display();
             output.warn(&format!(
                 "exec and logs will not find this deployment: no socket in {place}: {error}"
             ));

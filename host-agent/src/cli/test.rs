@@ -25,6 +25,7 @@ use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
 use crate::service::model::ServiceModel;
 use crate::shell::quoted;
+use crate::store::deployment::Retention;
 use crate::supervisor::event::TimelineEvent;
 
 /// Lines of the serial console in a report.
@@ -128,16 +129,17 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         });
     }
     output.progress(&format!("host-agent: {}", host.summary()));
-    let options = deploy::options(&host, false, None)?;
+    let options = deploy::options(&host, None)?;
     let data_dir = options.data_dir.clone();
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let deadline = Instant::now() + host.scaled(args.timeout);
-        let mut running = Running::start(model, options, output, |_, line| {
-            output.progress(&line);
-            Ok(())
-        })
-        .await?;
+        let mut running =
+            Running::start(model, options, Retention::Ephemeral, output, |_, line| {
+                output.progress(&line);
+                Ok(())
+            })
+            .await?;
         let mut result = drive(&mut running, &probes, &host, deadline, output, report).await;
         describe(&running, &mut result, report);
         result = preserve(&running, args, &data_dir, result, report);
@@ -303,9 +305,8 @@ async fn run_probe(
         output.progress(&line);
         Ok(())
     };
-    let published = running.deployment().published();
-    let address = *published
-        .get(endpoint)
+    let address = running
+        .address(&endpoint.0, &endpoint.1)
         .expect("probes were resolved by the definition");
     let broken = async {
         loop {

@@ -7,8 +7,8 @@ use vmbus::message::{ExitCause, RoleState};
 
 use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
-use crate::service::model::ServiceModel;
-use crate::supervisor::event::{EventKind, TimelineEvent, Verdict, exit_text, state_name};
+use crate::supervisor::event::{EventKind, TimelineEvent, Verdict, exit_text};
+use crate::supervisor::status::{InstanceStatus, Phase};
 use crate::vmm::control::ExitReason;
 
 /// What an event means for the whole.
@@ -57,37 +57,17 @@ pub struct Watch {
     stopping: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Instance {
-    state: String,
-    ready: bool,
-    /// Why it stands still, if it does: the host has no room.
-    standing: Option<String>,
-    /// Times that its role ended by itself.
-    recycles: u32,
-    clean: Option<bool>,
-}
-
-impl Instance {
-    /// Whether it serves: one that stands still does not.
-    const fn is_ready(&self) -> bool {
-        self.ready && self.standing.is_none()
-    }
+    status: InstanceStatus,
+    /// Its phase before the service was stopped, which a report shows.
+    before_stop: Option<Phase>,
 }
 
 impl Watch {
     /// Nothing has happened yet to the instances called `names`.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
-        let fresh = |name| {
-            let instance = Instance {
-                state: "Accepted".into(),
-                ready: false,
-                standing: None,
-                recycles: 0,
-                clean: None,
-            };
-            (name, instance)
-        };
+        let fresh = |name| (name, Instance::default());
         Self {
             instances: names.into_iter().map(fresh).collect(),
             ready: false,
@@ -98,18 +78,23 @@ impl Watch {
     /// From here on the service is being stopped: what ends, ends on request.
     pub fn stopping(&mut self) {
         self.stopping = true;
+        for instance in self.instances.values_mut() {
+            instance.before_stop.get_or_insert(instance.status.phase);
+        }
     }
 
     /// State of an instance in a word, the last one before the stop.
-    pub fn state(&self, name: &str) -> &str {
-        self.instances
-            .get(name)
-            .map_or("Unknown", |instance| &instance.state)
+    pub fn state(&self, name: &str) -> &'static str {
+        self.instances.get(name).map_or("Unknown", |instance| {
+            let phase = instance.before_stop.unwrap_or(instance.status.phase);
+            phase.word()
+        })
     }
 
-    /// Whether an instance is Ready and does not stand still.
+    /// Whether an instance is Ready.
     pub fn serves(&self, name: &str) -> bool {
-        self.instances.get(name).is_some_and(Instance::is_ready)
+        let instance = self.instances.get(name);
+        instance.is_some_and(|instance| instance.status.is_ready())
     }
 
     /// Whether every instance is Ready.
@@ -120,35 +105,30 @@ impl Watch {
     /// Instances that are not Ready, with their state; during the stop those
     /// that are not down.
     pub fn waiting(&self) -> Vec<String> {
+        let instances = self.instances.iter();
         if self.stopping {
-            let up = self.instances.iter();
-            let up = up.filter(|(_, instance)| instance.clean.is_none());
+            let up = instances.filter(|(_, instance)| instance.clean().is_none());
             return up.map(|(name, _)| format!("{name} is stopping")).collect();
         }
-        let waiting = self
-            .instances
-            .iter()
-            .filter(|(_, instance)| !instance.is_ready());
+        let waiting = instances.filter(|(_, instance)| !instance.status.is_ready());
         waiting
-            .map(|(name, instance)| match &instance.standing {
+            .map(|(name, instance)| match &instance.status.no_space {
                 Some(why) => format!("{name}: {why}"),
-                None => format!("{name} is {}", instance.state),
+                None => format!("{name} is {}", instance.status.phase),
             })
             .collect()
     }
 
-    /// Whether an instance stands still because the host has no room.
+    /// Whether an instance is paused because the host's disk is full.
     pub fn lacks_space(&self) -> bool {
         let mut instances = self.instances.values();
-        instances.any(|instance| instance.standing.is_some())
+        instances.any(|instance| instance.status.no_space.is_some())
     }
 
     /// Instances that did not end by themselves when they were stopped.
     pub fn unclean(&self) -> Vec<String> {
-        let unclean = self
-            .instances
-            .iter()
-            .filter(|(_, instance)| instance.clean != Some(true));
+        let instances = self.instances.iter();
+        let unclean = instances.filter(|(_, instance)| instance.clean() != Some(true));
         unclean.map(|(name, _)| name.clone()).collect()
     }
 
@@ -161,25 +141,11 @@ impl Watch {
         else {
             return News::Nothing;
         };
-        // The state before the stop is what a report wants.
-        if !self.stopping
-            && let Some(state) = state_after(&event.kind)
-        {
-            instance.state = state.into();
-            instance.ready = state == state_name(RoleState::Ready);
-            if let EventKind::Role { recycles, .. } = event.kind
-                && recycles != instance.recycles
-            {
-                // It ended in between, which the guest need not have told.
-                instance.recycles = recycles;
-                self.ready = false;
-            }
-        }
-        match event.kind {
-            EventKind::Stopped { clean } => instance.clean = Some(clean),
-            EventKind::NoSpace { .. } => instance.standing = Some(event.kind.to_string()),
-            EventKind::SpaceBack { .. } | EventKind::GuestExited { .. } => instance.standing = None,
-            _ => {}
+        let recycles = instance.status.recycles;
+        instance.status.apply(&event.kind);
+        if instance.status.recycles > recycles {
+            // The role ended in between, whether or not the guest reported it.
+            self.ready = false;
         }
         if self.stopping {
             return News::Nothing;
@@ -193,7 +159,8 @@ impl Watch {
             });
         }
         let was_ready = self.ready;
-        self.ready = self.instances.values().all(Instance::is_ready);
+        let mut instances = self.instances.values();
+        self.ready = instances.all(|instance| instance.status.is_ready());
         if self.ready && !was_ready {
             return News::Ready;
         }
@@ -201,20 +168,14 @@ impl Watch {
     }
 }
 
-/// The state that an event puts an instance in, if it changes it.
-fn state_after(kind: &EventKind) -> Option<&'static str> {
-    Some(match kind {
-        EventKind::GuestStarting { .. } => "Booting",
-        EventKind::AgentConnected { .. } => "Booted",
-        EventKind::Role { state, .. } => state_name(*state),
-        EventKind::GuestExited { .. } => "Ended",
-        EventKind::Restarting { .. } => "Restarting",
-        EventKind::Faulted { .. } => "Faulted",
-        EventKind::Stopping => "Stopping",
-        EventKind::Stopped { .. } => "Stopped",
-        EventKind::Failed { .. } => "Failed",
-        _ => return None,
-    })
+impl Instance {
+    /// Whether it ended by itself when it was stopped, once it has ended.
+    const fn clean(&self) -> Option<bool> {
+        match self.status.phase {
+            Phase::Stopped { clean } => Some(clean),
+            _ => None,
+        }
+    }
 }
 
 /// What is wrong with `name` after an event that a sound service never has.
@@ -294,16 +255,6 @@ fn some(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Names of every instance of `model`, in the order of the definition.
-pub fn instance_names(model: &ServiceModel) -> Vec<String> {
-    let roles = model.roles.iter();
-    roles
-        .flat_map(|role| {
-            (0..role.instances).map(|number| crate::supervisor::goal::instance_name(role, number))
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -316,6 +267,7 @@ mod tests {
     fn event(instance: &str, kind: EventKind) -> TimelineEvent {
         TimelineEvent {
             at: Duration::ZERO,
+            deployment: None,
             instance: Some(instance.into()),
             kind,
         }

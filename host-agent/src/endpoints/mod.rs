@@ -1,6 +1,10 @@
 //! Public listeners: each accepted connection goes to the next instance in
 //! rotation, which passes the socket to its VMM process.
 
+mod listeners;
+
+pub use listeners::Listeners;
+
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};

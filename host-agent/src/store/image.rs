@@ -105,6 +105,8 @@ pub struct AgentProgram {
 /// An image whose files match their digests.
 #[derive(Debug)]
 pub struct Image {
+    /// SHA-256 of the manifest, which identifies the image.
+    pub digest: Digest,
     /// Kernel, open read-only.
     pub kernel: File,
     /// Initial RAM file system, open read-only.
@@ -150,6 +152,10 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
             source,
         })?,
     };
+    let (digest, _) = Digest::of(&bytes[..]).map_err(|source| ImageError::Read {
+        path: path.clone(),
+        source,
+    })?;
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|source| ImageError::Manifest {
             path: path.clone(),
@@ -204,6 +210,7 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         bytes,
     });
     Ok(Image {
+        digest,
         kernel,
         initrd,
         base,

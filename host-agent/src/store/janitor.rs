@@ -1,9 +1,8 @@
-//! Removes what a killed command left: a process that outlives it for a moment.
+//! Removes what a killed host agent left: a process that outlives it for a moment.
 //!
-//! The janitor holds the reading end of a pipe. When the command ends, whatever
-//! ended it, the pipe closes; then the VMM processes end by themselves, and the
-//! janitor removes the deployment's directory, socket and cgroups if they are
-//! still there.
+//! The janitor holds the reading end of a pipe. When the host agent ends, whatever ended
+//! it, the pipe closes; then the VMM processes end by themselves, and the janitor removes
+//! directories, socket and cgroups that are still there.
 
 use std::fs;
 use std::io::{self, Read};
@@ -15,7 +14,8 @@ use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::deployment::{remove_if_dead, socket_name};
+use super::content::ContentStore;
+use super::deployment::{is_clean, sweep};
 use crate::cgroup;
 
 /// First argument of a janitor process.
@@ -24,38 +24,54 @@ pub const VERB: &str = "janitor";
 const LET_GO: Duration = Duration::from_secs(30);
 /// Time for a process to be gone after it was killed.
 const KILLED: Duration = Duration::from_secs(5);
-/// Pause before another janitor follows one that ended.
-const START_AGAIN: Duration = Duration::from_secs(1);
+/// Delay before a janitor that ended is replaced.
+const RESPAWN_DELAY: Duration = Duration::from_secs(1);
 /// Time between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(100);
 
-/// The command's side: while it lives, so does a janitor.
+/// The host agent's side: while it lives, so does a janitor.
 #[derive(Debug)]
 pub struct Janitor {
-    keeper: JoinHandle<()>,
+    respawner: JoinHandle<()>,
+}
+
+/// What a janitor removes.
+#[derive(Debug, Clone)]
+pub struct Remains {
+    /// Data directory with the deployments and the content.
+    pub data_dir: PathBuf,
+    /// Id of the host agent, which owns some of the deployments.
+    pub owner: String,
+    /// Socket of the host agent.
+    pub socket: PathBuf,
+    /// Cgroup of the host agent's guests, if it has one.
+    pub group: Option<PathBuf>,
 }
 
 /// A janitor process, and the pipe whose end it waits for.
 type Process = (Child, OwnedFd);
 
-/// Starts a janitor for the deployment in `directory`, with its socket in
-/// `runtime_dir` and its guests' cgroups in `group`. One that ends before its
-/// time is followed by another.
-pub fn start(directory: &Path, runtime_dir: &Path, group: Option<&Path>) -> io::Result<Janitor> {
-    let mut arguments = vec![PathBuf::from(VERB), directory.into(), runtime_dir.into()];
-    arguments.extend(group.map(Path::to_owned));
+/// Starts a janitor. One that ends early is replaced.
+pub fn start(remains: Remains) -> io::Result<Janitor> {
+    let mut arguments = vec![
+        PathBuf::from(VERB),
+        remains.data_dir,
+        remains.owner.into(),
+        remains.socket,
+    ];
+    arguments.extend(remains.group);
     let spawn = move || spawn(&arguments);
     let first = spawn()?;
     Ok(Janitor {
-        keeper: tokio::spawn(keep(first, spawn)),
+        respawner: tokio::spawn(respawn(first, spawn)),
     })
 }
 
 impl Drop for Janitor {
     fn drop(&mut self) {
-        // The pipe closes with the task. The process is not waited for: it
-        // outlives this one by design.
-        self.keeper.abort();
+        // The pipe closes with the task. The process is not waited for: it outlives this
+        // one by design.
+        self.respawner.abort();
     }
 }
 
@@ -73,19 +89,19 @@ fn spawn(arguments: &[PathBuf]) -> io::Result<Process> {
 }
 
 /// Reaps the janitor that runs, and starts another in its place.
-async fn keep(first: Process, spawn: impl Fn() -> io::Result<Process>) {
+async fn respawn(first: Process, spawn: impl Fn() -> io::Result<Process>) {
     let mut running = Some(first);
     loop {
         if let Some((mut child, _alive)) = running {
-            // No reason for its end is worse than another.
+            // Whatever ended it, another is needed.
             let _ = child.wait().await;
         }
-        tokio::time::sleep(START_AGAIN).await;
+        tokio::time::sleep(RESPAWN_DELAY).await;
         running = spawn().ok();
     }
 }
 
-/// Waits for the guests' processes to end, then for those that do not to die.
+/// Waits for the VMM processes to end, then kills those that do not.
 fn remove_group(group: &Path, deadline: Instant) {
     let mut killed = false;
     while !cgroup::remove(group) {
@@ -98,28 +114,33 @@ fn remove_group(group: &Path, deadline: Instant) {
             cgroup::kill(group);
             killed = true;
         }
-        std::thread::sleep(LOOK_AGAIN);
+        std::thread::sleep(POLL);
     }
 }
 
-/// The janitor process, after [`crate::child::begin`]: waits for the end of its standard input.
+/// The janitor process, after [`crate::child::begin`]: waits for the end of its standard
+/// input.
 pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
-    let (Some(directory), Some(runtime_dir)) = (arguments.next(), arguments.next()) else {
+    let (Some(data_dir), Some(owner), Some(socket)) =
+        (arguments.next(), arguments.next(), arguments.next())
+    else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     io::stdin().read_to_end(&mut Vec::new())?;
     let deadline = Instant::now() + LET_GO;
-    while directory.exists()
+    let owner = owner.to_string_lossy();
+    loop {
         // A file that a VMM process made meanwhile is gone at the next look.
-        && !remove_if_dead(&directory, true).unwrap_or(false)
-        && Instant::now() < deadline
-    {
-        std::thread::sleep(LOOK_AGAIN);
+        let _ = sweep(&data_dir);
+        if is_clean(&data_dir, &owner) || Instant::now() >= deadline {
+            break;
+        }
+        std::thread::sleep(POLL);
     }
+    let _ = ContentStore::new(&data_dir).sweep();
     if let Some(group) = arguments.next() {
         remove_group(&group, deadline);
     }
-    let socket = runtime_dir.join(socket_name(&directory));
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -134,7 +155,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_janitor_that_was_killed_is_reaped_and_followed_by_another_that_ends_with_us() {
+    async fn a_killed_janitor_is_reaped_and_replaced() {
         let (started, mut pids) = mpsc::unbounded_channel();
         let spawn = move || {
             let (reader, writer) = io::pipe()?;
@@ -145,7 +166,7 @@ mod tests {
         };
         let first = spawn().unwrap();
         let janitor = Janitor {
-            keeper: tokio::spawn(keep(first, spawn)),
+            respawner: tokio::spawn(respawn(first, spawn)),
         };
         let there = |pid: u32| Path::new(&format!("/proc/{pid}")).exists();
         let killed = pids.recv().await.unwrap();
@@ -154,7 +175,7 @@ mod tests {
         let second = pids.recv().await.unwrap();
         assert!(!there(killed) && there(second));
         drop(janitor);
-        // The run-time reaps what nobody waits for when a child ends.
+        // The runtime reaps a child without a waiter when another child ends.
         let end = Instant::now() + Duration::from_secs(20);
         while there(second) && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -1,5 +1,6 @@
 //! The files of the host agent: images, deployments, logs.
 
+pub mod content;
 pub mod deployment;
 pub mod image;
 pub mod janitor;

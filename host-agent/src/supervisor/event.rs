@@ -20,6 +20,9 @@ pub struct TimelineEvent {
     /// Time since the deployment was accepted, in milliseconds.
     #[serde(rename = "at_ms", serialize_with = "as_ms")]
     pub at: Duration,
+    /// Id of the deployment; absent when the whole host is meant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deployment: Option<String>,
     /// Instance name; absent when the whole deployment is meant.
     pub instance: Option<String>,
     /// What changed.
@@ -457,6 +460,7 @@ mod tests {
     fn every_line_says_its_schema_its_time_and_its_instance() {
         let event = TimelineEvent {
             at: Duration::from_millis(12),
+            deployment: None,
             instance: Some("A_IN_0".into()),
             kind: EventKind::NoSpace {
                 disk: "os".into(),

@@ -12,9 +12,8 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{Whence, lseek};
 
 use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
-use crate::progress::Progress;
-use crate::service::build_application_image;
-use crate::service::model::Role;
+use super::spec::InstanceSpec;
+use crate::store::content::{ContentHold, ContentStore};
 use crate::store::image::Image;
 use crate::store::log_file::previous;
 use crate::vmm::disk;
@@ -58,14 +57,17 @@ pub enum GuestError {
         source: io::Error,
     },
     /// The application disk cannot be built.
-    #[error("cannot build the application disk {}", path.display())]
+    #[error("cannot build the application disk of role {role}")]
     Application {
-        /// The file.
-        path: PathBuf,
+        /// Role name.
+        role: String,
         /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The content store cannot be written.
+    #[error("cannot add the application disk to the content")]
+    Content(#[source] io::Error),
     /// The diff disk cannot be made.
     #[error("cannot make the diff disk {}", path.display())]
     Diff {
@@ -77,15 +79,33 @@ pub enum GuestError {
     },
 }
 
-/// Makes the disks of an instance in `dir`. The application disk is only ever
-/// read: it is shared with the instance of the same role in `sibling`, if
-/// there is one. Blocking.
+impl From<io::Error> for GuestError {
+    fn from(source: io::Error) -> Self {
+        Self::Content(source)
+    }
+}
+
+impl GuestError {
+    /// The application disk of `role` could not be built, for `map_err`.
+    pub(super) fn application<E: std::error::Error + Send + Sync + 'static>(
+        role: &str,
+    ) -> impl FnOnce(E) -> Self {
+        let role = role.to_owned();
+        move |source| Self::Application {
+            role,
+            source: source.into(),
+        }
+    }
+}
+
+/// Makes the disks of an instance in `dir`. The application disk is a link to the content
+/// that the spec names, since guests only read it. Blocking.
 pub fn create_disks(
     dir: &Path,
-    role: &Role,
+    spec: &InstanceSpec,
     image: &Image,
-    sibling: Option<&Path>,
-    progress: &Progress,
+    content: &ContentStore,
+    hold: &ContentHold,
 ) -> Result<(), GuestError> {
     let path = dir.join("diff.qcow2");
     let diff = make(&path)?;
@@ -96,13 +116,9 @@ pub fn create_disks(
         },
     )?;
     let path = dir.join(RESOURCE);
-    let storage: u64 = role
-        .definition
-        .local_storage
-        .iter()
-        .map(|s| s.size_mib)
-        .sum();
-    let size = (storage + RESOURCE_RESERVE_MIB).min(role.size.resource_mib.max(1)) << 20;
+    let storage = spec.goal.role.local_storage.iter();
+    let storage: u64 = storage.map(|storage| storage.size_mib).sum();
+    let size = (storage + RESOURCE_RESERVE_MIB).min(spec.size.resource_mib.max(1)) << 20;
     let disk = make(&path)?;
     copy_sparse(&image.resource, &disk)
         .and_then(|()| disk.set_len(size))
@@ -112,40 +128,30 @@ pub fn create_disks(
             source,
         })?;
     let path = dir.join(APPLICATION);
-    if let Some(sibling) = sibling {
-        return fs::hard_link(sibling.join(APPLICATION), &path).map_err(|source| {
-            GuestError::File {
-                what: "share",
-                path,
-                source,
-            }
-        });
-    }
-    let out = make(&path)?;
-    build_application_image(role, &out, progress).map_err(|source| GuestError::Application {
-        path,
-        source: source.into(),
-    })?;
-    Ok(())
+    content
+        .link(hold, &spec.application, &path)
+        .map_err(|source| GuestError::File {
+            what: "link the content to",
+            path,
+            source,
+        })
 }
 
 /// Opens everything that the guest of an instance needs.
 pub fn prepare(
     dir: &Path,
-    name: &str,
-    role: &Role,
+    spec: &InstanceSpec,
     image: &Image,
     dial_limit: Duration,
 ) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
     let kvm = open(Path::new("/dev/kvm"), true)?;
-    prepare_on(kvm, dir, name, role, image, dial_limit)
+    prepare_on(kvm, dir, spec, image, dial_limit)
 }
 
 fn prepare_on(
     kvm: File,
     dir: &Path,
-    name: &str,
-    role: &Role,
+    spec: &InstanceSpec,
     image: &Image,
     dial_limit: Duration,
 ) -> Result<(GuestSpec, Vec<OwnedFd>), GuestError> {
@@ -175,10 +181,10 @@ fn prepare_on(
     let base = add(again(&image.base)?);
     let resource = add(open(&dir.join(RESOURCE), true)?);
     let application = add(open(&dir.join(APPLICATION), false)?);
-    let spec = GuestSpec {
-        name: name.to_owned(),
-        vcpus: role.size.vcpus,
-        memory_mib: role.size.memory_mib,
+    let guest = GuestSpec {
+        name: spec.name().to_owned(),
+        vcpus: spec.size.vcpus,
+        memory_mib: spec.size.memory_mib,
         cmdline: COMMAND_LINE.to_owned(),
         kvm,
         kernel,
@@ -210,7 +216,7 @@ fn prepare_on(
         ],
         dial_limit_ms: u32::try_from(dial_limit.as_millis()).unwrap_or(u32::MAX),
     };
-    Ok((spec, files))
+    Ok((guest, files))
 }
 
 /// Name of the file behind the disk with this serial number.
@@ -306,8 +312,13 @@ fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<Fi
 mod tests {
     use super::*;
     use crate::digest::Digest;
+    use crate::progress::Progress;
     use crate::service;
     use crate::store::image;
+    use crate::supervisor::plan::{Placement, plan};
+    use crate::supervisor::spec::ImageRef;
+    use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     /// An image of files that hold their own names.
@@ -336,25 +347,40 @@ mod tests {
         image::open(data_dir, "minimal", &Progress::default()).unwrap()
     }
 
-    fn redis() -> Role {
+    /// An instance, whose application disk is in the content.
+    fn spec(content: &ContentStore, hold: &ContentHold, image: &Image) -> InstanceSpec {
         let redis = Path::new(concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/services/redis"
         ));
-        let mut service = service::load(redis, None, &Progress::default()).unwrap();
-        service.roles.remove(0)
+        let model = service::load(redis, None, &Progress::default()).unwrap();
+        let write = |file: &File| file.write_all_at(b"application", 0);
+        let application = content.add::<io::Error>(hold, write).unwrap();
+        let placement = Placement {
+            deployment: "0123456789abcdef0123456789abcdef",
+            incarnation: 1,
+            image: &ImageRef {
+                name: "minimal".into(),
+                manifest: image.digest,
+            },
+            applications: &BTreeMap::from([("Cache".to_owned(), application)]),
+            address: Ipv4Addr::LOCALHOST.into(),
+            stop_timeout: Duration::ZERO,
+        };
+        plan(&model, &placement).remove(0)
     }
 
     #[test]
-    fn instances_of_a_role_share_the_disk_they_only_read_and_no_other() {
+    fn instances_of_a_role_share_only_the_application_disk() {
         let dir = tempfile::tempdir().unwrap();
         let image = image(dir.path());
-        let role = redis();
-        let progress = Progress::default();
+        let content = ContentStore::new(dir.path());
+        let hold = content.hold().unwrap();
+        let spec = spec(&content, &hold, &image);
         let [first, second] = ["a", "b"].map(|name| dir.path().join(name));
-        for (instance, sibling) in [(&first, None), (&second, Some(first.as_path()))] {
+        for instance in [&first, &second] {
             fs::create_dir(instance).unwrap();
-            create_disks(instance, &role, &image, sibling, &progress).unwrap();
+            create_disks(instance, &spec, &image, &content, &hold).unwrap();
         }
         let inode = |dir: &Path, name| fs::metadata(dir.join(name)).unwrap().ino();
         assert_eq!(inode(&first, APPLICATION), inode(&second, APPLICATION));
@@ -364,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_process_of_an_earlier_boot_said_stays() {
+    fn the_log_of_earlier_boots_stays() {
         use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
         for boot in 1..=3 {
@@ -385,15 +411,17 @@ mod tests {
     }
 
     #[test]
-    fn every_boot_gets_the_base_that_was_verified_though_another_has_its_name() {
+    fn every_boot_gets_the_verified_base_whatever_its_name_is_now() {
         let dir = tempfile::tempdir().unwrap();
         let image = image(dir.path());
-        let role = redis();
-        create_disks(dir.path(), &role, &image, None, &Progress::default()).unwrap();
+        let content = ContentStore::new(dir.path());
+        let hold = content.hold().unwrap();
+        let spec = spec(&content, &hold, &image);
+        create_disks(dir.path(), &spec, &image, &content, &hold).unwrap();
         let boot = || {
             let kvm = tempfile::tempfile().unwrap();
             let limit = Duration::from_secs(2);
-            let (spec, mut files) = prepare_on(kvm, dir.path(), "a", &role, &image, limit).unwrap();
+            let (spec, mut files) = prepare_on(kvm, dir.path(), &spec, &image, limit).unwrap();
             let DiskBacking::Diff { base, .. } = spec.disks[0].backing else {
                 panic!("the OS disk has a base");
             };
@@ -412,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resource_disk_is_what_the_image_has_and_holes_up_to_its_size() {
+    fn a_resource_disk_is_the_template_and_holes() {
         let dir = tempfile::tempdir().unwrap();
         let template = tempfile::tempfile_in(dir.path()).unwrap();
         template.set_len(8 << 20).unwrap();
@@ -430,16 +458,5 @@ mod tests {
         assert_eq!(disk.metadata().unwrap().len(), 8 << 20);
         assert!(disk.metadata().unwrap().blocks() * 512 < 1 << 20);
         disk.set_len(16 << 20).unwrap();
-    }
-
-    #[test]
-    fn disks_that_are_given_up_say_so() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = image(dir.path());
-        let role = redis();
-        let progress = Progress::default();
-        progress.cancel();
-        let error = create_disks(dir.path(), &role, &image, None, &progress).unwrap_err();
-        assert!(matches!(error, GuestError::Application { .. }));
     }
 }

@@ -18,23 +18,24 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use vmbus::channel::{Channel, EXEC_PORT};
-use vmbus::message::{Goal, Health};
+use vmbus::message::{Goal, Health, RoleState};
 
-use super::event::{EventKind, state_name};
+use super::event::EventKind;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
 use super::liveness::{Liveness, LivenessEffect};
+use super::spec::InstanceSpec;
+use super::status::{InstanceStatus, Phase};
 use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
-use crate::service::model::Role;
 use crate::store::image::Image;
 use crate::store::log_file::LogWriter;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
 use crate::vmm::control::Command;
 use boot::{Boot, next_vmm_event};
-pub use handle::{InstanceHandle, Request, View};
+pub use handle::{InstanceHandle, Request};
 
 /// Events of channels that may wait for the actor.
 const CHANNEL_BACKLOG: usize = 256;
@@ -53,21 +54,17 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What an instance is made of.
 #[derive(Debug)]
 pub struct InstanceParts {
-    /// Name.
-    pub name: String,
-    /// Its role.
-    pub role: Role,
+    /// What it is.
+    pub spec: InstanceSpec,
     /// The guest image.
     pub image: Arc<Image>,
     /// Directory with its disks and logs.
     pub dir: PathBuf,
-    /// The goal.
-    pub goal: Goal,
     /// Heartbeat rule.
     pub rule: HeartbeatRule,
     /// Limits of its life.
     pub limits: Limits,
-    /// The deployment's cgroup, if guests can be limited.
+    /// The host's cgroup, if guests can be limited.
     pub group: Option<Arc<DeploymentGroup>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
@@ -98,19 +95,48 @@ struct Instance {
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
     goal: watch::Sender<Goal>,
-    view: watch::Sender<View>,
+    status: watch::Sender<InstanceStatus>,
 }
 
-/// Starts the actor; the task ends when the instance is finished.
-pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::JoinHandle<()>)> {
+/// An instance whose logs are open: it can only be started now.
+#[derive(Debug)]
+pub struct PreparedInstance {
+    parts: InstanceParts,
+    role_log: LogWriter,
+    agent_log: LogWriter,
+}
+
+impl PreparedInstance {
+    /// Opens the logs. Blocking.
+    pub fn new(parts: InstanceParts) -> io::Result<Self> {
+        Ok(Self {
+            role_log: LogWriter::open(&parts.dir.join("role.log"))?,
+            agent_log: LogWriter::open(&parts.dir.join("agent.log"))?,
+            parts,
+        })
+    }
+
+    /// The actor, and a handle to it. The future ends when the instance is finished.
+    pub fn start(self) -> (InstanceHandle, impl Future<Output = ()> + Send + 'static) {
+        start(self)
+    }
+}
+
+fn start(
+    prepared: PreparedInstance,
+) -> (InstanceHandle, impl Future<Output = ()> + Send + 'static) {
+    let PreparedInstance {
+        parts,
+        role_log,
+        agent_log,
+    } = prepared;
     let (requests, request_receiver) = mpsc::channel(16);
     let (channel_sender, channel_receiver) = mpsc::channel(CHANNEL_BACKLOG);
     let (incoming_sender, incoming_receiver) = mpsc::channel(INCOMING_BACKLOG);
-    let (view, view_receiver) = watch::channel(View::default());
-    let role_log = Arc::new(LogWriter::open(&parts.dir.join("role.log"))?);
-    let agent_log = Arc::new(LogWriter::open(&parts.dir.join("agent.log"))?);
+    let (status, status_receiver) = watch::channel(InstanceStatus::default());
+    let (role_log, agent_log) = (Arc::new(role_log), Arc::new(agent_log));
     let (alive, over) = mpsc::channel(1);
-    let handle = InstanceHandle::new(&parts.name, &parts.dir, requests, view_receiver);
+    let handle = InstanceHandle::new(&parts.spec, &parts.dir, requests, status_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
         liveness: Liveness::new(parts.rule, parts.probe_limit),
@@ -124,18 +150,18 @@ pub fn start(parts: InstanceParts) -> io::Result<(InstanceHandle, tokio::task::J
         alive,
         channel_sender,
         incoming_sender,
-        goal: watch::channel(parts.goal.clone()).0,
-        view,
+        goal: watch::channel(parts.spec.goal.clone()).0,
+        status,
         parts,
     };
-    let task = tokio::spawn(async move {
+    let task = async move {
         // The receivers end with `run`: no connection waits for them any more.
         let instance = instance
             .run(request_receiver, channel_receiver, incoming_receiver)
             .await;
         instance.last_words(over).await;
-    });
-    Ok((handle, task))
+    };
+    (handle, task)
 }
 
 impl Instance {
@@ -241,7 +267,7 @@ impl Instance {
             Effect::Wait(wait, time) => self.wait = Some((Instant::now() + time, wait)),
             Effect::Rotation(ready) => {
                 let sender = ready.then(|| self.incoming_sender.clone());
-                self.parts.rotation.set(&self.parts.name, sender);
+                self.parts.rotation.set(self.parts.spec.name(), sender);
                 if !ready && self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
                     self.tell(EventKind::OutOfRotation);
                 }
@@ -258,8 +284,10 @@ impl Instance {
         }
         match event {
             ChannelEvent::Booted { init_ms, agent } => {
+                let connected = EventKind::AgentConnected { init_ms, agent };
+                self.observe(&connected);
                 if self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
-                    self.tell(EventKind::AgentConnected { init_ms, agent });
+                    self.tell(connected);
                 }
                 self.feed(Input::Connected)
             }
@@ -283,8 +311,13 @@ impl Instance {
                 !fresh || self.feed(Input::Beat)
             }
             ChannelEvent::Status(status) => {
-                let name = state_name(status.state).to_owned();
-                self.view.send_modify(|view| view.state = name);
+                self.status.send_modify(|known| {
+                    if status.state != RoleState::Unknown {
+                        known.phase = Phase::Role(status.state);
+                    }
+                    known.recycles = status.recycles;
+                    known.applied = status.incarnation;
+                });
                 self.feed(Input::Status(status))
             }
             ChannelEvent::AgentResult { error } => {
@@ -370,8 +403,14 @@ impl Instance {
         }
     }
 
+    /// Takes an event into the status, whether or not it is reported.
+    fn observe(&self, kind: &EventKind) {
+        self.status.send_modify(|status| status.apply(kind));
+    }
+
     fn tell(&self, kind: EventKind) {
-        self.parts.timeline.tell(Some(&self.parts.name), kind);
+        self.observe(&kind);
+        self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
     }
 }
 

@@ -1,87 +1,92 @@
-//! The way of the events from the instances to the one who owns them: bounded,
-//! and never waited for.
+//! The event bus of a host: every instance writes to it, any number of readers
+//! subscribe. Bounded; a writer never waits.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::mpsc;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
 use super::event::{EventKind, TimelineEvent};
 
-/// Events that may wait for the owner. What guests cause is limited where it
-/// arises, so only an owner that does not read for minutes loses any.
+/// Events that are kept for a slow reader. What guests cause is limited where it arises,
+/// so only a reader that pauses for minutes loses any.
 const BACKLOG: usize = 4096;
 
-/// Where events are told. Cloning gives another end of the same timeline.
+/// Where events are written: a clone writes to the same bus.
 #[derive(Debug, Clone)]
 pub struct Timeline {
-    sender: mpsc::Sender<TimelineEvent>,
-    accepted: Instant,
-    lost: Arc<AtomicU64>,
+    sender: broadcast::Sender<TimelineEvent>,
+    started: Instant,
+    /// The deployment whose events these are, if they are not the whole host's.
+    deployment: Option<Arc<str>>,
 }
 
-/// Where events are read.
+/// A subscription.
 #[derive(Debug)]
 pub struct Events {
-    receiver: mpsc::Receiver<TimelineEvent>,
-    accepted: Instant,
-    lost: Arc<AtomicU64>,
-}
-
-/// A timeline that begins now.
-pub fn timeline() -> (Timeline, Events) {
-    bounded(BACKLOG)
-}
-
-fn bounded(backlog: usize) -> (Timeline, Events) {
-    let (sender, receiver) = mpsc::channel(backlog);
-    let accepted = Instant::now();
-    let lost = Arc::<AtomicU64>::default();
-    let timeline = Timeline {
-        sender,
-        accepted,
-        lost: Arc::clone(&lost),
-    };
-    let events = Events {
-        receiver,
-        accepted,
-        lost,
-    };
-    (timeline, events)
+    receiver: broadcast::Receiver<TimelineEvent>,
+    started: Instant,
 }
 
 impl Timeline {
-    /// Tells of a change of `instance`, or of the whole deployment. An event
-    /// for which there is no room is counted.
+    /// A bus that begins now.
+    pub fn start() -> Self {
+        Self::bounded(BACKLOG)
+    }
+
+    fn bounded(backlog: usize) -> Self {
+        Self {
+            sender: broadcast::channel(backlog).0,
+            started: Instant::now(),
+            deployment: None,
+        }
+    }
+
+    /// The same bus, for events of `deployment`.
+    pub fn of(&self, deployment: &str) -> Self {
+        Self {
+            deployment: Some(deployment.into()),
+            ..self.clone()
+        }
+    }
+
+    /// Every event from now on.
+    pub fn subscribe(&self) -> Events {
+        Events {
+            receiver: self.sender.subscribe(),
+            started: self.started,
+        }
+    }
+
+    /// Writes an event of `instance`, or of all.
     pub fn tell(&self, instance: Option<&str>, kind: EventKind) {
         let event = TimelineEvent {
-            at: self.accepted.elapsed(),
+            at: self.started.elapsed(),
+            deployment: self.deployment.as_deref().map(str::to_owned),
             instance: instance.map(str::to_owned),
             kind,
         };
-        // Nobody listens only when the command is ending.
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.sender.try_send(event) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
+        // An error means that there are no subscribers.
+        let _ = self.sender.send(event);
     }
 }
 
 impl Events {
-    /// The next event; `None` when nobody is left who could tell one.
-    /// Cancelling loses nothing.
+    /// The next event; `None` when no writer is left. Cancel safe.
     pub async fn next(&mut self) -> Option<TimelineEvent> {
-        let lost = self.lost.swap(0, Ordering::Relaxed);
-        if lost > 0 {
-            return Some(TimelineEvent {
-                at: self.accepted.elapsed(),
+        match self.receiver.recv().await {
+            Ok(event) => Some(event),
+            Err(RecvError::Lagged(lost)) => Some(TimelineEvent {
+                at: self.started.elapsed(),
+                deployment: None,
                 instance: None,
                 kind: EventKind::Warning {
                     text: format!("{lost} events were lost: too many at once"),
                 },
-            });
+            }),
+            Err(RecvError::Closed) => None,
         }
-        self.receiver.recv().await
     }
 }
 
@@ -90,18 +95,22 @@ mod tests {
     use super::*;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn an_owner_that_does_not_read_holds_up_nobody_and_hears_what_it_missed() {
-        let (timeline, mut events) = bounded(2);
+    async fn a_slow_reader_learns_how_many_events_it_missed() {
+        let timeline = Timeline::bounded(2);
+        let mut slow = timeline.subscribe();
+        let mut quick = timeline.subscribe();
+        let of_deployment = timeline.of("d");
         for _ in 0..5 {
-            timeline.tell(Some("A_IN_0"), EventKind::Stopping);
+            of_deployment.tell(Some("A_IN_0"), EventKind::Stopping);
+            assert_eq!(quick.next().await.unwrap().deployment.as_deref(), Some("d"));
         }
-        let first = events.next().await.unwrap();
+        let first = slow.next().await.unwrap();
         assert!(matches!(&first.kind,
             EventKind::Warning { text } if text.starts_with("3 events were lost")));
         for _ in 0..2 {
-            assert_eq!(events.next().await.unwrap().kind, EventKind::Stopping);
+            assert_eq!(slow.next().await.unwrap().kind, EventKind::Stopping);
         }
-        drop(timeline);
-        assert_eq!(events.next().await, None);
+        drop((timeline, of_deployment));
+        assert_eq!(slow.next().await, None);
     }
 }

@@ -87,6 +87,7 @@ mod tests {
     fn event(ms: u64, instance: &str, kind: EventKind) -> TimelineEvent {
         TimelineEvent {
             at: Duration::from_millis(ms),
+            deployment: None,
             instance: Some(instance.into()),
             kind,
         }

@@ -19,6 +19,7 @@ use super::dial::Dialed;
 use super::{Instance, MOST_CHANNELS};
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::channels::{GuestChannels, ShutdownRequest};
+use crate::store::deployment::short_id;
 use crate::token_bucket::LogLimit;
 use crate::vmm::control::{self, Event, ExitReason, Stats};
 use crate::vmm::spec::GuestSpec;
@@ -44,14 +45,8 @@ impl Instance {
         self.wait = None;
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let parts = &self.parts;
-        let (spec, files) = guest::prepare(
-            &parts.dir,
-            &parts.name,
-            &parts.role,
-            &parts.image,
-            parts.dial_limit,
-        )
-        .map_err(|e| chain(&e))?;
+        let (spec, files) = guest::prepare(&parts.dir, &parts.spec, &parts.image, parts.dial_limit)
+            .map_err(|e| chain(&e))?;
         let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
         let group = self.limited(&spec);
         let launch = Launch {
@@ -95,12 +90,6 @@ impl Instance {
             stats: VecDeque::new(),
         });
         self.liveness.spawned();
-        self.view.send_modify(|view| {
-            view.generation = generation;
-            view.pid = pid;
-            view.no_space = false;
-            "Booting".clone_into(&mut view.state);
-        });
         Ok(pid)
     }
 
@@ -109,8 +98,10 @@ impl Instance {
         let group = self.parts.group.as_ref()?;
         let disks = guest::disks_in_memory(&self.parts.dir, &self.parts.image);
         let limits = cgroup::GuestLimits::of(spec.vcpus, spec.memory_mib, disks);
+        let instance = &self.parts.spec;
+        let name = format!("{}.{}", short_id(instance.deployment()), instance.name());
         group
-            .guest(&self.parts.name, limits)
+            .guest(&name, limits)
             .inspect_err(|error| self.not_limited(error))
             .ok()
     }
@@ -148,11 +139,6 @@ impl Instance {
                 self.liveness.ended();
                 self.wait = None;
                 self.last_health = None;
-                self.view.send_modify(|view| {
-                    view.pid = 0;
-                    view.no_space = false;
-                    "Down".clone_into(&mut view.state);
-                });
                 self.feed(Input::Ended(reason))
             }
         }

@@ -27,6 +27,9 @@ impl Instance {
         match request {
             Request::Stop => return self.feed(Input::Stop),
             Request::Kill => return self.feed(Input::Kill),
+            Request::Apply(goal) => {
+                self.goal.send_replace(*goal);
+            }
             Request::Pause(_, answer) if self.is_behind() => {
                 let _ = answer.send(Err(BUSY.into()));
             }

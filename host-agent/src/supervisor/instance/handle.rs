@@ -1,11 +1,15 @@
 //! What the owner of an instance holds: requests to its actor and a view of it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
+use vmbus::message::Goal;
 
+use super::super::spec::InstanceSpec;
+use super::super::status::InstanceStatus;
 use crate::vmm::control::Stats;
 
 /// Most time for an answer. A VMM process that takes longer is found hung.
@@ -18,6 +22,8 @@ pub enum Request {
     Stop,
     /// Stop now.
     Kill,
+    /// Be at this goal.
+    Apply(Box<Goal>),
     /// Stop or resume the vCPUs.
     Pause(bool, oneshot::Sender<Result<(), String>>),
     /// A connection to the guest agent's exec service.
@@ -26,43 +32,44 @@ pub enum Request {
     Stats(oneshot::Sender<Result<Stats, String>>),
 }
 
-/// What can be seen of an instance at any time.
-#[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct View {
-    /// Number of the boot.
-    pub generation: u64,
-    /// Process id of the VMM, 0 when none runs.
-    pub pid: u32,
-    /// State in one word.
-    pub state: String,
-    /// The host has no room for what it writes: it stands still.
-    pub no_space: bool,
-}
-
 /// A handle to a running actor.
 #[derive(Debug, Clone)]
 pub struct InstanceHandle {
-    /// Instance name.
-    pub name: String,
-    /// Directory with its logs.
-    pub dir: PathBuf,
+    spec: Arc<InstanceSpec>,
+    directory: Arc<Path>,
     requests: mpsc::Sender<Request>,
-    view: watch::Receiver<View>,
+    status: watch::Receiver<InstanceStatus>,
 }
 
 impl InstanceHandle {
     pub(super) fn new(
-        name: &str,
-        dir: &Path,
+        spec: &InstanceSpec,
+        directory: &Path,
         requests: mpsc::Sender<Request>,
-        view: watch::Receiver<View>,
+        status: watch::Receiver<InstanceStatus>,
     ) -> Self {
         Self {
-            name: name.to_owned(),
-            dir: dir.to_owned(),
+            spec: Arc::new(spec.clone()),
+            directory: directory.into(),
             requests,
-            view,
+            status,
         }
+    }
+
+    /// What it was created as.
+    pub fn spec(&self) -> &InstanceSpec {
+        &self.spec
+    }
+
+    /// Directory with its disks and logs.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Waits until the actor has ended.
+    pub async fn ended(&self) {
+        let mut status = self.status.clone();
+        while status.changed().await.is_ok() {}
     }
 
     /// Puts a request; an actor that is gone has nothing left to stop.
@@ -71,8 +78,8 @@ impl InstanceHandle {
     }
 
     /// The instance as it is now.
-    pub fn view(&self) -> View {
-        self.view.borrow().clone()
+    pub fn status(&self) -> InstanceStatus {
+        self.status.borrow().clone()
     }
 
     /// Connects to the guest agent's exec service.

@@ -25,17 +25,18 @@ impl Instance {
         };
         boot.no_space_reported |= reported;
         self.liveness.no_space(now);
-        self.view.send_modify(|view| view.no_space = true);
+        let file = self.parts.dir.join(name);
+        let no_space = EventKind::NoSpace {
+            disk,
+            mount: mount_of(&file),
+            needed_bytes: u64::from(needed).max(LEAST),
+            free_bytes: free_on(&file),
+            quota,
+            file,
+        };
+        self.observe(&no_space);
         if reported {
-            let file = self.parts.dir.join(name);
-            self.tell(EventKind::NoSpace {
-                disk,
-                mount: mount_of(&file),
-                needed_bytes: u64::from(needed).max(LEAST),
-                free_bytes: free_on(&file),
-                quota,
-                file,
-            });
+            self.tell(no_space);
         }
         self.feed(Input::NoSpace)
     }
@@ -45,7 +46,7 @@ impl Instance {
         let Some(paused) = self.liveness.space_back(now) else {
             return true;
         };
-        self.view.send_modify(|view| view.no_space = false);
+        self.observe(&EventKind::SpaceBack { paused_ms: 0 });
         let boot = self.boot.as_mut();
         if boot.is_some_and(|boot| std::mem::take(&mut boot.no_space_reported)) {
             let paused_ms = u64::try_from(paused.as_millis()).unwrap_or(u64::MAX);

@@ -1,0 +1,68 @@
+//! Deploys a service that is given as a model: content and specs, then the host.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use super::host::{DeploymentHandle, Host, HostError, NewDeployment};
+use super::plan::{Placement, plan, public_endpoints};
+use crate::progress::Progress;
+use crate::service::model::ServiceModel;
+use crate::store::deployment::{Retention, random_id};
+
+/// How a service is deployed.
+#[derive(Debug, Clone, Copy)]
+pub struct DeployOptions {
+    /// What happens to disks and logs at the end.
+    pub retention: Retention,
+    /// Address on which endpoints are published.
+    pub address: IpAddr,
+}
+
+/// Deploys `model` on `host` and returns as soon as its instances are starting.
+/// `progress` shows what takes long and can cancel it.
+///
+/// # Errors
+/// The service could not be deployed whole; nothing of it is left.
+pub async fn deploy(
+    host: &Host,
+    model: &ServiceModel,
+    options: DeployOptions,
+    progress: &Progress,
+) -> Result<DeploymentHandle, HostError> {
+    let failed = HostError::directory("a deployment", &host.options().data_dir);
+    let id = random_id().map_err(failed)?;
+    // First what fails at once.
+    let endpoints: Vec<_> = model
+        .roles
+        .iter()
+        .map(|role| {
+            let endpoints = public_endpoints(model, role, options.address);
+            (role.definition.name.as_str(), endpoints)
+        })
+        .collect();
+    let endpoints = endpoints.iter().map(|(role, found)| (*role, &found[..]));
+    let published = host.publish(&id, endpoints)?;
+    let image = host.verify_image(&model.image, progress).await?;
+    let hold = host.hold_content().await?;
+    let mut applications = BTreeMap::new();
+    for role in &model.roles {
+        let digest = host.add_application(&hold, role, progress).await?;
+        applications.insert(role.definition.name.clone(), digest);
+    }
+    let placement = Placement {
+        deployment: &id,
+        incarnation: 1,
+        image: &image,
+        applications: &applications,
+        address: options.address,
+        stop_timeout: host.options().role_stop(),
+    };
+    let specs = plan(model, &placement);
+    let new = NewDeployment {
+        id,
+        service: model.name.clone(),
+        retention: options.retention,
+        specs,
+    };
+    host.create(new, published, &hold).await
+}

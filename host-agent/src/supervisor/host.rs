@@ -1,0 +1,328 @@
+//! A host: runs instances of any number of deployments, with one event bus, one content
+//! store, one table of listeners, one cgroup and one janitor for all of them.
+
+mod create;
+mod error;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use vmbus::text::chain;
+
+use super::event::EventKind;
+use super::heartbeat::HeartbeatRule;
+use super::instance::{InstanceHandle, Request};
+use super::lifecycle::Limits;
+use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
+use super::timeline::Timeline;
+use crate::cgroup::{self, DeploymentGroup};
+use crate::endpoints::Listeners;
+use crate::progress::Progress;
+use crate::store::content::ContentStore;
+use crate::store::deployment::{DeploymentDir, random_id, short_id, sweep};
+use crate::store::image::{self, Image};
+use crate::store::janitor::{self, Janitor, Remains};
+pub use create::{NewDeployment, Published};
+pub use error::HostError;
+
+/// How a host runs its instances.
+#[derive(Debug, Clone)]
+pub struct HostOptions {
+    /// Where images, content and deployments live.
+    pub data_dir: PathBuf,
+    /// Where the host's socket lives.
+    pub runtime_dir: PathBuf,
+    /// Heartbeat rule.
+    pub rule: HeartbeatRule,
+    /// Factor on every limit that depends on the speed of this machine.
+    pub timeout_scale: f64,
+}
+
+impl HostOptions {
+    /// Time that a role may take to stop.
+    pub fn role_stop(&self) -> Duration {
+        self.scaled(30)
+    }
+
+    fn scaled(&self, seconds: u64) -> Duration {
+        Duration::from_secs(seconds).mul_f64(self.timeout_scale)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            role_stop: self.role_stop(),
+            power_off: self.scaled(10),
+            begin: self.scaled(3),
+            condemned: self.scaled(30),
+            vmm_stop: self.scaled(2),
+            death: self.scaled(10),
+        }
+    }
+}
+
+/// A host. A clone is another handle to the same host, whose instances end with the last
+/// handle.
+#[derive(Debug, Clone)]
+pub struct Host(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    id: String,
+    options: HostOptions,
+    content: ContentStore,
+    timeline: Timeline,
+    group: Option<Arc<DeploymentGroup>>,
+    listeners: Mutex<Listeners>,
+    images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
+    deployments: Mutex<BTreeMap<String, Deployment>>,
+    _janitor: Janitor,
+}
+
+#[derive(Debug)]
+struct Deployment {
+    handle: DeploymentHandle,
+    dir: DeploymentDir,
+    tasks: JoinSet<()>,
+}
+
+/// A deployment that runs. It stays after the handle is dropped.
+#[derive(Debug, Clone)]
+pub struct DeploymentHandle {
+    id: String,
+    service: String,
+    directory: PathBuf,
+    instances: Vec<InstanceHandle>,
+}
+
+impl Host {
+    /// Begins: sweeps what hosts that died have left, finds a cgroup, starts a janitor.
+    /// Events go to `timeline`.
+    pub async fn open(options: HostOptions, timeline: Timeline) -> Result<Self, HostError> {
+        let data_dir = options.data_dir.clone();
+        let content = ContentStore::new(&data_dir);
+        let of_sweep = content.clone();
+        let (id, swept, group) = blocking(move || {
+            let swept = sweep(&data_dir).map_err(|error| chain(&error));
+            let unused = of_sweep.sweep().map_err(|error| chain(&error));
+            let id = random_id()?;
+            let group = cgroup::find_parent()
+                .map_err(|why| why.to_string())
+                .and_then(|place| {
+                    DeploymentGroup::create(&place, short_id(&id)).map_err(|error| chain(&error))
+                });
+            Ok((id, swept.and(unused), group))
+        })
+        .await?
+        .map_err(HostError::directory("a host", &options.data_dir))?;
+        let warn = |text| timeline.tell(None, EventKind::Warning { text });
+        if let Err(text) = swept {
+            // What is left takes space but does not prevent a start.
+            warn(text);
+        }
+        let group = match group {
+            Ok(group) => Some(Arc::new(group)),
+            Err(why) => {
+                warn(format!("memory limit of guests is not enforced: {why}"));
+                None
+            }
+        };
+        let remains = Remains {
+            data_dir: options.data_dir.clone(),
+            owner: id.clone(),
+            socket: socket_path(&options, &id),
+            group: group.as_ref().map(|group| group.path().to_owned()),
+        };
+        let janitor = janitor::start(remains)
+            .map_err(HostError::directory("a janitor", &options.data_dir))?;
+        Ok(Self(Arc::new(Shared {
+            id,
+            options,
+            content,
+            timeline,
+            group,
+            listeners: Mutex::default(),
+            images: Mutex::default(),
+            deployments: Mutex::default(),
+            _janitor: janitor,
+        })))
+    }
+
+    /// How it runs its instances.
+    pub fn options(&self) -> &HostOptions {
+        &self.0.options
+    }
+
+    /// Path for the socket of the host's API.
+    pub fn socket(&self) -> PathBuf {
+        socket_path(&self.0.options, &self.0.id)
+    }
+
+    /// Every deployment that runs, by its id.
+    pub fn deployments(&self) -> Vec<DeploymentHandle> {
+        let deployments = lock(&self.0.deployments);
+        let handles = deployments.values().map(|it| it.handle.clone());
+        handles.collect()
+    }
+
+    /// Checks image `name` and keeps it open for instances.
+    pub async fn verify_image(
+        &self,
+        name: &str,
+        progress: &Progress,
+    ) -> Result<ImageRef, HostError> {
+        let (data_dir, of_open) = (self.0.options.data_dir.clone(), name.to_owned());
+        let progress = progress.clone();
+        let image = blocking(move || image::open(&data_dir, &of_open, &progress))
+            .await?
+            .map_err(HostError::Image)?;
+        let reference = ImageRef {
+            name: name.to_owned(),
+            manifest: image.digest,
+        };
+        let verified = EventKind::ImageVerified {
+            image: name.to_owned(),
+            cached: image.cached,
+        };
+        self.0.timeline.tell(None, verified);
+        lock(&self.0.images).insert(reference.clone(), Arc::new(image));
+        Ok(reference)
+    }
+
+    /// The verified image that a spec names.
+    async fn image(&self, wanted: &ImageRef) -> Result<Arc<Image>, HostError> {
+        let known = |this: &Self| lock(&this.0.images).get(wanted).cloned();
+        if let Some(image) = known(self) {
+            return Ok(image);
+        }
+        let found = self
+            .verify_image(&wanted.name, &Progress::default())
+            .await?;
+        known(self).ok_or_else(|| HostError::ImageChanged {
+            name: wanted.name.clone(),
+            wanted: wanted.manifest.hex(),
+            found: found.manifest.hex(),
+        })
+    }
+
+    /// Gives a running instance another goal. The instance keeps its guest; its status
+    /// has the incarnation once the guest has applied it.
+    ///
+    /// # Errors
+    /// No such instance runs here.
+    pub async fn apply(&self, spec: InstanceSpec) -> Result<(), HostError> {
+        let (deployment, name) = (spec.deployment().to_owned(), spec.name().to_owned());
+        let handle = lock(&self.0.deployments)
+            .get(&deployment)
+            .and_then(|found| found.handle.instance(&name).cloned());
+        let handle = handle.ok_or(HostError::NotFound { deployment, name })?;
+        handle.send(Request::Apply(Box::new(spec.goal))).await;
+        Ok(())
+    }
+
+    /// Waits for every instance of a deployment to end, stops listening, and removes its
+    /// files unless they are kept.
+    ///
+    /// # Errors
+    /// Files could not be removed; the next start sweeps them.
+    pub async fn remove(&self, id: &str) -> Result<(), HostError> {
+        let Some(mut deployment) = lock(&self.0.deployments).remove(id) else {
+            return Ok(());
+        };
+        while deployment.tasks.join_next().await.is_some() {}
+        lock(&self.0.listeners).remove(id);
+        let content = self.0.content.clone();
+        let path = deployment.dir.path().to_owned();
+        blocking(move || {
+            deployment.dir.remove()?;
+            content.sweep()
+        })
+        .await?
+        .map_err(HostError::removal(&path))
+    }
+}
+
+impl DeploymentHandle {
+    /// 32 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Name of the service.
+    pub fn service(&self) -> &str {
+        &self.service
+    }
+
+    /// Directory with the disks and logs of the instances.
+    pub fn directory(&self) -> &std::path::Path {
+        &self.directory
+    }
+
+    /// The instances, in the order of their specs.
+    pub fn instances(&self) -> &[InstanceHandle] {
+        &self.instances
+    }
+
+    /// The instance called `name`.
+    pub fn instance(&self, name: &str) -> Option<&InstanceHandle> {
+        self.instances.iter().find(|it| it.spec().name() == name)
+    }
+
+    /// Stops every instance cleanly.
+    pub async fn stop(&self) {
+        for instance in &self.instances {
+            instance.send(Request::Stop).await;
+        }
+    }
+
+    /// Stops every instance now.
+    pub async fn kill(&self) {
+        for instance in &self.instances {
+            instance.send(Request::Kill).await;
+        }
+    }
+
+    /// Waits until every instance has ended.
+    pub async fn ended(&self) {
+        for instance in &self.instances {
+            instance.ended().await;
+        }
+    }
+}
+
+/// Reports the public endpoints of `specs`.
+fn announce(timeline: &Timeline, specs: &[InstanceSpec]) {
+    let mut last: Option<&[PublicEndpoint]> = None;
+    for spec in specs {
+        // Instances of a role follow one another and share their endpoints.
+        if last.replace(&spec.endpoints) == Some(&spec.endpoints) {
+            continue;
+        }
+        for endpoint in &spec.endpoints {
+            let published = EventKind::EndpointPublished {
+                endpoint: endpoint.label.clone(),
+                address: endpoint.address,
+                local_port: endpoint.local_port,
+            };
+            timeline.tell(None, published);
+        }
+    }
+}
+
+fn socket_path(options: &HostOptions, id: &str) -> PathBuf {
+    options.runtime_dir.join(format!("{}.sock", short_id(id)))
+}
+
+/// A panic while the lock was held leaves whole entries: each change is one call.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, HostError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| HostError::Internal(error.to_string()))
+}
