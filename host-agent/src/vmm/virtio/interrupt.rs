@@ -1,5 +1,5 @@
-//! A device's interrupt: status bits that the driver reads, the irqfd, and what
-//! is known of a driver that broke the rules.
+//! A device's interrupt: its status bits, its irqfd, and the record of violations
+//! by the driver.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -11,13 +11,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::token_bucket::{LogLimit, VMM_LOG};
 
-/// Used buffer notification (virtio 1.2, 4.2.2, InterruptStatus bit 0).
+/// Used buffer notification (virtio 1.2, 4.2.2, `InterruptStatus` bit 0).
 pub const USED_BUFFER: u32 = 1;
-/// Configuration change notification (bit 1).
+/// Configuration change notification (virtio 1.2, 4.2.2, bit 1).
 pub const CONFIG_CHANGE: u32 = 2;
 
-/// Shared by the transport (which reads and acknowledges) and the device's
-/// thread (which raises).
+/// Shared by the transport, which reads and acknowledges the status bits, and
+/// the worker, which sets them.
 #[derive(Debug, Clone)]
 pub struct Interrupt(Arc<InterruptState>);
 
@@ -31,7 +31,7 @@ struct InterruptState {
     last: Mutex<LastViolation>,
 }
 
-/// The last violation, and how often they are logged.
+/// The last violation, and the rate limit of their log lines.
 #[derive(Debug)]
 struct LastViolation {
     reason: String,
@@ -39,8 +39,7 @@ struct LastViolation {
 }
 
 impl Interrupt {
-    /// An interrupt of the device `name` that KVM injects when `line` is
-    /// signalled.
+    /// The interrupt of the device `name`; `line` is its irqfd.
     pub fn new(line: EventFd, name: &str) -> Self {
         Self(Arc::new(InterruptState {
             line,
@@ -60,23 +59,22 @@ impl Interrupt {
         &self.0.name
     }
 
-    /// Tells the driver that buffers were used.
+    /// Sends a used buffer notification.
     pub fn used(&self) {
         self.raise(USED_BUFFER);
     }
 
-    /// Marks the device as broken until the driver resets it; counts the
-    /// violation and logs it at a limited rate. The transport shows
-    /// `DEVICE_NEEDS_RESET` in its status.
+    /// Sets `DEVICE_NEEDS_RESET` until the driver resets the device, counts the
+    /// violation and logs it at a limited rate.
     pub fn needs_reset(&self, why: &(dyn Error + 'static)) {
         let reason = chain(why);
-        let mut broken = self.broken();
-        if let Some(suppressed) = broken.log.allow(Instant::now()) {
+        let mut last = self.last_violation();
+        if let Some(suppressed) = last.log.allow(Instant::now()) {
             let device = &self.0.name;
             tracing::warn!(device, reason, suppressed, "device needs a reset");
         }
-        broken.reason = reason;
-        drop(broken);
+        last.reason = reason;
+        drop(last);
         self.0.violations.fetch_add(1, Ordering::Release);
         self.0.needs_reset.store(true, Ordering::Release);
         self.raise(CONFIG_CHANGE);
@@ -87,31 +85,31 @@ impl Interrupt {
         self.0.needs_reset.load(Ordering::Acquire)
     }
 
-    /// Violations since the device was made; a reset does not clear them.
+    /// Violations since the device was created; a reset does not clear the count.
     pub fn violations(&self) -> u64 {
         self.0.violations.load(Ordering::Acquire)
     }
 
-    /// What the last violation was; empty if there was none.
+    /// The last violation; empty if there was none.
     pub fn reason(&self) -> String {
-        self.broken().reason.clone()
+        self.last_violation().reason.clone()
     }
 
-    fn broken(&self) -> MutexGuard<'_, LastViolation> {
+    fn last_violation(&self) -> MutexGuard<'_, LastViolation> {
         self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The status bits, for the transport.
+    /// The value of the register `InterruptStatus`.
     pub fn status(&self) -> u32 {
         self.0.status.load(Ordering::Acquire)
     }
 
-    /// The driver handled `bits`.
+    /// Clears `bits`: the driver wrote them to `InterruptACK`.
     pub fn acknowledge(&self, bits: u32) {
         self.0.status.fetch_and(!bits, Ordering::AcqRel);
     }
 
-    /// Back to the state after power-on, but for the count of violations.
+    /// Restores the state after power-on, except for the record of violations.
     pub fn reset(&self) {
         self.0.status.store(0, Ordering::Release);
         self.0.needs_reset.store(false, Ordering::Release);
@@ -119,8 +117,8 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         self.0.status.fetch_or(bit, Ordering::AcqRel);
-        // The counter of a non-blocking eventfd can only be full when an
-        // interrupt is already pending.
+        // The write fails only on a full counter, and then an interrupt is
+        // pending already.
         let _ = self.0.line.write(1);
     }
 }

@@ -1,10 +1,11 @@
 //! The virtio-mmio transport (virtio 1.2, 4.2): registers of one device.
 //!
-//! Reads and acknowledgements of the interrupt status, which come with every
-//! interrupt, take no lock; all else is rare and takes the transport's. A reset
-//! may hold it for as long as the host's disk likes, so it is for processors
-//! alone: what the main thread wants to know is in [`Interrupt`].
+//! Reading and acknowledging the interrupt status takes no lock, because a driver
+//! does both on every interrupt; every other access takes the transport's lock. A
+//! reset holds that lock while the worker waits for a disk of the host, so only
+//! vCPU threads and [`Transport::stop`] take it. The main thread reads [`Interrupt`].
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -18,14 +19,13 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
-use super::{ActivateError, Activation, ActiveQueue, Device};
+use super::{ActivateError, Activation, ActiveQueue, Device, new_event};
 
-/// Register offsets (virtio 1.2, table 4.1).
+/// Register offsets (virtio 1.2, 4.2.2, table 4.1).
 mod register {
     pub const MAGIC: u64 = 0x00;
     pub const VERSION: u64 = 0x04;
     pub const DEVICE_ID: u64 = 0x08;
-    pub const VENDOR_ID: u64 = 0x0c;
     pub const DEVICE_FEATURES: u64 = 0x10;
     pub const DEVICE_FEATURES_SEL: u64 = 0x14;
     pub const DRIVER_FEATURES: u64 = 0x20;
@@ -46,29 +46,28 @@ mod register {
     pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
     pub const SHM_LEN_LOW: u64 = 0xb0;
     pub const SHM_BASE_HIGH: u64 = 0xbc;
-    pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
 
-/// Offset of the register that KVM turns into an eventfd.
+/// Offset of the register `QueueNotify`, for its ioeventfd.
 pub const NOTIFY: u64 = register::QUEUE_NOTIFY;
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 
-/// What the driver set up cannot be used.
+/// Why the driver's setup cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum SetupError {
     #[error("queue {queue} is not ready")]
     NotReady { queue: usize },
     #[error("rings of queue {queue} are not aligned or outside of RAM")]
     Rings { queue: usize },
-    #[error("no descriptor for the kick of a queue")]
-    Kick(#[source] std::io::Error),
+    #[error("cannot duplicate the eventfd of a queue")]
+    Kick(#[source] io::Error),
     #[error(transparent)]
     Device(#[from] ActivateError),
 }
 
-/// One device behind its registers.
+/// The transport of one device.
 pub struct Transport {
     interrupt: Interrupt,
     state: Mutex<TransportState>,
@@ -77,18 +76,29 @@ pub struct Transport {
 struct TransportState {
     device: Box<dyn Device>,
     memory: GuestMemoryMmap,
+    registers: Registers,
+    queues: Vec<QueueSetup>,
+}
+
+/// The registers that the driver writes and a reset clears.
+#[derive(Default)]
+struct Registers {
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
-    queues: Vec<QueueSetup>,
 }
 
-/// What the driver said about one queue.
+/// One queue of the device.
 struct QueueSetup {
     max: u16,
     kick: EventFd,
+    registers: QueueRegisters,
+}
+
+/// What the driver wrote for one queue.
+struct QueueRegisters {
     size: u16,
     ready: bool,
     desc: u64,
@@ -96,25 +106,20 @@ struct QueueSetup {
     device: u64,
 }
 
-impl QueueSetup {
-    fn reset(&mut self) {
-        let Self {
-            max,
-            kick: _,
+impl QueueRegisters {
+    const fn new(size: u16) -> Self {
+        Self {
             size,
-            ready,
-            desc,
-            driver,
-            device,
-        } = self;
-        *size = *max;
-        *ready = false;
-        (*desc, *driver, *device) = (0, 0, 0);
+            ready: false,
+            desc: 0,
+            driver: 0,
+            device: 0,
+        }
     }
 }
 
-/// The status bits that may be added to each status (virtio 1.2, 3.1.1), in
-/// this order only.
+/// The valid transitions of the device status (virtio 1.2, 3.1.1), in this
+/// order only.
 const TRANSITIONS: [(u32, u32); 4] = [
     (0, ACKNOWLEDGE),
     (ACKNOWLEDGE, ACKNOWLEDGE | DRIVER),
@@ -126,22 +131,18 @@ const TRANSITIONS: [(u32, u32); 4] = [
 ];
 
 impl Transport {
-    /// A transport for `device`, after power-on.
+    /// The transport of `device`, in the state after power-on.
     pub fn new(
         device: Box<dyn Device>,
         memory: GuestMemoryMmap,
         interrupt: Interrupt,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let mut queues = Vec::new();
-        for &max in device.queue_sizes() {
+        for &max in device.identity().queue_sizes {
             queues.push(QueueSetup {
                 max,
-                kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-                size: max,
-                ready: false,
-                desc: 0,
-                driver: 0,
-                device: 0,
+                kick: new_event()?,
+                registers: QueueRegisters::new(max),
             });
         }
         Ok(Self {
@@ -149,18 +150,14 @@ impl Transport {
             state: Mutex::new(TransportState {
                 device,
                 memory,
-                status: 0,
-                device_features_sel: 0,
-                driver_features_sel: 0,
-                driver_features: 0,
-                queue_sel: 0,
+                registers: Registers::default(),
                 queues,
             }),
         })
     }
 
-    /// The eventfd of each queue, to be signalled by KVM.
-    pub fn kicks(&self) -> std::io::Result<Vec<EventFd>> {
+    /// The eventfd of each queue, for its ioeventfd.
+    pub fn kicks(&self) -> io::Result<Vec<EventFd>> {
         self.lock()
             .queues
             .iter()
@@ -173,18 +170,18 @@ impl Transport {
         &self.interrupt
     }
 
-    /// The device stops using guest RAM, once no processor is at work on it any
-    /// more; one that resets it may wait for a disk.
+    /// Resets the device, so that it stops using guest RAM. A vCPU thread that
+    /// resets the device holds the lock, so this may wait for a disk twice.
     pub fn stop(&self) {
         self.lock().device.reset();
     }
 
-    /// A read of `data.len()` bytes at `offset`. What is no register reads 0.
+    /// Reads `data.len()` bytes at `offset`. Unassigned offsets read as 0.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if offset >= register::CONFIG {
             let state = self.lock();
-            let config = state.device.config();
+            let config = &state.device.identity().config;
             let start = usize::try_from(offset - register::CONFIG).unwrap_or(usize::MAX);
             for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
                 *byte = *value;
@@ -205,37 +202,29 @@ impl Transport {
     fn register(&self, offset: u64) -> u32 {
         let state = self.lock();
         let features = state.offered();
-        let queue = state.queues.get(state.queue_sel as usize);
+        let queue = state.queues.get(state.registers.queue_sel as usize);
         match offset {
             register::MAGIC => MAGIC,
             register::VERSION => VERSION,
-            register::DEVICE_ID => state.device.id(),
-            register::VENDOR_ID => 0,
-            register::DEVICE_FEATURES => match state.device_features_sel {
+            register::DEVICE_ID => state.device.identity().id,
+            register::DEVICE_FEATURES => match state.registers.device_features_sel {
                 0 => features as u32,
                 1 => (features >> 32) as u32,
                 _ => 0,
             },
             register::QUEUE_SIZE_MAX => queue.map_or(0, |queue| u32::from(queue.max)),
-            register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.ready)),
-            register::STATUS => {
-                let broken = if self.interrupt.is_broken() {
-                    NEEDS_RESET
-                } else {
-                    0
-                };
-                state.status | broken
-            }
-            // There is no shared memory: length and base are all ones (4.2.2).
+            register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.registers.ready)),
+            register::STATUS if self.interrupt.is_broken() => state.registers.status | NEEDS_RESET,
+            register::STATUS => state.registers.status,
+            // Without shared memory, length and base read as all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            // Configuration never changes.
-            register::CONFIG_GENERATION => 0,
+            // VendorID is 0, and so is ConfigGeneration: the configuration is constant.
             _ => 0,
         }
     }
 
-    /// A write at `offset`. What is no register, or may not be written now, is
-    /// ignored.
+    /// Writes at `offset`. Writes to unassigned or read-only registers, or in
+    /// the wrong state, are ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
         let Ok(bytes) = <[u8; 4]>::try_from(data) else {
             return;
@@ -249,30 +238,29 @@ impl Transport {
     }
 
     fn set_status(&self, value: u32) {
-        let mut guard = self.lock();
-        let state = &mut *guard;
+        let mut state = self.lock();
         if value == 0 {
             state.reset();
             self.interrupt.reset();
             return;
         }
+        let old = state.registers.status;
         if value & FAILED != 0 {
-            state.status |= FAILED;
+            state.registers.status |= FAILED;
             return;
         }
-        // A broken device shows NEEDS_RESET, which a driver may write back.
+        // A driver may write back NEEDS_RESET, which it read.
         let value = value & !NEEDS_RESET;
-        if !TRANSITIONS.contains(&(state.status, value)) {
+        if !TRANSITIONS.contains(&(old, value)) {
             return;
         }
-        if value & FEATURES_OK != 0 && state.status & FEATURES_OK == 0 {
-            let version_1 = 1 << VIRTIO_F_VERSION_1;
-            let unknown = state.driver_features & !state.offered();
-            if unknown != 0 || state.driver_features & version_1 == 0 {
+        if value & FEATURES_OK != 0 && old & FEATURES_OK == 0 {
+            let accepted = state.registers.driver_features;
+            if accepted & !state.offered() != 0 || accepted & (1 << VIRTIO_F_VERSION_1) == 0 {
                 return;
             }
         }
-        state.status = value;
+        state.registers.status = value;
         if value & DRIVER_OK != 0
             && let Err(error) = state.activate(&self.interrupt)
         {
@@ -287,29 +275,30 @@ impl Transport {
 
 impl TransportState {
     fn offered(&self) -> u64 {
-        self.device.features() | (1 << VIRTIO_F_VERSION_1)
+        self.device.identity().features | (1 << VIRTIO_F_VERSION_1)
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        let negotiating = self.status & (DRIVER | FEATURES_OK) == DRIVER;
-        let configuring = self.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
+        let registers = &mut self.registers;
+        let negotiating = registers.status & (DRIVER | FEATURES_OK) == DRIVER;
+        let configuring = registers.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
         match offset {
-            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            register::DRIVER_FEATURES if negotiating => match self.driver_features_sel {
-                0 => set_half(&mut self.driver_features, false, value),
-                1 => set_half(&mut self.driver_features, true, value),
+            register::DEVICE_FEATURES_SEL => registers.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
+            register::DRIVER_FEATURES if negotiating => match registers.driver_features_sel {
+                0 => set_half(&mut registers.driver_features, false, value),
+                1 => set_half(&mut registers.driver_features, true, value),
                 _ => {}
             },
-            register::QUEUE_SEL => self.queue_sel = value,
+            register::QUEUE_SEL => registers.queue_sel = value,
             register::QUEUE_NOTIFY => {
                 if let Some(queue) = self.queues.get(value as usize) {
-                    // A full counter means that a kick is pending already.
+                    // The write fails only on a full counter: a kick is pending.
                     let _ = queue.kick.write(1);
                 }
             }
             _ if configuring => {
-                if let Some(queue) = self.queues.get_mut(self.queue_sel as usize) {
+                if let Some(queue) = self.queues.get_mut(registers.queue_sel as usize) {
                     queue.write(offset, value);
                 }
             }
@@ -320,7 +309,7 @@ impl TransportState {
     fn activate(&mut self, interrupt: &Interrupt) -> Result<(), SetupError> {
         let mut queues = Vec::new();
         for (number, setup) in self.queues.iter().enumerate() {
-            if !setup.ready {
+            if !setup.registers.ready {
                 return Err(SetupError::NotReady { queue: number });
             }
             let queue = setup
@@ -331,13 +320,13 @@ impl TransportState {
         }
         let activation = Activation {
             memory: self.memory.clone(),
-            features: self.driver_features,
+            features: self.registers.driver_features,
             queues,
             interrupt: interrupt.clone(),
         };
         self.device.activate(activation)?;
         for queue in &self.queues {
-            // A driver may have kicked before the device looked.
+            // The driver may have kicked before the worker watched the eventfd.
             let _ = queue.kick.write(1);
         }
         Ok(())
@@ -345,33 +334,21 @@ impl TransportState {
 
     fn reset(&mut self) {
         self.device.reset();
-        let Self {
-            device: _,
-            memory: _,
-            status,
-            device_features_sel,
-            driver_features_sel,
-            driver_features,
-            queue_sel,
-            queues,
-        } = self;
-        *status = 0;
-        (*device_features_sel, *driver_features_sel) = (0, 0);
-        *driver_features = 0;
-        *queue_sel = 0;
-        for queue in queues {
-            queue.reset();
+        self.registers = Registers::default();
+        for queue in &mut self.queues {
+            queue.registers = QueueRegisters::new(queue.max);
         }
     }
 }
 
 impl QueueSetup {
     fn write(&mut self, offset: u64, value: u32) {
+        let registers = &mut self.registers;
         if offset == register::QUEUE_READY {
-            self.ready = value == 1;
+            registers.ready = value == 1;
             return;
         }
-        if self.ready {
+        if registers.ready {
             return;
         }
         match offset {
@@ -380,31 +357,34 @@ impl QueueSetup {
                     && size.is_power_of_two()
                     && size <= self.max
                 {
-                    self.size = size;
+                    registers.size = size;
                 }
             }
-            register::QUEUE_DESC_LOW => set_half(&mut self.desc, false, value),
-            register::QUEUE_DESC_HIGH => set_half(&mut self.desc, true, value),
-            register::QUEUE_DRIVER_LOW => set_half(&mut self.driver, false, value),
-            register::QUEUE_DRIVER_HIGH => set_half(&mut self.driver, true, value),
-            register::QUEUE_DEVICE_LOW => set_half(&mut self.device, false, value),
-            register::QUEUE_DEVICE_HIGH => set_half(&mut self.device, true, value),
+            register::QUEUE_DESC_LOW => set_half(&mut registers.desc, false, value),
+            register::QUEUE_DESC_HIGH => set_half(&mut registers.desc, true, value),
+            register::QUEUE_DRIVER_LOW => set_half(&mut registers.driver, false, value),
+            register::QUEUE_DRIVER_HIGH => set_half(&mut registers.driver, true, value),
+            register::QUEUE_DEVICE_LOW => set_half(&mut registers.device, false, value),
+            register::QUEUE_DEVICE_HIGH => set_half(&mut registers.device, true, value),
             _ => {}
         }
     }
 
     fn build(&self, memory: &GuestMemoryMmap) -> Option<Queue> {
+        let QueueRegisters {
+            size,
+            desc,
+            driver,
+            device,
+            ..
+        } = self.registers;
         let mut queue = Queue::new(self.max).ok()?;
-        queue.set_size(self.size);
+        queue.set_size(size);
+        queue.try_set_desc_table_address(GuestAddress(desc)).ok()?;
         queue
-            .try_set_desc_table_address(GuestAddress(self.desc))
+            .try_set_avail_ring_address(GuestAddress(driver))
             .ok()?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(self.driver))
-            .ok()?;
-        queue
-            .try_set_used_ring_address(GuestAddress(self.device))
-            .ok()?;
+        queue.try_set_used_ring_address(GuestAddress(device)).ok()?;
         queue.set_ready(true);
         queue.is_valid(memory).then_some(queue)
     }

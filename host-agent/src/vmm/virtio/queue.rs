@@ -1,10 +1,10 @@
-//! Chains of a split ring, checked once when taken and returned exactly once.
+//! Descriptor chains of a split virtqueue (virtio 1.2, 2.7), validated once.
 //!
-//! Everything in a ring is the guest's word. [`CheckedQueue::pop`] copies each
-//! descriptor once, walks at most queue-size of them, and refuses what the
-//! specification forbids, so that a [`Chain`] in hand lies in guest RAM, is
-//! finite and has its readable part first. [`CheckedQueue::push_used`] takes
-//! the chain by value: it cannot be returned twice.
+//! The guest can change a ring at any time. [`CheckedQueue::pop`] therefore copies
+//! each descriptor once, follows at most queue-size of them and refuses what the
+//! specification forbids: every [`Chain`] is finite, lies in guest RAM and has its
+//! readable buffers first. [`CheckedQueue::push_used`] takes the chain by value, so
+//! a chain cannot be returned twice.
 
 use std::num::Wrapping;
 use std::sync::atomic::Ordering;
@@ -22,25 +22,25 @@ const DESCRIPTOR: u64 = 16;
 /// Bytes before the first entry of the available ring (virtio 1.2, 2.7.6).
 const AVAIL_HEADER: u64 = 4;
 
-/// A violation of the ring protocol by the driver. The device that meets one
-/// marks itself as needing reset and stops using the queue.
+/// A violation of the ring protocol by the driver. The device then sets
+/// `DEVICE_NEEDS_RESET` and stops using the queue.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// More new chains than the ring can hold.
+    /// More new chains than the ring has entries.
     #[error("available index is {pending} ahead in a queue of {size}")]
     AvailJump {
-        /// How far ahead.
+        /// Distance to the device's index.
         pending: u16,
         /// Queue size.
         size: u16,
     },
-    /// The driver offers chains while it has not got back earlier ones.
+    /// The driver offers more chains while the device holds a full ring of them.
     #[error("more than {size} chains in flight")]
     TooManyInFlight {
         /// Queue size.
         size: u16,
     },
-    /// A head or `next` field beyond the descriptor table.
+    /// A head or `next` field outside the descriptor table.
     #[error("descriptor index {index} in a queue of {size}")]
     Index {
         /// The index.
@@ -48,19 +48,19 @@ pub enum QueueError {
         /// Queue size.
         size: u16,
     },
-    /// The chain at `head` goes on after queue-size descriptors: it loops.
+    /// The chain at `head` loops: it has more descriptors than the table.
     #[error("chain {head} has more descriptors than the queue")]
     Endless {
         /// First descriptor of the chain.
         head: u16,
     },
-    /// An indirect descriptor, which was never offered.
+    /// An indirect descriptor: `VIRTIO_F_INDIRECT_DESC` is not offered.
     #[error("chain {head} has an indirect descriptor")]
     Indirect {
         /// First descriptor of the chain.
         head: u16,
     },
-    /// A buffer outside of guest RAM.
+    /// A buffer that does not lie in one region of guest RAM.
     #[error("chain {head} has a buffer of {len} bytes at {addr:#x}, outside of RAM")]
     OutsideRam {
         /// First descriptor of the chain.
@@ -82,12 +82,12 @@ pub enum QueueError {
         /// First descriptor of the chain.
         head: u16,
     },
-    /// The ring itself could not be read or written.
+    /// The ring itself cannot be read or written.
     #[error("ring is not accessible")]
-    Ring(#[source] virtio_queue::Error),
+    Ring(#[from] virtio_queue::Error),
 }
 
-/// A part of a chain: a range that lies in one region of guest RAM. Never empty.
+/// A non-empty buffer of a chain; it lies in one region of guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// Guest physical address.
@@ -96,8 +96,8 @@ pub struct Range {
     pub len: u32,
 }
 
-/// A checked chain. Give it back with [`CheckedQueue::push_used`]; a chain that
-/// is dropped never returns to the driver, which is right only at reset.
+/// A validated chain. Return it with [`CheckedQueue::push_used`]; only a reset
+/// may drop a chain.
 #[derive(Debug)]
 #[must_use = "the driver waits for the chain"]
 pub struct Chain {
@@ -109,12 +109,12 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// What the driver wrote for the device.
+    /// The device-readable buffers.
     pub fn readable(&self) -> &[Range] {
         &self.ranges[..self.readable]
     }
 
-    /// Where the driver wants an answer.
+    /// The device-writable buffers.
     pub fn writable(&self) -> &[Range] {
         &self.ranges[self.readable..]
     }
@@ -129,8 +129,8 @@ impl Chain {
         self.writable_len
     }
 
-    /// Copies the readable bytes from `offset` on into `buf`; returns how many
-    /// there were, less than asked at the end of the chain.
+    /// Copies the readable bytes from `offset` on into `buf`; returns their
+    /// number, less than `buf.len()` at the end of the chain.
     pub fn read_at(&self, memory: &GuestMemoryMmap, offset: u32, buf: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in slices(memory, self.readable(), offset, buf.len()) {
@@ -140,7 +140,7 @@ impl Chain {
     }
 
     /// Copies `buf` to the writable bytes from `offset` on; returns how many
-    /// fitted.
+    /// bytes fitted.
     pub fn write_at(&self, memory: &GuestMemoryMmap, offset: u32, buf: &[u8]) -> usize {
         let mut done = 0;
         for slice in slices(memory, self.writable(), offset, buf.len()) {
@@ -151,7 +151,7 @@ impl Chain {
         done
     }
 
-    /// At most `len` readable bytes from `offset` on, in place.
+    /// At most `len` readable bytes from `offset` on, without a copy.
     pub fn readable_slices<'m>(
         &self,
         memory: &'m GuestMemoryMmap,
@@ -161,7 +161,7 @@ impl Chain {
         slices(memory, self.readable(), offset, len)
     }
 
-    /// At most `len` writable bytes from `offset` on, in place.
+    /// At most `len` writable bytes from `offset` on, without a copy.
     pub fn writable_slices<'m>(
         &self,
         memory: &'m GuestMemoryMmap,
@@ -188,28 +188,26 @@ fn slices<'m>(
         if count == 0 {
             return None;
         }
-        // The range was checked when the chain was taken, and RAM never
-        // shrinks: this cannot fail.
+        // Cannot fail: `walk` checked the range, and RAM never shrinks.
         let addr = GuestAddress(range.addr.0 + start as u64);
         memory.get_slice(addr, count).ok()
     })
 }
 
-/// A queue in the hands of a device's thread.
+/// A virtqueue of an active device, owned by its worker.
 #[derive(Debug)]
 pub struct CheckedQueue {
     queue: Queue,
     kick: EventFd,
     memory: GuestMemoryMmap,
-    /// Chains taken and not yet returned; never more than the queue's size.
+    /// Chains taken and not yet returned; at most the queue size.
     in_flight: u16,
-    /// Range lists of returned chains, so that a busy queue allocates nothing.
+    /// Range lists of returned chains, reused so that a busy queue allocates nothing.
     spare: Vec<Vec<Range>>,
 }
 
 impl CheckedQueue {
-    /// Takes over a queue. `features` are those that the driver accepted; the
-    /// device must have offered [`EVENT_IDX`] for it to be used.
+    /// Takes over a queue. `features` are those that the driver accepted.
     pub fn new(active: ActiveQueue, memory: GuestMemoryMmap, features: u64) -> Self {
         let ActiveQueue { mut queue, kick } = active;
         queue.set_event_idx(features & EVENT_IDX != 0);
@@ -222,23 +220,20 @@ impl CheckedQueue {
         }
     }
 
-    /// Guest RAM, for the chains of this queue.
+    /// Guest RAM.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
 
-    /// Signalled by the driver's kick; for the device's event loop.
+    /// The ioeventfd of the queue.
     pub fn kick(&self) -> &EventFd {
         &self.kick
     }
 
-    /// The next chain, or `None` if the driver has offered all there is.
+    /// The next available chain, if there is one.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         let size = self.queue.size();
-        let available = self
-            .queue
-            .avail_idx(&self.memory, Ordering::Acquire)
-            .map_err(QueueError::Ring)?;
+        let available = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
         let next = Wrapping(self.queue.next_avail());
         let pending = (available - next).0;
         if pending == 0 {
@@ -251,19 +246,23 @@ impl CheckedQueue {
             return Err(QueueError::TooManyInFlight { size });
         }
         let slot = AVAIL_HEADER + 2 * u64::from(next.0 % size);
-        let head = self
-            .memory
-            .load::<u16>(
-                GuestAddress(self.queue.avail_ring() + slot),
-                Ordering::Relaxed,
-            )
-            .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
-        let chain = self.walk(u16::from_le(head))?;
+        let head = self.load_avail(slot)?;
+        let chain = self.walk(head)?;
         self.queue.set_next_avail((next + Wrapping(1)).0);
         self.in_flight += 1;
         Ok(Some(chain))
     }
 
+    /// Loads two bytes of the available ring, at `offset` from its start.
+    fn load_avail(&self, offset: u64) -> Result<u16, QueueError> {
+        let at = GuestAddress(self.queue.avail_ring() + offset);
+        let value = self.memory.load(at, Ordering::Relaxed);
+        Ok(u16::from_le(
+            value.map_err(virtio_queue::Error::GuestMemory)?,
+        ))
+    }
+
+    /// Copies and checks the chain at `head`.
     fn walk(&mut self, head: u16) -> Result<Chain, QueueError> {
         let size = self.queue.size();
         let mut chain = Chain {
@@ -285,7 +284,7 @@ impl CheckedQueue {
             let descriptor: Descriptor = self
                 .memory
                 .read_obj(at)
-                .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+                .map_err(virtio_queue::Error::GuestMemory)?;
             if descriptor.refers_to_indirect_table() {
                 return Err(QueueError::Indirect { head });
             }
@@ -299,7 +298,7 @@ impl CheckedQueue {
             } else {
                 chain.readable_len += len;
             }
-            // Empty buffers are allowed anywhere and carry nothing.
+            // A buffer of length 0 is valid and carries nothing.
             if len > 0 {
                 if self.memory.get_slice(addr, len as usize).is_err() {
                     return Err(QueueError::OutsideRam {
@@ -321,12 +320,10 @@ impl CheckedQueue {
         Err(QueueError::Endless { head })
     }
 
-    /// Returns a chain of which the first `written` writable bytes were filled.
+    /// Returns a chain; its first `written` writable bytes were filled.
     pub fn push_used(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
         debug_assert!(written <= chain.writable_len);
-        self.queue
-            .add_used(&self.memory, chain.head, written)
-            .map_err(QueueError::Ring)?;
+        self.queue.add_used(&self.memory, chain.head, written)?;
         self.in_flight = self.in_flight.saturating_sub(1);
         if self.spare.len() < usize::from(self.queue.size()) {
             self.spare.push(chain.ranges);
@@ -335,40 +332,29 @@ impl CheckedQueue {
     }
 
     /// Whether the driver wants an interrupt for the chains returned since the
-    /// last call.
+    /// last call (virtio 1.2, 2.7.7.2).
     pub fn notify_needed(&mut self) -> Result<bool, QueueError> {
-        let wanted = self
-            .queue
-            .needs_notification(&self.memory)
-            .map_err(QueueError::Ring)?;
+        let wanted = self.queue.needs_notification(&self.memory)?;
         if !wanted || self.queue.event_idx_enabled() {
             return Ok(wanted);
         }
-        let flags = self
-            .memory
-            .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+        let flags = self.load_avail(0)?;
+        Ok(flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
     }
 
-    /// Asks the driver not to kick: the device is about to look anyway.
+    /// Asks the driver not to kick, while the worker polls the ring.
     pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
-        self.queue
-            .disable_notification(&self.memory)
-            .map_err(QueueError::Ring)
+        Ok(self.queue.disable_notification(&self.memory)?)
     }
 
-    /// Asks the driver to kick for the next chain. `true` if one came in the
-    /// meantime, for which no kick may follow.
+    /// Asks the driver to kick for the next chain. `true` if a chain became
+    /// available in the meantime, for which the driver may not kick.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
-        self.queue
-            .enable_notification(&self.memory)
-            .map_err(QueueError::Ring)
+        Ok(self.queue.enable_notification(&self.memory)?)
     }
 }
 
-/// `VIRTIO_F_EVENT_IDX`: a device that works its queues through
-/// [`CheckedQueue`] may offer it.
+/// `VIRTIO_F_EVENT_IDX` (virtio 1.2, 2.7.10), which [`CheckedQueue`] implements.
 pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 #[cfg(test)]

@@ -1,24 +1,27 @@
-//! virtio-rng (virtio 1.2, 5.4): the host kernel's random bytes.
+//! virtio-rng (virtio 1.2, 5.4): random bytes of the host kernel.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
 use super::queue::{CheckedQueue, EVENT_IDX, QueueError};
-use super::{ActivateError, Activation, ActiveQueue, Device, borrow_event};
+use super::{ActivateError, Activation, Device, Identity, borrow_event, new_event};
 
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes given per chain, so that overlapping buffers amplify nothing.
-const MOST_BYTES: usize = 64 * 1024;
+/// Most bytes per chain: a chain that lists one buffer many times must not make
+/// the worker fill it many times.
+const MAX_BYTES: usize = 64 * 1024;
 
 /// The device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rng {
+    identity: Identity,
     worker: Option<Worker>,
 }
 
@@ -28,54 +31,43 @@ struct Worker {
     thread: JoinHandle<()>,
 }
 
-/// How the thread is told to end, whether it waits or is at work.
+/// Ends the worker. `wake` ends its wait, `wanted` its work on the queue.
 #[derive(Debug)]
 struct Stop {
     wanted: AtomicBool,
     wake: EventFd,
 }
 
+impl Default for Rng {
+    fn default() -> Self {
+        let identity = Identity {
+            id: VIRTIO_ID_RNG,
+            name: "rng".into(),
+            features: EVENT_IDX,
+            queue_sizes: &[QUEUE_SIZE],
+            config: Vec::new(),
+        };
+        Self {
+            identity,
+            worker: None,
+        }
+    }
+}
+
 impl Device for Rng {
-    fn id(&self) -> u32 {
-        VIRTIO_ID_RNG
-    }
-
-    fn name(&self) -> &'static str {
-        "rng"
-    }
-
-    fn features(&self) -> u64 {
-        EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
-    }
-
-    fn config(&self) -> &[u8] {
-        &[]
+    fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            features,
-            queues,
-            interrupt,
-        } = activation;
-        let [queue] =
-            <[ActiveQueue; 1]>::try_from(queues).map_err(|queues| ActivateError::QueueCount {
-                expected: 1,
-                actual: queues.len(),
-            })?;
         let host = |what| move |source| ActivateError::Host { what, source };
-        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("eventfd"))?;
+        let interrupt = activation.interrupt.clone();
+        let [queue] = activation.checked_queues()?;
         let stop = Arc::new(Stop {
             wanted: AtomicBool::new(false),
-            wake,
+            wake: new_event().map_err(host("eventfd"))?,
         });
         let stopped = Arc::clone(&stop);
-        let queue = CheckedQueue::new(queue, memory, features);
         let thread = std::thread::Builder::new()
             .name("rng".into())
             .spawn(move || run(queue, &interrupt, &stopped))
@@ -84,11 +76,11 @@ impl Device for Rng {
         Ok(())
     }
 
-    /// Waits for one chain at most, however many the driver goes on to offer.
+    /// Waits for at most one chain, even if the driver keeps offering chains.
     fn reset(&mut self) {
         if let Some(Worker { stop, thread }) = self.worker.take() {
             stop.wanted.store(true, Ordering::Release);
-            // The counter was 0: the write cannot fail.
+            // Cannot fail: the counter is 0.
             let _ = stop.wake.write(1);
             let _ = thread.join();
         }
@@ -96,13 +88,18 @@ impl Device for Rng {
 }
 
 fn run(mut queue: CheckedQueue, interrupt: &Interrupt, stop: &Stop) {
-    let mut buffer = vec![0; MOST_BYTES];
+    let mut buffer = vec![0; MAX_BYTES];
     loop {
-        if wait(&[queue.kick(), &stop.wake]).is_err() || stop.wanted.load(Ordering::Acquire) {
+        let events = [queue.kick(), &stop.wake];
+        let mut fds = events.map(|event| PollFd::new(borrow_event(event), PollFlags::POLLIN));
+        let ready = match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            ready => ready.is_ok(),
+        };
+        if !ready || stop.wanted.load(Ordering::Acquire) {
             return;
         }
-        // Draining the counter fails only when another kick raced: then the
-        // queue is looked at anyway.
+        // Fails only on an empty counter; the queue is polled in any case.
         let _ = queue.kick().read();
         if let Err(error) = serve(&mut queue, interrupt, stop, &mut buffer) {
             interrupt.needs_reset(&error);
@@ -123,8 +120,8 @@ fn serve(
                 return Ok(());
             }
             let wanted = (chain.writable_len() as usize).min(buffer.len());
-            let given = random(&mut buffer[..wanted]);
-            let written = chain.write_at(queue.memory(), 0, &buffer[..given]);
+            let filled = fill(&mut buffer[..wanted]);
+            let written = chain.write_at(queue.memory(), 0, &buffer[..filled]);
             queue.push_used(chain, written as u32)?;
         }
         if queue.notify_needed()? {
@@ -136,108 +133,75 @@ fn serve(
     }
 }
 
-/// Fills `buffer` from its beginning; how many bytes there were.
+/// Fills `buffer` from its start; returns the number of random bytes.
 #[allow(unsafe_code)]
-fn random(buffer: &mut [u8]) -> usize {
+fn fill(buffer: &mut [u8]) -> usize {
     // SAFETY: the kernel writes at most `buffer.len()` bytes to `buffer`, which
     // is borrowed for the call.
-    let given = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    // It fails only before the host has gathered any randomness.
-    usize::try_from(given).unwrap_or(0)
-}
-
-/// Waits until one of the eventfds is signalled.
-fn wait(events: &[&EventFd]) -> io::Result<()> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let mut fds: Vec<PollFd<'_>> = events
-        .iter()
-        .map(|event| PollFd::new(borrow_event(event), PollFlags::POLLIN))
-        .collect();
-    loop {
-        match poll(&mut fds, PollTimeout::NONE) {
-            Err(nix::errno::Errno::EINTR) => {}
-            other => return other.map(drop).map_err(io::Error::from),
-        }
-    }
+    let filled = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    // An error means EINTR before the kernel's generator is initialised.
+    usize::try_from(filled).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
 
-    use vm_memory::{Bytes, GuestAddress};
-
     use super::*;
     use crate::vmm::virtio::test_driver::{BUFFERS, RAM, TestDriver, alone, memory_for};
 
-    /// Longest time that a driver goes on offering.
+    /// Longest time that a driver keeps offering chains.
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn bytes(driver: &TestDriver, at: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        driver
-            .memory
-            .read_slice(&mut bytes, GuestAddress(at))
-            .unwrap();
-        bytes
+    fn start(features: u64) -> (Rng, TestDriver) {
+        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+        let mut rng = Rng::default();
+        rng.activate(driver.activation(features)).unwrap();
+        (rng, driver)
     }
 
     #[test]
-    fn a_chain_gets_what_it_has_room_for_and_no_more_than_the_cap() {
-        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        let mut rng = Rng::default();
-        rng.activate(driver.activation(EVENT_IDX)).unwrap();
-        driver.chain(0, 0, &[(BUFFERS, 16, false), (BUFFERS + 16, 100, true)]);
-        driver.offer(0, 0);
-        driver.kick(0);
+    fn a_chain_is_filled_up_to_the_limit_per_chain() {
+        let (mut rng, mut driver) = start(EVENT_IDX);
+        driver.submit(&[(BUFFERS, 16, false), (BUFFERS + 16, 100, true)]);
         assert_eq!(driver.wait_used(0), (0, 100));
-        assert_eq!(bytes(&driver, BUFFERS, 16), [0; 16]);
-        assert_ne!(bytes(&driver, BUFFERS + 16, 100), [0; 100]);
-        assert_eq!(bytes(&driver, BUFFERS + 116, 16), [0; 16]);
+        assert_eq!(driver.read(BUFFERS, 16), [0; 16]);
+        assert_ne!(driver.read(BUFFERS + 16, 100), [0; 100]);
+        assert_eq!(driver.read(BUFFERS + 116, 16), [0; 16]);
 
-        // One buffer under many names is not filled more often than its size
-        // is worth.
-        let many = vec![(BUFFERS, 1 << 20, true); usize::from(QUEUE_SIZE)];
-        driver.chain(0, 0, &many);
-        driver.offer(0, 0);
-        driver.kick(0);
-        assert_eq!(driver.wait_used(0), (0, MOST_BYTES as u32));
-        let rest = bytes(&driver, BUFFERS + MOST_BYTES as u64, 1 << 16);
+        // One buffer, listed once per descriptor.
+        driver.submit(&vec![(BUFFERS, 1 << 20, true); usize::from(QUEUE_SIZE)]);
+        assert_eq!(driver.wait_used(0), (0, MAX_BYTES as u32));
+        let rest = driver.read(BUFFERS + MAX_BYTES as u64, 1 << 16);
         assert!(rest.iter().all(|byte| *byte == 0));
 
-        // Nothing to fill is nothing to get.
-        driver.chain(0, 0, &[(BUFFERS, 16, false)]);
-        driver.offer(0, 0);
-        driver.kick(0);
+        // No writable buffer.
+        driver.submit(&[(BUFFERS, 16, false)]);
         assert_eq!(driver.wait_used(0), (0, 0));
         rng.reset();
     }
 
     #[test]
-    fn a_driver_that_breaks_the_ring_is_reported_and_can_start_again() {
-        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        let mut rng = Rng::default();
+    fn a_ring_violation_is_counted_and_a_reset_recovers() {
+        let (mut rng, mut driver) = start(0);
         for _ in 0..3 {
-            rng.activate(driver.activation(0)).unwrap();
             driver.jump(0, QUEUE_SIZE + 1);
             driver.kick(0);
             driver.wait_until("violation", |driver| driver.interrupt.is_broken());
             rng.reset();
+            rng.activate(driver.activation(0)).unwrap();
         }
         assert_eq!(driver.interrupt.violations(), 3);
-        rng.activate(driver.activation(0)).unwrap();
-        driver.chain(0, 0, &[(BUFFERS, 8, true)]);
-        driver.offer(0, 0);
-        driver.kick(0);
+        driver.submit(&[(BUFFERS, 8, true)]);
         assert_eq!(driver.wait_used(0), (0, 8));
         rng.reset();
     }
 
     #[test]
-    fn a_reset_comes_through_while_the_driver_goes_on_offering() {
+    fn a_reset_returns_while_the_driver_keeps_offering() {
         let mut driver = TestDriver::new(&[QUEUE_SIZE]);
         let mut rng = Rng::default();
-        let length = MOST_BYTES as u32;
+        let length = MAX_BYTES as u32;
         for round in 0..200 {
             rng.activate(driver.activation(EVENT_IDX)).unwrap();
             driver.chain(0, 0, &[(BUFFERS, length, true)]);
@@ -263,34 +227,27 @@ mod tests {
                 let took = offering.join().unwrap();
                 assert!(took < PATIENCE, "round {round}: {took:?}");
             });
-            // From here on nobody writes to the guest's memory.
-            let zeros = vec![0; MOST_BYTES];
-            driver
-                .memory
-                .write_slice(&zeros, GuestAddress(BUFFERS))
-                .unwrap();
+            // From here on the device must not write to guest memory.
+            let zeros = vec![0; MAX_BYTES];
+            driver.write(BUFFERS, &zeros);
             driver.kick(0);
-            assert_eq!(bytes(&driver, BUFFERS, MOST_BYTES), zeros);
+            assert_eq!(driver.read(BUFFERS, MAX_BYTES), zeros);
         }
         assert_eq!(driver.interrupt.violations(), 0);
     }
 
     #[test]
-    fn buffers_that_overlap_get_64_kib_and_cost_no_memory() {
-        // Alone, so that nothing else takes any.
-        if !alone("rng::tests::buffers_that_overlap_get_64_kib_and_cost_no_memory") {
+    fn overlapping_buffers_get_64_kib_and_cost_no_memory() {
+        // In a process of its own, because it measures the memory of the process.
+        if !alone("rng::tests::overlapping_buffers_get_64_kib_and_cost_no_memory") {
             return;
         }
-        let mut rng = Rng::default();
-        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        rng.activate(driver.activation(EVENT_IDX)).unwrap();
+        let (mut rng, mut driver) = start(EVENT_IDX);
         let used = memory_for(&driver.memory.clone(), || {
-            // A page, and what is left of RAM.
+            // One page, or the rest of RAM.
             for len in [4096, (RAM - BUFFERS) as u32].repeat(20) {
-                driver.chain(0, 0, &[(BUFFERS, len, true); QUEUE_SIZE as usize]);
-                driver.offer(0, 0);
-                driver.kick(0);
-                assert_eq!(driver.wait_used(0), (0, MOST_BYTES as u32));
+                driver.submit(&[(BUFFERS, len, true); QUEUE_SIZE as usize]);
+                assert_eq!(driver.wait_used(0), (0, MAX_BYTES as u32));
             }
         });
         assert!(used <= 1 << 20, "{used} bytes");

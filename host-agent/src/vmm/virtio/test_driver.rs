@@ -1,4 +1,4 @@
-//! A driver in this process, for tests of devices: real rings in real memory.
+//! A virtio driver for unit tests of devices: it fills real rings in memory.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
@@ -6,33 +6,33 @@ use std::time::{Duration, Instant};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::{Interrupt, USED_BUFFER};
 use super::{Activation, ActiveQueue};
 
-/// Another descriptor follows.
+/// `VIRTQ_DESC_F_NEXT` (virtio 1.2, 2.7.5).
 pub(crate) const NEXT: u16 = 1;
-/// The device writes the buffer.
+/// `VIRTQ_DESC_F_WRITE` (virtio 1.2, 2.7.5).
 pub(crate) const WRITE: u16 = 2;
 
 /// Bytes of RAM, from address 0.
 pub(crate) const RAM: u64 = 16 << 20;
-/// Behind a gap there is more, but not much.
+/// Address of a second, small region of RAM, after a gap.
 pub(crate) const HIGH: u64 = 32 << 20;
-/// Bytes of it.
+/// Bytes of the second region.
 pub(crate) const HIGH_LEN: u64 = 0x1_0000;
-/// The rings end below this address; above it all is free for buffers.
+/// The rings lie below this address, buffers above.
 pub(crate) const BUFFERS: u64 = 1 << 20;
-/// Room for the rings of one queue: descriptors, available, used.
+/// Bytes for the rings of one queue: descriptors, available, used.
 const RINGS: u64 = 0x1_0000;
 /// Longest time that a test waits for a device.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Whether the test `name` (under `vmm::virtio::`) is the only one in its
-/// process. If not, it has now passed in a process of its own.
+/// Whether the test `name` (under `vmm::virtio::`) runs alone in its process. If
+/// not, this runs it in a process of its own and asserts that it passes.
 pub(crate) fn alone(name: &str) -> bool {
     const ALONE: &str = "HOST_AGENT_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -51,7 +51,7 @@ pub(crate) fn alone(name: &str) -> bool {
     false
 }
 
-/// Open descriptors and threads of this process.
+/// Number of open descriptors and of threads of this process.
 pub(crate) fn open_files_and_threads() -> [usize; 2] {
     ["fd", "task"].map(|kind| {
         let entries = std::fs::read_dir(format!("/proc/self/{kind}"));
@@ -59,8 +59,8 @@ pub(crate) fn open_files_and_threads() -> [usize; 2] {
     })
 }
 
-/// Bytes of memory that `work` takes at the most, beyond what this process has
-/// before. Guest RAM, `memory`, does not count.
+/// Peak of the memory that `work` allocates, in bytes, without guest RAM
+/// (`memory`).
 pub(crate) fn memory_for(memory: &GuestMemoryMmap, work: impl FnOnce()) -> u64 {
     for page in (BUFFERS..RAM).step_by(4096) {
         memory.write_obj(0_u8, GuestAddress(page)).unwrap();
@@ -71,18 +71,18 @@ pub(crate) fn memory_for(memory: &GuestMemoryMmap, work: impl FnOnce()) -> u64 {
         let kib = line.unwrap().trim().trim_end_matches(" kB");
         kib.parse::<u64>().unwrap() << 10
     };
-    // The peak begins anew here (proc(5), clear_refs).
+    // Resets the peak (proc(5), clear_refs).
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let before = peak();
     work();
     peak() - before
 }
 
-/// What a driver does, honest or not.
+/// A driver, valid or hostile.
 pub(crate) struct TestDriver {
     /// Guest RAM.
     pub(crate) memory: GuestMemoryMmap,
-    /// The device's interrupt, as the transport sees it.
+    /// The device's interrupt.
     pub(crate) interrupt: Interrupt,
     line: EventFd,
     epoll: Epoll,
@@ -97,7 +97,7 @@ struct Ring {
 }
 
 impl TestDriver {
-    /// A driver with one queue of each of `sizes`.
+    /// A driver with one queue for each of `sizes`.
     pub(crate) fn new(sizes: &[u16]) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[
             (GuestAddress(0), RAM as usize),
@@ -125,7 +125,7 @@ impl TestDriver {
         }
     }
 
-    /// Sets the rings up anew, as after a reset, and makes what the device gets.
+    /// Clears the rings, as after a reset; the arguments of [`super::Device::activate`].
     pub(crate) fn activation(&mut self, features: u64) -> Activation {
         self.interrupt.reset();
         let mut queues = Vec::new();
@@ -168,74 +168,94 @@ impl TestDriver {
         flags: u16,
         next: u16,
     ) {
-        let at = GuestAddress(RINGS * queue as u64 + 16 * u64::from(index));
-        self.memory
-            .write_obj(Descriptor::new(addr, len, flags, next), at)
-            .unwrap();
+        let at = RINGS * queue as u64 + 16 * u64::from(index);
+        self.put(at, Descriptor::new(addr, len, flags, next));
     }
 
     /// Writes a chain of `(addr, len, writable)` to the descriptors of `queue`
-    /// from `first` on; the number of the descriptor behind it.
-    pub(crate) fn chain(&self, queue: usize, first: u16, parts: &[(u64, u32, bool)]) -> u16 {
-        let mut index = first;
-        for (number, (addr, len, writable)) in parts.iter().enumerate() {
-            let last = number + 1 == parts.len();
+    /// from `first` on.
+    pub(crate) fn chain(&self, queue: usize, first: u16, parts: &[(u64, u32, bool)]) {
+        for (index, (addr, len, writable)) in (first..).zip(parts) {
+            let last = usize::from(index - first) + 1 == parts.len();
             let flags = u16::from(!last) * NEXT + u16::from(*writable) * WRITE;
             self.describe(queue, index, (*addr, *len), flags, index + 1);
-            index += 1;
         }
-        index
     }
 
-    /// Offers the chain at `head`, without a kick.
+    /// Offers one chain of queue 0, from descriptor 0 on, and kicks.
+    pub(crate) fn submit(&mut self, parts: &[(u64, u32, bool)]) {
+        self.chain(0, 0, parts);
+        self.offer(0, 0);
+        self.kick(0);
+    }
+
+    /// Guest memory at `at`.
+    pub(crate) fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        bytes
+    }
+
+    /// The object in guest memory at `at`.
+    pub(crate) fn get<T: ByteValued>(&self, at: u64) -> T {
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Writes to guest memory.
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    /// Writes an object to guest memory.
+    pub(crate) fn put<T: ByteValued>(&self, at: u64, object: T) {
+        self.memory.write_obj(object, GuestAddress(at)).unwrap();
+    }
+
+    /// Makes the chain at `head` available, without a kick.
     pub(crate) fn offer(&mut self, queue: usize, head: u16) {
         let ring = &mut self.rings[queue];
         let slot = avail(queue) + 4 + 2 * u64::from(ring.avail % ring.size);
         ring.avail = ring.avail.wrapping_add(1);
-        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        let index = ring.avail;
+        self.put(slot, head);
         fence(Ordering::SeqCst);
-        self.memory
-            .write_obj(ring.avail, GuestAddress(avail(queue) + 2))
-            .unwrap();
+        self.put(avail(queue) + 2, index);
     }
 
-    /// Moves the available index without offering anything.
+    /// Moves the available index without a chain.
     pub(crate) fn jump(&mut self, queue: usize, by: u16) {
         let ring = &mut self.rings[queue];
         ring.avail = ring.avail.wrapping_add(by);
-        self.memory
-            .write_obj(ring.avail, GuestAddress(avail(queue) + 2))
-            .unwrap();
+        let index = ring.avail;
+        self.put(avail(queue) + 2, index);
     }
 
-    /// Tells the device to look.
+    /// Kicks the device.
     pub(crate) fn kick(&self, queue: usize) {
         self.rings[queue].kick.write(1).unwrap();
     }
 
-    /// The next returned chain, if there is one: head and length. If not, asks
-    /// for an interrupt when there is (virtio 1.2, 2.7.10).
+    /// The next used chain, if there is one: head and length. If not, requests
+    /// an interrupt for the next one (virtio 1.2, 2.7.10).
     pub(crate) fn used(&mut self, queue: usize) -> Option<(u32, u32)> {
-        let ring = &mut self.rings[queue];
-        let index = GuestAddress(used(queue) + 2);
-        if self.memory.read_obj::<u16>(index).unwrap() == ring.seen {
-            let used_event = avail(queue) + 4 + 2 * u64::from(ring.size);
-            self.memory
-                .write_obj(ring.seen, GuestAddress(used_event))
-                .unwrap();
+        let Ring { size, seen, .. } = self.rings[queue];
+        let index = used(queue) + 2;
+        if self.get::<u16>(index) == seen {
+            self.put(avail(queue) + 4 + 2 * u64::from(size), seen);
             fence(Ordering::SeqCst);
-            if self.memory.read_obj::<u16>(index).unwrap() == ring.seen {
+            if self.get::<u16>(index) == seen {
                 return None;
             }
         }
         fence(Ordering::SeqCst);
-        let slot = used(queue) + 4 + 8 * u64::from(ring.seen % ring.size);
-        ring.seen = ring.seen.wrapping_add(1);
-        let [head, len]: [u32; 2] = self.memory.read_obj(GuestAddress(slot)).unwrap();
+        self.rings[queue].seen = seen.wrapping_add(1);
+        let [head, len] = self.get(used(queue) + 4 + 8 * u64::from(seen % size));
         Some((head, len))
     }
 
-    /// Waits, by interrupts alone, for the next returned chain.
+    /// Waits, by interrupts alone, for the next used chain.
     pub(crate) fn wait_used(&mut self, queue: usize) -> (u32, u32) {
         let mut found = None;
         self.wait_until("a used buffer", |driver| {
@@ -259,7 +279,7 @@ impl TestDriver {
     }
 }
 
-/// Where the available ring of `queue` is.
+/// Address of the available ring of `queue`.
 pub(crate) fn avail(queue: usize) -> u64 {
     RINGS * queue as u64 + 0x8000
 }

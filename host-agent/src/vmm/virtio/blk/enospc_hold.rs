@@ -1,5 +1,5 @@
-//! A disk that waits until the host has room for a write: what its thread and
-//! the main thread know of each other.
+//! The state of a disk whose writes are held while the host has no free space
+//! (`ENOSPC`, `EDQUOT`), shared by its worker and the main thread.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,61 +7,61 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// What a disk waits for.
+/// Why a write is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage {
-    /// Bytes of the request that is held. What the file takes for it can be more.
+    /// Bytes of the held request. The file can need more, for its metadata.
     pub needed: u32,
-    /// A quota is used up, not the file system.
+    /// Whether a quota is used up (`EDQUOT`) and not the file system.
     pub quota: bool,
 }
 
-/// Whether a disk waits, and whether it may.
+/// Whether a write is held, and whether writes may be held.
 #[derive(Debug)]
 pub struct EnospcHold {
     shortage: Mutex<Option<Shortage>>,
-    fail: AtomicBool,
+    fail_when_full: AtomicBool,
     /// Wakes the main thread.
     changed: EventFd,
-    /// Wakes the disk's thread.
+    /// Wakes the worker.
     wake: EventFd,
 }
 
 impl EnospcHold {
-    /// `changed` is signalled when a wait begins or ends, `wake` when it is
-    /// given up.
+    /// `changed` is signalled when a hold begins or ends, `wake` by
+    /// [`Self::fail_when_full`].
     pub const fn new(changed: EventFd, wake: EventFd) -> Self {
         Self {
             shortage: Mutex::new(None),
-            fail: AtomicBool::new(false),
+            fail_when_full: AtomicBool::new(false),
             changed,
             wake,
         }
     }
 
-    /// What the disk waits for, if it does.
+    /// Why a write is held now, if one is.
     pub fn shortage(&self) -> Option<Shortage> {
         *self.lock()
     }
 
-    /// From here on nothing waits: a write without room fails.
+    /// From now on `ENOSPC` fails a write instead of holding it.
     pub fn fail_when_full(&self) {
-        self.fail.store(true, Ordering::Release);
-        // A full counter means that the thread is awake already.
+        self.fail_when_full.store(true, Ordering::Release);
+        // Fails only on a full counter: the worker is about to wake up.
         let _ = self.wake.write(1);
     }
 
     pub(super) fn fails_when_full(&self) -> bool {
-        self.fail.load(Ordering::Acquire)
+        self.fail_when_full.load(Ordering::Acquire)
     }
 
-    /// A request that needs `needed` bytes is held because of `error`.
+    /// Holds a request of `needed` bytes because of `error`.
     pub(in crate::vmm) fn begin(&self, needed: u32, error: &io::Error) {
         let quota = error.kind() == io::ErrorKind::QuotaExceeded;
         self.set(Some(Shortage { needed, quota }));
     }
 
-    /// Nothing is held any more.
+    /// Ends the hold.
     pub(in crate::vmm) fn end(&self) {
         self.set(None);
     }
@@ -69,7 +69,7 @@ impl EnospcHold {
     fn set(&self, shortage: Option<Shortage>) {
         let before = std::mem::replace(&mut *self.lock(), shortage);
         if before.is_some() != shortage.is_some() {
-            // A full counter means that the main thread is awake already.
+            // Fails only on a full counter: the main thread is about to wake up.
             let _ = self.changed.write(1);
         }
     }

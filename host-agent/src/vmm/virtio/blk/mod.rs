@@ -1,4 +1,4 @@
-//! virtio-blk (virtio 1.2, 5.2): one queue, one thread, one disk.
+//! virtio-blk (virtio 1.2, 5.2): one queue, one worker, one disk.
 
 mod enospc_hold;
 mod request;
@@ -15,17 +15,17 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActivateError, Activation, Device, queue};
+use super::{ActivateError, Activation, Device, Identity, new_event, queue};
 use crate::vmm::disk::{Disk, SECTOR, is_full};
 pub use enospc_hold::{EnospcHold, Shortage};
 use request::Geometry;
-use worker::{WaitSet, Worker, WorkerCommand};
+use worker::{ActiveDisk, WaitSet, Worker, WorkerCommand};
 
 /// Entries of the queue.
 pub const QUEUE_SIZE: u16 = 256;
-/// Data buffers of a request: what a chain can have beside header and status.
+/// Most data buffers of a request: header and status take one descriptor each.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// Why a disk cannot become a device.
@@ -39,21 +39,21 @@ pub enum BlockError {
     Host(#[from] io::Error),
 }
 
-/// What went wrong with a disk, since the device was made.
+/// Failures of a disk since the device was created.
 #[derive(Debug, Default)]
 pub struct DiskCounters {
-    /// Requests answered with an error because of what the driver asked.
+    /// Requests answered with an error because they were invalid.
     pub refused: AtomicU64,
-    /// The first failure of the host: the one that explains the others.
+    /// The first failure of the host, which usually explains the later ones.
     pub first_failure: OnceLock<HostFailure>,
 }
 
-/// A failure of the host's own file.
+/// A failed operation on the file behind a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostFailure {
-    /// The system's words.
+    /// The error text of the system.
     pub error: String,
-    /// Whether there was no room for a write.
+    /// Whether the host had no free space for a write.
     pub full: bool,
 }
 
@@ -66,26 +66,24 @@ impl From<&io::Error> for HostFailure {
     }
 }
 
-/// The front of a disk; its thread ends when this is dropped.
+/// The front of a disk. Dropping it ends the worker.
 #[derive(Debug)]
 pub struct Block {
-    name: String,
-    features: u64,
-    config: Vec<u8>,
+    identity: Identity,
     counters: Arc<DiskCounters>,
     hold: Arc<EnospcHold>,
     commands: Sender<WorkerCommand>,
     wake: EventFd,
-    /// Ends a long request between two pieces when the driver resets.
+    /// Interrupts the request in progress between two pieces.
     stop: Arc<AtomicBool>,
     active: bool,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Block {
-    /// Makes a device of `disk`, called `blk-<index>`, and starts its thread.
-    /// `serial` is what the guest finds the disk by. `changed` is signalled when
-    /// the disk begins or ends to wait for room.
+    /// Creates the device `blk-<index>` and starts its worker. The guest finds
+    /// the disk by `serial`. `changed` is signalled when a hold for free space
+    /// begins or ends.
     pub fn new(
         index: usize,
         serial: &str,
@@ -103,7 +101,7 @@ impl Block {
         let name = format!("blk-{index}");
         let counters = Arc::new(DiskCounters::default());
         let stop = Arc::new(AtomicBool::new(false));
-        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let wake = new_event()?;
         let hold = Arc::new(EnospcHold::new(changed, wake.try_clone()?));
         let (commands, received) = mpsc::channel();
         let worker = Worker::new(
@@ -120,9 +118,7 @@ impl Block {
             .name(name.clone())
             .spawn(move || worker.run(&received, &wait_set))?;
         Ok(Self {
-            name,
-            features: features(geometry),
-            config: config(geometry),
+            identity: identity(name, geometry),
             counters,
             hold,
             commands,
@@ -133,12 +129,12 @@ impl Block {
         })
     }
 
-    /// What the disk has done so far.
+    /// Failures of the disk so far.
     pub fn counters(&self) -> Arc<DiskCounters> {
         Arc::clone(&self.counters)
     }
 
-    /// Whether the disk waits for room on the host.
+    /// Whether a write is held for free space on the host.
     pub fn enospc_hold(&self) -> Arc<EnospcHold> {
         Arc::clone(&self.hold)
     }
@@ -147,74 +143,51 @@ impl Block {
         self.commands
             .send(command)
             .map_err(|_| ActivateError::ThreadGone)?;
-        // Only full when the thread is about to wake up anyway.
+        // Fails only on a full counter: the worker is about to wake up.
         let _ = self.wake.write(1);
         Ok(())
     }
 }
 
-fn features(disk: Geometry) -> u64 {
-    let read_only = if disk.read_only {
-        1 << VIRTIO_BLK_F_RO
-    } else {
-        0
-    };
-    queue::EVENT_IDX
-        | read_only
-        | 1 << VIRTIO_BLK_F_SEG_MAX
-        | 1 << VIRTIO_BLK_F_BLK_SIZE
-        | 1 << VIRTIO_BLK_F_FLUSH
-}
-
-/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `blk_size`; the fields
-/// behind it belong to features that are not offered.
-fn config(disk: Geometry) -> Vec<u8> {
+fn identity(name: String, disk: Geometry) -> Identity {
+    let read_only = u64::from(disk.read_only) << VIRTIO_BLK_F_RO;
+    // `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `blk_size`; the later
+    // fields belong to features that are not offered.
     let mut config = Vec::with_capacity(24);
     config.extend_from_slice(&(disk.size / SECTOR).to_le_bytes()); // capacity
     config.extend_from_slice(&0_u32.to_le_bytes()); // size_max: not offered
     config.extend_from_slice(&SEG_MAX.to_le_bytes());
     config.extend_from_slice(&[0; 4]); // geometry: not offered
     config.extend_from_slice(&(SECTOR as u32).to_le_bytes()); // blk_size
-    config
+    Identity {
+        id: VIRTIO_ID_BLOCK,
+        name,
+        features: queue::EVENT_IDX
+            | read_only
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_FLUSH,
+        queue_sizes: &[QUEUE_SIZE],
+        config,
+    }
 }
 
 impl Device for Block {
-    fn id(&self) -> u32 {
-        VIRTIO_ID_BLOCK
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
-    }
-
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if activation.queues.len() != 1 {
-            return Err(ActivateError::QueueCount {
-                expected: 1,
-                actual: activation.queues.len(),
-            });
-        }
+        let active = ActiveDisk::new(activation)?;
         self.stop.store(false, Ordering::Release);
-        self.command(WorkerCommand::Activate(Box::new(activation)))?;
+        self.command(WorkerCommand::Activate(Box::new(active)))?;
         self.active = true;
         Ok(())
     }
 
-    /// Waits for the system call in progress, which may write to guest memory
-    /// until it returns: one piece of at most 1 MiB, or a flush, which takes as
-    /// long as the host's disk does. A write that is held for want of room is
+    /// Waits for the system call in progress, because the kernel may write to
+    /// guest memory until it returns: a transfer of at most 1 MiB, or an
+    /// `fdatasync`, whose time depends on the host's disk. A held write is
     /// dropped.
     fn reset(&mut self) {
         if !self.active {
@@ -224,7 +197,7 @@ impl Device for Block {
         self.stop.store(true, Ordering::Release);
         let (done, wait) = mpsc::channel();
         if self.command(WorkerCommand::Reset(done)).is_ok() {
-            // An error means that the thread is gone, and with it the queue.
+            // An error means that the worker is gone, and with it the queue.
             let _ = wait.recv();
         }
     }

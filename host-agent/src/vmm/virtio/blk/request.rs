@@ -1,4 +1,4 @@
-//! What a driver asks of a disk, decided from the header and the lengths alone.
+//! Validation of virtio-blk requests by their header and lengths alone.
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -9,7 +9,7 @@ use crate::vmm::disk::SECTOR;
 /// Bytes of the header: type, reserved, sector (virtio 1.2, 5.2.6).
 pub const HEADER: u32 = 16;
 
-/// A request that can be carried out: its range lies in the disk.
+/// A valid request: its range lies in the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// Fill the first `len` writable bytes from `offset` on the disk.
@@ -19,7 +19,7 @@ pub enum Request {
         /// Bytes, a multiple of [`SECTOR`].
         len: u32,
     },
-    /// Write the `len` readable bytes behind the header at `offset`.
+    /// Write the `len` readable bytes after the header to `offset`.
     Write {
         /// Byte offset on the disk.
         offset: u64,
@@ -35,19 +35,19 @@ pub enum Request {
     },
 }
 
-/// Why a request is not carried out, though it can be answered.
+/// Why a request is invalid. The driver gets an error status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Fewer bytes than a header has.
+    /// The header is incomplete.
     #[error("header of {0} bytes")]
     ShortHeader(u32),
-    /// A type that was not offered: discard, write zeroes, SCSI, …
+    /// A type whose feature is not offered: discard, write zeroes, SCSI, …
     #[error("unsupported request type {0}")]
     Type(u32),
-    /// Data is not whole sectors.
+    /// The data is not a multiple of the sector size.
     #[error("data of {0} bytes")]
     Unaligned(u32),
-    /// The range goes beyond the end of the disk.
+    /// The range ends beyond the end of the disk.
     #[error("{len} bytes at sector {sector}, beyond the end")]
     Range {
         /// First sector.
@@ -55,26 +55,27 @@ pub enum Refusal {
         /// Bytes.
         len: u32,
     },
-    /// A write to a disk that is read-only, whatever the driver negotiated.
+    /// A write to a read-only disk, even if the driver did not accept
+    /// `VIRTIO_BLK_F_RO`.
     #[error("write to a read-only disk")]
     ReadOnly,
-    /// A part of the chain goes in the wrong direction for the type.
+    /// The chain has data of the wrong direction for the type.
     #[error("{0} bytes in the wrong direction")]
     Direction(u32),
 }
 
-/// What the device knows of its disk.
+/// The properties of a disk that decide about requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Size in bytes.
     pub size: u64,
-    /// Refuse writes.
+    /// Whether writes are refused.
     pub read_only: bool,
 }
 
-/// Decides about a request with `readable` bytes, header included, and
-/// `writable` bytes of data, the status byte not included. `header` is the one
-/// copy that was made of the guest's memory; 0s stand for what was missing.
+/// Validates a request with `readable` bytes, including the header, and
+/// `writable` bytes, without the status byte. `header` is the only copy of the
+/// guest's memory, padded with zeros.
 pub fn parse(
     header: &[u8; HEADER as usize],
     readable: u32,
@@ -129,7 +130,7 @@ fn none(len: u32) -> Result<(), Refusal> {
     }
 }
 
-/// Byte offset of `len` bytes at `sector`, which lie in a disk of `size` bytes.
+/// Byte offset of `sector`, if `len` bytes from there lie in a disk of `size` bytes.
 fn range(sector: u64, len: u32, size: u64) -> Result<u64, Refusal> {
     if !u64::from(len).is_multiple_of(SECTOR) {
         return Err(Refusal::Unaligned(len));
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn every_sector_and_length_is_in_the_disk_or_refused() {
+    fn a_range_that_ends_beyond_the_disk_is_refused() {
         let sectors = [
             0,
             1,
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn types_that_are_not_offered_are_unsupported_and_short_headers_errors() {
+    fn unknown_types_and_short_headers_are_refused() {
         for kind in (0..64).chain([u32::MAX, 0x8000_0000]) {
             let result = parse(&header(kind, 0), 16, 512, DISK);
             match kind {
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_disk_refuses_writes_and_nothing_else() {
+    fn a_read_only_disk_refuses_only_writes() {
         let disk = Geometry {
             read_only: true,
             ..DISK
@@ -231,7 +232,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_header_is_decided_without_overflow(
+        fn no_header_causes_an_overflow(
             header: [u8; 16], readable: u32, writable: u32, sectors in 0..u64::MAX / 512,
             read_only: bool,
         ) {

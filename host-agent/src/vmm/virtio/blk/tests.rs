@@ -1,4 +1,4 @@
-//! A disk's device as a driver sees it, on disks that are slow, full or watched.
+//! The block device as a driver sees it, on disks that are slow, full or failing.
 
 mod bounds;
 mod enospc_hold;
@@ -25,13 +25,13 @@ const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 const ALL: u64 = (1 << VIRTIO_BLK_F_FLUSH) | queue::EVENT_IDX;
 
-/// Where tests keep headers, data and status.
+/// Addresses of headers, status bytes and data.
 const HEADERS: u64 = BUFFERS;
 const STATUS: u64 = BUFFERS + 0x1_0000;
 const DATA: u64 = BUFFERS + 0x10_0000;
 const SECTORS: u64 = 64;
 
-/// A disk in memory that counts, fails and waits as told.
+/// A disk in memory that counts calls, and fails or waits on request.
 #[derive(Clone)]
 struct TestDisk {
     bytes: Arc<Mutex<Vec<u8>>>,
@@ -40,7 +40,7 @@ struct TestDisk {
     flushes: Arc<AtomicUsize>,
     calls: Arc<AtomicUsize>,
     inside: Arc<AtomicBool>,
-    /// A flush takes until this is free.
+    /// A flush waits until this is free.
     busy: Arc<Mutex<()>>,
 }
 
@@ -100,7 +100,7 @@ impl Disk for TestDisk {
     }
 
     fn write(&mut self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()> {
-        assert!(!self.read_only, "a write came through to a read-only disk");
+        assert!(!self.read_only, "write to a read-only disk");
         self.transfer(offset, from, |slice, bytes| {
             slice.copy_to(bytes);
         })
@@ -117,13 +117,13 @@ impl Disk for TestDisk {
 }
 
 fn event() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).unwrap()
+    new_event().unwrap()
 }
 
 fn header(driver: &TestDriver, at: u64, kind: u32, sector: u64) {
     let [low, high] = [sector as u32, (sector >> 32) as u32];
     let words = [kind, 0, low, high];
-    driver.memory.write_obj(words, GuestAddress(at)).unwrap();
+    driver.put(at, words);
 }
 
 fn start(disk: &TestDisk, features: u64) -> (Block, TestDriver) {
@@ -133,57 +133,46 @@ fn start(disk: &TestDisk, features: u64) -> (Block, TestDriver) {
     (block, driver)
 }
 
-/// Runs one request in the usual three parts; status byte and used length.
+/// Header, data and status in one buffer each.
+fn parts(len: u32, writable: bool) -> [(u64, u32, bool); 3] {
+    [
+        (HEADERS, 16, false),
+        (DATA, len, writable),
+        (STATUS, 1, true),
+    ]
+}
+
+/// Runs one request; its status byte and used length.
 fn request(driver: &mut TestDriver, kind: u32, sector: u64, len: u32) -> (u8, u32) {
     header(driver, HEADERS, kind, sector);
-    let parts = [
-        (HEADERS, 16, false),
-        (DATA, len, kind != OUT),
-        (STATUS, 1, true),
-    ];
-    run(driver, &parts)
+    run(driver, &parts(len, kind != OUT))
 }
 
 fn run(driver: &mut TestDriver, parts: &[(u64, u32, bool)]) -> (u8, u32) {
-    driver
-        .memory
-        .write_obj(0xaa_u8, GuestAddress(STATUS))
-        .unwrap();
-    driver.chain(0, 0, parts);
-    driver.offer(0, 0);
-    driver.kick(0);
+    driver.put(STATUS, 0xaa_u8);
+    driver.submit(parts);
     let (head, len) = driver.wait_used(0);
     assert_eq!(head, 0);
-    (driver.memory.read_obj(GuestAddress(STATUS)).unwrap(), len)
-}
-
-fn data(driver: &TestDriver, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    driver
-        .memory
-        .read_slice(&mut bytes, GuestAddress(DATA))
-        .unwrap();
-    bytes
+    (driver.get(STATUS), len)
 }
 
 #[test]
-fn offers_what_it_can_and_describes_the_disk() {
+fn features_and_configuration_describe_the_disk() {
     let mut disk = TestDisk::new();
     let block = Block::new(3, "os", Box::new(disk.clone()), event()).unwrap();
-    assert_eq!(
-        (block.id(), block.name(), block.queue_sizes()),
-        (2, "blk-3", &[256][..])
-    );
+    let identity = block.identity();
+    assert_eq!((identity.id, identity.name.as_str()), (2, "blk-3"));
+    assert_eq!(identity.queue_sizes, [256]);
     let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1_u64 << bit);
-    assert_eq!(block.features(), bits(&[2, 6, 9, 29]));
-    let config = block.config();
+    assert_eq!(identity.features, bits(&[2, 6, 9, 29]));
+    let config = &identity.config;
     assert_eq!(config.len(), 24);
     assert_eq!(config[..8], SECTORS.to_le_bytes());
     assert_eq!(config[12..16], 254_u32.to_le_bytes());
     assert_eq!(config[20..24], 512_u32.to_le_bytes());
     disk.read_only = true;
     let block = Block::new(3, "os", Box::new(disk.clone()), event()).unwrap();
-    assert_eq!(block.features(), bits(&[2, 5, 6, 9, 29]));
+    assert_eq!(block.identity().features, bits(&[2, 5, 6, 9, 29]));
     for serial in ["123456789012345678901", "a\0b", "a b", "é"] {
         let result = Block::new(0, serial, Box::new(disk.clone()), event());
         assert!(matches!(result, Err(BlockError::Serial(_))), "{serial}");
@@ -191,7 +180,7 @@ fn offers_what_it_can_and_describes_the_disk() {
 }
 
 #[test]
-fn request_matrix() {
+fn every_type_sector_and_length_has_the_expected_result() {
     let disk = TestDisk::new();
     let (block, mut driver) = start(&disk, ALL);
     let mut model = disk.bytes();
@@ -202,10 +191,7 @@ fn request_matrix() {
         for (sector, len) in sectors.iter().flat_map(|s| lengths.map(|l| (*s, l))) {
             fill = fill.wrapping_add(1);
             let before = vec![fill; (1 << 21) + 512];
-            driver
-                .memory
-                .write_slice(&before, GuestAddress(DATA))
-                .unwrap();
+            driver.write(DATA, &before);
             let (status, used) = request(&mut driver, kind, sector, len);
             let fits = len % 512 == 0
                 && u128::from(sector) * 512 + u128::from(len) <= u128::from(SECTORS * 512);
@@ -233,13 +219,9 @@ fn request_matrix() {
                 }
                 _ => {}
             }
-            let room = if kind == OUT { 0 } else { len };
-            let complete = written == room;
+            let complete = written == if kind == OUT { 0 } else { len };
             assert_eq!(used, written + u32::from(complete), "{what}");
-            assert!(
-                data(&driver, after.len()) == after,
-                "{what}: memory differs"
-            );
+            assert!(driver.read(DATA, after.len()) == after, "{what}: memory");
         }
     }
     assert!(disk.bytes() == model);
@@ -248,39 +230,31 @@ fn request_matrix() {
 }
 
 #[test]
-fn the_status_is_the_last_writable_byte_however_the_chain_is_cut() {
+fn the_status_is_the_last_writable_byte_of_any_layout() {
     let disk = TestDisk::new();
     let (_block, mut driver) = start(&disk, ALL);
     header(&driver, HEADERS, IN, 5);
     let expected = disk.bytes()[5 * 512..6 * 512].to_vec();
-    // Data and status lie next to each other, so that any cut is possible.
-    let status = GuestAddress(DATA + 512);
+    // The status lies right after the data, so that a buffer can span both.
     for head_cut in [1, 8, 15, 16] {
         for cut in [1, 256, 511, 512, 513] {
-            driver
-                .memory
-                .write_slice(&[0xaa; 600], GuestAddress(DATA))
-                .unwrap();
+            driver.write(DATA, &[0xaa; 600]);
             let parts = [
                 (HEADERS, head_cut, false),
                 (HEADERS + u64::from(head_cut), 16 - head_cut, false),
                 (DATA, cut, true),
                 (DATA + u64::from(cut), 513 - cut, true),
             ];
-            driver.chain(0, 0, &parts);
-            driver.offer(0, 0);
-            driver.kick(0);
+            driver.submit(&parts);
             assert_eq!(driver.wait_used(0), (0, 513));
-            assert_eq!(driver.memory.read_obj::<u8>(status).unwrap(), OK);
-            assert_eq!(data(&driver, 512), expected);
-            let behind: u8 = driver.memory.read_obj(GuestAddress(DATA + 513)).unwrap();
-            assert_eq!(behind, 0xaa);
+            assert_eq!(driver.read(DATA, 512), expected);
+            assert_eq!(driver.read(DATA + 512, 2), [OK, 0xaa]);
         }
     }
 }
 
 #[test]
-fn chains_without_room_or_header_are_returned_and_harm_nothing() {
+fn chains_without_status_or_header_are_returned_unserved() {
     let disk = TestDisk::new();
     let (block, mut driver) = start(&disk, ALL);
     let before = disk.bytes();
@@ -296,7 +270,7 @@ fn chains_without_room_or_header_are_returned_and_harm_nothing() {
     );
     assert_eq!(run(&mut driver, &[(STATUS, 1, true)]), (IOERR, 1));
     assert_eq!(run(&mut driver, &[(STATUS, 0, true)]), (0xaa, 0));
-    // A write that also wants data, and a read that brings some.
+    // A write with a writable buffer, and a read with a readable one.
     let both = [
         (HEADERS, 16, false),
         (DATA, 512, false),
@@ -312,7 +286,7 @@ fn chains_without_room_or_header_are_returned_and_harm_nothing() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_writes_whatever_was_negotiated() {
+fn a_read_only_disk_refuses_writes_with_any_features() {
     let mut disk = TestDisk::new();
     disk.read_only = true;
     for features in [0, ALL, ALL | 1 << VIRTIO_BLK_F_RO] {
@@ -324,7 +298,7 @@ fn a_read_only_disk_refuses_writes_whatever_was_negotiated() {
 }
 
 #[test]
-fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
+fn a_header_that_changes_during_the_read_is_read_once() {
     let disk = TestDisk::new();
     let (_block, mut driver) = start(&disk, ALL);
     let memory = driver.memory.clone();
@@ -332,7 +306,7 @@ fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
     let stopped = Arc::clone(&stop);
     let racer = std::thread::spawn(move || {
         while !stopped.load(Ordering::Relaxed) {
-            // A read of the last sector, or a write far beyond the end.
+            // A valid read, a write beyond the end, or an unknown type.
             for (kind, sector) in [(IN, SECTORS - 1), (OUT, u64::MAX), (77, 1 << 60)] {
                 let words = [kind, 0, sector as u32, (sector >> 32) as u32];
                 memory.write_obj(words, GuestAddress(HEADERS)).unwrap();
@@ -342,8 +316,7 @@ fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
     let before = disk.bytes();
     let mut seen = HashSet::new();
     for _ in 0..3_000 {
-        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-        seen.insert(run(&mut driver, &parts));
+        seen.insert(run(&mut driver, &parts(512, true)));
     }
     stop.store(true, Ordering::Relaxed);
     racer.join().unwrap();
@@ -353,7 +326,7 @@ fn a_header_that_changes_while_it_is_read_is_one_of_the_two() {
 }
 
 #[test]
-fn a_host_that_fails_costs_requests_and_not_the_device() {
+fn a_host_error_fails_the_request_and_not_the_device() {
     let disk = TestDisk::new();
     let (block, mut driver) = start(&disk, ALL);
     disk.fail.store(true, Ordering::SeqCst);
@@ -371,7 +344,7 @@ fn a_host_that_fails_costs_requests_and_not_the_device() {
     assert_eq!(request(&mut driver, OUT, 0, 512).0, OK);
 }
 
-/// Waits for what the driver cannot see.
+/// Waits for a condition without an interrupt.
 fn until(what: &str, done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -381,7 +354,7 @@ fn until(what: &str, done: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_driver_that_cannot_flush_gets_every_write_flushed() {
+fn without_the_flush_feature_every_write_is_flushed() {
     let disk = TestDisk::new();
     let (_block, mut driver) = start(&disk, 0);
     for done in 1..=3 {
@@ -395,21 +368,17 @@ fn a_driver_that_cannot_flush_gets_every_write_flushed() {
 }
 
 #[test]
-fn a_finished_request_waits_for_no_flush_behind_it() {
-    // With a flush of its own, and of a driver that cannot flush.
+fn a_completed_request_does_not_wait_for_a_later_flush() {
+    // A flush request, and a write without the flush feature.
     for (features, kind) in [(ALL, FLUSH), (0, OUT)] {
         let disk = TestDisk::new();
         let (_block, mut driver) = start(&disk, features);
         let busy = disk.busy.lock().unwrap();
         header(&driver, HEADERS, IN, 0);
         header(&driver, HEADERS + 16, kind, 0);
-        let read = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-        let flush = [
-            (HEADERS + 16, 16, false),
-            (DATA, 512, kind != OUT),
-            (STATUS, 1, true),
-        ];
-        driver.chain(0, 0, &read);
+        let mut flush = parts(512, kind != OUT);
+        flush[0].0 += 16;
+        driver.chain(0, 0, &parts(512, true));
         driver.chain(0, 3, &flush);
         driver.offer(0, 0);
         driver.offer(0, 3);
@@ -423,7 +392,7 @@ fn a_finished_request_waits_for_no_flush_behind_it() {
 }
 
 #[test]
-fn a_broken_ring_stops_the_device_until_it_is_reset() {
+fn a_ring_violation_stops_the_device_until_a_reset() {
     let disk = TestDisk::new();
     let (mut block, mut driver) = start(&disk, ALL);
     for round in 1..=20 {
@@ -431,7 +400,7 @@ fn a_broken_ring_stops_the_device_until_it_is_reset() {
         driver.kick(0);
         driver.wait_until("violation", |driver| driver.interrupt.is_broken());
         assert_eq!(driver.interrupt.violations(), u64::from(round));
-        // Nothing is served now, whatever is offered.
+        // A broken device serves no chain.
         driver.kick(0);
         block.reset();
         assert_eq!(driver.used(0), None);
@@ -441,7 +410,7 @@ fn a_broken_ring_stops_the_device_until_it_is_reset() {
 }
 
 #[test]
-fn a_full_queue_comes_back_complete_and_at_most_one_interrupt_each() {
+fn a_full_queue_is_served_completely() {
     let disk = TestDisk::new();
     let (_block, mut driver) = start(&disk, ALL);
     for round in 0..50_u64 {

@@ -1,5 +1,5 @@
-//! The thread of a disk: owns the queue while the device is active, and the
-//! disk always.
+//! The worker of a disk: it owns the disk, and the queue while the device is
+//! active.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -24,40 +24,41 @@ use crate::token_bucket::{LogLimit, VMM_LOG};
 use crate::vmm::disk::{Disk, is_full};
 use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, QueueError};
-use crate::vmm::virtio::{Activation, borrow_event};
+use crate::vmm::virtio::{ActivateError, Activation, borrow_event};
 
-/// Most bytes in one system call, so that a reset never waits for more.
+/// Most bytes per system call, which bounds the time that a reset waits.
 const PIECE: u32 = 1 << 20;
-/// Longest time that finished requests wait for the interrupt of their batch,
-/// but for one more read or write. They wait for no flush, which takes a disk
-/// longer than everything else together.
+/// Longest time that a completed request waits for the interrupt of its batch,
+/// plus one more read or write. It never waits for a flush, which takes far longer.
 const BATCH_TIME: Duration = Duration::from_micros(200);
-/// Time until a write for which the host had no room is tried again, in
+/// Time between two tries of a write that is held for free space, in
 /// milliseconds.
-const AGAIN_MS: u16 = 1000;
+const RETRY_MS: u16 = 1000;
 
-/// What the front asks of the thread.
+/// A command of the front.
 #[derive(Debug)]
 pub enum WorkerCommand {
-    /// Work on this queue.
-    Activate(Box<Activation>),
-    /// Let go of the queue, then answer.
+    /// Serve this queue.
+    Activate(Box<ActiveDisk>),
+    /// Drop the queue, then answer.
     Reset(Sender<()>),
     /// Flush the disk and end.
     End,
 }
 
-/// What the driver gave: from activation to reset.
-struct Active {
+/// What the worker has from activation to reset.
+#[derive(Debug)]
+pub struct ActiveDisk {
     queue: CheckedQueue,
     interrupt: Interrupt,
-    /// The driver cannot flush, so every write is flushed (virtio 1.2, 5.2.6.2).
+    /// The driver did not accept `VIRTIO_BLK_F_FLUSH`, so every write is flushed
+    /// (virtio 1.2, 5.2.6.2).
     write_through: bool,
-    /// When the first request was finished of which the driver has not heard.
-    finished: Option<Instant>,
+    /// Completion time of the first request since the last interrupt.
+    first_unsignalled: Option<Instant>,
 }
 
-/// State of the thread.
+/// State of the worker.
 pub struct Worker {
     name: String,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
@@ -70,9 +71,9 @@ pub struct Worker {
     host_errors: LogLimit<Instant>,
 }
 
-/// Why a chain was not answered.
+/// Why the worker stopped to serve the queue.
 enum ServeError {
-    /// The driver broke the rules of the ring.
+    /// The driver violated the ring protocol.
     Violation(QueueError),
     /// The driver resets the device.
     Stopped,
@@ -84,11 +85,11 @@ impl From<QueueError> for ServeError {
     }
 }
 
-/// Why a request failed.
+/// Why a request was not carried out.
 enum RequestError {
-    /// The driver's fault.
+    /// The request is invalid.
     Refused(Refusal),
-    /// The host's fault.
+    /// The host failed.
     Host(io::Error),
     /// The driver resets the device.
     Stopped,
@@ -125,16 +126,14 @@ impl Worker {
         }
     }
 
-    /// Runs until the front says [`WorkerCommand::End`] or is gone.
-    pub fn run(mut self, received: &Receiver<WorkerCommand>, wait_set: &WaitSet) {
-        let mut active: Option<Active> = None;
+    /// Runs until [`WorkerCommand::End`], or until the front is dropped.
+    pub fn run(mut self, commands: &Receiver<WorkerCommand>, wait_set: &WaitSet) {
+        let mut active: Option<ActiveDisk> = None;
         loop {
-            match received.try_recv() {
-                Ok(WorkerCommand::Activate(activation)) => {
-                    active = self.activate(*activation, wait_set);
-                }
+            match commands.try_recv() {
+                Ok(WorkerCommand::Activate(new)) => active = self.activate(*new, wait_set),
                 Ok(WorkerCommand::Reset(done)) => {
-                    Self::let_go(&mut active, wait_set);
+                    Self::deactivate(&mut active, wait_set);
                     let _ = done.send(());
                 }
                 Ok(WorkerCommand::End) | Err(TryRecvError::Disconnected) => break,
@@ -144,10 +143,10 @@ impl Worker {
                             Ok(()) => {}
                             Err(ServeError::Violation(error)) => {
                                 current.interrupt.needs_reset(&error);
-                                Self::let_go(&mut active, wait_set);
+                                Self::deactivate(&mut active, wait_set);
                             }
-                            // Its command is there, or will be in a moment: the
-                            // signal for it may have been taken already.
+                            // Do not wait: the front sends the command after it
+                            // set `stop`, and its wake-up may be consumed already.
                             Err(ServeError::Stopped) => continue,
                         }
                     }
@@ -161,8 +160,7 @@ impl Worker {
         }
     }
 
-    fn activate(&mut self, activation: Activation, wait_set: &WaitSet) -> Option<Active> {
-        let active = Active::new(activation);
+    fn activate(&mut self, active: ActiveDisk, wait_set: &WaitSet) -> Option<ActiveDisk> {
         match wait_set.control(ControlOperation::Add, active.queue.kick(), KICK) {
             Ok(()) => Some(active),
             Err(error) => {
@@ -173,16 +171,16 @@ impl Worker {
         }
     }
 
-    /// Drops the queue. The kick has other copies in the transport, so closing
-    /// ours would not take it off the list.
-    fn let_go(active: &mut Option<Active>, wait_set: &WaitSet) {
+    /// Drops the queue. The transport holds a duplicate of the kick, so closing
+    /// our descriptor would not remove it from the epoll set.
+    fn deactivate(active: &mut Option<ActiveDisk>, wait_set: &WaitSet) {
         if let Some(active) = active.take() {
             let _ = wait_set.control(ControlOperation::Delete, active.queue.kick(), KICK);
         }
     }
 
-    /// Answers all that the driver offers.
-    fn serve(&mut self, active: &mut Active, wait_set: &WaitSet) -> Result<(), ServeError> {
+    /// Serves every available chain.
+    fn serve(&mut self, active: &mut ActiveDisk, wait_set: &WaitSet) -> Result<(), ServeError> {
         loop {
             active.queue.disable_kicks()?;
             while let Some(chain) = active.queue.pop()? {
@@ -190,7 +188,7 @@ impl Worker {
                     return Err(ServeError::Stopped);
                 }
                 self.answer(active, chain, wait_set)?;
-                let since = *active.finished.get_or_insert_with(Instant::now);
+                let since = *active.first_unsignalled.get_or_insert_with(Instant::now);
                 if since.elapsed() >= BATCH_TIME {
                     active.signal()?;
                 }
@@ -208,14 +206,14 @@ impl Worker {
 
     fn answer(
         &mut self,
-        active: &mut Active,
+        active: &mut ActiveDisk,
         chain: Chain,
         wait_set: &WaitSet,
     ) -> Result<(), ServeError> {
         let mut header = [0; HEADER as usize];
         chain.read_at(active.queue.memory(), 0, &mut header);
         let Some(capacity) = chain.writable_len().checked_sub(1) else {
-            // Not even a status can be told.
+            // Without a writable byte there is no place for a status.
             self.refused(Refusal::Direction(0));
             active.queue.push_used(chain, 0)?;
             return Ok(());
@@ -244,9 +242,9 @@ impl Worker {
             }
         };
         chain.write_at(active.queue.memory(), capacity, &[status as u8]);
-        // The length counts from the first writable byte and claims only what
-        // was filled. The status comes behind the data, so only a request whose
-        // data is complete can count it.
+        // The used length counts the filled bytes from the first writable one on
+        // (virtio 1.2, 2.7.8.2). The status is the last byte, so only a request
+        // that filled all data before it counts it.
         let length = if written == capacity {
             capacity + 1
         } else {
@@ -259,15 +257,15 @@ impl Worker {
     /// Carries out `request`; returns how many writable bytes it filled.
     fn perform(
         &mut self,
-        active: &Active,
+        active: &ActiveDisk,
         chain: &Chain,
         request: Request,
         wait_set: &WaitSet,
     ) -> Result<u32, RequestError> {
         let memory = active.queue.memory();
+        let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
         match request {
             Request::Read { offset, len } => {
-                let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
                 for (at, piece) in pieces(len) {
                     if self.stopped() {
                         return Err(RequestError::Stopped);
@@ -279,7 +277,6 @@ impl Worker {
                 Ok(len)
             }
             Request::Write { offset, len } => {
-                let mut slices: Vec<VolatileSlice<'_>> = Vec::new();
                 for (at, piece) in pieces(len) {
                     if self.stopped() {
                         return Err(RequestError::Stopped);
@@ -299,16 +296,15 @@ impl Worker {
                 Ok(0)
             }
             Request::Serial { len } => {
-                let serial = &self.serial[..len as usize];
-                chain.write_at(memory, 0, serial);
+                chain.write_at(memory, 0, &self.serial[..len as usize]);
                 Ok(len)
             }
         }
     }
 
-    /// Runs `operation` until the host has room for it, which the main thread
-    /// hears of: it stops the guest meanwhile. The driver sees a slow request
-    /// and no error; one that is behind it waits too.
+    /// Repeats `operation` while it fails because the host has no free space.
+    /// Meanwhile the main thread pauses the guest, so the driver sees a slow
+    /// request and no timeout; later requests wait too.
     fn retry_while_full(
         &mut self,
         wait_set: &WaitSet,
@@ -350,26 +346,28 @@ impl Worker {
     }
 }
 
-impl Active {
-    fn new(mut activation: Activation) -> Self {
-        let queue = activation.queues.remove(0);
-        Self {
-            queue: CheckedQueue::new(queue, activation.memory, activation.features),
-            interrupt: activation.interrupt,
-            write_through: activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
-            finished: None,
-        }
+impl ActiveDisk {
+    pub fn new(activation: Activation) -> Result<Self, ActivateError> {
+        let write_through = activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        let interrupt = activation.interrupt.clone();
+        let [queue] = activation.checked_queues()?;
+        Ok(Self {
+            queue,
+            interrupt,
+            write_through,
+            first_unsignalled: None,
+        })
     }
 
-    /// Tells the driver of finished requests, if there are any.
+    /// Interrupts the driver if requests were completed since the last call.
     fn signal(&mut self) -> Result<(), QueueError> {
-        if self.finished.take().is_some() && self.queue.notify_needed()? {
+        if self.first_unsignalled.take().is_some() && self.queue.notify_needed()? {
             self.interrupt.used();
         }
         Ok(())
     }
 
-    /// Whether `request` ends with a flush of the disk.
+    /// Whether `request` flushes the disk.
     fn flushes(&self, request: Request) -> bool {
         match request {
             Request::Flush => true,
@@ -387,7 +385,8 @@ fn pieces(len: u32) -> impl Iterator<Item = (u32, u32)> {
     })
 }
 
-/// What the thread sleeps on: commands, and kicks while the device is active.
+/// The epoll set of the worker: the front's wake-up, and the queue's kick while
+/// the device is active.
 pub struct WaitSet {
     epoll: Epoll,
     wake: EventFd,
@@ -398,7 +397,7 @@ const WAKE: u64 = 0;
 const KICK: u64 = 1;
 
 impl WaitSet {
-    /// Sleeps until `wake` is signalled.
+    /// Contains `wake` alone.
     pub fn new(wake: EventFd) -> io::Result<Self> {
         let wait_set = Self {
             epoll: Epoll::new()?,
@@ -413,19 +412,19 @@ impl WaitSet {
         self.epoll.ctl(operation, event.as_raw_fd(), interest)
     }
 
-    /// Waits for a command for [`AGAIN_MS`], and takes note of it.
+    /// Waits for [`RETRY_MS`], or until `wake` is signalled.
     fn wait_before_retry(&self) {
         let mut fds = [PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
-        // An interrupted wait is a short one, which is harmless.
-        if poll(&mut fds, PollTimeout::from(AGAIN_MS)).is_ok_and(|ready| ready > 0) {
+        // EINTR only makes the next try earlier.
+        if poll(&mut fds, PollTimeout::from(RETRY_MS)).is_ok_and(|ready| ready > 0) {
             let _ = self.wake.read();
         }
     }
 
-    /// Waits for a command or a kick, and takes note of both.
+    /// Waits for `wake` or `kick`, and clears what was signalled.
     fn wait(&self, kick: Option<&EventFd>) {
         let mut events = [EpollEvent::default(); 2];
-        // An interrupted wait is a spurious wake-up, which is harmless.
+        // EINTR is a spurious wake-up.
         let count = self.epoll.wait(-1, &mut events).unwrap_or(0);
         for event in &events[..count] {
             let source = match event.data() {

@@ -1,4 +1,4 @@
-//! The registers against a reference written from virtio 1.2, 2.1 and 4.2.2.
+//! The registers against a reference model of virtio 1.2, 2.1 and 4.2.2.
 
 use std::sync::{Arc, mpsc};
 
@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
+use crate::vmm::virtio::Identity;
 
 const SIZES: [u16; 3] = [8, 4, 256];
 const CONFIG: [u8; 6] = [1, 2, 3, 4, 5, 6];
@@ -13,36 +14,31 @@ const ID: u32 = 4711;
 const OFFERED: u64 = 1 << 29 | 1 << 9 | 1 << 32;
 const RAM: u64 = 0x1_0000;
 
-/// What the transport asked of its device: `None` for a reset, else the
-/// features and each queue's size and rings.
+/// A call of the transport to its device: `None` for a reset, else the features
+/// and each queue's size and rings at activation.
 type Call = Option<(u64, Vec<(u16, [u64; 3])>)>;
 
-/// A device that keeps what it was asked.
+/// The identity of a test device; the transport adds VERSION_1 by itself.
+fn identity() -> Identity {
+    Identity {
+        id: ID,
+        name: "test".into(),
+        features: OFFERED & !(1 << 32),
+        queue_sizes: &SIZES,
+        config: CONFIG.to_vec(),
+    }
+}
+
+/// A device that records the calls of the transport.
 struct Recorder {
+    identity: Identity,
     calls: Arc<Mutex<Vec<Call>>>,
-    able: bool,
+    fails: bool,
 }
 
 impl Device for Recorder {
-    fn id(&self) -> u32 {
-        ID
-    }
-
-    fn name(&self) -> &'static str {
-        "recorder"
-    }
-
-    fn features(&self) -> u64 {
-        // The transport adds VERSION_1 by itself.
-        OFFERED & !(1 << 32)
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &SIZES
-    }
-
-    fn config(&self) -> &[u8] {
-        &CONFIG
+    fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -55,10 +51,10 @@ impl Device for Recorder {
         let queues = activation.queues.iter().map(rings).collect();
         let call = Some((activation.features, queues));
         self.calls.lock().unwrap().push(call);
-        if self.able {
-            Ok(())
-        } else {
+        if self.fails {
             Err(ActivateError::ThreadGone)
+        } else {
+            Ok(())
         }
     }
 
@@ -67,12 +63,12 @@ impl Device for Recorder {
     }
 }
 
-/// One thing that happens to a device.
+/// One access of the driver, or one signal of the device.
 #[derive(Debug, Clone)]
-enum Step {
+enum TransportEvent {
     Read(u64, usize),
     Write(u64, Vec<u8>),
-    /// The device used a buffer; it found the driver at fault.
+    /// The device used a buffer, or met a violation.
     Used,
     Broken,
 }
@@ -81,12 +77,12 @@ enum Step {
 struct Ring {
     size: u32,
     ready: bool,
-    /// Descriptors, driver's area, device's area.
+    /// Addresses of the descriptor table, driver area and device area.
     at: [u64; 3],
 }
 
-/// What the specification says, in registers.
-struct Model {
+/// The reference model of the registers.
+struct RegisterModel {
     status: u32,
     broken: bool,
     interrupt: u32,
@@ -98,11 +94,11 @@ struct Model {
     rings: [Ring; 3],
     kicks: [u64; 3],
     calls: Vec<Call>,
-    able: bool,
+    fails: bool,
 }
 
-impl Model {
-    fn new(able: bool) -> Self {
+impl RegisterModel {
+    fn new(fails: bool) -> Self {
         let mut model = Self {
             status: 0,
             broken: false,
@@ -114,7 +110,7 @@ impl Model {
             rings: [Ring::default(); 3],
             kicks: [0; 3],
             calls: Vec::new(),
-            able,
+            fails,
         };
         model.power_on();
         model
@@ -241,7 +237,7 @@ impl Model {
         if self.rings.iter().all(fine) {
             let rings = self.rings.iter().map(|ring| (ring.size as u16, ring.at));
             self.calls.push(Some((self.accepted, rings.collect())));
-            if self.able {
+            if !self.fails {
                 self.kicks = self.kicks.map(|count| count + 1);
                 return;
             }
@@ -256,8 +252,8 @@ impl Model {
     }
 }
 
-fn word(offset: u64, value: u32) -> Step {
-    Step::Write(offset, value.to_le_bytes().to_vec())
+fn word(offset: u64, value: u32) -> TransportEvent {
+    TransportEvent::Write(offset, value.to_le_bytes().to_vec())
 }
 
 fn offset() -> impl Strategy<Value = u64> {
@@ -269,8 +265,8 @@ fn offset() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// One step of whatever kind.
-fn any_step() -> impl Strategy<Value = Vec<Step>> {
+/// Any one event.
+fn any_event() -> impl Strategy<Value = Vec<TransportEvent>> {
     let value = prop_oneof![
         4 => 0..5_u32,
         3 => prop::sample::select(vec![0xb, 0xf, 0x40, 0x43, 0x80, 0x8f, 0x4f]),
@@ -281,22 +277,22 @@ fn any_step() -> impl Strategy<Value = Vec<Step>> {
     let bytes = prop::collection::vec(any::<u8>(), 0..9);
     prop_oneof![
         6 => (offset(), value).prop_map(|(offset, value)| vec![word(offset, value)]),
-        2 => (offset(), bytes).prop_map(|(offset, bytes)| vec![Step::Write(offset, bytes)]),
-        3 => (offset(), width).prop_map(|(offset, width)| vec![Step::Read(offset, width)]),
-        1 => Just(vec![Step::Used]),
-        1 => Just(vec![Step::Broken]),
+        2 => (offset(), bytes).prop_map(|(offset, bytes)| vec![TransportEvent::Write(offset, bytes)]),
+        3 => (offset(), width).prop_map(|(offset, width)| vec![TransportEvent::Read(offset, width)]),
+        1 => Just(vec![TransportEvent::Used]),
+        1 => Just(vec![TransportEvent::Broken]),
     ]
 }
 
-/// A driver that starts the device, nearly as it should.
-fn start() -> impl Strategy<Value = Vec<Step>> {
+/// A driver that initialises the device, sometimes with an error.
+fn start() -> impl Strategy<Value = Vec<TransportEvent>> {
     let features = prop_oneof![
         4 => Just(OFFERED),
         2 => Just(1_u64 << 32),
         1 => Just(OFFERED & 0xffff_ffff),
         1 => any::<u64>(),
     ];
-    // Some rings are not aligned, end beyond RAM, or lie far above it.
+    // Some rings are misaligned, end beyond RAM, or lie far above RAM.
     let place = |align: u64| {
         let good = (1..0xe000 / align).prop_map(move |n| n * align);
         prop_oneof![40 => good, 1 => 1..0xe000_u64, 1 => Just(RAM - 4), 1 => any::<u64>()]
@@ -311,31 +307,31 @@ fn start() -> impl Strategy<Value = Vec<Step>> {
     };
     let again = prop::bool::weighted(0.9);
     (again, features, SIZES.map(ring)).prop_map(|(again, features, rings)| {
-        let mut steps = Vec::new();
+        let mut events = Vec::new();
         if again {
-            steps.push(word(0x70, 0));
+            events.push(word(0x70, 0));
         }
-        steps.extend([word(0x70, 1), word(0x70, 3)]);
+        events.extend([word(0x70, 1), word(0x70, 3)]);
         for half in 0..2 {
-            steps.push(word(0x24, half));
-            steps.push(word(0x20, (features >> (32 * half)) as u32));
+            events.push(word(0x24, half));
+            events.push(word(0x20, (features >> (32 * half)) as u32));
         }
-        steps.push(word(0x70, 0xb));
+        events.push(word(0x70, 0xb));
         for (number, (size, desc, driver, device, ready)) in (0..).zip(rings) {
-            steps.extend([word(0x30, number), word(0x38, size)]);
+            events.extend([word(0x30, number), word(0x38, size)]);
             for (offset, at) in [(0x80, desc), (0x90, driver), (0xa0, device)] {
-                steps.push(word(offset, at as u32));
-                steps.push(word(offset + 4, (at >> 32) as u32));
+                events.push(word(offset, at as u32));
+                events.push(word(offset + 4, (at >> 32) as u32));
             }
-            steps.push(word(0x44, ready));
+            events.push(word(0x44, ready));
         }
-        steps.push(word(0x70, 0xf));
-        steps
+        events.push(word(0x70, 0xf));
+        events
     })
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let part = prop_oneof![4 => any_step(), 1 => start()];
+fn events() -> impl Strategy<Value = Vec<TransportEvent>> {
+    let part = prop_oneof![4 => any_event(), 1 => start()];
     prop::collection::vec(part, 1..30).prop_map(|parts| parts.concat())
 }
 
@@ -343,35 +339,35 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_access_does_what_the_specification_says(
-        steps in steps(),
-        able in prop::bool::weighted(0.9),
+    fn every_access_behaves_as_in_the_reference_model(
+        events in events(),
+        fails in prop::bool::weighted(0.1),
     ) {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let calls = Arc::new(Mutex::new(Vec::new()));
-        let device = Recorder { calls: Arc::clone(&calls), able };
+        let device = Recorder { identity: identity(), calls: Arc::clone(&calls), fails };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap(), "recorder");
         let transport = Transport::new(Box::new(device), memory, interrupt.clone()).unwrap();
         let kicks = transport.kicks().unwrap();
-        let mut model = Model::new(able);
-        for step in &steps {
-            match step {
-                Step::Read(offset, width) => {
+        let mut model = RegisterModel::new(fails);
+        for event in &events {
+            match event {
+                TransportEvent::Read(offset, width) => {
                     let mut bytes = vec![0xa5; *width];
                     transport.read(*offset, &mut bytes);
                     prop_assert_eq!(bytes, model.read(*offset, *width));
                 }
-                Step::Write(offset, bytes) => {
+                TransportEvent::Write(offset, bytes) => {
                     transport.write(*offset, bytes);
                     model.write(*offset, bytes);
                 }
-                Step::Used => {
+                TransportEvent::Used => {
                     interrupt.used();
                     model.interrupt |= 1;
                     model.raised = true;
                 }
-                Step::Broken => {
+                TransportEvent::Broken => {
                     interrupt.needs_reset(&ActivateError::ThreadGone);
                     model.fault();
                 }
@@ -384,37 +380,22 @@ proptest! {
             let kicked: Vec<u64> = kicks.iter().map(|kick| kick.read().unwrap_or(0)).collect();
             prop_assert_eq!(kicked, std::mem::take(&mut model.kicks));
             prop_assert_eq!(&*calls.lock().unwrap(), &model.calls);
-            let told = line.read().is_ok();
-            prop_assert_eq!(told, std::mem::take(&mut model.raised), "{:?}", step);
+            let raised = line.read().is_ok();
+            prop_assert_eq!(raised, std::mem::take(&mut model.raised), "{:?}", event);
         }
     }
 }
 
-/// A device that waits in each reset, as one does whose disk is slow.
+/// A device that waits in each reset, as a device with a slow disk does.
 struct Slow {
+    identity: Identity,
     begun: mpsc::Sender<()>,
     goes_on: mpsc::Receiver<()>,
 }
 
 impl Device for Slow {
-    fn id(&self) -> u32 {
-        ID
-    }
-
-    fn name(&self) -> &'static str {
-        "slow"
-    }
-
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &SIZES
-    }
-
-    fn config(&self) -> &[u8] {
-        &CONFIG
+    fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
@@ -423,36 +404,40 @@ impl Device for Slow {
 
     fn reset(&mut self) {
         self.begun.send(()).unwrap();
-        // Also over when the test is.
+        // An error means that the test is over.
         let _ = self.goes_on.recv();
     }
 }
 
 #[test]
-fn a_reset_that_waits_for_the_host_holds_up_its_processor_alone() {
+fn a_slow_reset_blocks_only_the_vcpu_that_requests_it() {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
     let (begun, has_begun) = mpsc::channel();
     let (go_on, goes_on) = mpsc::channel();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let interrupt = Interrupt::new(line, "slow");
-    let device = Box::new(Slow { begun, goes_on });
+    let device = Box::new(Slow {
+        identity: identity(),
+        begun,
+        goes_on,
+    });
     let transport = Arc::new(Transport::new(device, memory, interrupt).unwrap());
-    let processor = std::thread::spawn({
+    let vcpu = std::thread::spawn({
         let transport = Arc::clone(&transport);
         move || transport.write(register::STATUS, &0_u32.to_le_bytes())
     });
     has_begun.recv().unwrap();
-    // What the main thread looks at is there all the same.
+    // The main thread reads the interrupt without the transport's lock.
     let interrupt = transport.interrupt();
     assert_eq!((interrupt.name(), interrupt.violations()), ("slow", 0));
-    // Whoever stops the device waits for the processor, and then for the device.
+    // `stop` waits for the vCPU thread's reset, then resets the device again.
     let stopping = std::thread::spawn({
         let transport = Arc::clone(&transport);
         move || transport.stop()
     });
     assert!(has_begun.try_recv().is_err());
     go_on.send(()).unwrap();
-    processor.join().unwrap();
+    vcpu.join().unwrap();
     has_begun.recv().unwrap();
     assert!(!stopping.is_finished());
     go_on.send(()).unwrap();

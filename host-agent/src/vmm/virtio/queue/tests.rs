@@ -1,7 +1,7 @@
-//! The queue, checked against a reference walk.
+//! The queue against a reference implementation of the chain walk.
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::vmm::virtio::test_driver::{
@@ -10,7 +10,7 @@ use crate::vmm::virtio::test_driver::{
 
 const INDIRECT: u16 = 4;
 
-/// A driver with a ring of `size`, and the device's side of it.
+/// A driver with a ring of `size`, and the device's end of the ring.
 fn setup(size: u16, features: u64) -> (TestDriver, CheckedQueue) {
     let mut driver = TestDriver::new(&[size]);
     let active = driver.activation(features).queues.remove(0);
@@ -19,7 +19,7 @@ fn setup(size: u16, features: u64) -> (TestDriver, CheckedQueue) {
 }
 
 #[test]
-fn bytes_travel_through_a_chain_of_several_parts_and_back() {
+fn a_chain_of_several_buffers_is_read_and_written_in_order() {
     let (mut driver, mut queue) = setup(8, 0);
     driver.chain(
         0,
@@ -32,14 +32,8 @@ fn bytes_travel_through_a_chain_of_several_parts_and_back() {
             (BUFFERS + 0x7000, 4, true),
         ],
     );
-    driver
-        .memory
-        .write_slice(b"abc", GuestAddress(BUFFERS + 0x4000))
-        .unwrap();
-    driver
-        .memory
-        .write_slice(b"defgh", GuestAddress(HIGH))
-        .unwrap();
+    driver.write(BUFFERS + 0x4000, b"abc");
+    driver.write(HIGH, b"defgh");
     driver.offer(0, 0);
     let chain = queue.pop().unwrap().unwrap();
     assert_eq!((chain.readable_len(), chain.writable_len()), (8, 6));
@@ -47,12 +41,7 @@ fn bytes_travel_through_a_chain_of_several_parts_and_back() {
     assert_eq!(chain.read_at(queue.memory(), 1, &mut buf), 7);
     assert_eq!(&buf[..7], b"bcdefgh");
     assert_eq!(chain.write_at(queue.memory(), 1, b"uvwxyz"), 5);
-    let mut back = [0; 4];
-    driver
-        .memory
-        .read_slice(&mut back, GuestAddress(BUFFERS + 0x7000))
-        .unwrap();
-    assert_eq!(&back, b"vwxy");
+    assert_eq!(driver.read(BUFFERS + 0x7000, 4), b"vwxy");
     queue.push_used(chain, 6).unwrap();
     assert_eq!(driver.used(0), Some((0, 6)));
     assert_eq!(driver.used(0), None);
@@ -60,7 +49,7 @@ fn bytes_travel_through_a_chain_of_several_parts_and_back() {
 }
 
 #[test]
-fn every_jump_of_the_available_index_beyond_the_queue_is_refused() {
+fn an_available_index_beyond_the_queue_size_is_refused() {
     for delta in 0..=u16::MAX {
         if delta > 32 && delta < u16::MAX - 32 && delta % 251 != 0 {
             continue;
@@ -77,7 +66,7 @@ fn every_jump_of_the_available_index_beyond_the_queue_is_refused() {
 }
 
 #[test]
-fn a_driver_cannot_have_more_chains_in_flight_than_the_queue_is_long() {
+fn more_chains_in_flight_than_the_queue_size_are_refused() {
     let (mut driver, mut queue) = setup(4, 0);
     driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, false)]);
     let mut held = Vec::new();
@@ -95,7 +84,7 @@ fn a_driver_cannot_have_more_chains_in_flight_than_the_queue_is_long() {
 }
 
 #[test]
-fn a_buffer_may_end_exactly_where_ram_ends_and_not_one_byte_later() {
+fn a_buffer_may_end_where_ram_ends_and_not_one_byte_later() {
     let ends = [(0, RAM), (HIGH, HIGH + HIGH_LEN)];
     for (start, end) in ends {
         for len in [1_u64, 2, 0x1000, end - start] {
@@ -121,26 +110,20 @@ fn a_buffer_may_end_exactly_where_ram_ends_and_not_one_byte_later() {
 }
 
 #[test]
-fn an_interrupt_is_wanted_unless_the_driver_says_otherwise() {
+fn interrupts_follow_the_driver_flag_or_its_event_index() {
     let (mut driver, mut queue) = setup(4, 0);
     driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, true)]);
     driver.offer(0, 0);
     let chain = queue.pop().unwrap().unwrap();
     queue.push_used(chain, 0).unwrap();
     assert!(queue.notify_needed().unwrap());
-    driver
-        .memory
-        .write_obj(1_u16, GuestAddress(avail(0)))
-        .unwrap();
+    driver.put(avail(0), 1_u16);
     assert!(!queue.notify_needed().unwrap());
 
-    // EVENT_IDX: used_event = 1 asks for an interrupt after the second chain.
+    // EVENT_IDX: used_event = 1 requests an interrupt after the second chain.
     let (mut driver, mut queue) = setup(4, EVENT_IDX);
     driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, true)]);
-    driver
-        .memory
-        .write_obj(1_u16, GuestAddress(avail(0) + 4 + 8))
-        .unwrap();
+    driver.put(avail(0) + 4 + 8, 1_u16);
     for expected in [false, true, false] {
         driver.offer(0, 0);
         let chain = queue.pop().unwrap().unwrap();
@@ -149,7 +132,7 @@ fn an_interrupt_is_wanted_unless_the_driver_says_otherwise() {
     }
 }
 
-/// The same rules, written the slow way: what a chain must come to.
+/// The readable and writable buffers of a chain by the rules of virtio 1.2, 2.7.5.
 fn reference(table: &[(u64, u32, u16, u16)], head: u16) -> Option<(Vec<Range>, Vec<Range>)> {
     let in_ram = |addr: u64, len: u64| {
         let end = addr as u128 + len as u128;
@@ -211,7 +194,7 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 
 proptest! {
     #[test]
-    fn a_chain_is_what_the_reference_walk_says_or_an_error(
+    fn a_chain_equals_the_reference_walk_or_is_an_error(
         table in prop::collection::vec(descriptor(), 16),
         head in prop_oneof![8 => 0..16_u16, 1 => any::<u16>()],
     ) {

@@ -1,26 +1,25 @@
-//! One vsock connection: its state and its credit. Pure; no I/O, no clock.
+//! State and credit of one vsock connection. Pure: no I/O, no clock.
 //!
-//! Credit (virtio 1.2, 5.10.6.3) is what keeps a stalled reader from stalling
-//! anybody else. Towards the guest the device sends no more than the guest has
-//! buffer for, straight from the host socket into guest memory, so whatever
-//! the guest claims costs the host nothing. From the guest it takes
-//! [`HOST_BUFFER`] bytes at most, and what the host socket does not take at
-//! once is all that is ever kept.
+//! Credit (virtio 1.2, 5.10.6.3) keeps a stalled reader from blocking other
+//! connections. Data for the guest goes from the host socket straight into guest
+//! memory, within the buffer that the guest advertises, so a false claim of the
+//! guest costs no host memory. Data of the guest is limited to [`HOST_BUFFER`]
+//! bytes; only bytes that the host socket does not accept at once are buffered.
 
 use std::num::Wrapping;
 
 use super::packet::{Header, MAX_PAYLOAD, Operation, TYPE_STREAM};
 
-/// Bytes of a guest's data that the host keeps for one connection at most,
-/// and the buffer advertised to the guest.
+/// Most bytes of a guest's data that the host buffers for one connection, and the
+/// `buf_alloc` advertised to the guest.
 pub const HOST_BUFFER: u32 = 64 * 1024;
 
-/// The guest is told of freed buffer at the latest when this much was freed.
-/// A quarter, so that a sender with a full window gets going again while the
-/// rest still drains, and no more than one update in four packets.
+/// A credit update is due once this many bytes were freed. With a quarter of the
+/// buffer, a sender with a full window continues while the rest drains, and there
+/// is at most one update for four full packets.
 const CREDIT_STEP: u32 = HOST_BUFFER / 4;
 
-/// Both ends' ports; what names a connection on the wire.
+/// The ports of both ends, which identify a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ports {
     /// Port on the host.
@@ -32,9 +31,9 @@ pub struct Ports {
 /// Directions that one end has finished (virtio 1.2, 5.10.6.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Shutdown {
-    /// It receives no more.
+    /// The end receives no more.
     pub receive: bool,
-    /// It sends no more.
+    /// The end sends no more.
     pub send: bool,
 }
 
@@ -45,7 +44,7 @@ impl Shutdown {
         send: true,
     };
 
-    /// From the flags of a packet; unknown flags are ignored.
+    /// Parses the flags of a packet; unknown flags are ignored.
     pub const fn from_flags(flags: u32) -> Self {
         Self {
             receive: flags & 1 != 0,
@@ -53,13 +52,13 @@ impl Shutdown {
         }
     }
 
-    /// As flags of a packet.
+    /// The flags of a packet.
     pub const fn flags(self) -> u32 {
         self.receive as u32 | (self.send as u32) << 1
     }
 
-    /// What either names: a direction once finished stays so.
-    pub const fn and(self, other: Self) -> Self {
+    /// The union of both: a finished direction stays finished.
+    pub const fn union(self, other: Self) -> Self {
         Self {
             receive: self.receive || other.receive,
             send: self.send || other.send,
@@ -72,34 +71,33 @@ impl Shutdown {
     }
 }
 
-/// Where a connection is in its life.
+/// Phase of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// The host dialed; the guest has not answered.
     Dialing,
-    /// Data flows.
+    /// The connection is established.
     Open,
-    /// The host finished both directions; the guest's reset is awaited.
+    /// The host finished both directions and waits for the guest's reset.
     Closing,
-    /// The guest is done and was told so; buffered data still drains to the
+    /// The connection has ended for the guest; buffered data still drains to the
     /// host socket.
     Draining,
 }
 
-/// What a packet from the guest asks the caller to do.
+/// What the caller must do for a packet of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Nothing but to send what may have become due.
-    Nothing,
+    /// Act on the new state: see [`Connection::guest_done`] and
+    /// [`Connection::has_control`].
+    Update,
     /// The guest accepted the dial.
     Connected,
-    /// Write this many bytes of payload to the host socket or buffer them.
+    /// Write this many bytes of payload to the host socket, or buffer them.
     Deliver(u32),
-    /// The guest finished one direction or both; see [`Connection::guest_done`].
-    Finished,
     /// The guest ended the connection.
     Reset,
-    /// The guest broke the protocol: reset the connection. Says how.
+    /// The guest violated the protocol: reset the connection.
     Violation(&'static str),
 }
 
@@ -121,12 +119,12 @@ pub struct Connection {
 struct ToGuest {
     /// Bytes sent, modulo 2^32.
     sent: Wrapping<u32>,
-    /// Bytes that the guest said it consumed.
+    /// Bytes that the guest reports as consumed (`fwd_cnt`).
     consumed: Wrapping<u32>,
-    /// The guest's buffer.
+    /// The guest's buffer (`buf_alloc`).
     buffer: u32,
-    /// The guest was asked for credit and has given none since.
-    asked: bool,
+    /// A credit request was sent and not answered yet.
+    requested: bool,
 }
 
 /// Credit in the direction guest to host.
@@ -134,13 +132,13 @@ struct ToGuest {
 struct FromGuest {
     /// Bytes received, modulo 2^32.
     received: Wrapping<u32>,
-    /// Bytes that the host socket took.
+    /// Bytes that the host socket accepted.
     forwarded: Wrapping<u32>,
-    /// What the guest was last told of `forwarded`.
-    told: Wrapping<u32>,
+    /// The last value of `forwarded` that was sent to the guest.
+    reported: Wrapping<u32>,
 }
 
-/// Packets without payload that are due.
+/// Control packets (without payload) that are due.
 #[derive(Debug, Clone, Copy, Default)]
 struct Pending {
     request: bool,
@@ -151,8 +149,7 @@ struct Pending {
 }
 
 impl Connection {
-    /// A connection that the guest asked for with `request`; the response is
-    /// due.
+    /// A connection that the guest requested; the response is due.
     pub fn accepted(request: &Header) -> Self {
         let ports = Ports {
             host: request.dst_port,
@@ -164,7 +161,7 @@ impl Connection {
         connection
     }
 
-    /// A connection that the host asks the guest for; the request is due.
+    /// A connection that the host dials; the request is due.
     pub fn dialing(ports: Ports, guest_cid: u64) -> Self {
         let mut connection = Self::new(ports, guest_cid, Phase::Dialing);
         connection.pending.request = true;
@@ -189,82 +186,78 @@ impl Connection {
         self.ports
     }
 
-    /// Where it is in its life.
+    /// Its phase.
     pub const fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// What the guest finished.
+    /// The directions that the guest finished.
     pub const fn guest_done(&self) -> Shutdown {
         self.guest_done
     }
 
-    /// What the host finished.
+    /// The directions that the host finished.
     pub const fn host_done(&self) -> Shutdown {
         self.host_done
     }
 
-    /// Whether the guest is still to be told that there is a connection.
+    /// Whether the request or response was not sent yet.
     pub const fn is_opening(&self) -> bool {
         self.pending.request || self.pending.response
     }
 
-    /// Whether the guest ever heard of this connection.
-    pub const fn was_announced(&self) -> bool {
+    /// Whether the guest knows the connection: a dial's request was sent.
+    pub const fn is_known_to_guest(&self) -> bool {
         !self.pending.request
     }
 
-    /// Takes a packet of the guest on this connection. `payload` is what the
-    /// descriptors hold beyond the header.
+    /// Receives a packet of the guest. `payload` is the number of bytes in the
+    /// chain after the header.
     pub fn receive(&mut self, header: &Header, payload: u32) -> Verdict {
         let Some(operation) = header.operation() else {
             return Verdict::Violation("unknown operation");
         };
-        if operation == Operation::Reset {
-            return Verdict::Reset;
-        }
         self.take_credit(header);
         match (self.phase, operation) {
+            (_, Operation::Reset) => Verdict::Reset,
             (Phase::Dialing, Operation::Response) if !self.pending.request => {
                 self.phase = Phase::Open;
                 Verdict::Connected
             }
-            (Phase::Dialing, _) => Verdict::Violation("packet before the connection is made"),
+            (Phase::Dialing, _) => Verdict::Violation("packet before the connection is accepted"),
             (_, Operation::Request) => Verdict::Violation("request for ports in use"),
             (_, Operation::Response) => Verdict::Violation("response without a request"),
-            (_, Operation::CreditUpdate) => Verdict::Nothing,
+            (_, Operation::CreditUpdate) => Verdict::Update,
             (_, Operation::CreditRequest) => {
                 self.pending.credit_update = true;
-                Verdict::Nothing
+                Verdict::Update
             }
             (_, Operation::Data) => self.take_data(header.len, payload),
             (_, Operation::Shutdown) => {
-                self.guest_done = self.guest_done.and(header.shutdown());
-                Verdict::Finished
+                self.guest_done = self.guest_done.union(header.shutdown());
+                Verdict::Update
             }
-            (_, Operation::Reset) => Verdict::Reset,
         }
     }
 
     fn take_credit(&mut self, header: &Header) {
         let credit = &mut self.to_guest;
         credit.buffer = header.buf_alloc;
-        // Counters may arrive out of order, as two threads of a guest can fill
-        // headers in one order and queue them in the other. What lies outside
-        // of [consumed, sent] is such an old value, or a lie; either way the
-        // better knowledge stays.
+        // Counters may arrive out of order, because two guest threads can fill
+        // headers in one order and queue them in the other. A value outside of
+        // [consumed, sent] is outdated or false, and is ignored.
         let consumed = Wrapping(header.fwd_cnt);
         if consumed - credit.consumed <= credit.sent - credit.consumed {
             credit.consumed = consumed;
         }
         if self.allowance() > 0 {
-            self.to_guest.asked = false;
+            self.to_guest.requested = false;
         }
     }
 
     fn take_data(&mut self, len: u32, payload: u32) -> Verdict {
         if self.guest_done.send {
-            return Verdict::Violation("data after the end of data");
+            return Verdict::Violation("data after the guest finished sending");
         }
         if len > MAX_PAYLOAD || len > payload {
             return Verdict::Violation("length beyond the payload");
@@ -274,55 +267,55 @@ impl Connection {
         }
         self.from_guest.received += len;
         if self.host_done.receive {
-            // The guest may not know yet that nobody reads any more.
+            // The shutdown may not have reached the guest yet: drop the data.
             self.forwarded(len);
-            return Verdict::Nothing;
+            return Verdict::Update;
         }
         Verdict::Deliver(len)
     }
 
-    /// Bytes received and not yet forwarded.
+    /// Bytes received and not forwarded yet.
     pub fn buffered(&self) -> u32 {
         (self.from_guest.received - self.from_guest.forwarded).0
     }
 
-    /// The host socket took `len` bytes, or they were dropped because nobody
-    /// reads them.
+    /// The host socket accepted `len` bytes, or the device dropped them because
+    /// the host receives no more.
     pub fn forwarded(&mut self, len: u32) {
         let credit = &mut self.from_guest;
         debug_assert!(len <= (credit.received - credit.forwarded).0);
         credit.forwarded += len;
-        if (credit.forwarded - credit.told).0 >= CREDIT_STEP {
+        if (credit.forwarded - credit.reported).0 >= CREDIT_STEP {
             self.pending.credit_update = true;
         }
     }
 
-    /// Bytes that may be sent to the guest now.
+    /// Bytes that the device may send to the guest now.
     pub fn allowance(&self) -> u32 {
-        if self.phase != Phase::Open || self.guest_done.receive || self.host_done.send {
+        if !self.can_send() {
             return 0;
         }
         let in_flight = (self.to_guest.sent - self.to_guest.consumed).0;
         self.to_guest.buffer.saturating_sub(in_flight)
     }
 
-    /// Whether the guest still wants what the host socket says.
-    pub const fn wants_host_data(&self) -> bool {
+    /// Whether data can still be sent to the guest.
+    pub const fn can_send(&self) -> bool {
         matches!(self.phase, Phase::Open) && !self.guest_done.receive && !self.host_done.send
     }
 
-    /// There is data for the guest and no credit: ask for it, once.
-    pub fn starved(&mut self) {
-        if self.wants_host_data() && !self.to_guest.asked {
-            self.to_guest.asked = true;
+    /// Requests credit, once: there is data for the guest and no credit.
+    pub fn request_credit(&mut self) {
+        if self.can_send() && !self.to_guest.requested {
+            self.to_guest.requested = true;
             self.pending.credit_request = true;
         }
     }
 
-    /// The host finished directions. When it has finished both, the connection
-    /// closes and its socket is of no more use.
+    /// The host finished the directions `done`. If it has finished both, the
+    /// connection closes and no longer needs its socket.
     pub fn finish(&mut self, done: Shutdown) {
-        let done = self.host_done.and(done);
+        let done = self.host_done.union(done);
         if done != self.host_done {
             self.host_done = done;
             self.pending.shutdown = true;
@@ -336,20 +329,21 @@ impl Connection {
         }
     }
 
-    /// The guest is done; buffered data drains on, and no more is said.
+    /// The connection has ended for the guest: only buffered data remains, and no
+    /// packet is sent.
     pub fn drain(&mut self) {
         self.phase = Phase::Draining;
         self.pending = Pending::default();
     }
 
-    /// Whether a packet without payload is due.
+    /// Whether a control packet is due.
     pub const fn has_control(&self) -> bool {
         let due = &self.pending;
         due.request || due.response || due.credit_update || due.credit_request || due.shutdown
     }
 
-    /// The next packet without payload that is due, in the order in which the
-    /// guest must see them.
+    /// The next control packet that is due, in the order that the protocol
+    /// requires.
     pub fn next_control(&mut self) -> Option<Header> {
         let due = &mut self.pending;
         let operation = if std::mem::take(&mut due.request) {
@@ -372,7 +366,7 @@ impl Connection {
         Some(header)
     }
 
-    /// The header of a packet with `len` bytes of payload, which counts as
+    /// The header of a packet with `len` bytes of payload, which are counted as
     /// sent.
     pub fn data_header(&mut self, len: u32) -> Header {
         debug_assert!(len <= self.allowance());
@@ -380,14 +374,14 @@ impl Connection {
         self.header(Operation::Data, len)
     }
 
-    /// The packet that ends the connection at once.
+    /// The reset that ends the connection.
     pub fn reset_header(&mut self) -> Header {
         self.header(Operation::Reset, 0)
     }
 
-    /// Every packet carries the credit, so an update that was due is done.
+    /// Every header carries the credit, so a due update is done.
     fn header(&mut self, operation: Operation, len: u32) -> Header {
-        self.from_guest.told = self.from_guest.forwarded;
+        self.from_guest.reported = self.from_guest.forwarded;
         self.pending.credit_update = false;
         Header {
             src_cid: u64::from(vmbus::channel::HOST_CID),

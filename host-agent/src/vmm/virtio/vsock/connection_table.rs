@@ -1,5 +1,5 @@
-//! Which vsock connection a packet belongs to, which one sends next, and when
-//! each must have made progress. Pure: sockets are an opaque `T`.
+//! The vsock connections of a device: routing of packets, order of sending, and
+//! deadlines. Pure: sockets are an opaque `T`.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Instant;
@@ -9,58 +9,57 @@ use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
 use super::connection::{Connection, Phase, Ports};
 use super::packet::{Header, Operation, TYPE_STREAM};
 
-/// Most connections of a guest at a time, those that still drain included. A
-/// connection costs two file descriptors of a process and at most 64 KiB.
+/// Most connections of a guest at a time, including draining ones. A connection
+/// costs up to two file descriptors and 64 KiB.
 pub const MAX_CONNECTIONS: usize = 1023;
 
-/// Connections that dials leave free for the guest's channels: clients of its
-/// endpoints, however many, shall not keep its agents from dialing again.
+/// Connections that dials must leave free for the guest's channels, so that any
+/// number of endpoint clients leaves its agents able to reconnect.
 pub const CHANNEL_RESERVE: usize = 2 * Channel::ALL.len();
 
-/// Most refusals that wait for the guest to offer receive buffers. A guest
-/// that sends without receiving loses those beyond: its connects time out
-/// instead, and nothing grows.
+/// Most replies that wait for receive buffers of the guest. Further replies are
+/// dropped: the connects of a guest that never receives time out.
 pub const MAX_REPLIES: usize = 1024;
 
-/// Host ports for dials: above every channel's and every port that a program
-/// would choose, and below `VMADDR_PORT_ANY`.
+/// Host ports for dials: above every channel's port and usual program ports, and
+/// below `VMADDR_PORT_ANY`.
 const DIAL_PORTS: std::ops::Range<u32> = 0x4000_0000..0x8000_0000;
 
-/// Names one connection for the life of the process. Ports are used again,
-/// this is not: what is late for a closed connection cannot meet its successor.
+/// Identifies a connection. Ids are never reused, so a late event cannot reach a
+/// newer connection with the same ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(pub u64);
 
-/// A connection and what the caller keeps with it.
+/// A connection and the caller's data for it.
 #[derive(Debug)]
 pub struct TableEntry<T> {
-    /// Its state.
+    /// The connection.
     pub connection: Connection,
-    /// The caller's part.
+    /// The caller's data.
     pub endpoint: T,
     deadline: Option<Instant>,
     queued: bool,
 }
 
-/// Where a packet goes.
+/// What to do with a packet of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
-    /// Nowhere: forged, or needs no answer.
+    /// Drop it: its address is forged, or it must not be answered.
     Drop(&'static str),
-    /// Nowhere, and the guest is told.
+    /// Answer it with a reset.
     Refuse(&'static str),
-    /// To a connection.
+    /// Give it to this connection.
     Known(ConnectionId),
-    /// It asks for a connection that may be made.
+    /// Accept the connection that it requests.
     Accept,
 }
 
-/// What the next receive buffer of the guest is for.
+/// What to send in the guest's next receive buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
-    /// A packet that belongs to no connection.
+    /// A packet without a connection.
     Reply(Header),
-    /// This connection's turn.
+    /// Packets of this connection.
     Turn(ConnectionId),
 }
 
@@ -79,7 +78,7 @@ pub struct ConnectionTable<T> {
 }
 
 impl<T> ConnectionTable<T> {
-    /// No connections. Identifiers begin above `reserved`.
+    /// An empty table. Ids begin above `reserved`.
     pub fn new(guest_cid: u64, reserved: u64) -> Self {
         Self {
             guest_cid,
@@ -94,22 +93,22 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// Connections held.
+    /// Number of connections.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether every connection is taken.
+    /// Whether the table is full.
     pub fn is_full(&self) -> bool {
         self.entries.len() >= MAX_CONNECTIONS
     }
 
-    /// Whether there is a place for one more dial.
+    /// Whether one more dial leaves [`CHANNEL_RESERVE`] free.
     pub fn can_dial(&self) -> bool {
         self.entries.len() < MAX_CONNECTIONS - CHANNEL_RESERVE
     }
 
-    /// Decides on a packet of the guest.
+    /// Decides about a packet of the guest (virtio 1.2, 5.10.6).
     pub fn route(&self, header: &Header) -> Route {
         if header.src_cid != self.guest_cid {
             return Route::Drop("source is not this guest");
@@ -133,7 +132,7 @@ impl<T> ConnectionTable<T> {
             return Route::Known(*id);
         }
         match header.operation() {
-            // An answer to a reset would be answered by a reset.
+            // A reset must not be answered, or both ends could loop.
             Some(Operation::Reset) => Route::Drop("reset of no connection"),
             Some(Operation::Request) => self.admit(ports),
             _ => Route::Refuse("no such connection"),
@@ -142,25 +141,25 @@ impl<T> ConnectionTable<T> {
 
     fn admit(&self, ports: Ports) -> Route {
         if Channel::from_port(ports.host).is_none() {
-            return Route::Refuse("nothing is served on the port");
+            return Route::Refuse("no channel has the port");
         }
         if ports.guest >= PRIVILEGED_PORTS {
             return Route::Refuse("channel dialed from an unprivileged port");
         }
         if self.is_full() {
-            return Route::Refuse("every connection is taken");
+            return Route::Refuse("too many connections");
         }
         Route::Accept
     }
 
-    /// Identifier of the next connection to be [inserted](Self::insert).
+    /// The id of the next connection to be [inserted](Self::insert).
     pub fn next_id(&self) -> ConnectionId {
         ConnectionId(self.last_id + 1)
     }
 
-    /// Adds a connection. Its ports must be free and the table not full.
-    /// Replies to an earlier use of the ports are dropped: who dials anew has
-    /// forgotten it, and would take them for the end of this connection.
+    /// Adds a connection. Its ports must be free and the table not full. Queued
+    /// replies for the ports are dropped: the guest would take a reset of the
+    /// earlier connection for one of the new connection.
     pub fn insert(&mut self, connection: Connection, endpoint: T) -> ConnectionId {
         debug_assert!(!self.is_full());
         let id = self.next_id();
@@ -183,10 +182,10 @@ impl<T> ConnectionTable<T> {
         id
     }
 
-    /// A host port from which `guest` is not dialed at present.
+    /// Ports of a new dial to port `guest`: the host port is unused for it.
     pub fn dial_ports(&mut self, guest: u32) -> Ports {
-        // The table holds fewer connections than there are ports, so that this
-        // ends; and a port comes back only after a thousand million others.
+        // Ends, because there are far more ports than connections. A port is
+        // reused only after all the others.
         loop {
             let host = self.next_port;
             self.next_port += 1;
@@ -200,12 +199,12 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// A connection.
+    /// The connection `id`, if it still exists.
     pub fn get_mut(&mut self, id: ConnectionId) -> Option<&mut TableEntry<T>> {
         self.entries.get_mut(&id)
     }
 
-    /// Ends a connection: nothing of it remains.
+    /// Removes a connection.
     pub fn remove(&mut self, id: ConnectionId) -> Option<TableEntry<T>> {
         let entry = self.entries.remove(&id)?;
         self.free_ports(entry.connection.ports(), id);
@@ -213,14 +212,14 @@ impl<T> ConnectionTable<T> {
             self.deadlines.remove(&(deadline, id));
         }
         if entry.queued {
-            // The line may not move for long, when the guest is stuck.
+            // A guest without receive buffers would keep the id queued.
             self.ready.retain(|queued| *queued != id);
         }
         Some(entry)
     }
 
-    /// The guest is done with a connection of which data still drains to the
-    /// host: its ports are free, its place is not.
+    /// Starts to drain a connection that has ended for the guest. It frees the
+    /// ports, and still counts as a connection.
     pub fn detach(&mut self, id: ConnectionId) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.connection.drain();
@@ -238,7 +237,7 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// Ends every connection and forgets what was to be said.
+    /// Removes every connection and reply.
     pub fn clear(&mut self) -> Vec<TableEntry<T>> {
         self.by_ports.clear();
         self.ready.clear();
@@ -247,8 +246,7 @@ impl<T> ConnectionTable<T> {
         self.entries.drain().map(|(_, entry)| entry).collect()
     }
 
-    /// Puts a connection at the end of the line for the guest's receive
-    /// buffers, unless it waits there already.
+    /// Queues a connection for the guest's receive buffers, unless it is queued.
     pub fn schedule(&mut self, id: ConnectionId) {
         if let Some(entry) = self.entries.get_mut(&id)
             && !entry.queued
@@ -259,9 +257,8 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// What the next receive buffer is for, taken out of its line. A reply and
-    /// a connection in turn: whoever asks for what is refused, however often,
-    /// must not keep heartbeats from the guest.
+    /// Dequeues what to send next. Replies and connections alternate, so that a
+    /// flood of refused requests does not delay heartbeats.
     pub fn next_output(&mut self) -> Option<Output> {
         let reply = if self.replied_last && !self.ready.is_empty() {
             None
@@ -278,8 +275,7 @@ impl<T> ConnectionTable<T> {
         })
     }
 
-    /// Puts back at the head of the line what [`Self::next_output`] gave: no
-    /// buffer was left for it.
+    /// Queues a connection first again: there was no receive buffer for it.
     pub fn put_back(&mut self, id: ConnectionId) {
         if let Some(entry) = self.entries.get_mut(&id)
             && !entry.queued
@@ -289,19 +285,19 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// Whether anything waits for a receive buffer.
+    /// Whether a reply or connection waits for a receive buffer.
     pub fn has_output(&self) -> bool {
         !self.replies.is_empty() || !self.ready.is_empty()
     }
 
-    /// Queues a packet that belongs to no connection (any more).
+    /// Queues a packet without a connection.
     pub fn reply(&mut self, header: Header) {
         if self.replies.len() < MAX_REPLIES {
             self.replies.push_back(header);
         }
     }
 
-    /// Sets or clears the time by which a connection must have moved on.
+    /// Sets or clears the deadline of a connection.
     pub fn set_deadline(&mut self, id: ConnectionId, deadline: Option<Instant>) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
@@ -314,12 +310,12 @@ impl<T> ConnectionTable<T> {
         }
     }
 
-    /// The first deadline.
+    /// The earliest deadline.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// A connection whose deadline is not after `now`; it has none any more.
+    /// A connection whose deadline has passed; clears the deadline.
     pub fn pop_expired(&mut self, now: Instant) -> Option<ConnectionId> {
         let (deadline, id) = *self.deadlines.first()?;
         if deadline > now {

@@ -1,4 +1,4 @@
-//! The host socket of a vsock connection and what it has not taken yet.
+//! The host socket of a vsock connection, and the backlog of bytes for it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,26 +11,26 @@ use super::packet::HEADER_SIZE;
 use super::socket;
 use crate::vmm::virtio::queue::Chain;
 
-/// Who wanted a connection.
+/// Who requested a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// The guest.
     Guest,
-    /// The host, to join it with a socket; answered with this id.
+    /// The host, for a socket; the id goes into the result.
     Dial(u64),
-    /// The host, to see whether the guest answers; answered with this id.
+    /// The host, to test whether the guest answers; the id goes into the result.
     Probe(u64),
 }
 
 /// The host's end of a connection.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// Who wanted it.
+    /// Who requested it.
     pub origin: Origin,
-    /// The socket may have something to read, if only its end. Set by an edge,
-    /// cleared when the socket says otherwise.
+    /// The socket may be readable or at its end. An epoll edge sets it, `EAGAIN`
+    /// or the end of the stream clears it.
     pub readable: bool,
-    /// Nothing will come after what is there: the peer closed altogether.
+    /// The peer closed both directions (`EPOLLHUP`).
     pub hung_up: bool,
     stream: Option<OwnedFd>,
     writable: bool,
@@ -40,7 +40,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// An end on `stream`; none for a probe.
+    /// The end of a connection on `stream`; a probe has none.
     pub fn new(origin: Origin, stream: Option<OwnedFd>) -> Self {
         Self {
             origin,
@@ -54,34 +54,34 @@ impl Endpoint {
         }
     }
 
-    /// The socket, unless it was closed.
+    /// The socket, unless it is closed.
     pub fn stream(&self) -> Option<BorrowedFd<'_>> {
         self.stream.as_ref().map(AsFd::as_fd)
     }
 
-    /// Gives up the socket and what it did not take.
+    /// Drops the backlog and takes the socket out.
     pub fn close(&mut self) -> Option<OwnedFd> {
         self.backlog = VecDeque::new();
         self.stream.take()
     }
 
-    /// Bytes that the socket has not taken yet.
+    /// Bytes that the socket has not accepted yet.
     pub fn backlog(&self) -> usize {
         self.backlog.len()
     }
 
-    /// The socket takes bytes again.
+    /// The socket is writable again.
     pub fn set_writable(&mut self) {
         self.writable = true;
     }
 
-    /// Drops what the socket has not taken: nobody reads it.
+    /// Drops the backlog: the peer reads no more.
     pub fn drop_backlog(&mut self) {
         self.backlog = VecDeque::new();
     }
 
-    /// Writes `len` bytes of payload of a packet to the socket and keeps what
-    /// it does not take. Returns how many it took.
+    /// Writes `len` bytes of a packet's payload to the socket, and the rest to the
+    /// backlog. Returns how many bytes the socket accepted.
     pub fn deliver(
         &mut self,
         chain: &Chain,
@@ -105,14 +105,14 @@ impl Endpoint {
                 }
             }
         }
-        // The connection's credit bounds what gets here.
+        // The connection's credit bounds the backlog.
         for slice in chain.readable_slices(memory, start + done, (len - done) as usize) {
-            self.keep(&slice);
+            self.append(&slice);
         }
         Ok(done)
     }
 
-    fn keep(&mut self, slice: &VolatileSlice<'_>) {
+    fn append(&mut self, slice: &VolatileSlice<'_>) {
         let mut part = [0; 4096];
         let mut at = 0;
         while at < slice.len() {
@@ -125,7 +125,7 @@ impl Endpoint {
         }
     }
 
-    /// Writes what was kept; returns how many bytes the socket took now.
+    /// Writes the backlog; returns how many bytes the socket accepted.
     pub fn flush(&mut self) -> io::Result<u32> {
         let mut done = 0;
         while self.writable && !self.backlog.is_empty() {
@@ -145,21 +145,21 @@ impl Endpoint {
             }
         }
         if self.backlog.is_empty() {
-            // A connection that once had a slow reader does not keep its
-            // buffer for ever.
+            // Frees the buffer, which `drain` keeps allocated.
             self.backlog = VecDeque::new();
         }
         Ok(done)
     }
 
-    /// The guest sends no more and all of it was taken: so tell the reader.
+    /// Ends the stream to the host: the guest sends no more, and the backlog is
+    /// empty.
     pub fn finish_writing(&mut self) {
         if !std::mem::replace(&mut self.finished_writing, true) {
             self.shutdown(sys::Shutdown::Write);
         }
     }
 
-    /// The guest takes no more.
+    /// Ends the stream from the host: the guest receives no more.
     pub fn finish_reading(&mut self) {
         if !std::mem::replace(&mut self.finished_reading, true) {
             self.shutdown(sys::Shutdown::Read);
@@ -168,8 +168,7 @@ impl Endpoint {
 
     fn shutdown(&self, how: sys::Shutdown) {
         if let Some(stream) = &self.stream {
-            // It fails only when the peer closed already, which the socket
-            // reports by itself.
+            // Fails only if the peer has closed, which epoll reports.
             let _ = sys::shutdown(stream.as_raw_fd(), how);
         }
     }

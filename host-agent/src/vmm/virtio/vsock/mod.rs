@@ -1,8 +1,8 @@
 //! virtio-vsock (virtio 1.2, 5.10): stream sockets between host and guest.
 //!
-//! [`Vsock`] is the front on the transport's side. A thread owns the queues
-//! and every connection, from packet to host socket; [`Handle`] asks it to
-//! dial, and what it does for the rest of the process are [`VsockEvent`]s.
+//! [`Vsock`] is the front. Its worker owns the queues and every connection, from
+//! packet to host socket. The rest of the process dials with a [`Handle`] and gets
+//! [`VsockEvent`]s.
 
 mod connection;
 mod connection_table;
@@ -27,56 +27,56 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::EVENT_IDX;
-use super::{ActivateError, Activation, Device};
+use super::{ActivateError, Activation, Device, Identity, new_event};
 use crate::vmm::control::DialOutcome;
-use rings::QUEUES;
+use rings::{QUEUES, Rings};
 use worker::{Worker, WorkerCommand};
 
 /// Largest size of each queue.
 const QUEUE_SIZE: u16 = 256;
-/// Time for the thread to let go of the queues. It never waits for the guest,
-/// so that this only ends a process whose thread is broken.
+/// Longest time that a reset waits for the worker, which never waits for the guest
+/// or a disk. A worker that takes longer has panicked or hangs.
 const RESET_LIMIT: Duration = Duration::from_secs(5);
 
-/// What happens outside of the device.
+/// An event for the rest of the process.
 #[derive(Debug)]
 pub enum VsockEvent {
-    /// The guest dialed a channel.
+    /// The guest opened a connection to a channel.
     Opened {
         /// Host port.
         port: u32,
         /// Guest port.
         source_port: u32,
-        /// The host's end.
+        /// The host's end of the connection.
         fd: OwnedFd,
     },
-    /// Answer to a dial or a probe.
+    /// The result of a dial or a probe.
     Dialed {
         /// From the request.
         id: u64,
-        /// What the guest said.
+        /// The guest's answer.
         outcome: DialOutcome,
     },
 }
 
-/// Takes events, on the device's thread; must not wait.
+/// Receives the events, on the worker; must not block.
 pub type EventSink = Box<dyn FnMut(VsockEvent) + Send>;
 
 /// The device.
 #[derive(Debug)]
 pub struct Vsock {
-    config: [u8; 8],
+    identity: Identity,
     handle: Handle,
 }
 
-/// What the device's thread tells of itself.
+/// Counters of the worker.
 #[derive(Debug, Default)]
 struct VsockCounters {
     connections: AtomicU32,
     refused: AtomicU64,
 }
 
-/// Asks the device to dial.
+/// Dials into the guest.
 #[derive(Debug, Clone)]
 pub struct Handle {
     commands: Sender<WorkerCommand>,
@@ -85,10 +85,10 @@ pub struct Handle {
 }
 
 impl Vsock {
-    /// A device for the guest `cid`, whose thread waits for its driver. The guest
-    /// must answer a dial within `dial_limit`.
+    /// The device of the guest `cid`. A dial that the guest does not answer
+    /// within `dial_limit` times out.
     pub fn new(cid: u64, dial_limit: Duration, sink: EventSink) -> io::Result<Self> {
-        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let wake = Arc::new(new_event()?);
         let (commands, received) = channel();
         let counters = Arc::new(VsockCounters::default());
         let worker = Worker::new(
@@ -103,7 +103,14 @@ impl Vsock {
             .name("vsock".into())
             .spawn(move || worker.run())?;
         Ok(Self {
-            config: cid.to_le_bytes(),
+            identity: Identity {
+                id: VIRTIO_ID_VSOCK,
+                name: "vsock".into(),
+                features: EVENT_IDX,
+                queue_sizes: &[QUEUE_SIZE; QUEUES],
+                // `guest_cid` (virtio 1.2, 5.10.4).
+                config: cid.to_le_bytes().to_vec(),
+            },
             handle: Handle {
                 commands,
                 wake,
@@ -119,74 +126,50 @@ impl Vsock {
 }
 
 impl Drop for Vsock {
-    /// Ends the thread; handles that are left dial in vain.
+    /// Ends the worker; remaining handles have no effect.
     fn drop(&mut self) {
         self.handle.send(WorkerCommand::End);
     }
 }
 
 impl Handle {
-    /// Dials `port` of the guest and joins it with `stream`.
+    /// Connects `stream` to `port` of the guest.
     pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
         self.send(WorkerCommand::Dial { id, port, stream });
     }
 
-    /// Dials `port` of the guest and drops the connection.
+    /// Dials `port` of the guest and ends the connection once it is accepted.
     pub fn probe(&self, id: u64, port: u32) {
         self.send(WorkerCommand::Probe { id, port });
     }
 
-    /// Connections held now.
+    /// Current number of connections.
     pub fn connections(&self) -> u32 {
         self.counters.connections.load(Ordering::Relaxed)
     }
 
-    /// Packets of the guest that were dropped or answered by a reset because
-    /// of what they said, since the device was made.
+    /// Invalid packets of the guest, which were dropped or answered by a reset,
+    /// since the device was created.
     pub fn refused(&self) -> u64 {
         self.counters.refused.load(Ordering::Relaxed)
     }
 
     fn send(&self, command: WorkerCommand) -> bool {
         let sent = self.commands.send(command).is_ok();
-        // A full counter means that the thread is awake already.
+        // Fails only on a full counter: the worker is about to wake up.
         let _ = self.wake.write(1);
         sent
     }
 }
 
 impl Device for Vsock {
-    fn id(&self) -> u32 {
-        VIRTIO_ID_VSOCK
-    }
-
-    fn name(&self) -> &'static str {
-        "vsock"
-    }
-
-    fn features(&self) -> u64 {
-        EVENT_IDX
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; QUEUES]
-    }
-
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if activation.queues.len() != QUEUES {
-            return Err(ActivateError::QueueCount {
-                expected: QUEUES,
-                actual: activation.queues.len(),
-            });
-        }
-        if self
-            .handle
-            .send(WorkerCommand::Activate(Box::new(activation)))
-        {
+        let rings = Rings::new(activation)?;
+        if self.handle.send(WorkerCommand::Activate(Box::new(rings))) {
             Ok(())
         } else {
             Err(ActivateError::ThreadGone)
@@ -196,7 +179,7 @@ impl Device for Vsock {
     fn reset(&mut self) {
         let (done, wait) = channel();
         if self.handle.send(WorkerCommand::Reset(done)) {
-            // The thread drops its end only after it let go of the queues.
+            // The worker drops its end after it dropped the queues.
             let _ = wait.recv_timeout(RESET_LIMIT);
         }
     }

@@ -1,4 +1,4 @@
-//! Joins vsock packets, connections and host sockets: what each event makes happen.
+//! The multiplexer: applies packets, socket events and deadlines to connections.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -22,23 +22,23 @@ use crate::token_bucket::{LogLimit, VMM_LOG};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
 
-/// The guest must answer the end of a connection within this, or is told that
-/// it is over. Linux does not answer before its reader has read everything.
+/// Time for the guest to answer a shutdown of both directions; after it the device
+/// sends a reset. Linux answers only once its reader has read everything.
 pub const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// What the guest left behind for a host socket is dropped when the socket
-/// takes nothing for this long.
+/// A draining connection is dropped if its socket accepts no byte for this time.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
-/// Bytes that one connection sends to the guest before the next has its turn.
+/// Most bytes that a connection sends to the guest per turn.
 const TURN: u32 = MAX_PAYLOAD;
 
-/// Connections of one device, with their sockets.
+/// The connections of one device, with their sockets.
 pub struct Muxer {
     guest_cid: u64,
-    /// The guest must answer a dial within this.
+    /// Time for the guest to answer a dial.
     dial_limit: Duration,
     table: ConnectionTable<Endpoint>,
+    poll: Arc<Epoll>,
     sink: EventSink,
     counters: Arc<VsockCounters>,
     dropped: LogLimit<Instant>,
@@ -47,10 +47,11 @@ pub struct Muxer {
 }
 
 impl Muxer {
-    /// No connections. Tokens in the poll set up to `reserved` are not used.
+    /// A multiplexer without connections. It uses epoll tokens above `reserved`.
     pub fn new(
         guest_cid: u64,
         reserved: u64,
+        poll: Arc<Epoll>,
         dial_limit: Duration,
         counters: Arc<VsockCounters>,
         sink: EventSink,
@@ -59,6 +60,7 @@ impl Muxer {
             guest_cid,
             dial_limit,
             table: ConnectionTable::new(guest_cid, reserved),
+            poll,
             sink,
             counters,
             dropped: LogLimit::new(VMM_LOG),
@@ -67,35 +69,33 @@ impl Muxer {
         }
     }
 
-    /// Connections held.
+    /// Number of connections.
     pub fn len(&self) -> usize {
         self.table.len()
     }
 
-    /// Whether anything waits for a receive buffer.
+    /// Whether a packet waits for a receive buffer.
     pub fn has_output(&self) -> bool {
         self.table.has_output()
     }
 
-    /// The first deadline.
+    /// The earliest deadline.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.table.next_deadline()
     }
 
-    /// Reports an effect.
-    pub fn report(&mut self, effect: VsockEvent) {
-        (self.sink)(effect);
+    fn report(&mut self, event: VsockEvent) {
+        (self.sink)(event);
     }
 
-    /// Starts a connection to `port` of the guest. `stream` is joined with it;
-    /// none for a probe.
+    /// Dials `port` of the guest for `stream`; a probe has none.
     pub fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
-        let room = match origin {
-            // A guest is not judged by how many clients it has.
+        let admitted = match origin {
+            // Clients must not make a probe fail, so it may use the reserve.
             Origin::Probe(_) => !self.table.is_full(),
             _ => self.table.can_dial(),
         };
-        if !room {
+        if !admitted {
             self.answer(origin, DialOutcome::Unavailable);
             return;
         }
@@ -106,7 +106,7 @@ impl Muxer {
         self.table.schedule(id);
     }
 
-    /// Answers a dial.
+    /// Reports the result of a dial.
     pub fn answer(&mut self, origin: Origin, outcome: DialOutcome) {
         match origin {
             Origin::Guest => {}
@@ -114,39 +114,37 @@ impl Muxer {
         }
     }
 
-    /// Takes a packet of the guest.
-    pub fn packet(&mut self, chain: &Chain, memory: &GuestMemoryMmap, poll: &Epoll, now: Instant) {
+    /// Receives a packet of the guest.
+    pub fn packet(&mut self, chain: &Chain, memory: &GuestMemoryMmap, now: Instant) {
         let mut raw = [0; HEADER_SIZE];
         if chain.read_at(memory, 0, &mut raw) != HEADER_SIZE {
-            self.note_dropped("shorter than a header");
+            self.count_malformed("shorter than a header");
             return;
         }
-        // From here on the guest can change the header in its memory as it
-        // likes: this copy is the packet.
+        // The guest can still change the header in its memory: use only this copy.
         let header = Header::parse(&raw);
         let payload = chain.readable_len() - HEADER_SIZE as u32;
         match self.table.route(&header) {
-            Route::Drop(why) => self.note_dropped(why),
+            Route::Drop(why) => self.count_malformed(why),
             Route::Refuse(why) => self.refuse(&header, why),
-            Route::Accept => self.accept(&header, poll),
+            Route::Accept => self.accept(&header),
             Route::Known(id) => {
                 let Some(entry) = self.table.get_mut(id) else {
                     return;
                 };
                 match entry.connection.receive(&header, payload) {
-                    Verdict::Nothing => self.settle(id, poll, now),
-                    Verdict::Connected => self.connected(id, poll),
+                    Verdict::Update => self.settle(id, now),
+                    Verdict::Connected => self.connected(id),
                     Verdict::Deliver(len) => {
                         let result = entry.endpoint.deliver(chain, memory, len);
-                        self.written(id, result, poll, now);
+                        self.written(id, result, now);
                     }
-                    Verdict::Finished => self.settle(id, poll, now),
-                    Verdict::Reset => self.reset_by_guest(id, poll, now),
+                    Verdict::Reset => self.reset_by_guest(id, now),
                     Verdict::Violation(why) => {
                         let dialing = entry.connection.phase() == Phase::Dialing;
                         let origin = entry.endpoint.origin;
-                        self.note_dropped(why);
-                        self.abort(id, poll);
+                        self.count_malformed(why);
+                        self.abort(id);
                         if dialing {
                             self.answer(origin, DialOutcome::Refused);
                         }
@@ -156,17 +154,17 @@ impl Muxer {
         }
     }
 
-    fn accept(&mut self, header: &Header, poll: &Epoll) {
+    fn accept(&mut self, header: &Header) {
         let id = self.table.next_id();
         let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-            watch(poll, &ours, id)?;
+            watch(&self.poll, &ours, id)?;
             Ok((OwnedFd::from(ours), OwnedFd::from(theirs)))
         });
         let (ours, theirs) = match pair {
             Ok(pair) => pair,
             Err(error) => {
                 self.host_error(&error);
-                self.refuse(header, "the host has no socket");
+                self.refuse(header, "no socket on the host");
                 return;
             }
         };
@@ -182,19 +180,19 @@ impl Muxer {
         });
     }
 
-    fn connected(&mut self, id: ConnectionId, poll: &Epoll) {
+    fn connected(&mut self, id: ConnectionId) {
         self.table.set_deadline(id, None);
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
         let origin = entry.endpoint.origin;
-        match entry.endpoint.stream().map(|fd| watch(poll, &fd, id)) {
+        match entry.endpoint.stream().map(|fd| watch(&self.poll, &fd, id)) {
             Some(Ok(())) => {}
-            // A probe has its answer.
-            None => self.abort(id, poll),
+            // A probe only needs the answer.
+            None => self.abort(id),
             Some(Err(error)) => {
                 self.host_error(&error);
-                self.abort(id, poll);
+                self.abort(id);
                 self.answer(origin, DialOutcome::Unavailable);
                 return;
             }
@@ -202,8 +200,8 @@ impl Muxer {
         self.answer(origin, DialOutcome::Connected);
     }
 
-    /// The socket took bytes of the guest, or failed.
-    fn written(&mut self, id: ConnectionId, result: io::Result<u32>, poll: &Epoll, now: Instant) {
+    /// Applies the result of a write to the host socket.
+    fn written(&mut self, id: ConnectionId, result: io::Result<u32>, now: Instant) {
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
@@ -221,17 +219,17 @@ impl Muxer {
                     send: false,
                 });
             }
-            // The guest knows that it is over, and may use the ports again.
+            // The connection has ended for the guest: its ports may be in use again.
             Err(_) if entry.connection.phase() == Phase::Draining => {
-                return self.drop_connection(id, poll);
+                return self.drop_connection(id);
             }
-            Err(_) => return self.abort(id, poll),
+            Err(_) => return self.abort(id),
         }
-        self.settle(id, poll, now);
+        self.settle(id, now);
     }
 
-    /// The poll set reports `ready` for a socket.
-    pub fn socket_ready(&mut self, id: ConnectionId, ready: EventSet, poll: &Epoll, now: Instant) {
+    /// Applies the epoll event `ready` of a socket.
+    pub fn socket_ready(&mut self, id: ConnectionId, ready: EventSet, now: Instant) {
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
@@ -246,14 +244,14 @@ impl Muxer {
             endpoint.set_writable();
             if endpoint.backlog() > 0 {
                 let result = endpoint.flush();
-                return self.written(id, result, poll, now);
+                return self.written(id, result, now);
             }
         }
-        self.settle(id, poll, now);
+        self.settle(id, now);
     }
 
-    /// Brings a connection to where its two ends' wishes lead.
-    fn settle(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+    /// Moves a connection on after its state or its socket changed.
+    fn settle(&mut self, id: ConnectionId, now: Instant) {
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
@@ -262,7 +260,7 @@ impl Muxer {
         let drained = endpoint.backlog() == 0;
         if connection.phase() == Phase::Draining {
             if drained {
-                self.drop_connection(id, poll);
+                self.drop_connection(id);
             }
             return;
         }
@@ -273,10 +271,10 @@ impl Muxer {
             endpoint.finish_reading();
         }
         if guest.is_both() {
-            return self.finished_by_guest(id, poll, now);
+            return self.finished_by_guest(id, now);
         }
         if connection.phase() == Phase::Open {
-            // What the host said last was read, or nobody wants it.
+            // The host's data was read to its end, or the guest receives no more.
             let host_done = connection.host_done().send || guest.receive;
             if host_done && (endpoint.hung_up || (guest.send && drained)) {
                 endpoint.drop_backlog();
@@ -284,7 +282,7 @@ impl Muxer {
             }
         }
         if connection.phase() == Phase::Closing && endpoint.stream().is_some() {
-            close(endpoint, poll);
+            close(endpoint, &self.poll);
             self.table.set_deadline(id, Some(now + CLOSE_LIMIT));
         }
         self.schedule_if_due(id);
@@ -296,21 +294,21 @@ impl Muxer {
         };
         let connection = &mut entry.connection;
         if entry.endpoint.readable && connection.allowance() == 0 {
-            connection.starved();
+            connection.request_credit();
         }
         if connection.has_control() || (entry.endpoint.readable && connection.allowance() > 0) {
             self.table.schedule(id);
         }
     }
 
-    /// The guest finished both directions: it has its answer at once, and what
-    /// it sent still goes to the host.
-    fn finished_by_guest(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+    /// The guest finished both directions: answers at once, and still delivers the
+    /// backlog to the host.
+    fn finished_by_guest(&mut self, id: ConnectionId, now: Instant) {
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
         if entry.endpoint.backlog() == 0 {
-            self.abort(id, poll);
+            self.abort(id);
         } else {
             let reset = entry.connection.reset_header();
             self.table.reply(reset);
@@ -319,41 +317,41 @@ impl Muxer {
         }
     }
 
-    fn reset_by_guest(&mut self, id: ConnectionId, poll: &Epoll, now: Instant) {
+    fn reset_by_guest(&mut self, id: ConnectionId, now: Instant) {
         let Some(entry) = self.table.get_mut(id) else {
             return;
         };
         let connection = &entry.connection;
         if connection.phase() == Phase::Dialing {
             let origin = entry.endpoint.origin;
-            self.drop_connection(id, poll);
+            self.drop_connection(id);
             self.answer(origin, DialOutcome::Refused);
         } else if connection.guest_done().send && entry.endpoint.backlog() > 0 {
-            // All of its data came before: the host shall have it.
+            // The guest had finished sending, so the backlog is complete: deliver it.
             self.table.detach(id);
             self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
         } else {
-            self.drop_connection(id, poll);
+            self.drop_connection(id);
         }
     }
 
-    /// Ends a connection and tells the guest.
-    fn abort(&mut self, id: ConnectionId, poll: &Epoll) {
+    /// Ends a connection with a reset.
+    fn abort(&mut self, id: ConnectionId) {
         if let Some(entry) = self.table.get_mut(id) {
             let reset = entry.connection.reset_header();
             self.table.reply(reset);
-            self.drop_connection(id, poll);
+            self.drop_connection(id);
         }
     }
 
-    fn drop_connection(&mut self, id: ConnectionId, poll: &Epoll) {
+    fn drop_connection(&mut self, id: ConnectionId) {
         if let Some(mut entry) = self.table.remove(id) {
-            close(&mut entry.endpoint, poll);
+            close(&mut entry.endpoint, &self.poll);
         }
     }
 
-    /// Ends what has been waiting too long.
-    pub fn expire(&mut self, now: Instant, poll: &Epoll) {
+    /// Ends connections whose deadline has passed.
+    pub fn expire(&mut self, now: Instant) {
         while let Some(id) = self.table.pop_expired(now) {
             let Some(entry) = self.table.get_mut(id) else {
                 continue;
@@ -361,26 +359,25 @@ impl Muxer {
             match entry.connection.phase() {
                 Phase::Dialing => {
                     let origin = entry.endpoint.origin;
-                    if entry.connection.was_announced() {
-                        self.abort(id, poll);
+                    if entry.connection.is_known_to_guest() {
+                        self.abort(id);
                     } else {
-                        self.drop_connection(id, poll);
+                        self.drop_connection(id);
                     }
                     self.answer(origin, DialOutcome::TimedOut);
                 }
-                Phase::Closing => self.abort(id, poll),
-                Phase::Draining => self.drop_connection(id, poll),
+                Phase::Closing => self.abort(id),
+                Phase::Draining => self.drop_connection(id),
                 Phase::Open => {}
             }
         }
     }
 
-    /// Fills receive buffers in turn until there are none left, nothing waits
-    /// for one, or `turns` turns are over.
+    /// Fills receive buffers until none is left, nothing waits for one, or `turns`
+    /// turns are over.
     pub fn output(
         &mut self,
         rings: &mut Rings,
-        poll: &Epoll,
         now: Instant,
         turns: usize,
     ) -> Result<(), QueueError> {
@@ -392,7 +389,7 @@ impl Muxer {
                 Some(Output::Reply(reply)) => {
                     rings.send(&reply)?;
                 }
-                Some(Output::Turn(id)) => self.turn(id, rings, poll, now)?,
+                Some(Output::Turn(id)) => self.turn(id, rings, now)?,
                 None => {}
             }
         }
@@ -403,7 +400,6 @@ impl Muxer {
         &mut self,
         id: ConnectionId,
         rings: &mut Rings,
-        poll: &Epoll,
         now: Instant,
     ) -> Result<(), QueueError> {
         let Some(entry) = self.table.get_mut(id) else {
@@ -411,7 +407,7 @@ impl Muxer {
         };
         let connection = &mut entry.connection;
         if connection.is_opening() && connection.phase() == Phase::Open {
-            // The response goes before any data.
+            // The response must precede data.
             if let Some(header) = connection.next_control() {
                 rings.send(&header)?;
             }
@@ -436,7 +432,7 @@ impl Muxer {
                 }
                 Ok(mut count) => {
                     while count > 0 {
-                        let len = count.min(rings.next_room());
+                        let len = count.min(rings.next_capacity());
                         let header = entry.connection.data_header(len);
                         rings.send(&header)?;
                         count -= len;
@@ -447,7 +443,7 @@ impl Muxer {
                 }
                 Err(error) => {
                     debug!(%error, "vsock: host socket failed");
-                    self.abort(id, poll);
+                    self.abort(id);
                     return Ok(());
                 }
             }
@@ -459,14 +455,14 @@ impl Muxer {
         {
             rings.send(&header)?;
         }
-        self.settle(id, poll, now);
+        self.settle(id, now);
         Ok(())
     }
 
-    /// Ends everything: the guest resets the device or broke it.
-    pub fn clear(&mut self, poll: &Epoll) {
+    /// Ends every connection: the device is reset or broken.
+    pub fn clear(&mut self) {
         for mut entry in self.table.clear() {
-            close(&mut entry.endpoint, poll);
+            close(&mut entry.endpoint, &self.poll);
             if entry.connection.phase() == Phase::Dialing {
                 self.answer(entry.endpoint.origin, DialOutcome::Unavailable);
             }
@@ -487,14 +483,14 @@ impl Muxer {
         self.table.reply(header.reset());
     }
 
-    /// The guest sets the rate of connections, and so of this.
+    /// Logs at a limited rate, because the guest sets the rate of connections.
     fn host_error(&mut self, error: &io::Error) {
         if let Some(suppressed) = self.host_errors.allow(Instant::now()) {
-            warn!(%error, suppressed, "vsock: the host has no socket for a connection");
+            warn!(%error, suppressed, "vsock: no host socket for a connection");
         }
     }
 
-    fn note_dropped(&mut self, why: &'static str) {
+    fn count_malformed(&mut self, why: &'static str) {
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.dropped.allow(Instant::now()) {
             warn!(why, suppressed, "vsock: malformed packet of the guest");
@@ -511,8 +507,8 @@ fn receive(
     socket::receive(stream, rings.payload_slices(want)).map(|count| count as u32)
 }
 
-/// Watches a socket by edges: a stalled reader or an ended stream is reported
-/// once and not until something is done about it.
+/// Watches a socket edge-triggered, so that a stalled reader or an ended stream is
+/// reported once and does not keep the worker busy.
 fn watch(poll: &Epoll, stream: &impl AsFd, id: ConnectionId) -> io::Result<()> {
     let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
     poll.ctl(
@@ -522,8 +518,8 @@ fn watch(poll: &Epoll, stream: &impl AsFd, id: ConnectionId) -> io::Result<()> {
     )
 }
 
-/// Closes the socket. It leaves the poll set by name, as the supervisor may
-/// hold the same open file and would keep it there.
+/// Closes the socket. It is removed from the epoll set explicitly, because another
+/// process may hold a duplicate, which would keep it in the set.
 fn close(endpoint: &mut Endpoint, poll: &Epoll) {
     if let Some(stream) = endpoint.close() {
         let _ = poll.ctl(

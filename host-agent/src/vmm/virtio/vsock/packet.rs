@@ -1,5 +1,4 @@
-//! The header of a vsock packet: parsed once from a copy, never read twice from
-//! the guest.
+//! The header of a vsock packet, parsed from a single copy of the guest's memory.
 
 use super::connection::Shutdown;
 
@@ -13,27 +12,27 @@ pub const MAX_PAYLOAD: u32 = 64 * 1024;
 /// `VIRTIO_VSOCK_TYPE_STREAM`, the only type offered (virtio 1.2, 5.10.6).
 pub const TYPE_STREAM: u16 = 1;
 
-/// What a packet does (virtio 1.2, 5.10.6, `enum virtio_vsock_op`).
+/// Operation of a packet (virtio 1.2, 5.10.6, `enum virtio_vsock_op`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Asks for a connection.
+    /// Requests a connection.
     Request,
-    /// Accepts one.
+    /// Accepts a connection.
     Response,
-    /// Ends or refuses one at once.
+    /// Ends or refuses a connection at once.
     Reset,
-    /// Ends one or both directions; the flags say which.
+    /// Ends the directions in the flags.
     Shutdown,
     /// Carries payload.
     Data,
-    /// Carries nothing but the sender's credit.
+    /// Carries only the sender's credit.
     CreditUpdate,
-    /// Asks for a credit update.
+    /// Requests a credit update.
     CreditRequest,
 }
 
 impl Operation {
-    /// The operation with the number `code`, if there is one.
+    /// The operation with this code.
     pub const fn from_code(code: u16) -> Option<Self> {
         Some(match code {
             1 => Self::Request,
@@ -47,7 +46,7 @@ impl Operation {
         })
     }
 
-    /// Its number on the wire.
+    /// Its code in a header.
     pub const fn code(self) -> u16 {
         match self {
             Self::Request => 1,
@@ -61,8 +60,8 @@ impl Operation {
     }
 }
 
-/// A header as it is on the wire. Any bit pattern is one; what it means is
-/// decided by the multiplexer and the connection.
+/// The fields of a header. Parsing accepts every bit pattern; the connection table
+/// and the connection validate them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Header {
     /// Context id of the sender.
@@ -75,7 +74,7 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of payload that follow.
     pub len: u32,
-    /// Socket type.
+    /// Socket type (`type`).
     pub kind: u16,
     /// Operation code; see [`Operation::from_code`].
     pub op: u16,
@@ -83,13 +82,13 @@ pub struct Header {
     pub flags: u32,
     /// The sender's buffer for the connection, in bytes.
     pub buf_alloc: u32,
-    /// Bytes that left the sender's buffer since the connection began, modulo
+    /// Bytes consumed from the sender's buffer since the connection began, modulo
     /// 2^32.
     pub fwd_cnt: u32,
 }
 
 impl Header {
-    /// Reads the little-endian form.
+    /// Parses the little-endian layout.
     pub fn parse(bytes: &[u8; HEADER_SIZE]) -> Self {
         Self {
             src_cid: u64::from_le_bytes(field(bytes, 0)),
@@ -105,7 +104,7 @@ impl Header {
         }
     }
 
-    /// Writes the little-endian form.
+    /// The little-endian layout.
     pub fn to_bytes(self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
@@ -121,7 +120,7 @@ impl Header {
         bytes
     }
 
-    /// The operation, if the code is known.
+    /// The operation, if its code is known.
     pub const fn operation(&self) -> Option<Operation> {
         Operation::from_code(self.op)
     }
@@ -131,8 +130,8 @@ impl Header {
         Shutdown::from_flags(self.flags)
     }
 
-    /// The answer that ends the connection which `self` belongs to, or refuses
-    /// it. It keeps the type, as the sender may know types that we do not.
+    /// The reset that answers `self`. It has the same socket type, even one that
+    /// the device does not offer.
     pub const fn reset(&self) -> Self {
         Self {
             src_cid: self.dst_cid,
@@ -180,7 +179,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_bit_pattern_survives_parsing(bytes in proptest::array::uniform32(any::<u8>()), tail in proptest::array::uniform12(any::<u8>())) {
+        fn every_bit_pattern_is_parsed_without_loss(
+            bytes in proptest::array::uniform32(any::<u8>()),
+            tail in proptest::array::uniform12(any::<u8>()),
+        ) {
             let mut raw = [0; HEADER_SIZE];
             raw[..32].copy_from_slice(&bytes);
             raw[32..].copy_from_slice(&tail);

@@ -1,4 +1,4 @@
-//! The three queues of a vsock device while its driver is up.
+//! The three queues of an active vsock device (virtio 1.2, 5.10.2).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -13,14 +13,14 @@ use crate::vmm::virtio::{ActivateError, Activation};
 /// Queues of the device (virtio 1.2, 5.10.2): receive, transmit, event.
 pub const QUEUES: usize = 3;
 
-/// Receive buffers that one turn of a connection fills at most.
+/// Most receive buffers that one turn of a connection fills.
 const MAX_BATCH: usize = 32;
 
-/// Useless receive buffers that are returned at a time, so that a guest which
-/// offers nothing else does not keep the thread.
-const MAX_USELESS: usize = 256;
+/// Most receive buffers without space for payload that are returned at a time, so
+/// that a guest which offers no others does not keep the worker busy.
+const MAX_TOO_SMALL: usize = 256;
 
-/// The queues, and receive buffers taken in advance.
+/// The queues, and the receive buffers that were taken in advance.
 #[derive(Debug)]
 pub struct Rings {
     rx: CheckedQueue,
@@ -28,16 +28,16 @@ pub struct Rings {
     events: CheckedQueue,
     interrupt: Interrupt,
     buffers: VecDeque<Chain>,
-    /// The driver has no receive buffer and will kick when it has.
-    starved: bool,
-    /// There may be packets from the guest.
-    pub outgoing: bool,
+    /// The receive queue is empty; the driver kicks when it adds a buffer.
+    rx_empty: bool,
+    /// The transmit queue may contain packets.
+    pub tx_pending: bool,
     returned_rx: bool,
     returned_tx: bool,
 }
 
-/// Payload that fits into a receive buffer.
-fn room(chain: &Chain) -> u32 {
+/// Payload bytes that fit into a receive buffer.
+fn payload_capacity(chain: &Chain) -> u32 {
     chain
         .writable_len()
         .saturating_sub(HEADER_SIZE as u32)
@@ -47,59 +47,47 @@ fn room(chain: &Chain) -> u32 {
 impl Rings {
     /// Takes over the queues.
     pub fn new(activation: Activation) -> Result<Self, ActivateError> {
-        let Activation {
-            memory,
-            features,
-            queues,
-            interrupt,
-        } = activation;
-        let actual = queues.len();
-        let Ok([rx, tx, events]) = <[_; QUEUES]>::try_from(queues) else {
-            return Err(ActivateError::QueueCount {
-                expected: QUEUES,
-                actual,
-            });
-        };
+        let interrupt = activation.interrupt.clone();
+        let [rx, tx, events] = activation.checked_queues()?;
         Ok(Self {
-            rx: CheckedQueue::new(rx, memory.clone(), features),
-            tx: CheckedQueue::new(tx, memory.clone(), features),
-            events: CheckedQueue::new(events, memory, features),
+            rx,
+            tx,
+            events,
             interrupt,
             buffers: VecDeque::new(),
-            starved: false,
-            outgoing: true,
+            rx_empty: false,
+            tx_pending: true,
             returned_rx: false,
             returned_tx: false,
         })
     }
 
-    /// The eventfds of the driver's kicks: receive, transmit, event.
+    /// The ioeventfds of the queues: receive, transmit, event.
     pub fn kicks(&self) -> [RawFd; QUEUES] {
         [&self.rx, &self.tx, &self.events].map(|queue| queue.kick().as_raw_fd())
     }
 
-    /// The driver offered receive buffers.
+    /// The driver added receive buffers.
     pub fn rx_kicked(&mut self) -> Result<(), QueueError> {
-        // It is not blocking; the count does not matter.
         let _ = self.rx.kick().read();
-        self.starved = false;
+        self.rx_empty = false;
         self.rx.disable_kicks()
     }
 
     /// The driver sent packets.
     pub fn tx_kicked(&mut self) -> Result<(), QueueError> {
         let _ = self.tx.kick().read();
-        self.outgoing = true;
+        self.tx_pending = true;
         self.tx.disable_kicks()
     }
 
-    /// The driver offered event buffers. No event is ever sent, as the only
-    /// one there is tells of a migration (virtio 1.2, 5.10.6.7).
+    /// The driver added event buffers. The device sends no event: the only one
+    /// reports a migration (virtio 1.2, 5.10.6.7).
     pub fn events_kicked(&mut self) {
         let _ = self.events.kick().read();
     }
 
-    /// The next packet of the guest; [`Self::return_packet`] takes it back.
+    /// The next packet of the guest, to be returned with [`Self::return_packet`].
     pub fn next_packet(&mut self) -> Result<Option<Chain>, QueueError> {
         if let Some(chain) = self.tx.pop()? {
             return Ok(Some(chain));
@@ -108,7 +96,7 @@ impl Rings {
             self.tx.disable_kicks()?;
             return self.tx.pop();
         }
-        self.outgoing = false;
+        self.tx_pending = false;
         Ok(None)
     }
 
@@ -123,44 +111,43 @@ impl Rings {
         self.tx.memory()
     }
 
-    /// Whether the driver owes receive buffers.
-    pub fn is_starved(&self) -> bool {
-        self.starved
+    /// Whether the receive queue is empty.
+    pub fn is_rx_empty(&self) -> bool {
+        self.rx_empty
     }
 
-    /// Takes receive buffers in advance until they hold `len` bytes of payload,
-    /// or are as many as one turn fills. `false` if there is none at all.
+    /// Takes receive buffers in advance, for `len` bytes of payload or up to
+    /// [`MAX_BATCH`]. Returns `false` if there is none.
     pub fn reserve(&mut self, len: u32) -> Result<bool, QueueError> {
-        let mut have: u32 = self.buffers.iter().map(room).sum();
-        let mut useless = 0;
-        while self.buffers.len() < MAX_BATCH && (have < len || self.buffers.is_empty()) {
+        let mut reserved: u32 = self.buffers.iter().map(payload_capacity).sum();
+        let mut too_small = 0;
+        while self.buffers.len() < MAX_BATCH && (reserved < len || self.buffers.is_empty()) {
             let Some(chain) = self.pop_buffer()? else {
                 break;
             };
-            if room(&chain) == 0 {
+            if payload_capacity(&chain) == 0 {
                 self.returned_rx = true;
                 self.rx.push_used(chain, 0)?;
-                useless += 1;
-                if useless == MAX_USELESS {
+                too_small += 1;
+                if too_small == MAX_TOO_SMALL {
                     break;
                 }
                 continue;
             }
-            have += room(&chain);
+            reserved += payload_capacity(&chain);
             self.buffers.push_back(chain);
         }
         Ok(!self.buffers.is_empty())
     }
 
     fn pop_buffer(&mut self) -> Result<Option<Chain>, QueueError> {
-        if self.starved {
+        if self.rx_empty {
             return Ok(None);
         }
         if let Some(chain) = self.rx.pop()? {
             return Ok(Some(chain));
         }
-        // Those in hand will do; the driver is asked for a kick only when
-        // there is nothing left to go on with.
+        // Ask for a kick only when no reserved buffer is left.
         if !self.buffers.is_empty() {
             return Ok(None);
         }
@@ -168,27 +155,27 @@ impl Rings {
             self.rx.disable_kicks()?;
             return self.rx.pop();
         }
-        self.starved = true;
+        self.rx_empty = true;
         Ok(None)
     }
 
-    /// The payload parts of reserved buffers, `len` bytes at most.
+    /// The payload ranges of the reserved buffers, at most `len` bytes.
     pub fn payload_slices(&self, len: u32) -> impl Iterator<Item = vm_memory::VolatileSlice<'_>> {
         let mut left = len;
         self.buffers.iter().flat_map(move |chain| {
-            let part = room(chain).min(left);
+            let part = payload_capacity(chain).min(left);
             left -= part;
             chain.writable_slices(self.rx.memory(), HEADER_SIZE as u32, part as usize)
         })
     }
 
-    /// Payload that fits into the first reserved buffer.
-    pub fn next_room(&self) -> u32 {
-        self.buffers.front().map_or(0, room)
+    /// Payload bytes that fit into the first reserved buffer.
+    pub fn next_capacity(&self) -> u32 {
+        self.buffers.front().map_or(0, payload_capacity)
     }
 
-    /// Gives the first reserved buffer to the guest, with `header` before the
-    /// payload that is in it already. `false` if there is none.
+    /// Returns the first reserved buffer to the guest, with `header` before the
+    /// payload that it already contains. Returns `false` if there is none.
     pub fn send(&mut self, header: &Header) -> Result<bool, QueueError> {
         let Some(chain) = self.buffers.pop_front() else {
             return Ok(false);
@@ -200,8 +187,8 @@ impl Rings {
         Ok(true)
     }
 
-    /// One interrupt for everything returned since the last call, if the
-    /// driver wants one.
+    /// Raises one interrupt for all chains returned since the last call, if the
+    /// driver wants it.
     pub fn notify(&mut self) -> Result<(), QueueError> {
         let mut wanted = false;
         if std::mem::take(&mut self.returned_rx) {
@@ -216,8 +203,8 @@ impl Rings {
         Ok(())
     }
 
-    /// The driver broke the ring protocol.
-    pub fn needs_reset(&self, error: &QueueError) {
+    /// Sets `DEVICE_NEEDS_RESET` because of `error`.
+    pub fn needs_reset(&self, error: &(dyn std::error::Error + 'static)) {
         self.interrupt.needs_reset(error);
     }
 }

@@ -1,7 +1,7 @@
-//! Bytes between a stream socket and guest memory, without a copy in between.
+//! Transfers between a stream socket and guest memory without an extra copy.
 //!
-//! Guest memory is shared with a running guest, so no Rust reference to its
-//! bytes may exist; the kernel copies to and from the raw ranges.
+//! A running guest changes its memory at any time, so no Rust reference to those
+//! bytes may exist; the kernel copies from and to the raw ranges.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -9,13 +9,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 
-/// Most ranges in one system call. More than any driver uses for 64 KiB in
-/// pages, and small enough for the stack; what is beyond waits for the next
-/// call.
+/// Most ranges per system call: more than a driver needs for 64 KiB in pages, and
+/// few enough for the stack. The next call transfers the rest.
 pub const MAX_RANGES: usize = 64;
 
-/// Reads what is there into `slices`, front to back. 0 is the end of the
-/// stream (never return 0 for want of room: `slices` must not be empty).
+/// Reads available bytes into `slices`, in order. 0 means end of stream, so
+/// `slices` must not be empty.
 pub fn receive<'m>(
     socket: BorrowedFd<'_>,
     slices: impl Iterator<Item = VolatileSlice<'m>>,
@@ -28,14 +27,14 @@ pub fn receive<'m>(
     })
 }
 
-/// Writes `slices`, front to back; returns how much the socket took.
+/// Writes `slices`, in order; returns the number of bytes that the socket accepted.
 pub fn send<'m>(
     socket: BorrowedFd<'_>,
     slices: impl Iterator<Item = VolatileSlice<'m>>,
 ) -> io::Result<usize> {
     with_message(slices, |message| {
-        // SAFETY: as above, and the kernel only reads. A guest that changes
-        // the bytes meanwhile only changes what it sends.
+        // SAFETY: as in `receive`, except that the kernel only reads. A guest
+        // that changes the bytes meanwhile only changes what it sends.
         unsafe {
             libc::sendmsg(
                 socket.as_raw_fd(),
@@ -84,7 +83,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     #[test]
-    fn bytes_move_between_scattered_ranges_in_order() {
+    fn scattered_ranges_are_sent_and_received_in_order() {
         let memory =
             GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory");
         memory
@@ -114,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_call_waits_and_a_closed_peer_is_an_error_and_not_a_signal() {
+    fn calls_never_block_and_a_closed_peer_raises_no_signal() {
         let memory =
             GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
         let slice = || std::iter::once(memory.get_slice(GuestAddress(0), 0x1000).expect("slice"));

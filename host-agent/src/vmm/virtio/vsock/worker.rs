@@ -1,4 +1,5 @@
-//! The thread of a vsock device: one poll set for kicks, commands, sockets and deadlines.
+//! The worker of a vsock device: one epoll loop for kicks, commands, sockets and
+//! deadlines.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,46 +18,46 @@ use super::muxer::Muxer;
 use super::rings::{QUEUES, Rings};
 use super::{EventSink, VsockCounters};
 use crate::vmm::control::DialOutcome;
-use crate::vmm::virtio::Activation;
 use crate::vmm::virtio::queue::QueueError;
 
-/// Tokens of the queues' kicks come first, then that of commands.
+/// Epoll token of commands. The kicks of the queues have the tokens below it, the
+/// connections those above it.
 const COMMANDS: u64 = QUEUES as u64;
-/// Events taken from the poll set at once.
+/// Most events per `epoll_wait`.
 const EVENTS: usize = 64;
-/// Packets and turns between two looks at the poll set.
+/// Most packets and turns between two calls of `epoll_wait`.
 const BATCH: usize = 128;
 
-/// What the rest of the process wants.
+/// A command of the front or of a handle.
 #[derive(Debug)]
 pub enum WorkerCommand {
-    /// The driver is ready.
-    Activate(Box<Activation>),
-    /// Let go of the queues; dropped when done.
+    /// Serve these queues.
+    Activate(Box<Rings>),
+    /// Drop the queues, then the sender.
     Reset(Sender<()>),
-    /// The device is gone: end.
+    /// End: the front was dropped.
     End,
-    /// Dial and join.
+    /// Connect a socket to a port of the guest.
     Dial {
-        /// For the answer.
+        /// Returned with the result.
         id: u64,
         /// Guest port.
         port: u32,
-        /// Joined with the connection.
+        /// The socket.
         stream: OwnedFd,
     },
-    /// Dial and drop.
+    /// Dial, and end the connection once it is accepted.
     Probe {
-        /// For the answer.
+        /// Returned with the result.
         id: u64,
         /// Guest port.
         port: u32,
     },
 }
 
-/// The thread's state.
+/// State of the worker.
 pub struct Worker {
-    poll: Epoll,
+    poll: Arc<Epoll>,
     muxer: Muxer,
     rings: Option<Rings>,
     commands: Receiver<WorkerCommand>,
@@ -65,7 +66,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A thread without queues.
+    /// A worker without queues.
     pub fn new(
         cid: u64,
         dial_limit: Duration,
@@ -74,15 +75,22 @@ impl Worker {
         counters: Arc<VsockCounters>,
         sink: EventSink,
     ) -> io::Result<Self> {
-        let poll = Epoll::new()?;
+        let poll = Arc::new(Epoll::new()?);
         poll.ctl(
             ControlOperation::Add,
             wake.as_raw_fd(),
             EpollEvent::new(EventSet::IN, COMMANDS),
         )?;
         Ok(Self {
+            muxer: Muxer::new(
+                cid,
+                COMMANDS,
+                Arc::clone(&poll),
+                dial_limit,
+                Arc::clone(&counters),
+                sink,
+            ),
             poll,
-            muxer: Muxer::new(cid, COMMANDS, dial_limit, Arc::clone(&counters), sink),
             rings: None,
             commands,
             wake,
@@ -90,7 +98,7 @@ impl Worker {
         })
     }
 
-    /// Runs until the device is gone.
+    /// Runs until the device is dropped.
     pub fn run(mut self) {
         let mut events = vec![EpollEvent::default(); EVENTS];
         loop {
@@ -98,7 +106,7 @@ impl Worker {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => {
-                    warn!(%error, "vsock: poll set failed");
+                    warn!(%error, "vsock: epoll failed");
                     return;
                 }
             };
@@ -110,7 +118,7 @@ impl Worker {
             if !self.take_commands(now) {
                 return;
             }
-            self.muxer.expire(now, &self.poll);
+            self.muxer.expire(now);
             let result = self.work(now);
             self.check(result);
             let held = u32::try_from(self.muxer.len()).unwrap_or(u32::MAX);
@@ -118,7 +126,7 @@ impl Worker {
         }
     }
 
-    /// Lets go of the queues of a driver that broke their rules.
+    /// Drops the queues of a driver that violated the ring protocol.
     fn check(&mut self, result: Result<(), QueueError>) {
         if let Err(error) = result {
             if let Some(rings) = &self.rings {
@@ -128,17 +136,18 @@ impl Worker {
         }
     }
 
-    /// Milliseconds to wait: none while there is work, else to the deadline.
+    /// Timeout of `epoll_wait` in milliseconds: 0 while there is work, otherwise
+    /// until the next deadline.
     fn timeout(&self) -> i32 {
         let busy = self.rings.as_ref().is_some_and(|rings| {
-            rings.outgoing || (self.muxer.has_output() && !rings.is_starved())
+            rings.tx_pending || (self.muxer.has_output() && !rings.is_rx_empty())
         });
         if busy {
             return 0;
         }
         self.muxer.next_deadline().map_or(-1, |deadline| {
             let rest = deadline.saturating_duration_since(Instant::now());
-            // Rounded up, so that a deadline has passed when it wakes us.
+            // Rounded up, so that the deadline has passed on wake-up.
             i32::try_from(rest.as_millis() + 1).unwrap_or(i32::MAX)
         })
     }
@@ -146,14 +155,13 @@ impl Worker {
     fn event(&mut self, event: &EpollEvent, now: Instant) -> Result<(), QueueError> {
         let token = event.data();
         if token == COMMANDS {
-            // Orders are taken after every wait.
+            // `run` takes the commands after every wait.
             let _ = self.wake.read();
             return Ok(());
         }
         if token > COMMANDS {
             let id = ConnectionId(token);
-            self.muxer
-                .socket_ready(id, event.event_set(), &self.poll, now);
+            self.muxer.socket_ready(id, event.event_set(), now);
             return Ok(());
         }
         match (&mut self.rings, token) {
@@ -167,7 +175,7 @@ impl Worker {
         }
     }
 
-    /// False when the thread shall end.
+    /// Returns `false` if the worker must end.
     fn take_commands(&mut self, now: Instant) -> bool {
         loop {
             let command = match self.commands.try_recv() {
@@ -180,7 +188,7 @@ impl Worker {
                     self.drop_rings();
                     return false;
                 }
-                WorkerCommand::Activate(activation) => self.activate(*activation),
+                WorkerCommand::Activate(rings) => self.activate(*rings),
                 WorkerCommand::Reset(done) => {
                     self.drop_rings();
                     drop(done);
@@ -201,53 +209,46 @@ impl Worker {
         }
     }
 
-    fn activate(&mut self, activation: Activation) {
+    fn activate(&mut self, rings: Rings) {
         self.drop_rings();
-        let interrupt = activation.interrupt.clone();
-        match Rings::new(activation) {
-            Ok(rings) => {
-                let kicks = rings.kicks();
-                self.rings = Some(rings);
-                for (token, kick) in (0..).zip(kicks) {
-                    let event = EpollEvent::new(EventSet::IN, token);
-                    if let Err(error) = self.poll.ctl(ControlOperation::Add, kick, event) {
-                        interrupt.needs_reset(&error);
-                        self.drop_rings();
-                        return;
-                    }
-                }
-            }
-            Err(error) => interrupt.needs_reset(&error),
+        let added = (0..).zip(rings.kicks()).try_for_each(|(token, kick)| {
+            let event = EpollEvent::new(EventSet::IN, token);
+            self.poll.ctl(ControlOperation::Add, kick, event)
+        });
+        let rings = self.rings.insert(rings);
+        if let Err(error) = added {
+            rings.needs_reset(&error);
+            self.drop_rings();
         }
     }
 
     fn drop_rings(&mut self) {
-        self.muxer.clear(&self.poll);
+        self.muxer.clear();
         if let Some(rings) = self.rings.take() {
             for kick in rings.kicks() {
                 let event = EpollEvent::default();
-                // It was added when the queues came.
                 let _ = self.poll.ctl(ControlOperation::Delete, kick, event);
             }
         }
     }
 
-    /// Packets of the guest, then packets for it, then one interrupt.
+    /// Takes packets of the guest, sends packets to the guest, then raises one
+    /// interrupt for both.
     fn work(&mut self, now: Instant) -> Result<(), QueueError> {
         let Some(rings) = &mut self.rings else {
             return Ok(());
         };
         for _ in 0..BATCH {
-            if !rings.outgoing {
+            if !rings.tx_pending {
                 break;
             }
             let Some(chain) = rings.next_packet()? else {
                 break;
             };
-            self.muxer.packet(&chain, rings.memory(), &self.poll, now);
+            self.muxer.packet(&chain, rings.memory(), now);
             rings.return_packet(chain)?;
         }
-        self.muxer.output(rings, &self.poll, now, BATCH)?;
+        self.muxer.output(rings, now, BATCH)?;
         rings.notify()
     }
 }

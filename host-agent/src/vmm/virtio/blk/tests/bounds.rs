@@ -1,19 +1,19 @@
-//! What a request costs, however its buffers lie.
+//! The memory that a request costs, for any layout of its buffers.
 
 use super::*;
 use crate::vmm::virtio::test_driver::{RAM, alone, memory_for};
 
-/// A disk without end and without bytes, that looks at what it is asked.
-struct Endless;
+/// A huge disk without content, which checks the size of each transfer.
+struct HugeDisk;
 
-impl Endless {
-    fn look(slices: &[VolatileSlice<'_>]) {
+impl HugeDisk {
+    fn check(slices: &[VolatileSlice<'_>]) {
         let total: usize = slices.iter().map(VolatileSlice::len).sum();
         assert!(total <= 1 << 20 && slices.len() <= usize::from(QUEUE_SIZE));
     }
 }
 
-impl Disk for Endless {
+impl Disk for HugeDisk {
     fn size(&self) -> u64 {
         1 << 40
     }
@@ -23,12 +23,12 @@ impl Disk for Endless {
     }
 
     fn read(&mut self, _: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
-        Self::look(to);
+        Self::check(to);
         Ok(())
     }
 
     fn write(&mut self, _: u64, from: &[VolatileSlice<'_>]) -> io::Result<()> {
-        Self::look(from);
+        Self::check(from);
         Ok(())
     }
 
@@ -38,16 +38,16 @@ impl Disk for Endless {
 }
 
 #[test]
-fn buffers_that_overlap_cost_no_memory() {
-    // Alone, so that nothing else takes any.
-    if !alone("blk::tests::bounds::buffers_that_overlap_cost_no_memory") {
+fn overlapping_buffers_cost_no_memory() {
+    // In a process of its own, because it measures the memory of the process.
+    if !alone("blk::tests::bounds::overlapping_buffers_cost_no_memory") {
         return;
     }
-    let mut block = Block::new(0, "serial", Box::new(Endless), event()).unwrap();
+    let mut block = Block::new(0, "serial", Box::new(HugeDisk), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     block.activate(driver.activation(ALL)).unwrap();
     let used = memory_for(&driver.memory.clone(), || {
-        // A page, and what is left of RAM: 254 times.
+        // One page, or the last 14 MiB of RAM, listed 254 times.
         for (kind, len) in [IN, OUT]
             .into_iter()
             .flat_map(|kind| [(kind, 4096), (kind, 14 << 20)])

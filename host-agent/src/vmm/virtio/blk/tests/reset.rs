@@ -1,18 +1,18 @@
-//! Requests in progress: what they hold up, and what a reset waits for.
+//! Requests in progress: what they block, and what a reset waits for.
 
 use std::sync::mpsc::Receiver;
 
 use super::*;
 use crate::vmm::virtio::test_driver::{alone, open_files_and_threads};
 
-/// A disk that waits inside of a read until it is let go.
-struct Slow {
+/// A disk that waits in each read until the test releases it.
+struct SlowDisk {
     disk: TestDisk,
     entered: Sender<()>,
     go: Receiver<()>,
 }
 
-impl Disk for Slow {
+impl Disk for SlowDisk {
     fn size(&self) -> u64 {
         self.disk.size()
     }
@@ -36,29 +36,26 @@ impl Disk for Slow {
     }
 }
 
-fn slow() -> (Slow, Receiver<()>, Sender<()>) {
+fn slow() -> (SlowDisk, Receiver<()>, Sender<()>) {
     let (entered, wait) = mpsc::channel();
     let (release, go) = mpsc::channel();
     let disk = TestDisk::new();
-    (Slow { disk, entered, go }, wait, release)
+    (SlowDisk { disk, entered, go }, wait, release)
 }
 
 #[test]
-fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
+fn a_slow_read_blocks_neither_other_disks_nor_the_front() {
     let (disk, entered, release) = slow();
     let mut stuck = Block::new(0, "slow", Box::new(disk), event()).unwrap();
     let mut stuck_driver = TestDriver::new(&[QUEUE_SIZE]);
     stuck.activate(stuck_driver.activation(ALL)).unwrap();
     header(&stuck_driver, HEADERS, IN, 0);
-    let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-    stuck_driver.chain(0, 0, &parts);
-    stuck_driver.offer(0, 0);
-    stuck_driver.kick(0);
+    stuck_driver.submit(&parts(512, true));
     entered.recv().unwrap();
     let (_block, mut driver) = start(&TestDisk::new(), ALL);
     for _ in 0..100 {
         assert_eq!(request(&mut driver, IN, 0, 512).0, OK);
-        assert_eq!(stuck.config().len(), 24);
+        assert_eq!(stuck.identity().config.len(), 24);
     }
     assert_eq!(stuck_driver.used(0), None);
     release.send(()).unwrap();
@@ -66,7 +63,7 @@ fn a_slow_backend_does_not_block_another_disk_or_its_own_front() {
 }
 
 #[test]
-fn a_reset_returns_only_when_the_read_in_progress_is_over() {
+fn a_reset_waits_for_the_read_in_progress() {
     let (disk, entered, release) = slow();
     let inside = Arc::clone(&disk.disk.inside);
     let calls = Arc::clone(&disk.disk.calls);
@@ -75,8 +72,7 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     block.activate(driver.activation(ALL)).unwrap();
     header(&driver, HEADERS, IN, 0);
     for head in [0, 3, 6] {
-        let parts = [(HEADERS, 16, false), (DATA, 512, true), (STATUS, 1, true)];
-        driver.chain(0, head, &parts);
+        driver.chain(0, head, &parts(512, true));
         driver.offer(0, head);
     }
     driver.kick(0);
@@ -91,7 +87,7 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     while !stop.load(Ordering::SeqCst) {
         std::thread::yield_now();
     }
-    // The thread is inside of the read, so the reset cannot be over.
+    // The worker is still in the read, so the reset has not returned.
     assert!(reset.try_recv().is_err());
     release.send(()).unwrap();
     reset.recv().unwrap();
@@ -99,22 +95,21 @@ fn a_reset_returns_only_when_the_read_in_progress_is_over() {
     assert_eq!(
         calls.load(Ordering::SeqCst),
         1,
-        "requests behind it were dropped"
+        "later requests are dropped"
     );
     drop(resetter.join().unwrap());
 }
 
 #[test]
-fn reset_inflight() {
-    // Alone, so that its descriptors and threads can be counted.
-    if !alone("blk::tests::reset::reset_inflight") {
+fn a_reset_at_any_time_stops_access_and_leaks_nothing() {
+    // In a process of its own, because it counts descriptors and threads.
+    if !alone("blk::tests::reset::a_reset_at_any_time_stops_access_and_leaks_nothing") {
         return;
     }
     let disk = TestDisk::new();
     let mut block = Block::new(0, "serial", Box::new(disk.clone()), event()).unwrap();
     let mut driver = TestDriver::new(&[QUEUE_SIZE]);
     let pattern = vec![0x5a; 0x4_0000];
-    let mut found = pattern.clone();
     let before = open_files_and_threads();
     for round in 0..10_000_u32 {
         block.activate(driver.activation(ALL)).unwrap();
@@ -130,7 +125,7 @@ fn reset_inflight() {
             driver.offer(0, n * 3);
         }
         driver.kick(0);
-        // From at once to after some requests.
+        // Varies the number of requests that are served before the reset.
         for _ in 0..(round % 97) * 20 {
             std::hint::spin_loop();
         }
@@ -138,16 +133,10 @@ fn reset_inflight() {
         assert!(!disk.inside.load(Ordering::SeqCst));
         let calls = disk.calls.load(Ordering::SeqCst);
         if round.is_multiple_of(50) {
-            driver
-                .memory
-                .write_slice(&pattern, GuestAddress(DATA))
-                .unwrap();
+            driver.write(DATA, &pattern);
             driver.kick(0);
             std::thread::yield_now();
-            driver
-                .memory
-                .read_slice(&mut found, GuestAddress(DATA))
-                .unwrap();
+            let found = driver.read(DATA, pattern.len());
             assert!(found == pattern, "guest memory changed after reset");
         }
         block.reset();
@@ -157,7 +146,7 @@ fn reset_inflight() {
     let calls = disk.calls.load(Ordering::SeqCst);
     assert!(
         calls > 0 && calls < 160_000,
-        "no reset came in time: {calls}"
+        "no reset interrupted a request: {calls}"
     );
     block.activate(driver.activation(ALL)).unwrap();
     assert_eq!(request(&mut driver, IN, 0, 512).0, OK);

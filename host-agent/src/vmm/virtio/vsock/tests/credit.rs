@@ -1,5 +1,5 @@
-//! vsock credit, against a model of both ends: what is in flight never exceeds
-//! what the receiver has room for, and every byte arrives once and in order.
+//! vsock credit against a model of both ends: the bytes in flight never exceed the
+//! receiver's buffer, and every byte arrives once and in order.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,49 +12,47 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::vsock::connection::{Connection, HOST_BUFFER, Verdict};
 use crate::vmm::virtio::vsock::packet::{Header, MAX_PAYLOAD, Operation};
 
-/// A channel's host port.
-const PORT: u32 = 10;
-/// Connections of a session; they share the rings.
+/// Connections of a session, which share the rings.
 const STREAMS: u32 = 3;
-/// The guest's buffer at first.
+/// Initial buffer of the guest.
 const FIRST_BUFFER: u32 = 10_000;
 
-/// Something that one of the ends does.
+/// An action of one of the ends.
 #[derive(Debug, Clone, Copy)]
-enum Step {
-    /// The guest sends as much of this as it has credit for.
+enum SessionStep {
+    /// The guest sends up to this many bytes, within its credit.
     Send(u32),
-    /// The guest's reader takes as much of this as was received.
+    /// The guest's reader consumes up to this many bytes.
     Consume(u32),
-    /// The guest says what credit it gives.
-    Tell,
-    /// The guest asks for credit.
-    Ask,
-    /// The guest's buffer becomes this long, with more in it if need be.
+    /// The guest sends a credit update.
+    UpdateCredit,
+    /// The guest sends a credit request.
+    RequestCredit,
+    /// The guest resizes its buffer, even below its content.
     Resize(u32),
-    /// The host writes as much of this as its socket takes.
+    /// The host writes up to this many bytes.
     Write(u32),
-    /// The host reads as much of this as there is.
+    /// The host reads up to this many bytes.
     Read(u32),
-    /// The guest takes this many packets, if there are.
+    /// The guest takes up to this many packets.
     Take(u32),
 }
 
-/// One connection, as its two ends see it. Byte counts are since its begin.
+/// One connection as seen by both ends, with byte counts since its start.
 struct Stream {
     ports: (u32, u32),
     host: UnixStream,
-    /// Host to guest: written to the socket, received, taken by the reader.
+    /// Host to guest: written to the socket, received, consumed by the reader.
     written: u64,
     received: u64,
     consumed: u64,
     buffer: u32,
-    /// The device may not send beyond this byte.
-    edge: u64,
+    /// The device must not send beyond this byte.
+    limit: u64,
     /// Guest to host: sent, read from the socket.
     sent: u64,
     read: u64,
-    /// What the device said that it forwarded.
+    /// The last `fwd_cnt` of the device.
     forwarded: u64,
 }
 
@@ -63,7 +61,7 @@ struct Session {
     streams: Vec<Stream>,
 }
 
-/// Byte `at` of a direction of a connection.
+/// Byte `at` of the stream `of`.
 fn byte(of: u32, at: u64) -> u8 {
     ((at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 ^ of as u8
 }
@@ -73,14 +71,14 @@ fn bytes(of: u32, from: u64, len: u64) -> Vec<u8> {
 }
 
 impl Stream {
-    /// What the guest may send now.
+    /// Bytes that the guest may send now.
     fn credit(&self) -> u64 {
         u64::from(HOST_BUFFER) - (self.sent - self.forwarded)
     }
 
     /// A header that carries the guest's credit.
     fn header(&mut self, operation: Operation) -> Header {
-        self.edge = self.edge.max(self.consumed + u64::from(self.buffer));
+        self.limit = self.limit.max(self.consumed + u64::from(self.buffer));
         Header {
             buf_alloc: self.buffer,
             fwd_cnt: self.consumed as u32,
@@ -113,10 +111,10 @@ impl Stream {
         }
     }
 
-    /// Takes a packet of the device, after what it may send and say.
+    /// Checks a packet of the device against the model.
     fn packet(&mut self, header: &Header, payload: &[u8]) {
         assert_eq!(header.buf_alloc, HOST_BUFFER);
-        // The low 32 bits are all of it: nothing here sends more.
+        // No session sends 4 GiB, so the counter does not wrap.
         let forwarded = u64::from(header.fwd_cnt);
         assert!(self.forwarded <= forwarded && forwarded <= self.sent);
         self.forwarded = forwarded;
@@ -126,10 +124,10 @@ impl Stream {
                 let expected = bytes(self.ports.1, self.received, payload.len() as u64);
                 assert!(payload == expected, "at {}", self.received);
                 self.received += payload.len() as u64;
-                assert!(self.received <= self.edge, "beyond the credit");
+                assert!(self.received <= self.limit, "beyond the credit");
             }
             Operation::CreditUpdate | Operation::CreditRequest => {}
-            other => panic!("{other:?} to an honest guest"),
+            other => panic!("{other:?} to a valid guest"),
         }
     }
 }
@@ -151,7 +149,7 @@ impl Session {
                 received: 0,
                 consumed: 0,
                 buffer: FIRST_BUFFER,
-                edge: u64::from(FIRST_BUFFER),
+                limit: u64::from(FIRST_BUFFER),
                 sent: 0,
                 read: 0,
                 forwarded: 0,
@@ -185,36 +183,36 @@ impl Session {
         }
     }
 
-    fn tell(&mut self, of: usize, operation: Operation) {
+    fn send_credit(&mut self, of: usize, operation: Operation) {
         let header = self.streams[of].header(operation);
         self.guest.send(&header, &[]);
     }
 
-    fn step(&mut self, of: usize, step: Step) {
+    fn step(&mut self, of: usize, step: SessionStep) {
         let stream = &mut self.streams[of];
         match step {
-            Step::Send(len) => self.send(of, u64::from(len)),
-            Step::Consume(len) => {
+            SessionStep::Send(len) => self.send(of, u64::from(len)),
+            SessionStep::Consume(len) => {
                 stream.consumed = stream.received.min(stream.consumed + u64::from(len));
             }
-            Step::Tell => self.tell(of, Operation::CreditUpdate),
-            Step::Ask => self.tell(of, Operation::CreditRequest),
-            Step::Resize(len) => {
+            SessionStep::UpdateCredit => self.send_credit(of, Operation::CreditUpdate),
+            SessionStep::RequestCredit => self.send_credit(of, Operation::CreditRequest),
+            SessionStep::Resize(len) => {
                 stream.buffer = len;
-                self.tell(of, Operation::CreditUpdate);
-                // The device has taken the new credit, and what it sent after
-                // the old one is in the ring: from now on the new one counts.
+                self.send_credit(of, Operation::CreditUpdate);
+                // After `settle` the device uses the new credit, and all packets
+                // within the old one are in the ring.
                 self.guest.settle();
                 self.take_all();
                 let stream = &mut self.streams[of];
-                let edge = stream.consumed + u64::from(stream.buffer);
-                stream.edge = stream.received.max(edge);
+                let limit = stream.consumed + u64::from(stream.buffer);
+                stream.limit = stream.received.max(limit);
             }
-            Step::Write(len) => {
+            SessionStep::Write(len) => {
                 stream.write(u64::from(len));
             }
-            Step::Read(len) => stream.read(u64::from(len)),
-            Step::Take(count) => {
+            SessionStep::Read(len) => stream.read(u64::from(len)),
+            SessionStep::Take(count) => {
                 for _ in 0..count {
                     let Some(packet) = self.guest.try_receive() else {
                         break;
@@ -225,8 +223,8 @@ impl Session {
         }
     }
 
-    /// All of it arrives, and `more` in either direction after it, though each
-    /// end sends only after what it was told.
+    /// Delivers everything and `more` bytes in both directions, with each end
+    /// sending only within its credit.
     fn finish(&mut self, of: usize, more: u64) {
         self.streams[of].buffer = FIRST_BUFFER;
         let (sent, written) = (
@@ -241,7 +239,7 @@ impl Session {
             let rest = written - stream.written;
             stream.write(rest);
             stream.consumed = stream.received;
-            self.tell(of, Operation::CreditUpdate);
+            self.send_credit(of, Operation::CreditUpdate);
             while self.streams[of].received == self.streams[of].consumed {
                 let packet = self.guest.receive();
                 self.take(packet);
@@ -265,23 +263,22 @@ impl Session {
     }
 }
 
-fn step(payload: u32) -> impl Strategy<Value = Step> {
-    // Packets are as small as the receive buffers: no more than some of them.
+fn step(payload: u32) -> impl Strategy<Value = SessionStep> {
+    // Packets are as small as the receive buffers: limit their number.
     let written = (payload * 64).min(100_000);
     prop_oneof![
-        4 => (0..70_000_u32).prop_map(Step::Send),
-        2 => (0..20_000_u32).prop_map(Step::Consume),
-        2 => Just(Step::Tell),
-        1 => Just(Step::Ask),
-        1 => prop_oneof![Just(0), 1..30_000_u32, Just(u32::MAX)].prop_map(Step::Resize),
-        4 => (1..=written).prop_map(Step::Write),
-        4 => (1..100_000_u32).prop_map(Step::Read),
-        3 => (1..100_u32).prop_map(Step::Take),
+        4 => (0..70_000_u32).prop_map(SessionStep::Send),
+        2 => (0..20_000_u32).prop_map(SessionStep::Consume),
+        2 => Just(SessionStep::UpdateCredit),
+        1 => Just(SessionStep::RequestCredit),
+        1 => prop_oneof![Just(0), 1..30_000_u32, Just(u32::MAX)].prop_map(SessionStep::Resize),
+        4 => (1..=written).prop_map(SessionStep::Write),
+        4 => (1..100_000_u32).prop_map(SessionStep::Read),
+        3 => (1..100_u32).prop_map(SessionStep::Take),
     ]
 }
 
-/// Receive buffers of every kind: of Linux before and after 6.3, tiny, huge,
-/// and too few.
+/// Receive buffers as in Linux before and after 6.3, tiny, huge, or few.
 fn buffers() -> impl Strategy<Value = Buffers> {
     let size = prop_oneof![
         Just((4096, 128)),
@@ -297,7 +294,7 @@ fn buffers() -> impl Strategy<Value = Buffers> {
     })
 }
 
-fn session() -> impl Strategy<Value = (Buffers, Vec<(usize, Step)>)> {
+fn session() -> impl Strategy<Value = (Buffers, Vec<(usize, SessionStep)>)> {
     buffers().prop_flat_map(|buffers| {
         let step = (0..STREAMS as usize, step(buffers.payload));
         (Just(buffers), prop::collection::vec(step, 1..120))
@@ -308,7 +305,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_is_in_flight_never_exceeds_the_credit_and_every_byte_arrives(
+    fn every_byte_arrives_within_the_credit(
         (buffers, steps) in session(),
         event_idx: bool,
     ) {
@@ -324,53 +321,53 @@ proptest! {
     }
 }
 
-/// What the ends of a connection say, true or not, without rings or sockets.
+/// An event of a connection without rings and sockets.
 #[derive(Debug, Clone, Copy)]
-enum Move {
-    /// The guest says that it consumed this much more than was known (which
-    /// may be more than was sent), and that its buffer is so long.
+enum CreditEvent {
+    /// The guest reports this many more consumed bytes, perhaps more than were
+    /// sent, and a buffer.
     Near(u32, u32),
-    /// The guest says any count and any buffer.
+    /// The guest reports any counter and any buffer.
     Wild(u32, u32),
-    /// The host has this many bytes for the guest.
+    /// The host sends up to this many bytes.
     Send(u32),
     /// The guest sends a packet of this length.
     Receive(u32),
-    /// The host socket takes up to this many.
+    /// The host socket accepts up to this many bytes.
     Forward(u32),
-    /// The device sends what is due.
-    Speak,
+    /// The device sends the control packets that are due.
+    SendControl,
 }
 
 fn claimed_buffer() -> impl Strategy<Value = u32> {
     prop_oneof![3 => 0..5000_u32, 1 => any::<u32>(), 1 => Just(u32::MAX)]
 }
 
-fn a_move() -> impl Strategy<Value = Move> {
+fn credit_event() -> impl Strategy<Value = CreditEvent> {
     let length = || prop_oneof![4 => 0..=MAX_PAYLOAD, 1 => any::<u32>()];
     prop_oneof![
-        3 => (0..5000_u32, claimed_buffer()).prop_map(|(count, buffer)| Move::Near(count, buffer)),
-        1 => (any::<u32>(), claimed_buffer()).prop_map(|(count, buffer)| Move::Wild(count, buffer)),
-        4 => prop_oneof![4 => 0..9000_u32, 1 => any::<u32>()].prop_map(Move::Send),
-        4 => length().prop_map(Move::Receive),
-        4 => (0..=HOST_BUFFER).prop_map(Move::Forward),
-        2 => Just(Move::Speak),
+        3 => (0..5000_u32, claimed_buffer()).prop_map(|(count, buffer)| CreditEvent::Near(count, buffer)),
+        1 => (any::<u32>(), claimed_buffer()).prop_map(|(count, buffer)| CreditEvent::Wild(count, buffer)),
+        4 => prop_oneof![4 => 0..9000_u32, 1 => any::<u32>()].prop_map(CreditEvent::Send),
+        4 => length().prop_map(CreditEvent::Receive),
+        4 => (0..=HOST_BUFFER).prop_map(CreditEvent::Forward),
+        2 => Just(CreditEvent::SendControl),
     ]
 }
 
-/// Both ends in 64 bits, which never wrap.
+/// The counters of both ends in 64 bits, which never wrap.
 #[derive(Debug, Clone, Copy)]
-struct Model {
+struct CreditModel {
     sent: u64,
     consumed: u64,
     buffer: u32,
     received: u64,
     forwarded: u64,
-    /// What the guest was told of `forwarded`.
-    told: u64,
+    /// The last value of `forwarded` that was sent to the guest.
+    reported: u64,
 }
 
-impl Model {
+impl CreditModel {
     fn allowance(&self) -> u64 {
         u64::from(self.buffer).saturating_sub(self.sent - self.consumed)
     }
@@ -379,26 +376,26 @@ impl Model {
         self.received - self.forwarded
     }
 
-    /// The guest says `count`: it is the number of bytes between what it said
-    /// before and what was sent that looks so in 32 bits, if there is one.
-    fn hear(&mut self, count: u32, buffer: u32) {
+    /// Applies the guest's `fwd_cnt`: the value from `consumed` up to `sent` with
+    /// these low 32 bits, if there is one.
+    fn receive_credit(&mut self, count: u32, buffer: u32) {
         self.buffer = buffer;
-        let heard = self.consumed + u64::from(count.wrapping_sub(self.consumed as u32));
-        if heard <= self.sent {
-            self.consumed = heard;
+        let consumed = self.consumed + u64::from(count.wrapping_sub(self.consumed as u32));
+        if consumed <= self.sent {
+            self.consumed = consumed;
         }
     }
 
-    fn said(&mut self, header: &Header) {
+    fn check_header(&mut self, header: &Header) {
         assert_eq!(header.fwd_cnt, self.forwarded as u32);
         assert_eq!(header.buf_alloc, HOST_BUFFER);
-        self.told = self.forwarded;
+        self.reported = self.forwarded;
     }
 }
 
-/// A connection on which nearly 4 GiB went either way, and its model: the
-/// counters are about to wrap.
-static OLD: LazyLock<(Connection, Model)> = LazyLock::new(|| {
+/// A connection after nearly 4 GiB in both directions, and its model: its counters
+/// are about to wrap.
+static NEARLY_WRAPPED: LazyLock<(Connection, CreditModel)> = LazyLock::new(|| {
     let mut header = Guest::header(Operation::Request, PORT, 1);
     let mut connection = Connection::accepted(&header);
     while connection.next_control().is_some() {}
@@ -415,13 +412,13 @@ static OLD: LazyLock<(Connection, Model)> = LazyLock::new(|| {
         connection.forwarded(header.len);
         while connection.next_control().is_some() {}
     }
-    let model = Model {
+    let model = CreditModel {
         sent: total,
         consumed: total,
         buffer: header.buf_alloc,
         received: total,
         forwarded: total,
-        told: total,
+        reported: total,
     };
     (connection, model)
 });
@@ -430,69 +427,69 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_claim_moves_more_than_either_buffer_though_counters_wrap(
-        moves in prop::collection::vec(a_move(), 1..100),
+    fn no_claim_exceeds_a_buffer_while_counters_wrap(
+        events in prop::collection::vec(credit_event(), 1..100),
     ) {
-        let (mut connection, mut model) = OLD.clone();
+        let (mut connection, mut model) = NEARLY_WRAPPED.clone();
         let mut header = Guest::header(Operation::CreditUpdate, PORT, 1);
-        for next in moves {
+        for next in events {
             header.op = Operation::CreditUpdate.code();
             header.len = 0;
             header.fwd_cnt = model.consumed as u32;
             header.buf_alloc = model.buffer;
             match next {
-                Move::Near(more, buffer) => {
+                CreditEvent::Near(more, buffer) => {
                     header.fwd_cnt = header.fwd_cnt.wrapping_add(more);
                     header.buf_alloc = buffer;
-                    prop_assert_eq!(connection.receive(&header, 0), Verdict::Nothing);
-                    model.hear(header.fwd_cnt, buffer);
+                    prop_assert_eq!(connection.receive(&header, 0), Verdict::Update);
+                    model.receive_credit(header.fwd_cnt, buffer);
                 }
-                Move::Wild(count, buffer) => {
+                CreditEvent::Wild(count, buffer) => {
                     header.fwd_cnt = count;
                     header.buf_alloc = buffer;
-                    prop_assert_eq!(connection.receive(&header, 0), Verdict::Nothing);
-                    model.hear(count, buffer);
+                    prop_assert_eq!(connection.receive(&header, 0), Verdict::Update);
+                    model.receive_credit(count, buffer);
                 }
-                Move::Send(wanted) => {
+                CreditEvent::Send(wanted) => {
                     let len = wanted.min(connection.allowance());
                     if len > 0 {
-                        let said = connection.data_header(len);
-                        model.said(&said);
-                        prop_assert_eq!(said.len, len);
+                        let sent = connection.data_header(len);
+                        model.check_header(&sent);
+                        prop_assert_eq!(sent.len, len);
                         model.sent += u64::from(len);
                         prop_assert!(model.sent - model.consumed <= u64::from(model.buffer));
                     }
                 }
-                Move::Receive(len) => {
+                CreditEvent::Receive(len) => {
                     header.op = Operation::Data.code();
                     header.len = len;
-                    let room = u64::from(HOST_BUFFER) - model.held();
-                    let fits = len <= MAX_PAYLOAD && u64::from(len) <= room;
+                    let free = u64::from(HOST_BUFFER) - model.held();
+                    let fits = len <= MAX_PAYLOAD && u64::from(len) <= free;
                     match connection.clone().receive(&header, len) {
                         Verdict::Deliver(given) => {
                             prop_assert!(fits && given == len);
                             connection.receive(&header, len);
                             model.received += u64::from(len);
                         }
-                        // The connection would end here.
+                        // The muxer would reset the connection.
                         Verdict::Violation(_) => prop_assert!(!fits),
                         other => prop_assert!(false, "{:?}", other),
                     }
                 }
-                Move::Forward(len) => {
+                CreditEvent::Forward(len) => {
                     let len = u64::from(len).min(model.held());
                     connection.forwarded(len as u32);
                     model.forwarded += len;
                 }
-                Move::Speak => while let Some(said) = connection.next_control() {
-                    model.said(&said);
+                CreditEvent::SendControl => while let Some(sent) = connection.next_control() {
+                    model.check_header(&sent);
                 },
             }
             prop_assert_eq!(u64::from(connection.allowance()), model.allowance());
             prop_assert_eq!(u64::from(connection.buffered()), model.held());
-            // A guest that waits for credit hears of it in good time.
-            let untold = model.forwarded - model.told;
-            prop_assert!(untold < u64::from(HOST_BUFFER / 4) || connection.has_control());
+            // A guest that waits for credit gets an update in time.
+            let unreported = model.forwarded - model.reported;
+            prop_assert!(unreported < u64::from(HOST_BUFFER / 4) || connection.has_control());
         }
     }
 }

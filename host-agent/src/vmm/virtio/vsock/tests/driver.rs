@@ -1,5 +1,6 @@
-//! The guest's end of a vsock device: packets on rings in memory, honest or not.
+//! The guest's end of a vsock device: valid and invalid packets on real rings.
 
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc::{Receiver, channel};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 pub(crate) use crate::vmm::virtio::test_driver::alone;
@@ -17,31 +19,33 @@ use crate::vmm::virtio::vsock::{QUEUE_SIZE, Vsock, VsockEvent};
 pub(crate) const RX: usize = 0;
 pub(crate) const TX: usize = 1;
 pub(crate) const CID: u64 = 3;
-/// The guest must answer a dial within this.
+/// Host port of a channel.
+pub(crate) const PORT: u32 = 10;
+/// Time for the guest to answer a dial.
 pub(crate) const DIAL_LIMIT: Duration = Duration::from_secs(2);
-/// Longer than anything here takes on a busy machine.
+/// Longest time that a test waits.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Packets of the guest begin here; below are its receive buffers.
+/// Address of the guest's packets; its receive buffers lie below.
 const TX_BUFFERS: u64 = 4 << 20;
-/// Room for one packet of the guest.
+/// Bytes reserved for one packet of the guest.
 const TX_SLOT: u64 = 0x1_2000;
-/// Most packets of the guest in flight: fewer than there are slots.
+/// Most packets of the guest in flight; there are more slots.
 const TX_IN_FLIGHT: u16 = 128;
-/// Where the test driver puts a queue's used ring.
+/// Offset of the used ring in a queue's memory.
 const USED: u64 = 0xc000;
 
-/// How receive buffers are laid out.
+/// Layout of the receive buffers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Buffers {
     pub(crate) count: u16,
     pub(crate) payload: u32,
-    /// Header and payload in two descriptors, as before Linux 6.3.
+    /// Header and payload in two descriptors, as in Linux before 6.3.
     pub(crate) split: bool,
 }
 
 impl Default for Buffers {
-    /// As in Linux 6.1 with a queue of 256.
+    /// As in Linux 6.1 with a queue of 256 entries.
     fn default() -> Self {
         Self {
             count: 128,
@@ -60,6 +64,13 @@ impl Buffers {
     }
 }
 
+/// Reads exactly `len` bytes.
+pub(crate) fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
 /// A guest with a driver and its device.
 pub(crate) struct Guest {
     pub(crate) device: Vsock,
@@ -69,13 +80,13 @@ pub(crate) struct Guest {
     buffers: Buffers,
     free: Vec<u16>,
     slot: u64,
-    /// Chains offered, and how many of them at the last kick, for each queue.
+    /// For each queue: chains offered, and their number at the last kick.
     offered: [u16; 2],
     kicked: [u16; 2],
 }
 
 impl Guest {
-    /// A guest as Linux 6.1 is one, without event indices.
+    /// A guest like Linux 6.1, without `VIRTIO_F_EVENT_IDX`.
     pub(crate) fn new() -> Self {
         Self::with(Buffers::default(), 0)
     }
@@ -100,7 +111,7 @@ impl Guest {
         guest
     }
 
-    /// Starts the driver, after a reset if there was one before.
+    /// Activates the device and offers the receive buffers.
     pub(crate) fn start(&mut self) {
         (self.offered, self.kicked) = ([0; 2], [0; 2]);
         let activation = self.driver.activation(self.features);
@@ -119,8 +130,8 @@ impl Guest {
         self.offered[queue] = self.offered[queue].wrapping_add(1);
     }
 
-    /// Kicks if the device asked for it (virtio 1.2, 2.7.10), so that a kick
-    /// which it needs and forgets to ask for shows as a test that hangs.
+    /// Kicks if the device requested it (virtio 1.2, 2.7.10): a missing request
+    /// shows as a test that times out.
     pub(crate) fn kick(&mut self, queue: usize) {
         fence(Ordering::SeqCst);
         let used = 0x1_0000 * queue as u64 + USED;
@@ -132,18 +143,18 @@ impl Guest {
         };
         let offered = self.offered[queue];
         let before = std::mem::replace(&mut self.kicked[queue], offered);
-        let asked = if self.features & EVENT_IDX == 0 {
+        let requested = if self.features & EVENT_IDX == 0 {
             load(used) & 1 == 0
         } else {
             let event = load(used + 4 + 8 * u64::from(QUEUE_SIZE));
             offered.wrapping_sub(event).wrapping_sub(1) < offered.wrapping_sub(before)
         };
-        if asked {
+        if requested {
             self.driver.kick(queue);
         }
     }
 
-    /// Offers receive buffers for the first time, to a guest made without any.
+    /// Offers receive buffers of a guest that was created without any.
     pub(crate) fn offer_buffers(&mut self, buffers: Buffers) {
         assert_eq!(self.buffers.count, 0);
         self.buffers = buffers;
@@ -171,8 +182,7 @@ impl Guest {
         self.kick(RX);
     }
 
-    /// A packet on the connection of `host` and `guest` ports, from a guest
-    /// with the buffer that Linux has.
+    /// A header from port `guest` to port `host`, with the `buf_alloc` of Linux.
     pub(crate) fn header(operation: Operation, host: u32, guest: u32) -> Header {
         Header {
             src_cid: CID,
@@ -186,7 +196,12 @@ impl Guest {
         }
     }
 
-    /// Sends a packet in two descriptors, or in one without payload.
+    /// Sends a packet without payload.
+    pub(crate) fn control(&mut self, operation: Operation, host: u32, guest: u32) {
+        self.send(&Self::header(operation, host, guest), &[]);
+    }
+
+    /// Sends a packet: header and payload in one descriptor each.
     pub(crate) fn send(&mut self, header: &Header, payload: &[u8]) {
         if payload.is_empty() {
             self.send_in(header, payload, &[HEADER_SIZE]);
@@ -195,19 +210,15 @@ impl Guest {
         }
     }
 
-    /// Sends a packet cut into descriptors of these lengths. The address of
-    /// its header.
-    pub(crate) fn send_in(&mut self, header: &Header, payload: &[u8], lens: &[usize]) -> u64 {
+    /// Sends a packet in descriptors of these lengths.
+    pub(crate) fn send_in(&mut self, header: &Header, payload: &[u8], lens: &[usize]) {
         assert_eq!(lens.iter().sum::<usize>(), HEADER_SIZE + payload.len());
         self.reclaim(lens.len().max(usize::from(QUEUE_SIZE - TX_IN_FLIGHT)));
         let slots = (RAM - TX_BUFFERS) / TX_SLOT;
         let at = TX_BUFFERS + self.slot % slots * TX_SLOT;
         self.slot += 1;
-        let memory = &self.driver.memory;
-        memory
-            .write_slice(&header.to_bytes(), GuestAddress(at))
-            .unwrap();
-        memory.write_slice(payload, GuestAddress(at + 44)).unwrap();
+        self.driver.write(at, &header.to_bytes());
+        self.driver.write(at + HEADER_SIZE as u64, payload);
         let indices = self.free.split_off(self.free.len() - lens.len());
         let mut from = at;
         for (n, len) in lens.iter().enumerate() {
@@ -220,10 +231,9 @@ impl Guest {
         }
         self.offer(TX, indices[0]);
         self.kick(TX);
-        at
     }
 
-    /// Waits until the device has taken every packet.
+    /// Waits until the device has returned every packet.
     pub(crate) fn settle(&mut self) {
         self.reclaim(usize::from(QUEUE_SIZE));
     }
@@ -239,7 +249,7 @@ impl Guest {
                 loop {
                     free.push(index);
                     let at = 0x1_0000 * TX as u64 + 16 * u64::from(index) + 12;
-                    let [flags, next]: [u16; 2] = driver.memory.read_obj(GuestAddress(at)).unwrap();
+                    let [flags, next]: [u16; 2] = driver.get(at);
                     if flags & NEXT == 0 {
                         break;
                     }
@@ -250,13 +260,13 @@ impl Guest {
         });
     }
 
-    /// The next packet of the device, if there is one now.
+    /// The next packet of the device, if there is one.
     pub(crate) fn try_receive(&mut self) -> Option<(Header, Vec<u8>)> {
         let used = self.driver.used(RX)?;
         Some(self.take(used))
     }
 
-    /// The next packet of the device.
+    /// Waits for the next packet of the device.
     pub(crate) fn receive(&mut self) -> (Header, Vec<u8>) {
         let used = self.driver.wait_used(RX);
         self.take(used)
@@ -266,20 +276,17 @@ impl Guest {
         let head = head as u16;
         let index = if self.buffers.split { head / 2 } else { head };
         let at = self.buffers.slot(index);
-        let mut raw = [0; HEADER_SIZE];
-        let memory = &self.driver.memory;
-        memory.read_slice(&mut raw, GuestAddress(at)).unwrap();
-        let header = Header::parse(&raw);
+        let raw = self.driver.read(at, HEADER_SIZE).try_into();
+        let header = Header::parse(&raw.unwrap());
         assert_eq!(len, HEADER_SIZE as u32 + header.len);
-        let mut payload = vec![0; header.len as usize];
-        memory
-            .read_slice(&mut payload, GuestAddress(at + 44))
-            .unwrap();
+        let payload = self
+            .driver
+            .read(at + HEADER_SIZE as u64, header.len as usize);
         self.post(index);
         (header, payload)
     }
 
-    /// The next packet, which must be `operation` for the connection.
+    /// Waits for the next packet and asserts its operation and ports.
     pub(crate) fn expect(&mut self, operation: Operation, host: u32, guest: u32) -> Header {
         let (header, _) = self.receive();
         assert_eq!(header.operation(), Some(operation), "{header:?}");
@@ -288,13 +295,13 @@ impl Guest {
         header
     }
 
-    /// The host ends both directions. It may be told of them one by one, and
-    /// what was told stays (virtio 1.2, 5.10.6.4).
+    /// Waits for the shutdown of both directions; shutdowns accumulate (virtio 1.2,
+    /// 5.10.6.4).
     pub(crate) fn expect_end(&mut self, host: u32, guest: u32) {
         while self.expect(Operation::Shutdown, host, guest).flags != 3 {}
     }
 
-    /// Waits until the device holds `count` connections.
+    /// Waits until the device has `count` connections.
     pub(crate) fn wait_connections(&self, count: u32) {
         let handle = self.device.handle();
         let start = Instant::now();
@@ -305,16 +312,24 @@ impl Guest {
         }
     }
 
-    /// The next effect.
+    /// The next event.
     pub(crate) fn event(&self) -> VsockEvent {
         self.events.recv_timeout(PATIENCE).unwrap()
     }
 
-    /// Dials host port `host` and gives the host's end of it.
+    /// Connects port `guest` to the channel `host`; the host's end.
     pub(crate) fn connect(&mut self, host: u32, guest: u32) -> UnixStream {
-        self.send(&Self::header(Operation::Request, host, guest), &[]);
+        self.control(Operation::Request, host, guest);
         self.expect(Operation::Response, host, guest);
         self.opened()
+    }
+
+    /// The id and outcome of the next event, which must be the result of a dial.
+    pub(crate) fn dialed(&self) -> (u64, DialOutcome) {
+        match self.event() {
+            VsockEvent::Dialed { id, outcome } => (id, outcome),
+            opened @ VsockEvent::Opened { .. } => panic!("{opened:?}"),
+        }
     }
 
     /// The host's end of a connection that the guest dialed.
@@ -326,7 +341,7 @@ impl Guest {
                 stream.set_write_timeout(Some(PATIENCE)).unwrap();
                 stream
             }
-            other @ VsockEvent::Dialed { .. } => panic!("{other:?}"),
+            dialed @ VsockEvent::Dialed { .. } => panic!("{dialed:?}"),
         }
     }
 
@@ -337,7 +352,7 @@ impl Guest {
         self.send(&header, payload);
     }
 
-    /// Shuts directions of a connection down.
+    /// Sends a shutdown with these flags.
     pub(crate) fn shutdown(&mut self, host: u32, guest: u32, flags: u32) {
         let mut header = Self::header(Operation::Shutdown, host, guest);
         header.flags = flags;

@@ -1,4 +1,4 @@
-//! What a guest repeats without end costs no more than once.
+//! Operations that a guest repeats without end: they must not use up anything.
 
 use std::net::Shutdown as Half;
 use std::path::Path;
@@ -7,26 +7,23 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::*;
-use super::limits::{fill, read_exactly, socket_room};
+use super::limits::{fill, socket_capacity};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::{BUFFERS, RAM, memory_for};
+use crate::vmm::virtio::vsock::QUEUE_SIZE;
 use crate::vmm::virtio::vsock::packet::{MAX_PAYLOAD, Operation};
-use crate::vmm::virtio::vsock::{QUEUE_SIZE, VsockEvent};
 
-/// A channel's host port.
-const PORT: u32 = 10;
-
-/// Lengths of a buffer, and of the payload that a packet in 255 of them claims.
+/// Length of a buffer, and `len` of a packet in 255 such buffers.
 const PAGE: (u32, u32) = (4096, MAX_PAYLOAD);
-const PAGE_AND_LIE: (u32, u32) = (4096, u32::MAX);
+const PAGE_FALSE_LEN: (u32, u32) = (4096, u32::MAX);
 const ALL: (u32, u32) = ((RAM - BUFFERS) as u32, MAX_PAYLOAD);
 
 #[test]
-fn a_hundred_thousand_failed_connects_leave_every_place_free() {
+fn refused_requests_use_up_no_connections() {
     let mut guest = Guest::with(Buffers::default(), EVENT_IDX);
     for n in 0..100_000_u32 {
-        // A port without service, from an unprivileged port, of another type.
+        // Not a channel's port; an unprivileged port; another socket type.
         let (host, from) = match n % 3 {
             0 => (9, n % 1000),
             1 => (PORT, 1024 + n),
@@ -46,9 +43,8 @@ fn a_hundred_thousand_failed_connects_leave_every_place_free() {
     guest.wait_connections(1);
 }
 
-/// Time that the processors gave to the device's thread, of which there must
-/// be one in the process.
-fn processor_time() -> Duration {
+/// CPU time of the worker; the process must have exactly one.
+fn cpu_time() -> Duration {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let read = |task: &Path, what| std::fs::read_to_string(task.join(what)).unwrap();
     let thread = tasks
@@ -59,27 +55,19 @@ fn processor_time() -> Duration {
     Duration::from_nanos(times.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// The part of a processor that the device's thread takes until the guest's
-/// time to answer a dial is over, which is 2 s.
+/// CPU use of the worker (1.0 is a whole core) during [`DIAL_LIMIT`].
 fn load(guest: &Guest) -> f64 {
-    let (start, before) = (Instant::now(), processor_time());
+    let (start, before) = (Instant::now(), cpu_time());
     guest.device.handle().probe(7, 80);
-    let outcome = guest.event();
-    assert!(matches!(
-        outcome,
-        VsockEvent::Dialed {
-            id: 7,
-            outcome: DialOutcome::TimedOut
-        }
-    ));
-    let took = processor_time().saturating_sub(before);
+    assert_eq!(guest.dialed(), (7, DialOutcome::TimedOut));
+    let took = cpu_time().saturating_sub(before);
     took.as_secs_f64() / start.elapsed().as_secs_f64()
 }
 
 #[test]
-fn readers_that_stall_cost_no_processor_time() {
-    // Alone, so that the thread is found by its name.
-    if !alone("vsock::tests::endurance::readers_that_stall_cost_no_processor_time") {
+fn stalled_readers_cost_no_cpu_time() {
+    // In a process of its own, so that there is one worker.
+    if !alone("vsock::tests::endurance::stalled_readers_cost_no_cpu_time") {
         return;
     }
     let mut guest = Guest::new();
@@ -90,17 +78,17 @@ fn readers_that_stall_cost_no_processor_time() {
     guest.expect(Operation::Response, PORT, 2);
     let full = guest.opened();
     let half = guest.connect(PORT, 3);
-    // A host and a guest that do not read, and a direction that is over.
-    for _ in 0..socket_room() / 4096 + 8 {
+    // A host and a guest that do not read, and a half-closed connection.
+    for _ in 0..socket_capacity() / 4096 + 8 {
         guest.data(PORT, 1, &[1; 4096]);
     }
     fill(&full, usize::MAX);
     half.shutdown(Half::Write).unwrap();
     guest.settle();
     let part = load(&guest);
-    assert!(part < 0.02, "{part} of a processor for stalled readers");
+    assert!(part < 0.02, "{part} of a core for stalled readers");
 
-    // A guest that takes everything, until it has no receive buffer left.
+    // A guest that reads until it has no receive buffer left.
     while guest.try_receive().is_some() {}
     (request.src_port, request.buf_alloc) = (4, u32::MAX);
     guest.send(&request, &[]);
@@ -115,21 +103,21 @@ fn readers_that_stall_cost_no_processor_time() {
     });
     assert!(fill(&starved, usize::MAX) < usize::MAX);
     let part = load(&guest);
-    assert!(part < 0.02, "{part} of a processor without receive buffers");
+    assert!(part < 0.02, "{part} of a core without receive buffers");
 }
 
 #[test]
-fn buffers_that_overlap_cost_no_memory() {
-    // Alone, so that nothing else takes any.
-    if !alone("vsock::tests::endurance::buffers_that_overlap_cost_no_memory") {
+fn overlapping_buffers_cost_no_memory() {
+    // In a process of its own, because it measures the memory of the process.
+    if !alone("vsock::tests::endurance::overlapping_buffers_cost_no_memory") {
         return;
     }
-    // From the guest: a header, and one range 255 times. It ends when a
-    // connection has all the credit that there is, or at once for a lie.
+    // From the guest: a header, and one range listed 255 times. The device resets
+    // the connection once the credit is used up, or at once for a false length.
     let mut guest = Guest::new();
     let at = RAM - 4096;
     let used = memory_for(&guest.driver.memory.clone(), || {
-        for (round, (part, len)) in (0..).zip([PAGE, PAGE_AND_LIE, ALL].repeat(10)) {
+        for (round, (part, len)) in (0..).zip([PAGE, PAGE_FALSE_LEN, ALL].repeat(10)) {
             let _host = guest.connect(PORT, round);
             guest.settle();
             let mut header = Guest::header(Operation::Data, PORT, round);

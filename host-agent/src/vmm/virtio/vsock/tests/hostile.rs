@@ -1,4 +1,4 @@
-//! A guest that keeps to no rule: it breaks its own device and nothing else.
+//! A hostile guest: it can break its own device and nothing else.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,30 +15,28 @@ use crate::vmm::virtio::test_driver::{BUFFERS, RAM, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation};
 use crate::vmm::virtio::vsock::{QUEUE_SIZE, VsockEvent};
 
-/// A channel's host port.
-const PORT: u32 = 10;
-/// The three queues lie below this address, 64 KiB each.
+/// End of the memory of the three queues, 64 KiB each.
 const RINGS_END: u64 = 0x3_0000;
-/// Where each queue's available and used rings begin.
+/// Offsets of the available and used rings in a queue's memory.
 const AVAIL: u64 = 0x8000;
 const USED: u64 = 0xc000;
-/// Room for a packet or a receive buffer of a hostile guest.
+/// Bytes reserved for a packet or a receive buffer.
 const SLOT: u64 = 0x1000;
 
-/// Something that a guest does, or its host.
+/// An action of the guest or of its host.
 #[derive(Debug, Clone)]
-enum Act {
-    /// A descriptor: queue, index, buffer, flags, next.
+enum HostileAction {
+    /// Writes a descriptor: queue, index, buffer, flags, next.
     Describe(usize, u16, (u64, u32), u16, u16),
-    /// A head, and whether the device is told.
+    /// Makes a head available, with or without a kick.
     Offer(usize, u16, bool),
-    /// The available index moves without a chain.
+    /// Moves the available index without a chain.
     Jump(usize, u16),
-    /// Two bytes of any ring change, behind the back of either side.
+    /// Overwrites two bytes of a ring.
     Poke(u64, u16),
-    /// A packet that is well laid out, whatever it says.
+    /// Sends a packet with this header, in a valid chain.
     Packet(u16, Header, u32),
-    /// A receive buffer.
+    /// Adds a receive buffer.
     Buffer(u16, u32),
     Kick(usize),
     /// The host dials, writes, reads, or closes its newest connection.
@@ -74,7 +72,7 @@ fn header() -> impl Strategy<Value = Header> {
         })
 }
 
-fn act() -> impl Strategy<Value = Act> {
+fn action() -> impl Strategy<Value = HostileAction> {
     let index = || prop_oneof![30 => 0..QUEUE_SIZE, 1 => any::<u16>()];
     let address = prop_oneof![
         6 => BUFFERS..RAM,
@@ -87,7 +85,7 @@ fn act() -> impl Strategy<Value = Act> {
         prop_oneof![3 => Just(0_u16), 3 => Just(1), 2 => Just(2), 2 => Just(3), 1 => 4..8_u16];
     let step = prop_oneof![20 => 1..3_u16, 1 => any::<u16>()];
     let field = prop_oneof![
-        // Flags, index, first entries, and the event index behind the ring.
+        // Flags, index and first entries; the event index after the ring.
         4 => (0..3_u64, prop_oneof![Just(AVAIL), Just(USED)], 0..8_u64)
             .prop_map(|(queue, ring, at)| queue * 0x1_0000 + ring + at),
         1 => (0..3_u64, 0..2_u64).prop_map(|(queue, used)| {
@@ -98,24 +96,26 @@ fn act() -> impl Strategy<Value = Act> {
     ];
     prop_oneof![
         6 => (0..3_usize, index(), (address, length), flags, index())
-            .prop_map(|(queue, at, buffer, flags, next)| Act::Describe(queue, at, buffer, flags, next)),
+            .prop_map(|(queue, at, buffer, flags, next)| {
+                HostileAction::Describe(queue, at, buffer, flags, next)
+            }),
         3 => (0..3_usize, index(), any::<bool>())
-            .prop_map(|(queue, head, kick)| Act::Offer(queue, head, kick)),
-        1 => (0..3_usize, step).prop_map(|(queue, by)| Act::Jump(queue, by)),
-        1 => (field, any::<u16>()).prop_map(|(at, value)| Act::Poke(at, value)),
+            .prop_map(|(queue, head, kick)| HostileAction::Offer(queue, head, kick)),
+        1 => (0..3_usize, step).prop_map(|(queue, by)| HostileAction::Jump(queue, by)),
+        1 => (field, any::<u16>()).prop_map(|(at, value)| HostileAction::Poke(at, value)),
         12 => (0..64_u16, header(), 0..4000_u32)
-            .prop_map(|(slot, header, len)| Act::Packet(slot, header, len)),
-        8 => (0..64_u16, 0..4000_u32).prop_map(|(slot, len)| Act::Buffer(slot, len)),
-        2 => (0..3_usize).prop_map(Act::Kick),
-        1 => Just(Act::Dial),
-        3 => (0..20_000_usize).prop_map(Act::Write),
-        3 => Just(Act::Read),
-        1 => Just(Act::Close),
-        1 => Just(Act::Reset),
+            .prop_map(|(slot, header, len)| HostileAction::Packet(slot, header, len)),
+        8 => (0..64_u16, 0..4000_u32).prop_map(|(slot, len)| HostileAction::Buffer(slot, len)),
+        2 => (0..3_usize).prop_map(HostileAction::Kick),
+        1 => Just(HostileAction::Dial),
+        3 => (0..20_000_usize).prop_map(HostileAction::Write),
+        3 => Just(HostileAction::Read),
+        1 => Just(HostileAction::Close),
+        1 => Just(HostileAction::Reset),
     ]
 }
 
-/// The host's side of a hostile session.
+/// The host of a hostile guest.
 struct Host {
     open: Vec<UnixStream>,
     dials: u64,
@@ -123,7 +123,7 @@ struct Host {
 }
 
 impl Host {
-    fn look(&mut self, guest: &Guest) {
+    fn take_events(&mut self, guest: &Guest) {
         while let Ok(effect) = guest.events.try_recv() {
             match effect {
                 VsockEvent::Opened { port, fd, .. } => {
@@ -137,60 +137,59 @@ impl Host {
         }
     }
 
-    fn act(&mut self, guest: &mut Guest, act: &Act) {
+    fn act(&mut self, guest: &mut Guest, act: &HostileAction) {
         let driver = &mut guest.driver;
         match *act {
-            Act::Describe(queue, index, buffer, flags, next) => {
+            HostileAction::Describe(queue, index, buffer, flags, next) => {
                 driver.describe(queue, index % QUEUE_SIZE, buffer, flags, next);
             }
-            Act::Offer(queue, head, kick) => {
+            HostileAction::Offer(queue, head, kick) => {
                 driver.offer(queue, head);
                 if kick {
                     driver.kick(queue);
                 }
             }
-            Act::Jump(queue, by) => driver.jump(queue, by),
-            Act::Poke(at, value) => driver.memory.write_obj(value, GuestAddress(at)).unwrap(),
-            Act::Packet(slot, ref header, len) => {
+            HostileAction::Jump(queue, by) => driver.jump(queue, by),
+            HostileAction::Poke(at, value) => driver.put(at, value),
+            HostileAction::Packet(slot, ref header, len) => {
                 let at = BUFFERS + SLOT * u64::from(slot);
-                let bytes = header.to_bytes();
-                driver.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
+                driver.write(at, &header.to_bytes());
                 driver.describe(TX, slot, (at, HEADER_SIZE as u32 + len), 0, 0);
                 driver.offer(TX, slot);
                 driver.kick(TX);
             }
-            Act::Buffer(slot, len) => {
+            HostileAction::Buffer(slot, len) => {
                 let at = (8 << 20) + SLOT * u64::from(slot);
                 driver.describe(RX, slot, (at, len), WRITE, 0);
                 driver.offer(RX, slot);
                 driver.kick(RX);
             }
-            Act::Kick(queue) => driver.kick(queue),
-            Act::Dial => {
+            HostileAction::Kick(queue) => driver.kick(queue),
+            HostileAction::Dial => {
                 let (ours, theirs) = UnixStream::pair().unwrap();
                 ours.set_nonblocking(true).unwrap();
                 self.open.push(ours);
                 self.dials += 1;
                 guest.device.handle().dial(self.dials, 80, theirs.into());
             }
-            Act::Write(len) => {
+            HostileAction::Write(len) => {
                 if let Some(stream) = self.open.last_mut() {
                     // The guest may have ended it.
                     let _ = stream.write(&vec![1; len]);
                 }
             }
-            Act::Read => {
+            HostileAction::Read => {
                 for stream in &mut self.open {
                     let _ = stream.read(&mut [0; 8192]);
                 }
             }
-            Act::Close => drop(self.open.pop()),
-            Act::Reset => {
+            HostileAction::Close => drop(self.open.pop()),
+            HostileAction::Reset => {
                 guest.device.reset();
                 guest.start();
             }
         }
-        self.look(guest);
+        self.take_events(guest);
     }
 }
 
@@ -198,8 +197,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_a_guest_puts_on_its_rings_a_reset_makes_the_device_whole(
-        acts in prop::collection::vec(act(), 1..150),
+    fn a_reset_recovers_from_any_ring_content(
+        acts in prop::collection::vec(action(), 1..150),
         event_idx: bool,
     ) {
         let features = if event_idx { EVENT_IDX } else { 0 };
@@ -211,10 +210,10 @@ proptest! {
         }
         (0..3).for_each(|queue| guest.driver.kick(queue));
         guest.device.reset();
-        host.look(&guest);
-        prop_assert_eq!(host.answers, host.dials, "every dial is answered once");
+        host.take_events(&guest);
+        prop_assert_eq!(host.answers, host.dials, "every dial has one result");
         for stream in &mut host.open {
-            // Waited for: another test's child may hold a copy until it runs.
+            // Blocking: a child of another test may hold a duplicate until its exec.
             stream.set_nonblocking(false).unwrap();
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let mut part = [0; 8192];
@@ -239,34 +238,29 @@ proptest! {
     }
 }
 
-/// Ends a thread when it goes, also by a panic.
-struct Stop<'a>(&'a AtomicBool);
+/// Sets the flag when dropped, also by a panic.
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Stop<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// Packets that are offered at once while their header changes.
+/// Packets per kick while their header changes.
 const ROUND: usize = 64;
 
-/// Offers one packet of 8 bytes of payload again and again while another
-/// processor changes the length in its header from one of `lengths` to the
-/// other. How many packets: enough rounds in which it did, or as many as make
-/// no difference on a machine with a single processor.
+/// Offers one packet with 8 bytes of payload again and again, while another thread
+/// alternates the length in its header between `lengths`. Returns the number of
+/// packets: those of 100 rounds with a race, or a maximum for a single core.
 fn race(guest: &mut Guest, lengths: [u32; 2], mut after_round: impl FnMut()) -> usize {
     guest.settle();
     let at = 8 << 20;
     let mut header = Guest::header(Operation::Data, PORT, 1);
     header.len = lengths[0];
     let memory = guest.driver.memory.clone();
-    memory
-        .write_slice(&header.to_bytes(), GuestAddress(at))
-        .unwrap();
-    memory
-        .write_slice(b"abcdefgh", GuestAddress(at + HEADER_SIZE as u64))
-        .unwrap();
+    guest.driver.write(at, &header.to_bytes());
+    guest.driver.write(at + HEADER_SIZE as u64, b"abcdefgh");
     let stop = AtomicBool::new(false);
     let changes = AtomicUsize::new(0);
     let (mut packets, mut raced) = (0, 0);
@@ -281,7 +275,7 @@ fn race(guest: &mut Guest, lengths: [u32; 2], mut after_round: impl FnMut()) -> 
                 }
             }
         });
-        let _stop = Stop(&stop);
+        let _stop = StopOnDrop(&stop);
         guest
             .driver
             .describe(TX, 0, (at, HEADER_SIZE as u32 + 8), 0, 0);
@@ -303,7 +297,7 @@ fn race(guest: &mut Guest, lengths: [u32; 2], mut after_round: impl FnMut()) -> 
 }
 
 #[test]
-fn a_header_rewritten_after_it_was_offered_is_one_of_the_two_throughout() {
+fn a_header_that_changes_during_the_read_is_read_once() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     host.set_nonblocking(true).unwrap();
@@ -317,8 +311,8 @@ fn a_header_rewritten_after_it_was_offered_is_one_of_the_two_throughout() {
     guest.shutdown(PORT, 1, 2);
     host.set_nonblocking(false).unwrap();
     host.read_to_end(&mut all).unwrap();
-    // What was counted is what was delivered: whole packets, none twice.
-    guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+    // The counted bytes are those delivered: whole packets, each once.
+    guest.control(Operation::CreditRequest, PORT, 1);
     while guest.receive().0.fwd_cnt as usize != all.len() {}
     let mut rest = all.as_slice();
     for n in 0..packets {
@@ -328,24 +322,24 @@ fn a_header_rewritten_after_it_was_offered_is_one_of_the_two_throughout() {
     }
     assert!(rest.is_empty());
 
-    // Between a length that is true and one that no chain has: each packet is
-    // taken or ends its connection, and nothing beyond the chain is touched.
+    // A valid and an impossible length: each packet is delivered or resets its
+    // connection, and no byte outside of the chain is read.
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     race(&mut guest, [8, u32::MAX], || ());
-    let mut lie = Guest::header(Operation::Data, PORT, 1);
-    lie.len = u32::MAX;
-    guest.send(&lie, b"abcdefgh");
+    let mut invalid = Guest::header(Operation::Data, PORT, 1);
+    invalid.len = u32::MAX;
+    guest.send(&invalid, b"abcdefgh");
     let mut text = Vec::new();
     host.read_to_end(&mut text).unwrap();
     assert!(text.chunks(8).all(|part| part == b"abcdefgh"));
     guest.wait_connections(0);
     assert_eq!(guest.driver.interrupt.violations(), 0);
-    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    guest.control(Operation::Request, PORT, 1);
     while guest.receive().0.operation() != Some(Operation::Response) {}
 }
 
-/// A log that is looked at.
+/// A log in memory.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -361,8 +355,8 @@ impl Write for Log {
 }
 
 #[test]
-fn a_guest_that_never_ceases_to_break_its_device_fills_no_log() {
-    if !alone("vsock::tests::hostile::a_guest_that_never_ceases_to_break_its_device_fills_no_log") {
+fn repeated_violations_are_logged_at_a_limited_rate() {
+    if !alone("vsock::tests::hostile::repeated_violations_are_logged_at_a_limited_rate") {
         return;
     }
     let log = Log::default();
@@ -387,7 +381,7 @@ fn a_guest_that_never_ceases_to_break_its_device_fills_no_log() {
         guest.driver.kick(TX);
         guest
             .driver
-            .wait_until("reset wanted", |_| interrupt.is_broken());
+            .wait_until("DEVICE_NEEDS_RESET", |_| interrupt.is_broken());
         assert_eq!(interrupt.violations(), round);
         let reason = interrupt.reason();
         assert_eq!(reason, "available index is 257 ahead in a queue of 256");

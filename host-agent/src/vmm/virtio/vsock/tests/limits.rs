@@ -1,5 +1,4 @@
-//! Bounds of a vsock device: connections, memory, receive buffers, descriptors
-//! of the process.
+//! Limits of a vsock device: connections, memory, receive buffers and descriptors.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown as Half;
@@ -11,13 +10,9 @@ use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::open_files_and_threads;
-use crate::vmm::virtio::vsock::VsockEvent;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
 use crate::vmm::virtio::vsock::connection_table::{CHANNEL_RESERVE, MAX_CONNECTIONS, MAX_REPLIES};
 use crate::vmm::virtio::vsock::packet::Operation;
-
-/// A channel's host port.
-const PORT: u32 = 10;
 
 /// No receive buffers.
 const NONE: Buffers = Buffers {
@@ -26,26 +21,20 @@ const NONE: Buffers = Buffers {
     split: true,
 };
 
-pub(super) fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    stream.read_exact(&mut bytes).unwrap();
-    bytes
-}
-
 fn assert_ended(stream: &mut UnixStream) {
     let mut part = [0; 4096];
     loop {
         match stream.read(&mut part) {
             Ok(0) => return,
             Ok(_) => {}
-            // The device had not read what was written.
+            // The device closed its end with unread data.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
             Err(error) => panic!("{error}"),
         }
     }
 }
 
-/// Writes until the socket takes no more; how much it took.
+/// Writes until the socket is full; the number of bytes written.
 pub(super) fn fill(mut stream: &UnixStream, limit: usize) -> usize {
     stream.set_nonblocking(true).unwrap();
     let mut total = 0;
@@ -62,14 +51,14 @@ pub(super) fn fill(mut stream: &UnixStream, limit: usize) -> usize {
     total
 }
 
-/// What a pair of sockets holds when nobody reads.
-pub(super) fn socket_room() -> usize {
+/// Bytes that a socket pair buffers for a reader.
+pub(super) fn socket_capacity() -> usize {
     let (near, _far) = UnixStream::pair().unwrap();
     fill(&near, usize::MAX)
 }
 
 #[test]
-fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_again() {
+fn connection_1024_is_refused_until_another_one_ends() {
     crate::descriptors::raise_limit();
     let mut guest = Guest::with(Buffers::default(), EVENT_IDX);
     let ports = |n: usize| (PORT + n as u32 % 7, n as u32 / 7);
@@ -87,23 +76,16 @@ fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_agai
         assert_eq!(payload, text);
     }
     let refused = |guest: &mut Guest| {
-        guest.send(&Guest::header(Operation::Request, PORT, 1000), &[]);
+        guest.control(Operation::Request, PORT, 1000);
         guest.expect(Operation::Reset, PORT, 1000);
         let (_ours, theirs) = UnixStream::pair().unwrap();
         guest.device.handle().dial(1, 80, theirs.into());
-        let outcome = guest.event();
-        assert!(matches!(
-            outcome,
-            VsockEvent::Dialed {
-                id: 1,
-                outcome: DialOutcome::Unavailable
-            }
-        ));
+        assert_eq!(guest.dialed(), (1, DialOutcome::Unavailable));
     };
     refused(&mut guest);
-    // Whichever end frees a place, it is one place.
+    // Either end can end a connection, which admits one more.
     let (host_port, guest_port) = ports(500);
-    guest.send(&Guest::header(Operation::Reset, host_port, guest_port), &[]);
+    guest.control(Operation::Reset, host_port, guest_port);
     assert_ended(&mut hosts[500]);
     let mut again = guest.connect(PORT, 1000);
     guest.data(PORT, 1000, b"new");
@@ -113,41 +95,33 @@ fn the_1023rd_connection_works_the_next_is_refused_and_a_freed_place_serves_agai
     guest.expect(Operation::Reset, PORT, 1001);
     drop(again);
     guest.expect_end(PORT, 1000);
-    guest.send(&Guest::header(Operation::Reset, PORT, 1000), &[]);
+    guest.control(Operation::Reset, PORT, 1000);
     hosts[500] = guest.connect(host_port, guest_port);
     refused(&mut guest);
     guest.wait_connections(MAX_CONNECTIONS as u32);
 }
 
 #[test]
-fn clients_without_number_leave_the_agents_their_channels_and_the_guest_its_probe() {
+fn clients_leave_connections_for_channels_and_probes() {
     crate::descriptors::raise_limit();
     let mut guest = Guest::new();
-    let outcome = |guest: &Guest| match guest.event() {
-        VsockEvent::Dialed { id, outcome } => (id, outcome),
-        opened @ VsockEvent::Opened { .. } => panic!("{opened:?}"),
-    };
     let mut clients = Vec::new();
     for id in 1..=(MAX_CONNECTIONS - CHANNEL_RESERVE) as u64 {
         let (ours, theirs) = UnixStream::pair().unwrap();
         clients.push(ours);
         guest.device.handle().dial(id, 80, theirs.into());
         let (request, _) = guest.receive();
-        guest.send(
-            &Guest::header(Operation::Response, request.src_port, 80),
-            &[],
-        );
-        assert_eq!(outcome(&guest), (id, DialOutcome::Connected));
+        guest.control(Operation::Response, request.src_port, 80);
+        assert_eq!(guest.dialed(), (id, DialOutcome::Connected));
     }
     let (_ours, theirs) = UnixStream::pair().unwrap();
     guest.device.handle().dial(5000, 80, theirs.into());
-    assert_eq!(outcome(&guest), (5000, DialOutcome::Unavailable));
+    assert_eq!(guest.dialed(), (5000, DialOutcome::Unavailable));
     guest.device.handle().probe(5001, 81);
     let (request, _) = guest.receive();
     guest.send(&request.reset(), &[]);
-    assert_eq!(outcome(&guest), (5001, DialOutcome::Refused));
-    // An agent that dials each of its channels again, before the old
-    // connections are seen to be gone.
+    assert_eq!(guest.dialed(), (5001, DialOutcome::Refused));
+    // Agents can open each channel twice: again before the old one has ended.
     for n in 0..CHANNEL_RESERVE as u32 {
         let mut host = guest.connect(PORT, n);
         guest.data(PORT, n, b"hello");
@@ -157,9 +131,9 @@ fn clients_without_number_leave_the_agents_their_channels_and_the_guest_its_prob
 }
 
 #[test]
-fn a_guest_that_promises_the_world_costs_a_slow_host_no_memory() {
-    let room = socket_room();
-    // Towards the guest: it has credit for 4 GiB and buffers for two packets.
+fn false_credit_claims_cost_the_host_no_memory() {
+    let capacity = socket_capacity();
+    // To a guest with credit for 4 GiB and no receive buffer.
     let mut guest = Guest::with(NONE, 0);
     let mut request = Guest::header(Operation::Request, PORT, 1);
     request.buf_alloc = u32::MAX;
@@ -167,8 +141,11 @@ fn a_guest_that_promises_the_world_costs_a_slow_host_no_memory() {
     let host = guest.opened();
     guest.settle();
     let taken = fill(&host, 64 << 20);
-    assert!(taken <= room, "{taken} bytes where a socket holds {room}");
-    // From the guest: it sends on, whatever it was told, on many connections.
+    assert!(
+        taken <= capacity,
+        "{taken} bytes, a socket holds {capacity}"
+    );
+    // From a guest that sends beyond its credit, on many connections.
     let mut guest = Guest::new();
     for port in 1..=16 {
         let mut host = guest.connect(PORT, port);
@@ -182,15 +159,15 @@ fn a_guest_that_promises_the_world_costs_a_slow_host_no_memory() {
                     break 'sending header;
                 }
             }
-            let bound = room + 2 * HOST_BUFFER as usize;
+            let bound = capacity + 2 * HOST_BUFFER as usize;
             assert!(sent <= bound, "{sent} bytes taken, {bound} is the bound");
         };
         assert_eq!((ended.src_port, ended.dst_port), (PORT, port));
-        // A packet is returned before its answer is there, so that one more may
-        // have met no connection: its answer comes before that of the next.
+        // The device returns a packet before it sends the reset, so the guest may
+        // have sent one more packet. Wait for the reset of a later packet.
         guest.data(PORT, 99, b"?");
         while guest.receive().0.dst_port != 99 {}
-        // The host gets what its socket took, in order, and then the end.
+        // The host gets what its socket accepted, in order, then the end.
         let mut all = Vec::new();
         host.read_to_end(&mut all).unwrap();
         assert!(all.len() < sent && all.iter().all(|byte| *byte == 7));
@@ -199,12 +176,12 @@ fn a_guest_that_promises_the_world_costs_a_slow_host_no_memory() {
 }
 
 #[test]
-fn a_guest_without_receive_buffers_gets_everything_when_it_offers_some() {
+fn packets_wait_for_the_guest_to_offer_receive_buffers() {
     for features in [0, EVENT_IDX] {
         let mut guest = Guest::with(NONE, features);
-        guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+        guest.control(Operation::Request, PORT, 1);
         let mut host = guest.opened();
-        // What it sends arrives meanwhile; what it is sent waits.
+        // Its own data arrives meanwhile.
         for n in 0..100_u8 {
             guest.data(PORT, 1, &[n; 100]);
             assert_eq!(read_exactly(&mut host, 100), [n; 100]);
@@ -218,9 +195,9 @@ fn a_guest_without_receive_buffers_gets_everything_when_it_offers_some() {
                 break;
             }
         }
-        // Refusals wait as well, so many and no more.
+        // Resets wait as well, up to a limit.
         for n in 0..2 * MAX_REPLIES {
-            guest.send(&Guest::header(Operation::Request, 9, n as u32), &[]);
+            guest.control(Operation::Request, 9, n as u32);
         }
         guest.settle();
         guest.offer_buffers(Buffers {
@@ -250,21 +227,21 @@ fn a_guest_without_receive_buffers_gets_everything_when_it_offers_some() {
             }
         }
         assert!(got == text[..written]);
-        // And nothing else.
-        guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+        // No other packet was waiting.
+        guest.control(Operation::CreditRequest, PORT, 1);
         guest.expect(Operation::CreditUpdate, PORT, 1);
     }
 }
 
 #[test]
-fn refusals_without_number_hold_up_no_connection() {
+fn a_flood_of_refused_requests_delays_no_connection() {
     for count in [1, 3] {
         let mut guest = Guest::with(NONE, 0);
-        guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+        guest.control(Operation::Request, PORT, 1);
         let mut host = guest.opened();
         host.write_all(b"are you alive?").unwrap();
         for n in 0..2 * MAX_REPLIES {
-            guest.send(&Guest::header(Operation::Request, 9, n as u32), &[]);
+            guest.control(Operation::Request, 9, n as u32);
         }
         guest.settle();
         guest.offer_buffers(Buffers {
@@ -278,16 +255,16 @@ fn refusals_without_number_hold_up_no_connection() {
 }
 
 #[test]
-fn the_late_end_of_a_connection_is_not_taken_for_that_of_its_successor() {
+fn a_late_reset_does_not_reach_a_newer_connection() {
     let mut guest = Guest::with(NONE, 0);
-    // Others wait for a receive buffer before it.
+    // Other resets wait for a receive buffer first.
     for n in 0..4 {
-        guest.send(&Guest::header(Operation::Request, 9, n), &[]);
+        guest.control(Operation::Request, 9, n);
     }
-    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    guest.control(Operation::Request, PORT, 1);
     let _old = guest.opened();
     guest.shutdown(PORT, 1, 3);
-    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    guest.control(Operation::Request, PORT, 1);
     let mut host = guest.opened();
     host.write_all(b"new").unwrap();
     guest.settle();
@@ -305,18 +282,18 @@ fn the_late_end_of_a_connection_is_not_taken_for_that_of_its_successor() {
     assert_eq!(operations, expected);
     guest.data(PORT, 1, b"works");
     assert_eq!(read_exactly(&mut host, 5), b"works");
-    // And nothing else.
-    guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+    // No other packet was waiting.
+    guest.control(Operation::CreditRequest, PORT, 1);
     guest.expect(Operation::CreditUpdate, PORT, 1);
 }
 
 #[test]
-fn receive_buffers_too_small_for_a_byte_come_back_empty_and_harm_nothing() {
+fn receive_buffers_without_payload_space_are_returned() {
     let mut guest = Guest::with(NONE, 0);
-    guest.send(&Guest::header(Operation::Request, PORT, 1), &[]);
+    guest.control(Operation::Request, PORT, 1);
     let mut host = guest.opened();
     host.write_all(b"patience").unwrap();
-    // One descriptor each, of which the last can hold a header and no byte.
+    // The largest of these buffers has space for a header and no payload.
     for round in 0..100 {
         for len in [0, 1, 43, 44] {
             let index = 4 * (round % 10) + len as u16 % 4;
@@ -342,12 +319,12 @@ fn receive_buffers_too_small_for_a_byte_come_back_empty_and_harm_nothing() {
 }
 
 #[test]
-fn what_becomes_of_an_old_connection_does_not_touch_its_successor() {
+fn a_draining_connection_does_not_affect_its_successor() {
     let mut guest = Guest::new();
     let host = guest.connect(PORT, 1);
-    // The reader is so slow that the device holds the end of it.
+    // The reader is slow, so the device buffers the last bytes.
     let mut sent = 0;
-    while sent < socket_room() + 32 * 1024 {
+    while sent < socket_capacity() + 32 * 1024 {
         guest.data(PORT, 1, &[1; 4096]);
         sent += 4096;
     }
@@ -360,7 +337,7 @@ fn what_becomes_of_an_old_connection_does_not_touch_its_successor() {
     }
     let mut successor = guest.connect(PORT, 1);
     guest.wait_connections(2);
-    // It closes with bytes unread, which is an error of the device's end.
+    // The reader closes with unread bytes: the device gets an error.
     drop(host);
     guest.wait_connections(1);
     guest.data(PORT, 1, b"still");
@@ -372,11 +349,9 @@ fn what_becomes_of_an_old_connection_does_not_touch_its_successor() {
 }
 
 #[test]
-fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
-    // The process must be quiet to be counted.
-    if !alone(
-        "vsock::tests::limits::a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread",
-    ) {
+fn a_reset_ends_all_connections_and_leaks_nothing() {
+    // In a process of its own, because it counts descriptors and threads.
+    if !alone("vsock::tests::limits::a_reset_ends_all_connections_and_leaks_nothing") {
         return;
     }
     let [before, _] = open_files_and_threads();
@@ -393,15 +368,15 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
         guest.receive();
         for (n, host) in (0..).zip(&mut hosts) {
             match n % 6 {
-                // Untouched; unread by the host; unread by the guest.
+                // Idle; unread by the host; unread by the guest.
                 0 => {}
                 1 => guest.data(PORT, n, &vec![1; 60_000]),
                 2 => host.write_all(&vec![2; 100_000]).unwrap(),
-                // Half closed by either; drained after the end.
+                // Half closed by either end; draining.
                 3 => guest.shutdown(PORT, n, 2),
                 4 => host.shutdown(Half::Write).unwrap(),
                 _ => {
-                    for _ in 0..socket_room() / 4096 + 8 {
+                    for _ in 0..socket_capacity() / 4096 + 8 {
                         guest.data(PORT, n, &[1; 4096]);
                     }
                     guest.shutdown(PORT, n, 3);
@@ -410,13 +385,7 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
         }
         guest.settle();
         guest.device.reset();
-        let mut outcomes = Vec::new();
-        for _ in 0..2 {
-            match guest.event() {
-                VsockEvent::Dialed { id, outcome } => outcomes.push((id, outcome)),
-                other @ VsockEvent::Opened { .. } => panic!("{other:?}"),
-            }
-        }
+        let mut outcomes = [guest.dialed(), guest.dialed()];
         outcomes.sort_by_key(|(id, _)| *id);
         let unavailable = DialOutcome::Unavailable;
         assert_eq!(outcomes, [(7, unavailable), (8, unavailable)]);
@@ -427,13 +396,13 @@ fn a_reset_ends_every_connection_and_leaves_no_descriptor_or_thread() {
         guest.wait_connections(0);
         guest.start();
     }
-    // The thread ends with the device, though a handle and a host are left.
+    // The worker ends with the device, even with a handle and a host socket left.
     let handle = guest.device.handle();
     let mut host = guest.connect(PORT, 1);
     drop(guest);
     let start = Instant::now();
     while open_files_and_threads()[1] > 2 {
-        assert!(start.elapsed() < PATIENCE, "the thread goes on");
+        assert!(start.elapsed() < PATIENCE, "the worker is still there");
         std::thread::yield_now();
     }
     assert_ended(&mut host);

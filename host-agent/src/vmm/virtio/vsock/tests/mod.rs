@@ -1,4 +1,4 @@
-//! The vsock device against a driver that fills real rings.
+//! The vsock device and a driver that fills real rings.
 
 mod credit;
 mod driver;

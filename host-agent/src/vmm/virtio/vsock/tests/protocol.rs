@@ -1,4 +1,4 @@
-//! What a vsock device says and does, packet by packet.
+//! The protocol of a vsock device, packet by packet.
 
 use std::io::{Read, Write};
 use std::net::Shutdown as Half;
@@ -14,15 +14,6 @@ use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
 use crate::vmm::virtio::vsock::muxer::CLOSE_LIMIT;
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Operation};
 
-/// A channel's host port.
-const PORT: u32 = 10;
-
-fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    stream.read_exact(&mut bytes).unwrap();
-    bytes
-}
-
 fn pair() -> (UnixStream, OwnedFd) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -30,9 +21,9 @@ fn pair() -> (UnixStream, OwnedFd) {
 }
 
 #[test]
-fn a_connection_carries_bytes_both_ways_and_reports_its_ports() {
+fn a_connection_carries_bytes_both_ways() {
     let mut guest = Guest::new();
-    guest.send(&Guest::header(Operation::Request, PORT, 700), &[]);
+    guest.control(Operation::Request, PORT, 700);
     let response = guest.expect(Operation::Response, PORT, 700);
     assert_eq!((response.buf_alloc, response.fwd_cnt), (HOST_BUFFER, 0));
     let VsockEvent::Opened {
@@ -54,15 +45,15 @@ fn a_connection_carries_bytes_both_ways_and_reports_its_ports() {
 }
 
 #[test]
-fn a_packet_is_the_same_however_its_bytes_are_split_over_descriptors() {
+fn a_packet_may_be_split_over_descriptors_anywhere() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     let payload: Vec<u8> = (0..150_u8).collect();
     let whole = HEADER_SIZE + payload.len();
     let mut layouts: Vec<Vec<usize>> = (0..=whole).map(|cut| vec![cut, whole - cut]).collect();
     for pieces in 1..=16 {
-        // Even pieces, then a chain of single bytes with the rest at the end,
-        // then empty descriptors in between.
+        // Even pieces; single bytes with the rest at the end; empty descriptors
+        // in between.
         let mut even = vec![whole / pieces; pieces];
         even[pieces - 1] += whole % pieces;
         let mut bytes = vec![1; pieces];
@@ -81,7 +72,7 @@ fn a_packet_is_the_same_however_its_bytes_are_split_over_descriptors() {
 }
 
 #[test]
-fn a_payload_of_any_length_up_to_the_credit_arrives_whole() {
+fn payloads_up_to_the_credit_arrive_complete() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     for len in [1, 4095, 4096, 4097, 65_535, 65_536] {
@@ -92,7 +83,7 @@ fn a_payload_of_any_length_up_to_the_credit_arrives_whole() {
 }
 
 #[test]
-fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
+fn forged_headers_are_dropped_or_answered_by_a_reset() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 5);
     let good = Guest::header(Operation::Data, PORT, 5);
@@ -132,7 +123,7 @@ fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
             refused.push(Guest::header(operation, host_port, guest_port));
         }
     }
-    // Nothing served there, or a channel from an unprivileged port.
+    // Not the port of a channel, or a channel from an unprivileged port.
     for (host_port, guest_port) in [
         (9, 6),
         (17, 6),
@@ -153,7 +144,7 @@ fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
         let (reset, _) = guest.receive();
         assert_eq!(reset, forged.reset());
     }
-    // The connection that they were aimed at is as it was.
+    // The connection with these ports is unaffected.
     guest.data(PORT, 5, b"good");
     assert_eq!(read_exactly(&mut host, 4), b"good");
     host.set_nonblocking(true).unwrap();
@@ -162,7 +153,7 @@ fn a_forged_header_is_dropped_or_answered_by_a_reset_and_never_delivered() {
 }
 
 #[test]
-fn a_violation_on_a_connection_resets_that_connection_and_no_other() {
+fn a_violation_resets_only_its_own_connection() {
     let mut guest = Guest::new();
     let mut bystander = guest.connect(PORT, 1);
     let mut lie = Guest::header(Operation::Data, PORT, 2);
@@ -184,7 +175,7 @@ fn a_violation_on_a_connection_resets_that_connection_and_no_other() {
 }
 
 #[test]
-fn a_guest_that_ends_one_direction_still_gets_the_other() {
+fn a_guest_that_finished_sending_still_receives() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     guest.data(PORT, 1, b"last words");
@@ -195,17 +186,17 @@ fn a_guest_that_ends_one_direction_still_gets_the_other() {
     host.write_all(b"answer").unwrap();
     let (_, payload) = guest.receive();
     assert_eq!(payload, b"answer");
-    // The host ends the other direction: now nothing is left of it.
+    // The host ends the other direction, which ends the connection.
     host.shutdown(Half::Write).unwrap();
     let end = guest.expect(Operation::Shutdown, PORT, 1);
     assert_eq!(end.flags & 2, 2);
-    guest.send(&Guest::header(Operation::Reset, PORT, 1), &[]);
+    guest.control(Operation::Reset, PORT, 1);
     drop(host);
     guest.connect(PORT, 1);
 }
 
 #[test]
-fn a_host_that_ends_one_direction_still_gets_the_other() {
+fn a_host_that_finished_sending_still_receives() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     host.write_all(b"question").unwrap();
@@ -222,7 +213,7 @@ fn a_host_that_ends_one_direction_still_gets_the_other() {
 }
 
 #[test]
-fn a_guest_that_takes_no_more_stops_the_writer() {
+fn a_guest_that_finished_receiving_breaks_the_host_pipe() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     guest.shutdown(PORT, 1, 1);
@@ -235,7 +226,7 @@ fn a_guest_that_takes_no_more_stops_the_writer() {
 }
 
 #[test]
-fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
+fn a_closed_host_socket_ends_the_connection_after_its_data() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     host.write_all(&[7; 10_000]).unwrap();
@@ -252,34 +243,34 @@ fn a_host_socket_closed_altogether_ends_the_connection_after_its_last_byte() {
     assert_eq!(got, 10_000);
     assert_eq!(end.operation(), Some(Operation::Shutdown));
     if end.flags != 3 {
-        // The device met the end of the data before it met that of the socket.
+        // The device met the end of the data before the close of the socket.
         assert_eq!(end.flags, 2);
         guest.expect_end(PORT, 1);
     }
-    // The guest does not answer: it is told that this is over.
+    // The guest does not answer, so the device sends a reset.
     guest.expect(Operation::Reset, PORT, 1);
     assert!(started.elapsed() >= CLOSE_LIMIT);
     guest.wait_connections(0);
 }
 
 #[test]
-fn what_a_guest_sent_before_it_closed_reaches_a_slow_reader() {
+fn data_sent_before_the_close_reaches_a_slow_reader() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
     let mut sent = 0;
-    // Fill the socket, then the buffer of the device.
+    // Fill the socket, then the device's buffer.
     let mut credit = i64::from(HOST_BUFFER);
     while credit > 0 {
         let part = vec![(sent / 4096 % 256) as u8; 4096];
         guest.data(PORT, 1, &part);
         sent += 4096;
         guest.settle();
-        let mut told = None;
+        let mut reported = None;
         while let Some((header, _)) = guest.try_receive() {
-            told = Some(header.fwd_cnt);
+            reported = Some(header.fwd_cnt);
         }
         credit -= 4096;
-        if let Some(forwarded) = told {
+        if let Some(forwarded) = reported {
             credit = i64::from(HOST_BUFFER) - (sent as i64 - i64::from(forwarded));
         }
     }
@@ -298,7 +289,7 @@ fn what_a_guest_sent_before_it_closed_reaches_a_slow_reader() {
 }
 
 #[test]
-fn a_dial_joins_a_socket_with_a_port_of_the_guest() {
+fn a_dial_connects_a_socket_to_a_port_of_the_guest() {
     let mut guest = Guest::new();
     let (mut host, theirs) = pair();
     host.write_all(b"early").unwrap();
@@ -307,76 +298,60 @@ fn a_dial_joins_a_socket_with_a_port_of_the_guest() {
     assert_eq!(request.operation(), Some(Operation::Request));
     assert_eq!(request.dst_port, 0x1_0050);
     let (ours, peer) = (request.src_port, request.dst_port);
-    guest.send(&Guest::header(Operation::Response, ours, peer), &[]);
+    guest.control(Operation::Response, ours, peer);
     let (_, payload) = guest.receive();
     assert_eq!(payload, b"early");
-    assert!(matches!(
-        guest.event(),
-        VsockEvent::Dialed {
-            id: 41,
-            outcome: DialOutcome::Connected
-        }
-    ));
+    assert_eq!(guest.dialed(), (41, DialOutcome::Connected));
     guest.data(ours, peer, b"hello");
     assert_eq!(read_exactly(&mut host, 5), b"hello");
 }
 
 #[test]
-fn a_dial_is_answered_whatever_the_guest_does() {
+fn every_dial_has_a_result() {
     let mut guest = Guest::new();
     let handle = guest.device.handle();
-    let outcome = |guest: &Guest| match guest.event() {
-        VsockEvent::Dialed { id, outcome } => (id, outcome),
-        other @ VsockEvent::Opened { .. } => panic!("{other:?}"),
-    };
-    // It refuses.
+    // The guest refuses.
     handle.dial(1, 80, pair().1);
     let (request, _) = guest.receive();
     guest.send(&request.reset(), &[]);
-    assert_eq!(outcome(&guest), (1, DialOutcome::Refused));
-    // It talks before it accepts.
+    assert_eq!(guest.dialed(), (1, DialOutcome::Refused));
+    // The guest sends data before it accepts.
     handle.dial(2, 80, pair().1);
     let (request, _) = guest.receive();
     guest.data(request.src_port, 80, b"x");
     guest.expect(Operation::Reset, request.src_port, 80);
-    assert_eq!(outcome(&guest), (2, DialOutcome::Refused));
-    // A probe is satisfied, and over.
+    assert_eq!(guest.dialed(), (2, DialOutcome::Refused));
+    // A probe ends once it is accepted.
     handle.probe(3, 80);
     let (request, _) = guest.receive();
-    guest.send(
-        &Guest::header(Operation::Response, request.src_port, 80),
-        &[],
-    );
+    guest.control(Operation::Response, request.src_port, 80);
     guest.expect(Operation::Reset, request.src_port, 80);
-    assert_eq!(outcome(&guest), (3, DialOutcome::Connected));
-    // It says nothing: a timer ends it, though nothing else happens.
+    assert_eq!(guest.dialed(), (3, DialOutcome::Connected));
+    // The guest does not answer: the deadline ends the probe without another event.
     let started = Instant::now();
     handle.probe(4, 80);
     let (request, _) = guest.receive();
-    assert_eq!(outcome(&guest), (4, DialOutcome::TimedOut));
+    assert_eq!(guest.dialed(), (4, DialOutcome::TimedOut));
     assert!(started.elapsed() >= DIAL_LIMIT);
     assert!(started.elapsed() < DIAL_LIMIT * 3);
     guest.expect(Operation::Reset, request.src_port, 80);
-    // Too late.
-    guest.send(
-        &Guest::header(Operation::Response, request.src_port, 80),
-        &[],
-    );
+    // The guest answers too late.
+    guest.control(Operation::Response, request.src_port, 80);
     guest.expect(Operation::Reset, request.src_port, 80);
-    // It resets the device meanwhile; then there is no driver.
+    // The guest resets the device during the dial; then no driver is active.
     handle.dial(5, 80, pair().1);
     guest.receive();
     guest.device.reset();
-    assert_eq!(outcome(&guest), (5, DialOutcome::Unavailable));
+    assert_eq!(guest.dialed(), (5, DialOutcome::Unavailable));
     handle.dial(6, 80, pair().1);
-    assert_eq!(outcome(&guest), (6, DialOutcome::Unavailable));
+    assert_eq!(guest.dialed(), (6, DialOutcome::Unavailable));
 }
 
 #[test]
-fn credit_is_given_when_asked_for_and_asked_for_when_there_is_none() {
+fn credit_requests_are_answered_and_sent_without_credit() {
     let mut guest = Guest::new();
     let mut host = guest.connect(PORT, 1);
-    guest.send(&Guest::header(Operation::CreditRequest, PORT, 1), &[]);
+    guest.control(Operation::CreditRequest, PORT, 1);
     guest.expect(Operation::CreditUpdate, PORT, 1);
     let mut update = Guest::header(Operation::CreditUpdate, PORT, 1);
     update.buf_alloc = 10;
