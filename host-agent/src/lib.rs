@@ -17,6 +17,7 @@ pub mod digest;
 pub mod doctor;
 pub mod endpoints;
 pub mod progress;
+mod queued_writer;
 pub mod service;
 pub mod shell;
 pub mod store;

@@ -23,8 +23,8 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::text::chain;
 use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
 
+use crate::queued_writer::QueuedWriter;
 use crate::store::image::AgentProgram;
-use crate::store::log_file::LogWriter;
 
 /// What a guest's channels tell the instance's actor.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,9 +85,9 @@ pub struct GuestChannels {
     /// The guest agent to deliver.
     pub program: Arc<AgentProgram>,
     /// The role's log.
-    pub role_log: Arc<LogWriter>,
+    pub role_log: Arc<QueuedWriter>,
     /// The agents' log.
-    pub agent_log: Arc<LogWriter>,
+    pub agent_log: Arc<QueuedWriter>,
     /// Closed when the last connection is over.
     pub alive: mpsc::Sender<Infallible>,
     /// Last heartbeat question of this boot, over all its connections.

@@ -23,7 +23,7 @@ struct Host {
 
 fn host(interval: Duration) -> Host {
     let dir = tempfile::tempdir().unwrap();
-    let log = |name| Arc::new(LogWriter::open(&dir.path().join(name)).unwrap());
+    let log = |name| Arc::new(QueuedWriter::open_log(&dir.path().join(name)).unwrap());
     let (sender, events) = mpsc::channel(256);
     let (goal, of_goal) = watch::channel(Goal {
         incarnation: 1,

@@ -14,7 +14,7 @@ use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
 use crate::api::client::{Connection, Target};
 use crate::api::types::{Request, Response};
-use crate::store::log_file::previous;
+use crate::queued_writer::previous;
 use crate::store::paths;
 
 /// Prints the log.

@@ -21,7 +21,6 @@ mod report;
 mod run;
 mod running;
 mod service;
-mod stream;
 mod terminal;
 mod test;
 mod ticker;

@@ -2,7 +2,9 @@
 //! error.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -12,8 +14,8 @@ use super::args::{Color, ErrorFormat, Format, Global, Progress};
 use super::environment;
 use super::error::{CliError, Code};
 use super::exit::Exit;
-use super::stream::Stream;
 use super::terminal::window_size;
+use crate::queued_writer::QueuedWriter;
 
 /// The signal of a program whose reader closed the pipe.
 const SIGPIPE: u8 = 13;
@@ -52,7 +54,7 @@ struct Screen {
     /// Whether the last line on standard error is a changing one.
     live: Mutex<bool>,
     /// Standard output and error, each written by a thread.
-    threads: OnceLock<(Stream, Stream)>,
+    threads: OnceLock<(QueuedWriter, QueuedWriter)>,
 }
 
 impl Output {
@@ -126,11 +128,10 @@ impl Output {
         let Some((stdout, _)) = self.screen.threads.get() else {
             return write(line.as_bytes());
         };
-        let gap = |count| match self.format {
-            Format::Table => format!("[{count} lines dropped: the reader is too slow]\n"),
+        let queued = stdout.push(line.as_bytes(), |count| match self.format {
+            Format::Table => lines_dropped(count),
             Format::Json | Format::Jsonl => format!("{}\n", missed(count)),
-        };
-        let queued = stdout.push(line.into_bytes(), |count| gap(count).into_bytes());
+        });
         queued.map_err(|error| cannot_write(&error))
     }
 
@@ -140,7 +141,11 @@ impl Output {
     /// # Errors
     /// `dup` or the start of a thread failed.
     pub fn never_block(&self) -> io::Result<()> {
-        let streams = (Stream::to(io::stdout())?, Stream::to(io::stderr())?);
+        let start = |stream: BorrowedFd<'_>| {
+            let file = File::from(stream.try_clone_to_owned()?);
+            QueuedWriter::start("output", file)
+        };
+        let streams = (start(io::stdout().as_fd())?, start(io::stderr().as_fd())?);
         // Fails if it is already set.
         let _ = self.screen.threads.set(streams);
         Ok(())
@@ -151,13 +156,13 @@ impl Output {
         let Some((stdout, stderr)) = self.screen.threads.get() else {
             return;
         };
-        let left = stdout.flush(FLUSH_LIMIT);
+        let left = stdout.finish(FLUSH_LIMIT);
         if left > 0 {
             self.warn(&format!(
                 "{left} lines were not written: the reader of standard output is too slow"
             ));
         }
-        stderr.flush(FLUSH_LIMIT);
+        stderr.finish(FLUSH_LIMIT);
     }
 
     /// Prints that a step is done.
@@ -203,9 +208,7 @@ impl Output {
     fn to_stderr(&self, text: &str) {
         let _ = match self.screen.threads.get() {
             None => io::stderr().lock().write_all(text.as_bytes()),
-            Some((_, stderr)) => stderr.push(text.into(), |count| {
-                format!("[{count} lines dropped: the reader is too slow]\n").into_bytes()
-            }),
+            Some((_, stderr)) => stderr.push(text.as_bytes(), lines_dropped),
         };
     }
 
@@ -228,6 +231,10 @@ impl Output {
             ErrorFormat::Json => self.line_to_stderr(&error.json().to_string()),
         }
     }
+}
+
+fn lines_dropped(count: u64) -> String {
+    format!("[{count} lines dropped: the reader is too slow]\n")
 }
 
 /// Writes bytes of the result and flushes them.

@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::log_file::previous;
+use crate::queued_writer::previous;
 
 /// A position in a log.
 #[derive(Debug)]

@@ -4,6 +4,5 @@ pub mod content;
 pub mod deployment;
 pub mod image;
 pub mod janitor;
-pub mod log_file;
 pub mod log_tail;
 pub mod paths;

@@ -13,9 +13,9 @@ use nix::unistd::{Whence, lseek};
 
 use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
 use super::spec::InstanceSpec;
+use crate::queued_writer::previous;
 use crate::store::content::{ContentHold, ContentStore};
 use crate::store::image::Image;
-use crate::store::log_file::previous;
 use crate::vmm::disk;
 use crate::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 

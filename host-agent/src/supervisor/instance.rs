@@ -30,8 +30,8 @@ use super::timeline::Timeline;
 use crate::cgroup::DeploymentGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
+use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
-use crate::store::log_file::LogWriter;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
 use crate::vmm::control::Command;
 use boot::{Boot, next_vmm_event};
@@ -89,8 +89,8 @@ struct Instance {
     last_id: u64,
     last_health: Option<Health>,
     quota: TokenBucket<Duration>,
-    role_log: Arc<LogWriter>,
-    agent_log: Arc<LogWriter>,
+    role_log: Arc<QueuedWriter>,
+    agent_log: Arc<QueuedWriter>,
     alive: mpsc::Sender<Infallible>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
@@ -102,16 +102,16 @@ struct Instance {
 #[derive(Debug)]
 pub struct PreparedInstance {
     parts: InstanceParts,
-    role_log: LogWriter,
-    agent_log: LogWriter,
+    role_log: QueuedWriter,
+    agent_log: QueuedWriter,
 }
 
 impl PreparedInstance {
     /// Opens the logs. Blocking.
     pub fn new(parts: InstanceParts) -> io::Result<Self> {
         Ok(Self {
-            role_log: LogWriter::open(&parts.dir.join("role.log"))?,
-            agent_log: LogWriter::open(&parts.dir.join("agent.log"))?,
+            role_log: QueuedWriter::open_log(&parts.dir.join("role.log"))?,
+            agent_log: QueuedWriter::open_log(&parts.dir.join("agent.log"))?,
             parts,
         })
     }

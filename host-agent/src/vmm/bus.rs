@@ -131,6 +131,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
+    use crate::queued_writer::QueuedWriter;
     use crate::vmm::serial::{SerialIrq, SerialOutput};
     use crate::vmm::virtio::Device;
     use crate::vmm::virtio::interrupt::Interrupt;
@@ -152,7 +153,8 @@ mod tests {
             let interrupt = Interrupt::new(event(), device.name());
             Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())
         });
-        let output = SerialOutput::new(Instant::now());
+        let log = QueuedWriter::start("serial", std::io::sink()).unwrap();
+        let output = SerialOutput::new(Instant::now(), log);
         Bus::new(SerialPort::new(SerialIrq(event()), output), virtio.into())
     }
 

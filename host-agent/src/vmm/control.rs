@@ -292,7 +292,7 @@ pub struct Stats {
     pub exits: Vec<u64>,
     /// Microseconds from process start to the first byte on the serial line.
     pub first_serial_us: Option<u64>,
-    /// Bytes of serial output lost because writing the log failed or was too slow.
+    /// Lines of serial output lost because writing the log failed or was too slow.
     pub serial_dropped: u64,
     /// Protocol violations by the guest, all devices together.
     pub violations: u64,

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,10 +16,11 @@ use super::control::{Command, DialOutcome, Event, ExitReason, Start, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::{Files, Machine, MachineError};
 use super::outbox::Outbox;
-use super::serial::{Log, SerialOutput, Writer};
+use super::serial::SerialOutput;
 use super::spec::GuestSpec;
 use super::vcpu::VcpuReport;
 use super::{teardown, wire};
+use crate::queued_writer::{QueuedWriter, RotatingFile};
 use crate::token_bucket::{LogLimit, VMM_LOG};
 
 /// Most time for the machine to stop, the disks' last flush with it. By then a
@@ -73,7 +74,9 @@ pub fn main() -> ExitCode {
         Err(error) => return hopeless(&error),
     };
     report_panics(outbox.clone());
-    start_log();
+    if let Err(error) = start_log() {
+        note(&format!("warnings are not logged: {error}"));
+    }
     let ran = match start.map_err(StartError::Socket) {
         Ok(Some((Command::Start(start), files))) => run(*start, files, &outbox, wake, started),
         Ok(_) => Err(StartError::NoStart),
@@ -91,6 +94,9 @@ pub fn main() -> ExitCode {
     };
     let code = reason.code();
     outbox.finish(&Event::Exited(reason), FAREWELL);
+    if let Some(log) = LOG.get() {
+        log.finish(LAST_OUTPUT);
+    }
     ExitCode::from(code)
 }
 
@@ -99,12 +105,18 @@ fn hopeless(error: &io::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Warnings go to standard error, which the supervisor keeps as a file. Those
-/// that a guest can cause come at a limited rate.
-fn start_log() {
+/// Writes to standard error, which is `vmm.log`: a slow disk stops no vCPU and
+/// no device.
+static LOG: OnceLock<QueuedWriter> = OnceLock::new();
+
+/// Sends warnings to `vmm.log`. Those that a guest can cause are limited in rate.
+fn start_log() -> io::Result<()> {
+    let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let log = QueuedWriter::start("log", stderr)?;
+    let log = LOG.get_or_init(|| log);
     let lines = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
-        .with_writer(io::stderr)
+        .with_writer(move || log)
         .with_ansi(false)
         .with_target(false)
         // It would print what could not be printed, and end the thread.
@@ -112,6 +124,7 @@ fn start_log() {
         .finish();
     // There is no other: this is the only call in the process.
     let _ = tracing::subscriber::set_global_default(lines);
+    Ok(())
 }
 
 /// No core file with a guest's memory in it, no more descriptors than its
@@ -126,9 +139,14 @@ fn limit_itself() {
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
 }
 
-/// A line in `vmm.log`. On a full disk there is none.
+/// Writes a line to `vmm.log`.
 fn note(text: &dyn std::fmt::Display) {
-    let _ = writeln!(io::stderr(), "host-agent vmm: {text}");
+    let line = format!("host-agent vmm: {text}");
+    match LOG.get() {
+        Some(log) => log.line(&line),
+        // The process ends before it has a guest.
+        None => drop(writeln!(io::stderr(), "{line}")),
+    }
 }
 
 /// A thread that ends by a bug of ours must not leave a guest that hangs: the
@@ -136,12 +154,13 @@ fn note(text: &dyn std::fmt::Display) {
 fn report_panics(outbox: Outbox) {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        usual(panic);
         let reason = ExitReason::Failed {
             detail: format!("bug: {panic}"),
         };
         let code = reason.code();
         outbox.finish(&Event::Exited(reason), FAREWELL);
+        // Last, because a stalled disk blocks it.
+        usual(panic);
         std::process::exit(i32::from(code));
     }));
 }
@@ -159,10 +178,9 @@ fn run(
     // Only what a process list shows depends on it.
     let _ = std::fs::write("/proc/self/comm", name);
     let mut files = Files::new(files);
-    let serial = SerialOutput::new(started);
-    let log = serial
-        .write_to(serial_log(&spec, &mut files)?)
-        .map_err(StartError::Serial)?;
+    let log = serial_log(&spec, &mut files)?;
+    let log = QueuedWriter::start("serial", log).map_err(StartError::Serial)?;
+    let serial = SerialOutput::new(started, log);
     let (reports, reported) = mpsc::channel();
     let machine = Machine::build(&spec, files, outbox, &wake, reports, serial)?;
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -171,7 +189,6 @@ fn run(
     Ok(Loop {
         outbox,
         machine,
-        log,
         wake,
         reported,
         outlive,
@@ -184,18 +201,17 @@ fn run(
     .run())
 }
 
-fn serial_log(spec: &GuestSpec, files: &mut Files) -> Result<Log, StartError> {
+fn serial_log(spec: &GuestSpec, files: &mut Files) -> Result<RotatingFile, StartError> {
     let mut take = |index| files.take(index).map(File::from);
     let current = take(spec.serial.current).map_err(StartError::Machine)?;
     let previous = take(spec.serial.previous).map_err(StartError::Machine)?;
-    Log::new(current, previous, spec.serial.max_bytes).map_err(StartError::Serial)
+    RotatingFile::from_files(current, previous, spec.serial.max_bytes).map_err(StartError::Serial)
 }
 
 /// The main thread: commands, reports of processors, the state of devices.
 struct Loop<'a> {
     outbox: &'a Outbox,
     machine: Machine,
-    log: Writer,
     wake: EventFd,
     reported: mpsc::Receiver<VcpuReport>,
     outlive: bool,
@@ -242,7 +258,6 @@ impl Loop<'_> {
         };
         let Self {
             machine,
-            log,
             mut disks,
             outbox,
             wake,
@@ -260,7 +275,7 @@ impl Loop<'_> {
         }
         // The last flush is part of the stop.
         disks.tell_failures(outbox);
-        log.finish(LAST_OUTPUT);
+        serial.finish(LAST_OUTPUT);
         match reason {
             ExitReason::Reboot if serial.shows_panic() => ExitReason::Panic,
             other => other,
