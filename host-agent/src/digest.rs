@@ -2,11 +2,10 @@
 
 use std::io::{self, Read};
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
-
-const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// A SHA-256.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -57,39 +56,13 @@ impl Digest {
 
     /// Base64, as manifests hold it.
     pub fn to_base64(self) -> String {
-        let mut text = String::with_capacity(44);
-        for group in self.0.chunks(3) {
-            let bits = (0..3).fold(0_u32, |bits, i| {
-                bits << 8 | u32::from(group.get(i).copied().unwrap_or(0))
-            });
-            for i in 0..4 {
-                let sextet = (bits >> (18 - 6 * i)) & 63;
-                text.push(if i <= group.len() {
-                    ALPHABET[sextet as usize].into()
-                } else {
-                    '='
-                });
-            }
-        }
-        text
+        BASE64_STANDARD.encode(self.0)
     }
 
     /// Reads [`Self::to_base64`]; no other spelling is accepted.
     pub fn from_base64(text: &str) -> Option<Self> {
-        let digits = text.strip_suffix('=').filter(|digits| digits.len() == 43)?;
-        let mut bytes = Vec::with_capacity(33);
-        let (mut bits, mut held) = (0_u32, 0);
-        for digit in digits.bytes() {
-            let value = ALPHABET.iter().position(|known| *known == digit)?;
-            bits = (bits << 6 | value as u32) & 0xFFFF;
-            held += 6;
-            if held >= 8 {
-                held -= 8;
-                bytes.push((bits >> held) as u8);
-            }
-        }
-        let digest = Self(bytes.try_into().ok()?);
-        (digest.to_base64() == text).then_some(digest)
+        let bytes = BASE64_STANDARD.decode(text).ok()?;
+        Some(Self(bytes.try_into().ok()?))
     }
 }
 
