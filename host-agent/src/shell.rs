@@ -1,10 +1,11 @@
-//! Arguments of commands that a person may copy into a shell.
+//! Quotes arguments of commands that a user may copy into a shell.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 
-/// `argument` as a shell reads it back: in quotes if it needs any.
+/// `argument` as bash reads it back, in quotes only where it needs them. Control
+/// characters are escaped, because the result goes to terminals.
 pub fn quoted(argument: impl AsRef<OsStr>) -> String {
     let bytes = argument.as_ref().as_bytes();
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"_@%+=:,./-".contains(byte);
@@ -22,7 +23,7 @@ pub fn quoted(argument: impl AsRef<OsStr>) -> String {
                         text.push(char::from(*byte));
                     }
                     b' '..=b'~' => text.push(char::from(*byte)),
-                    // Three digits always: what follows may be one.
+                    // Always three digits: the next character may be a digit.
                     byte => {
                         let _ = write!(text, "\\{byte:03o}");
                     }
@@ -40,7 +41,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_quoted_argument_is_what_a_shell_reads() {
+    fn a_shell_reads_back_a_quoted_argument() {
         let cases: [&[u8]; 8] = [
             b"./redis",
             b"",

@@ -262,7 +262,7 @@ fn status(head: &[u8]) -> Option<u16> {
 mod tests {
     use super::*;
     use crate::service::model::Payload;
-    use crate::service::{Place, Position, definition};
+    use crate::service::{Position, SourceLocation, definition};
     use std::path::Path;
     use tokio::net::TcpListener;
 
@@ -328,7 +328,7 @@ mod tests {
         ServiceModel {
             name: "S".into(),
             image: "minimal".into(),
-            image_place: Place {
+            image_place: SourceLocation {
                 file: "S.cscfg".into(),
                 position: Position { line: 1, column: 1 },
             },

@@ -11,7 +11,7 @@ use super::printable::{printable, printable_code, printable_lines};
 use crate::api::client::ClientError;
 use crate::api::types::Failure;
 use crate::doctor::{self, HostReport, Verdict};
-use crate::service::{Blame, Place, Position, ServiceError};
+use crate::service::{Blame, Position, ServiceError, SourceLocation};
 use crate::shell::quoted;
 
 /// A class of error. Its number is stable: scripts and people look it up.
@@ -200,7 +200,7 @@ impl CliError {
 
     /// Names the file and the line of the fault.
     #[must_use]
-    pub fn at(mut self, place: &Place) -> Self {
+    pub fn at(mut self, place: &SourceLocation) -> Self {
         self.0.place = Some((place.file.display().to_string(), Some(place.position)));
         self
     }

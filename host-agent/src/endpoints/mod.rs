@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
-/// Connections that may wait for the kernel to be accepted.
+/// Connections that the kernel queues until they are accepted.
 const BACKLOG: u32 = 1024;
 
-/// Pause after a connection that could not be accepted.
-const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
+/// Pause after `accept` failed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// A connection for an instance.
 #[derive(Debug)]
@@ -48,36 +48,37 @@ impl Rotation {
         }
     }
 
-    /// Gives `incoming` to the next instance that has room for it. With none,
-    /// the socket closes.
+    /// Gives `incoming` to the next instance whose queue is not full. If there
+    /// is none, the socket closes.
     fn dispatch(&self, mut incoming: Incoming) {
         let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..members.ready.len() {
             members.next = (members.next + 1) % members.ready.len();
             match members.ready[members.next].1.try_send(incoming) {
                 Ok(()) => return,
-                Err(mpsc::error::TrySendError::Full(back)) => incoming = back,
-                Err(mpsc::error::TrySendError::Closed(back)) => incoming = back,
+                Err(TrySendError::Full(returned) | TrySendError::Closed(returned)) => {
+                    incoming = returned;
+                }
             }
         }
     }
 }
 
-/// A public port that cannot be had.
+/// A public port on which the host cannot listen.
 #[derive(Debug, thiserror::Error)]
 #[error("endpoint {endpoint}: cannot listen on {address}")]
 pub struct ListenError {
-    /// Endpoint name.
+    /// Name of the endpoint.
     pub endpoint: String,
-    /// The address.
+    /// Address and port of the host.
     pub address: SocketAddr,
-    /// Why.
+    /// Error of the system call.
     #[source]
     pub source: std::io::Error,
 }
 
-/// Takes `address` for an endpoint. A client that comes while no instance is
-/// in rotation is closed at once.
+/// Listens on `address` for an endpoint. While no instance is in rotation,
+/// [`serve`] closes each new connection at once.
 pub fn listen(endpoint: &str, address: SocketAddr) -> Result<TcpListener, ListenError> {
     let open = || {
         let socket = match address {
@@ -95,7 +96,7 @@ pub fn listen(endpoint: &str, address: SocketAddr) -> Result<TcpListener, Listen
     })
 }
 
-/// Accepts until the task is dropped.
+/// Accepts connections until the task is dropped.
 pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
     loop {
         match listener.accept().await {
@@ -104,8 +105,8 @@ pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
                     rotation.dispatch(Incoming { socket, local_port });
                 }
             }
-            // Out of descriptors or memory: let others finish first.
-            Err(_) => tokio::time::sleep(OUT_OF_RESOURCES).await,
+            // Descriptors or memory are short: wait until connections close.
+            Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
         }
     }
 }
@@ -122,7 +123,7 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn connections_go_round_the_ready_instances_and_close_when_there_is_none() {
+    async fn connections_rotate_among_ready_instances_or_close() {
         let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = listener.local_addr().unwrap();
         let rotation = Rotation::default();

@@ -1,10 +1,9 @@
-//! Reads the subset of ZIP that a package is written in, so strictly that no
-//! other reader can see other files in it.
+//! Reads a strict subset of ZIP, in which every reader sees the same files.
 //!
-//! Every byte of the file is accounted for: parts stand one after another from
-//! the first byte, each described alike by its local header and the central
-//! directory, which is followed by the end record and nothing else. There are
-//! no comments, no directories, no links, no encryption, no ZIP64.
+//! Every byte of the file is accounted for: parts follow one another from the
+//! first byte, local headers and central directory agree, and only the end record
+//! follows the central directory. Comments, directories, links, encryption and
+//! ZIP64 are refused.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -21,14 +20,15 @@ use super::payload::{MAX_DEPTH, MAX_UNPACKED};
 /// Largest package: 600 MiB.
 pub const MAX_PACKED: u64 = 600 << 20;
 
-/// Most parts: the files and what describes them.
+/// Most parts: the files and the parts that describe them.
 pub const MAX_PARTS: usize = super::payload::MAX_FILES + 1_000;
 
-/// A part may unpack to this many times its packed size (and one block, since
-/// little data compresses to almost nothing). Deflate reaches about 1,030.
+/// Most bytes of a part for each of its packed bytes, beyond [`RATIO_FREE`].
+/// Deflate reaches about 1,030.
 pub const MAX_RATIO: u64 = 200;
 
-/// What [`MAX_RATIO`] is not applied to.
+/// Bytes of a part to which [`MAX_RATIO`] does not apply, because short repetitive
+/// data compresses to almost nothing.
 pub(super) const RATIO_FREE: u64 = 64 << 10;
 
 /// Longest name of a part.
@@ -49,27 +49,30 @@ const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
 const FLAG_DESCRIPTOR: u16 = 1 << 3;
 const FLAG_UTF8: u16 = 1 << 11;
-/// Bits 1 and 2 say how hard the writer tried.
+/// Bits 1 and 2 are the compression level of the writer.
 const FLAGS_ALLOWED: u16 = 0b110 | FLAG_DESCRIPTOR | FLAG_UTF8;
 const EXTRA_ZIP64: u16 = 0x0001;
 const EXTRA_UNICODE_PATH: u16 = 0x7075;
 
-/// An archive whose structure is sound. Contents are checked as they are read.
+const SPLIT: &str = "split ZIP archives are not supported";
+const ZIP64: &str = "ZIP64 is not supported";
+
+/// An archive with a valid structure. Contents are checked as they are read.
 #[derive(Debug)]
 pub(super) struct Archive {
     path: PathBuf,
     file: File,
     parts: Vec<Part>,
-    /// Indices of parts, in the order of [`folded`] names.
+    /// Indices of parts, sorted by [`folded`] name.
     by_name: Vec<u32>,
 }
 
 /// A file in the archive.
 #[derive(Debug)]
 pub(super) struct Part {
-    /// Relative, `/` between its pieces, none of which is `.` or `..`.
+    /// Relative path of pieces separated by `/`, none of them `.` or `..`.
     pub name: Box<str>,
-    /// Size after unpacking, as declared.
+    /// Declared size after unpacking.
     pub size: u64,
     packed: u64,
     deflated: bool,
@@ -77,60 +80,55 @@ pub(super) struct Part {
     data: u64,
 }
 
-/// One entry of the central directory, and where its local header is.
+/// An entry of the central directory.
 struct Central<'a> {
     fixed: &'a [u8],
     name: &'a [u8],
+    /// Offset of the local header.
     local: u64,
+}
+
+/// Why an archive is refused.
+enum Refusal {
+    Io(io::Error),
+    Invalid(String),
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(what: String) -> Self {
+        Self::Invalid(what)
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(what: &str) -> Self {
+        Self::Invalid(what.into())
+    }
 }
 
 impl Archive {
     /// Opens the archive at `path` and checks its structure.
     pub fn open(path: &Path) -> Result<Self, ServiceError> {
         const CANNOT: &str = "cannot read the package";
-        let cannot = |source| ServiceError::io(path, CANNOT, source);
-        let bad = |what: String| ServiceError::new(path, what);
         let file = open_regular(path, CANNOT)?;
-        let length = file.metadata().map_err(cannot)?.len();
-        if length > MAX_PACKED {
-            return Err(bad(format!(
-                "the package is larger than {MAX_PACKED} bytes"
-            )));
-        }
-        let (count, start, size) = end_record(&file, length).map_err(cannot)?.map_err(|what| {
-            bad(what).with_hint("make the package with: host-agent pack DIR -o FILE.cspkg")
+        let parts = read_directory(&file).map_err(|refusal| match refusal {
+            Refusal::Io(source) => ServiceError::io(path, CANNOT, source),
+            Refusal::Invalid(what) => ServiceError::new(path, what),
         })?;
-
-        let mut directory = vec![0; size as usize];
-        file.read_exact_at(&mut directory, start).map_err(cannot)?;
-        let mut centrals = central_entries(&directory, count).map_err(bad)?;
-        centrals.sort_by_key(|central| central.local);
-
-        let mut parts = Vec::with_capacity(count);
-        let mut at = 0;
-        let mut total = 0_u64;
-        for central in &centrals {
-            let (part, end) = check_part(&file, central, at, start)
-                .map_err(cannot)?
-                .map_err(|what| bad(format!("{}: {what}", shown(central.name))))?;
-            at = end;
-            total = total.saturating_add(part.size);
-            if total > MAX_UNPACKED {
-                let what = format!("the package unpacks to more than {MAX_UNPACKED} bytes");
-                return Err(bad(what));
-            }
-            parts.push(part);
-        }
-        if at != start {
-            return Err(bad(format!("{} bytes belong to no part", start - at)));
-        }
         let name = |index: &u32| &*parts[*index as usize].name;
         let mut by_name: Vec<u32> = (0..parts.len() as u32).collect();
         by_name.sort_unstable_by(|a, b| folded(name(a)).cmp(folded(name(b))));
         for pair in by_name.windows(2) {
             if name(&pair[0]).eq_ignore_ascii_case(name(&pair[1])) {
                 let second = name(pair.iter().max().unwrap_or(&0));
-                return Err(bad(format!("duplicate part \"{second}\"")));
+                let what = format!("duplicate part \"{second}\"");
+                return Err(ServiceError::new(path, what));
             }
         }
         Ok(Self {
@@ -146,17 +144,17 @@ impl Archive {
         &self.path
     }
 
-    /// Every part, in the order of their data.
+    /// All parts, in the order of their data.
     pub fn parts(&self) -> &[Part] {
         &self.parts
     }
 
-    /// The part called exactly `name`.
+    /// The part named exactly `name`.
     pub fn find(&self, name: &str) -> Option<&Part> {
         self.index_of(name).map(|index| &self.parts[index])
     }
 
-    /// Which of [`Self::parts`] is called exactly `name`.
+    /// Index in [`Self::parts`] of the part named exactly `name`.
     pub fn index_of(&self, name: &str) -> Option<usize> {
         let part = |index: &u32| &self.parts[*index as usize];
         let found = self
@@ -188,14 +186,12 @@ impl Archive {
         }
     }
 
-    /// The content of `part` in memory, which must be at most `limit` bytes.
+    /// The content of `part`, which must not be larger than `limit` bytes.
     pub fn read_all(&self, part: &Part, limit: u64) -> Result<Vec<u8>, ServiceError> {
         let place = self.path.join(&*part.name);
         if part.size > limit {
-            return Err(ServiceError::new(
-                &place,
-                format!("is larger than {limit} bytes"),
-            ));
+            let what = format!("is larger than {limit} bytes");
+            return Err(ServiceError::new(&place, what));
         }
         let mut content = Vec::with_capacity(part.size as usize);
         self.read(part)
@@ -205,7 +201,7 @@ impl Archive {
     }
 }
 
-/// A part's name as OPC compares it: without regard to ASCII case.
+/// A part's name as OPC compares it: ignoring ASCII case.
 fn folded(name: &str) -> impl Iterator<Item = u8> {
     name.bytes().map(|byte| byte.to_ascii_lowercase())
 }
@@ -218,11 +214,44 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// Number of entries, start and length of the central directory.
-fn end_record(file: &File, length: u64) -> io::Result<Result<(usize, u64, u64), String>> {
-    let Some(start) = length.checked_sub(END_SIZE as u64) else {
-        return Ok(Err("is not a package: too short".into()));
-    };
+/// All parts, in the order of their data.
+fn read_directory(file: &File) -> Result<Vec<Part>, Refusal> {
+    let length = file.metadata()?.len();
+    if length > MAX_PACKED {
+        return Err(format!("the package is larger than {MAX_PACKED} bytes").into());
+    }
+    let (count, start, size) = end_record(file, length)?;
+    let mut directory = vec![0; size as usize];
+    file.read_exact_at(&mut directory, start)?;
+    let mut centrals = central_entries(&directory, count)?;
+    centrals.sort_by_key(|central| central.local);
+
+    let mut parts = Vec::with_capacity(count);
+    let mut at = 0;
+    let mut total = 0_u64;
+    for central in &centrals {
+        let (part, end) =
+            check_part(file, central, at, start).map_err(|refusal| match refusal {
+                Refusal::Invalid(what) => format!("{}: {what}", shown(central.name)).into(),
+                io @ Refusal::Io(_) => io,
+            })?;
+        at = end;
+        total = total.saturating_add(part.size);
+        if total > MAX_UNPACKED {
+            return Err(format!("the package unpacks to more than {MAX_UNPACKED} bytes").into());
+        }
+        parts.push(part);
+    }
+    if at != start {
+        return Err(format!("{} bytes belong to no part", start - at).into());
+    }
+    Ok(parts)
+}
+
+/// Number of entries, start and size of the central directory.
+fn end_record(file: &File, length: u64) -> Result<(usize, u64, u64), Refusal> {
+    let start = length.checked_sub(END_SIZE as u64);
+    let start = start.ok_or("is not a package: too short")?;
     let mut end = [0; END_SIZE];
     file.read_exact_at(&mut end, start)?;
     if u32_at(&end, 0) != END_MAGIC {
@@ -232,56 +261,60 @@ fn end_record(file: &File, length: u64) -> io::Result<Result<(usize, u64, u64), 
         let found = tail
             .windows(4)
             .rposition(|bytes| u32_at(bytes, 0) == END_MAGIC);
-        return Ok(Err(match found {
-            Some(at) if tail.len() - at < END_SIZE => "the package is cut short".into(),
-            Some(_) => "there is data after the end of the package".into(),
-            None => "is not a package: no ZIP end record".into(),
-        }));
+        return Err(match found {
+            Some(at) if tail.len() - at < END_SIZE => "the package is truncated",
+            Some(_) => "there is data after the end of the package",
+            None => "is not a package: no ZIP end record",
+        }
+        .into());
     }
     let (disk, directory_disk) = (u16_at(&end, 4), u16_at(&end, 6));
     let (here, count) = (u16_at(&end, 8), u16_at(&end, 10));
     let (size, offset) = (u32_at(&end, 12), u32_at(&end, 16));
     if disk != 0 || directory_disk != 0 || here != count {
-        return Ok(Err("packages in several files are not supported".into()));
+        return Err(SPLIT.into());
     }
     if u16_at(&end, 20) != 0 {
-        return Ok(Err("there is a comment after the end of the package".into()));
+        return Err("there is a comment after the end of the package".into());
     }
     if count == u16::MAX || size == u32::MAX || offset == u32::MAX {
-        return Ok(Err("ZIP64 is not supported".into()));
+        return Err(ZIP64.into());
     }
     if u64::from(offset) + u64::from(size) != start {
-        return Ok(Err(
-            "the central directory does not end at the end record".into()
-        ));
+        return Err("the central directory does not end at the end record".into());
     }
     if usize::from(count) > MAX_PARTS || u64::from(size) > MAX_DIRECTORY {
-        return Ok(Err(format!("the package has more than {MAX_PARTS} parts")));
+        return Err(format!("the package has more than {MAX_PARTS} parts").into());
     }
-    Ok(Ok((count.into(), offset.into(), size.into())))
+    Ok((count.into(), offset.into(), size.into()))
 }
 
-/// Cuts the central directory into its entries.
-fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, String> {
+/// Splits the central directory into its entries.
+fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, Refusal> {
     let mut entries = Vec::with_capacity(count);
     let mut rest = directory;
     while !rest.is_empty() {
-        let broken = || format!("entry {} of the central directory is broken", entries.len());
+        let malformed = || {
+            format!(
+                "entry {} of the central directory is malformed",
+                entries.len()
+            )
+        };
         if rest.len() < CENTRAL_SIZE || u32_at(rest, 0) != CENTRAL_MAGIC {
-            return Err(broken());
+            return Err(malformed().into());
         }
         let (fixed, variable) = rest.split_at(CENTRAL_SIZE);
         let name = usize::from(u16_at(fixed, 28));
         let extra = usize::from(u16_at(fixed, 30));
         let comment = usize::from(u16_at(fixed, 32));
         if variable.len() < name + extra + comment {
-            return Err(broken());
+            return Err(malformed().into());
         }
         let (name, variable) = variable.split_at(name);
         check_extra(&variable[..extra]).map_err(|what| format!("{}: {what}", shown(name)))?;
         rest = &variable[extra + comment..];
         if u16_at(fixed, 34) != 0 {
-            return Err("packages in several files are not supported".into());
+            return Err(SPLIT.into());
         }
         entries.push(Central {
             fixed,
@@ -290,72 +323,67 @@ fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, S
         });
     }
     if entries.len() != count {
-        return Err(format!(
-            "the end record counts {count} parts, the central directory {}",
-            entries.len()
-        ));
+        let found = entries.len();
+        return Err(
+            format!("the end record counts {count} parts, the central directory {found}").into(),
+        );
     }
     Ok(entries)
 }
 
-/// Refuses extra fields by which another reader sees another name or size.
+/// Refuses extra fields that give a part another name or size.
 fn check_extra(mut extra: &[u8]) -> Result<(), String> {
     while !extra.is_empty() {
         let length = extra.len();
         if length < 4 || length - 4 < usize::from(u16_at(extra, 2)) {
-            return Err("an extra field is broken".into());
+            return Err("an extra field is malformed".into());
         }
         match u16_at(extra, 0) {
-            EXTRA_ZIP64 => return Err("ZIP64 is not supported".into()),
-            EXTRA_UNICODE_PATH => return Err("a second name is not supported".into()),
+            EXTRA_ZIP64 => return Err(ZIP64.into()),
+            EXTRA_UNICODE_PATH => return Err("Unicode path fields are not supported".into()),
             _ => extra = &extra[4 + usize::from(u16_at(extra, 2))..],
         }
     }
     Ok(())
 }
 
-/// Checks one part, which must begin at `at`, before `limit`. Gives the part
-/// and one past its last byte.
+/// Checks the part that must begin at `at` and end before `limit`. Returns the
+/// part and the offset after its last byte.
 fn check_part(
     file: &File,
     central: &Central<'_>,
     at: u64,
     limit: u64,
-) -> io::Result<Result<(Part, u64), String>> {
+) -> Result<(Part, u64), Refusal> {
     let fixed = central.fixed;
     let (made_by, flags, method) = (u16_at(fixed, 4), u16_at(fixed, 8), u16_at(fixed, 10));
     let (crc, packed, size) = (u32_at(fixed, 16), u32_at(fixed, 20), u32_at(fixed, 24));
-    let name = match part_name(central.name, flags & FLAG_UTF8 != 0) {
-        Ok(name) => name,
-        Err(what) => return Ok(Err(what)),
-    };
-    if let Err(what) = check_kind(made_by, u32_at(fixed, 38), flags, method) {
-        return Ok(Err(what.into()));
-    }
+    let name = part_name(central.name, flags & FLAG_UTF8 != 0)?;
+    check_kind(made_by, u32_at(fixed, 38), flags, method)?;
     let (packed_size, size) = (u64::from(packed), u64::from(size));
     if packed == u32::MAX || size == u64::from(u32::MAX) {
-        return Ok(Err("ZIP64 is not supported".into()));
+        return Err(ZIP64.into());
     }
     if method == STORED && packed_size != size {
-        return Ok(Err("a stored part has two sizes".into()));
+        return Err("a stored part declares two different sizes".into());
     }
     if size > packed_size * MAX_RATIO + RATIO_FREE {
-        return Ok(Err(format!(
+        return Err(format!(
             "unpacks to more than {MAX_RATIO} times its size ({packed_size} to {size} bytes)"
-        )));
+        )
+        .into());
     }
 
     if central.local != at {
-        return Ok(Err(if central.local < at {
-            "overlaps the part before it".into()
-        } else {
-            format!("{} bytes before it belong to no part", central.local - at)
-        }));
+        return Err(match central.local.checked_sub(at) {
+            None => "overlaps the part before it".into(),
+            Some(gap) => format!("{gap} bytes before it belong to no part").into(),
+        });
     }
-    let outside = "reaches into the central directory";
+    let outside = "extends into the central directory";
     let mut local = [0; LOCAL_SIZE];
     if at + LOCAL_SIZE as u64 > limit {
-        return Ok(Err(outside.into()));
+        return Err(outside.into());
     }
     file.read_exact_at(&mut local, at)?;
     let name_length = usize::from(u16_at(&local, 26));
@@ -363,35 +391,33 @@ fn check_part(
     let data = at + (LOCAL_SIZE + name_length + extra_length) as u64;
     let end = data + packed_size;
     if end > limit {
-        return Ok(Err(outside.into()));
+        return Err(outside.into());
     }
     let mut variable = vec![0; name_length + extra_length];
     file.read_exact_at(&mut variable, at + LOCAL_SIZE as u64)?;
-    if let Err(what) = check_extra(&variable[name_length..]) {
-        return Ok(Err(what));
-    }
+    check_extra(&variable[name_length..])?;
     let differs = "the local header and the central directory differ";
     if u32_at(&local, 0) != LOCAL_MAGIC
         || u16_at(&local, 6) != flags
         || u16_at(&local, 8) != method
         || &variable[..name_length] != central.name
     {
-        return Ok(Err(differs.into()));
+        return Err(differs.into());
     }
     let sizes = [crc, packed, size as u32];
     let local_sizes = [14, 18, 22].map(|at| u32_at(&local, at));
     let mut end = end;
     if flags & FLAG_DESCRIPTOR == 0 {
         if local_sizes != sizes {
-            return Ok(Err(differs.into()));
+            return Err(differs.into());
         }
     } else {
         if local_sizes != [0; 3] && local_sizes != sizes {
-            return Ok(Err(differs.into()));
+            return Err(differs.into());
         }
         match descriptor(file, end, limit, sizes)? {
             Some(length) => end += length,
-            None => return Ok(Err(differs.into())),
+            None => return Err(differs.into()),
         }
     }
     let part = Part {
@@ -402,10 +428,10 @@ fn check_part(
         crc,
         data,
     };
-    Ok(Ok((part, end)))
+    Ok((part, end))
 }
 
-/// Length of the data descriptor at `at`, which must repeat `sizes`.
+/// Length of the data descriptor at `at`; none unless it repeats `sizes`.
 fn descriptor(file: &File, at: u64, limit: u64, sizes: [u32; 3]) -> io::Result<Option<u64>> {
     let available = limit.saturating_sub(at).min(16) as usize;
     let mut bytes = [0; 16];
@@ -417,7 +443,7 @@ fn descriptor(file: &File, at: u64, limit: u64, sizes: [u32; 3]) -> io::Result<O
     Ok((available >= 12 && read(0) == sizes).then_some(12))
 }
 
-/// Refuses everything but plain files in plain methods.
+/// Refuses everything but regular files, stored or deflated.
 fn check_kind(made_by: u16, attributes: u32, flags: u16, method: u16) -> Result<(), &'static str> {
     const UNIX: u16 = 3;
     const MSDOS_DIRECTORY: u32 = 0x10;
@@ -434,15 +460,15 @@ fn check_kind(made_by: u16, attributes: u32, flags: u16, method: u16) -> Result<
         return Err("encrypted packages are not supported");
     }
     if flags & !FLAGS_ALLOWED != 0 {
-        return Err("uses a feature of ZIP that is not supported");
+        return Err("uses an unsupported ZIP feature");
     }
     if method != STORED && method != DEFLATED {
-        return Err("is packed by a method that is not supported");
+        return Err("uses an unsupported compression method");
     }
     Ok(())
 }
 
-/// The name of a part, which cannot lead out of any directory.
+/// Checks the name of a part, which must not leave its directory.
 fn part_name(name: &[u8], utf8: bool) -> Result<&str, String> {
     let name = std::str::from_utf8(name).map_err(|_| "the name is not UTF-8")?;
     if !utf8 && !name.is_ascii() {
@@ -475,13 +501,13 @@ fn part_name(name: &[u8], utf8: bool) -> Result<&str, String> {
     Ok(name)
 }
 
-/// A name from the archive for a message: short and on one line.
+/// A part's name for messages, cut and on one line.
 fn shown(name: &[u8]) -> String {
     let text = String::from_utf8_lossy(&name[..name.len().min(200)]);
     format!("part \"{}\"", text.escape_debug())
 }
 
-/// Some bytes of a file.
+/// A range of a file.
 struct Window<'a> {
     file: &'a File,
     at: u64,
@@ -502,7 +528,7 @@ enum Content<'a> {
     Deflated(DeflateDecoder<BufReader<Window<'a>>>),
 }
 
-/// Unpacks a part and holds it to what was declared.
+/// Unpacks a part and checks its declared size and checksum.
 pub(super) struct PartReader<'a> {
     content: Content<'a>,
     crc: Crc,

@@ -1,4 +1,4 @@
-//! Archives made to harm their reader: each is refused, for its own reason.
+//! Reads malformed and hostile archives: each is refused with its own error.
 
 use std::fs;
 use std::io::{Cursor, Read, Write};
@@ -13,7 +13,7 @@ use zip::{CompressionMethod, ZipWriter};
 use super::archive::{Archive, MAX_PARTS};
 use super::archive_writer::ArchiveWriter;
 
-/// One part, every field of which may lie.
+/// One part, whose fields may contradict each other.
 #[derive(Clone)]
 struct Raw {
     name: Vec<u8>,
@@ -65,7 +65,7 @@ fn deflated(name: &str, content: &[u8]) -> Raw {
     }
 }
 
-/// The archive of `parts`, and what `end` makes of the end record.
+/// The archive of `parts`, whose end record `end` changes.
 fn archive_with(parts: &[Raw], end: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
     let mut out = Vec::new();
     let mut central = Vec::new();
@@ -186,7 +186,7 @@ fn a_plain_archive_is_read() {
 }
 
 #[test]
-fn names_that_lead_elsewhere_are_refused() {
+fn part_names_that_leave_the_archive_are_refused() {
     for (name, why) in [
         ("../x", "names with \"..\" are not allowed"),
         ("a/../../x", "names with \"..\" are not allowed"),
@@ -222,7 +222,7 @@ fn names_that_lead_elsewhere_are_refused() {
 }
 
 #[test]
-fn parts_that_lie_about_themselves_are_refused() {
+fn inconsistent_parts_are_refused() {
     type Lie = fn(&mut Raw);
     let lies: &[(Lie, &str)] = &[
         (|p| p.attributes = 0o120_777 << 16, "symbolic links"),
@@ -230,18 +230,21 @@ fn parts_that_lie_about_themselves_are_refused() {
         (|p| p.attributes = 0o020_666 << 16, "only regular files"),
         (|p| p.attributes = 0x10, "only regular files"),
         (|p| p.flags = 1, "encrypted"),
-        (|p| p.flags = 1 << 13, "not supported"),
-        (|p| p.method = 14, "method that is not supported"),
+        (|p| p.flags = 1 << 13, "unsupported ZIP feature"),
+        (|p| p.method = 14, "unsupported compression method"),
         (|p| p.local_name = Some(b"z".to_vec()), "differ"),
         (|p| p.local_flags = Some(2), "differ"),
         (|p| p.local_size = Some(1), "differ"),
         (|p| p.flags = 8, "differ"),
-        (|p| p.size -= 1, "two sizes"),
+        (|p| p.size -= 1, "two different sizes"),
         (|p| p.packed = Some(u32::MAX), "ZIP64"),
         (|p| p.extra = vec![1, 0, 0, 0], "ZIP64"),
-        (|p| p.extra = vec![0x75, 0x70, 1, 0, 1], "second name"),
-        (|p| p.extra = vec![9, 9, 9, 0, 1], "extra field is broken"),
-        (|p| p.extra = vec![9], "extra field is broken"),
+        (|p| p.extra = vec![0x75, 0x70, 1, 0, 1], "Unicode path"),
+        (
+            |p| p.extra = vec![9, 9, 9, 0, 1],
+            "extra field is malformed",
+        ),
+        (|p| p.extra = vec![9], "extra field is malformed"),
         (|p| p.crc ^= 1, "checksum is wrong"),
         (|p| p.offset = Some(0), "overlaps"),
         (|p| p.offset = Some(40), "belong to no part"),
@@ -260,7 +263,7 @@ fn parts_that_lie_about_themselves_are_refused() {
         lie(&mut parts[1]);
         refused(&archive(&parts), why);
     }
-    // The same, of a part that is deflated.
+    // Deflated parts.
     let text = "abc".repeat(1000);
     let lies: &[(Lie, &str)] = &[
         (|p| p.size -= 1, "holds more bytes than it declares"),
@@ -277,7 +280,7 @@ fn parts_that_lie_about_themselves_are_refused() {
 }
 
 #[test]
-fn archives_that_are_more_than_they_seem_are_refused() {
+fn bytes_outside_of_parts_and_directory_are_refused() {
     let parts = [part("a", b"1"), part("b", b"2")];
     let good = archive(&parts);
     assert!(read_all(&good).is_ok());
@@ -290,14 +293,14 @@ fn archives_that_are_more_than_they_seem_are_refused() {
         &[b"x", &good[..]].concat(),
         "central directory does not end",
     );
-    refused(&good[..good.len() - 1], "cut short");
+    refused(&good[..good.len() - 1], "truncated");
     refused(&good[..good.len() - 22], "no ZIP end record");
     refused(b"", "too short");
     refused(&[0; 100], "no ZIP end record");
     let end = |at: usize, value: u8| archive_with(&parts, |record| record[at] = value);
     refused(&end(20, 1), "comment after the end");
-    refused(&end(4, 1), "several files");
-    refused(&end(8, 1), "several files");
+    refused(&end(4, 1), "split ZIP archives");
+    refused(&end(8, 1), "split ZIP archives");
     refused(
         &archive_with(&parts, |record| (record[8], record[10]) = (1, 1)),
         "counts 1 parts, the central directory 2",
@@ -306,7 +309,7 @@ fn archives_that_are_more_than_they_seem_are_refused() {
         &archive_with(&parts, |record| record[16..20].fill(0xFF)),
         "ZIP64",
     );
-    // The first part is not in the directory: another reader may find it.
+    // A part that the central directory omits: other readers may find it.
     let both = archive(&parts);
     let central = both.len() - 22 - 47;
     let mut cut = both[..central - 47].to_vec();
@@ -326,14 +329,14 @@ fn bombs_are_refused_before_they_are_unpacked() {
         &archive(&[deflated("bomb", &zeroes)]),
         "more than 200 times",
     );
-    // Declared small, to slip by: reading stops at the declared size.
+    // Declared as small: reading stops at the declared size.
     let mut bomb = deflated("bomb", &zeroes);
     bomb.size = 100;
     refused(
         &archive(&[bomb.clone()]),
         "holds more bytes than it declares",
     );
-    // Many that share one content would be small and unpack to terabytes.
+    // Parts that share one content.
     let copies: Vec<Raw> = (0..1000)
         .map(|i| Raw {
             offset: Some(0),
@@ -341,7 +344,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
         })
         .collect();
     refused(&archive(&copies), "overlaps");
-    // Each within the ratio, together too large.
+    // Each part is within the ratio; together they are too large.
     let large = Raw {
         size: 190 * 1_000_000,
         ..part("x", &vec![0; 1_000_000])
@@ -369,7 +372,7 @@ fn a_file_larger_than_a_package_is_refused_unread() {
 }
 
 #[test]
-fn another_writer_is_understood_and_our_writer_by_another_reader() {
+fn reader_and_writer_agree_with_the_zip_crate() {
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated);
     let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
     writer.start_file("a/b", options).unwrap();
@@ -392,7 +395,7 @@ fn another_writer_is_understood_and_our_writer_by_another_reader() {
         ("päth/x", (0..=255).collect()),
     ];
     let out = tempfile::NamedTempFile::new().unwrap();
-    let mut writer = ArchiveWriter::new(out.reopen().unwrap(), 33, 0);
+    let mut writer = ArchiveWriter::new(out.reopen().unwrap(), (33, 0));
     for (name, content) in &contents {
         writer.add(name, || Ok(content.as_slice())).unwrap();
     }
@@ -417,9 +420,9 @@ fn another_writer_is_understood_and_our_writer_by_another_reader() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever the bytes, reading ends and does not panic.
+    /// Reading ends without a panic.
     #[test]
-    fn no_bytes_make_the_reader_panic(
+    fn damaged_archives_never_make_the_reader_panic(
         noise in proptest::collection::vec(any::<u8>(), 0..60),
         at in any::<prop::sample::Index>(),
         replace in any::<bool>(),

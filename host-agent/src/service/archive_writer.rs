@@ -1,5 +1,5 @@
-//! Writes the subset of ZIP that `archive` reads: the same parts give the same
-//! bytes.
+//! Writes the subset of ZIP that `archive` reads. The same parts always give the
+//! same bytes.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
@@ -9,32 +9,31 @@ use flate2::{Compression, Crc};
 
 use super::archive::{CENTRAL_MAGIC, END_MAGIC, LOCAL_MAGIC, MAX_PACKED, MAX_RATIO};
 
-/// Writes parts one after another; [`Self::finish`] makes it a package.
+/// Writes parts one after another; [`Self::finish`] adds the directory.
 pub(super) struct ArchiveWriter {
     out: BufWriter<File>,
-    date: u16,
-    time: u16,
+    /// Date and time of every part, in MS-DOS format.
+    date: (u16, u16),
     central: Vec<u8>,
     count: u16,
     at: u64,
 }
 
 impl ArchiveWriter {
-    /// Writes to `out`, an empty file; `date` and `time`, in MS-DOS form, are
-    /// those of every part.
-    pub fn new(out: File, date: u16, time: u16) -> Self {
+    /// Writes to `out`, an empty file. `date` is the date and the time of every
+    /// part, in MS-DOS format.
+    pub fn new(out: File, date: (u16, u16)) -> Self {
         Self {
             out: BufWriter::with_capacity(1 << 18, out),
             date,
-            time,
             central: Vec::new(),
             count: 0,
             at: 0,
         }
     }
 
-    /// Adds the part `name`. `open` opens its content and may be called twice:
-    /// what deflate packs better than a reader accepts is stored instead.
+    /// Adds the part `name`. `open` opens its content and may be called twice: a
+    /// content whose compression ratio a reader would refuse is stored instead.
     pub fn add<R: Read>(
         &mut self,
         name: &str,
@@ -46,7 +45,7 @@ impl ArchiveWriter {
         let mut method = 8;
         let deflated = DeflateEncoder::new(&mut self.out, Compression::new(6));
         let (mut crc, mut size, mut packed) = deflate(open()?, deflated)?;
-        // Far below the limit, so that rounding never matters.
+        // Half the limit, so that rounding never matters.
         if size > packed.saturating_mul(MAX_RATIO / 2) {
             self.out.seek(SeekFrom::Start(start + header))?;
             method = 0;
@@ -55,7 +54,7 @@ impl ArchiveWriter {
         }
         let end = start + header + packed;
         let too_large = || {
-            let what = "the package grows too large";
+            let what = format!("the package would exceed {MAX_PACKED} bytes");
             io::Error::new(io::ErrorKind::InvalidData, what)
         };
         if end > MAX_PACKED {
@@ -71,7 +70,7 @@ impl ArchiveWriter {
         self.out.seek(SeekFrom::Start(end))?;
 
         self.central.extend(CENTRAL_MAGIC.to_le_bytes());
-        // Made by version 2.0 on Unix, so that the mode below counts.
+        // Made by version 2.0 on Unix, so that the mode below is valid.
         self.central.extend([20, 3]);
         self.central.extend(described);
         // No comment, first file, no internal attributes; -rw-r--r--.
@@ -84,11 +83,11 @@ impl ArchiveWriter {
         Ok(())
     }
 
-    /// What the local header and the central directory say alike.
+    /// The fields that the local header and the central directory share.
     fn describe(&self, method: u16, sizes: [u32; 3], name: &str) -> Vec<u8> {
         let flags: u16 = if name.is_ascii() { 0 } else { 1 << 11 };
         let mut bytes = Vec::with_capacity(26);
-        for value in [20, flags, method, self.time, self.date] {
+        for value in [20, flags, method, self.date.1, self.date.0] {
             bytes.extend(value.to_le_bytes());
         }
         for value in sizes {
@@ -99,7 +98,7 @@ impl ArchiveWriter {
         bytes
     }
 
-    /// Writes the directory and gives the file back, complete but not synced.
+    /// Writes the central directory and returns the file, not synced.
     pub fn finish(mut self) -> io::Result<File> {
         self.out.write_all(&self.central)?;
         let mut end = Vec::with_capacity(22);
@@ -111,18 +110,12 @@ impl ArchiveWriter {
         end.extend((self.at as u32).to_le_bytes());
         end.extend([0; 2]);
         self.out.write_all(&end)?;
-        let length = self.out.stream_position()?;
-        let file = self
-            .out
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
-        // A stored part may have been shorter than its first, deflated form.
-        file.set_len(length)?;
-        Ok(file)
+        let file = self.out.into_inner();
+        file.map_err(io::IntoInnerError::into_error)
     }
 }
 
-/// Checksum, size and packed size.
+/// Writes `content` compressed: checksum, size and packed size.
 fn deflate<W: Write>(
     mut content: impl Read,
     mut out: DeflateEncoder<W>,
@@ -132,7 +125,7 @@ fn deflate<W: Write>(
     Ok((crc, size, out.total_out()))
 }
 
-/// Checksum and size.
+/// Writes `content` as it is: checksum and size.
 fn store(mut content: impl Read, out: &mut impl Write) -> io::Result<(u32, u64)> {
     let mut crc = Crc::new();
     let mut size = 0;

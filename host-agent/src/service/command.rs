@@ -1,14 +1,15 @@
 //! Splits a `commandLine` into the program and its arguments.
 
-/// Words of `line`: separated by blanks; double quotes hold a word together,
-/// and `\"` inside them is a quote. Nothing else is special and nothing is
-/// expanded, so no character of an argument can become another argument.
+/// Words of `line`, separated by blanks. Double quotes hold a word together, and
+/// `\"` inside them is a quote. Backslashes and single quotes are otherwise
+/// literal, as on Windows (a POSIX splitter would change them), and nothing is
+/// expanded.
 ///
 /// # Errors
-/// Says what is wrong with the line.
+/// What is wrong with the line.
 pub(super) fn words(line: &str) -> Result<Vec<String>, String> {
     if line.chars().any(|c| c.is_control() && c != '\t') {
-        return Err("the command line holds a line break or control character".into());
+        return Err("the command line contains a line break or control character".into());
     }
     let mut words = Vec::new();
     let mut word: Option<String> = None;
@@ -38,7 +39,7 @@ pub(super) fn words(line: &str) -> Result<Vec<String>, String> {
 /// `program` as a path below approot with `/` between its parts.
 ///
 /// # Errors
-/// Says why the path is refused.
+/// Why the path is refused.
 pub(super) fn program(program: &str) -> Result<String, String> {
     let path = program.replace('\\', "/");
     let drive = path.len() >= 2 && path.as_bytes()[1] == b':';
@@ -49,11 +50,7 @@ pub(super) fn program(program: &str) -> Result<String, String> {
     for part in path.split('/') {
         match part {
             "." => {}
-            "" => {
-                return Err(format!(
-                    "the program \"{program}\" has an empty part in its path"
-                ));
-            }
+            "" => return Err(format!("the path of \"{program}\" has an empty part")),
             ".." => {
                 return Err(format!(
                     "the program \"{program}\" leaves approot by \"..\""
@@ -109,7 +106,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn quoting_any_words_and_splitting_gives_them_back(
+        fn splitting_reverses_quoting(
             expected in proptest::collection::vec("[ -!#-\\[\\]-~äß]{0,12}", 0..6),
         ) {
             let line = expected.iter().map(|w| format!("\"{w}\"")).collect::<Vec<_>>().join(" ");

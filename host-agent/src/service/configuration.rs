@@ -1,5 +1,5 @@
-//! Reads a service configuration (`.cscfg`) and checks that it agrees with
-//! the definition.
+//! Reads a service configuration (`.cscfg`) and checks it against the
+//! definition.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,18 +7,18 @@ use std::path::Path;
 use vmbus::role::RoleDefinition;
 
 use super::definition::Definition;
-use super::error::{Place, ServiceError, nearest};
+use super::error::{ServiceError, SourceLocation, nearest};
 use super::xml::{self, EMPTY, Element, Names, Schema};
 
 /// Namespace of configurations.
 pub const NAMESPACE: &str =
     "http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceConfiguration";
 
-/// Image of a configuration without `osFamily`.
+/// Image if a configuration has no `osFamily`.
 pub const DEFAULT_IMAGE: &str = "minimal";
 
-/// Most instances of a role: far above what a host holds, low enough that a
-/// slip of the finger is an error at once.
+/// Most instances of a role: more than a host can run, and low enough that a
+/// typing error is refused.
 pub const MAX_INSTANCES: u32 = 1000;
 
 /// A configuration that agrees with its definition.
@@ -26,13 +26,13 @@ pub const MAX_INSTANCES: u32 = 1000;
 pub struct Configuration {
     /// `osFamily`: name of the guest image.
     pub image: String,
-    /// Where it is named, or should be.
-    pub image_place: Place,
-    /// One for each role of the definition, in its order.
+    /// `osFamily`, or the root element if there is none.
+    pub image_place: SourceLocation,
+    /// One for each role of the definition, in the same order.
     pub roles: Vec<RoleConfiguration>,
 }
 
-/// What the configuration says of one role.
+/// The configuration of one role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RoleConfiguration {
     /// Number of instances, at least 1.
@@ -55,20 +55,9 @@ const ROLE: Schema = Schema {
     later_children: &["Certificates", "OsImage"],
 };
 
-const INSTANCES: Schema = Schema {
-    attributes: &["count"],
-    ..EMPTY
-};
-
-const SETTINGS: Schema = Schema {
-    children: &["Setting"],
-    ..EMPTY
-};
-
-const SETTING: Schema = Schema {
-    attributes: &["name", "value"],
-    ..EMPTY
-};
+const INSTANCES: Schema = Schema::of_attributes(&["count"]);
+const SETTINGS: Schema = Schema::of_children(&["Setting"]);
+const SETTING: Schema = Schema::of_attributes(&["name", "value"]);
 
 /// Reads the configuration of `definition` in `file`.
 pub fn read(file: &Path, definition: &Definition) -> Result<Configuration, ServiceError> {
@@ -142,10 +131,10 @@ pub fn parse(
     })
 }
 
-/// The image's name, safe as the name of a directory, and its place.
-fn image(root: Element<'_>) -> Result<(String, Place), ServiceError> {
+/// Name of the image, safe as the name of a directory, and its location.
+fn image(root: Element<'_>) -> Result<(String, SourceLocation), ServiceError> {
     let Some(value) = root.attribute("osFamily") else {
-        return Ok((DEFAULT_IMAGE.into(), root.place()));
+        return Ok((DEFAULT_IMAGE.into(), root.location()));
     };
     let name = value.text;
     let usable = name.len() <= 64
@@ -154,7 +143,7 @@ fn image(root: Element<'_>) -> Result<(String, Place), ServiceError> {
             byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte)
         });
     if usable {
-        return Ok((name.into(), value.place()));
+        return Ok((name.into(), value.location()));
     }
     Err(value
         .refuse(format!("{} is not the name of an image", value.quoted()))

@@ -405,7 +405,7 @@ fn endpoints(
             protocol: protocol.text.to_owned(),
             local_port,
         };
-        let place = port_value.place();
+        let place = port_value.location();
         endpoints.push((endpoint, PublicPort { port, place }));
     }
     Ok(endpoints)

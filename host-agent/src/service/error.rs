@@ -1,4 +1,4 @@
-//! The one error of reading a service: which file, where, what, and the way out.
+//! The error of reading or packing a service: file, position, cause and hint.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 /// Longest source line quoted in an error, in characters.
 const SNIPPET_MAX: usize = 160;
 
-/// A service that was refused. Display prints `file:line:column: what`; the
-/// remedy and the quoted source line are for whoever prints the error.
+/// A service that is refused. Display writes `file:line:column: what`; the hint
+/// and the source line are separate, for the caller to print.
 #[derive(Debug)]
 pub struct ServiceError(Box<Inner>);
 
@@ -23,18 +23,18 @@ struct Inner {
     source: Option<std::io::Error>,
 }
 
-/// What was to be done with the file that an error names.
+/// Role of the file that an error names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blame {
-    /// It is part of a service, and was to be read.
+    /// Part of a service, being read.
     Service,
-    /// It was to be written.
+    /// Output file, being written.
     Output,
-    /// It is none: the command was asked for something that makes no sense.
+    /// None: the command line or an environment variable is invalid.
     Usage,
 }
 
-/// A place in a text file.
+/// A position in a text file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
     /// Line, counted from 1.
@@ -43,18 +43,17 @@ pub struct Position {
     pub column: usize,
 }
 
-/// Where in which file something is written: what turns out to be wrong with
-/// it later is told there.
+/// File and position of a value, kept so that later errors can name them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct SourceLocation {
     /// The file.
     pub file: PathBuf,
-    /// Where in it.
+    /// Position in the file.
     pub position: Position,
 }
 
-impl Place {
-    /// The byte at `offset` of `text`, which is the content of `file`.
+impl SourceLocation {
+    /// Location of the byte at `offset` of `text`, the content of `file`.
     pub(super) fn of(file: &Path, text: &str, offset: usize) -> Self {
         Self {
             file: file.to_owned(),
@@ -77,7 +76,7 @@ impl ServiceError {
         }))
     }
 
-    /// The byte at `offset` of `text`, which is the content of `file`, is refused.
+    /// The byte at `offset` of `text`, the content of `file`, is refused.
     pub fn at(file: &Path, text: &str, offset: usize, what: impl Into<String>) -> Self {
         let (position, line) = locate(text, offset);
         let mut error = Self::new(file, what);
@@ -86,25 +85,25 @@ impl ServiceError {
         error
     }
 
-    /// A place in the text of `file`, which is not at hand, is refused.
-    pub(super) fn place(file: &Path, position: Position, what: impl Into<String>) -> Self {
+    /// The text at `position` of `file` is refused; there is no source line.
+    pub(super) fn at_position(file: &Path, position: Position, what: impl Into<String>) -> Self {
         let mut error = Self::new(file, what);
         error.0.position = Some(position);
         error
     }
 
-    /// The error where `to` says that its place is.
-    pub(super) fn moved(mut self, to: impl FnOnce(Position) -> Position) -> Self {
-        self.0.position = self.0.position.map(to);
+    /// Changes the position by `map`.
+    pub(super) fn map_position(mut self, map: impl FnOnce(Position) -> Position) -> Self {
+        self.0.position = self.0.position.map(map);
         self
     }
 
-    /// The system did not let `file` be read.
+    /// A system call failed to read `file`.
     pub fn io(file: &Path, what: impl Into<String>, source: std::io::Error) -> Self {
         let hint = match source.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => Some("correct the path"),
             ErrorKind::PermissionDenied => {
-                Some("give this user the right to read it (chmod), or be one who has it")
+                Some("make it readable for this user (chmod), or run as a user who may read it")
             }
             _ => None,
         };
@@ -114,10 +113,10 @@ impl ServiceError {
         error
     }
 
-    /// The system did not let `file`, which is to be made, be written.
+    /// A system call failed to write the output `file`.
     pub fn output(file: &Path, what: impl Into<String>, source: std::io::Error) -> Self {
         let hint = match source.kind() {
-            ErrorKind::NotFound => Some("make its directory first (mkdir -p)"),
+            ErrorKind::NotFound => Some("create its directory first (mkdir -p)"),
             ErrorKind::NotADirectory => Some("correct the path"),
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                 Some("name a file where this user can write")
@@ -130,21 +129,21 @@ impl ServiceError {
         error
     }
 
-    /// Says what was to be done with the file.
+    /// Sets the role of the file.
     #[must_use]
     pub(super) fn blaming(mut self, blame: Blame) -> Self {
         self.0.blame = blame;
         self
     }
 
-    /// Adds what to do about it.
+    /// Sets the hint.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
         self
     }
 
-    /// Adds what to do about it where nothing more precise was said.
+    /// Sets the hint unless there is a more precise one.
     #[must_use]
     pub fn or_hint(mut self, hint: &str) -> Self {
         self.0.hint.get_or_insert_with(|| hint.into());
@@ -156,22 +155,22 @@ impl ServiceError {
         &self.0.file
     }
 
-    /// What was to be done with it.
+    /// Role of the file.
     pub fn blame(&self) -> Blame {
         self.0.blame
     }
 
-    /// Where in the file, when the error is about a place in a text.
+    /// Position in the file, if the error has one.
     pub fn position(&self) -> Option<Position> {
         self.0.position
     }
 
-    /// What is wrong, without the place.
+    /// What is wrong, without file and position.
     pub fn what(&self) -> &str {
         &self.0.what
     }
 
-    /// What to do about it.
+    /// What the user can do.
     pub fn hint(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
@@ -194,10 +193,8 @@ impl fmt::Display for ServiceError {
 
 impl std::error::Error for ServiceError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0
-            .source
-            .as_ref()
-            .map(|source| source as &(dyn std::error::Error + 'static))
+        let source = self.0.source.as_ref()?;
+        Some(source)
     }
 }
 
@@ -224,7 +221,7 @@ fn locate(text: &str, offset: usize) -> (Position, String) {
     (position, snippet)
 }
 
-/// The candidate nearest to `word`, when it is near enough to be what was meant.
+/// The candidate nearest to `word`, if it is near enough to be a suggestion.
 pub(super) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
@@ -238,7 +235,7 @@ pub(super) fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// Edit distance without regard to case, on words short enough to be names.
+/// Edit distance, ignoring case. Long words are cut: names are short.
 fn distance(a: &str, b: &str) -> usize {
     const LONGEST: usize = 64;
     let a: Vec<char> = a.to_lowercase().chars().take(LONGEST).collect();
@@ -261,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_counted_in_lines_and_characters() {
+    fn positions_count_lines_and_characters() {
         let text = "one\r\n  zwei äö x\nthree";
         let offset = text.find('x').unwrap();
         let error = ServiceError::at(Path::new("f.xml"), text, offset, "bad");
@@ -272,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_name_is_offered_only_when_it_is_near() {
+    fn only_a_near_name_is_suggested() {
         let names = ["WorkerRole", "WebRole"];
         assert_eq!(nearest("Workerrole", names), Some("WorkerRole"));
         assert_eq!(nearest("WrokerRole", names), Some("WorkerRole"));

@@ -7,7 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use vmbus::role::{Endpoint, EntryPoint, InstanceValue, LocalStorage, VariableValue};
 
-use super::error::{Place, Position, ServiceError};
+use super::error::{Position, ServiceError, SourceLocation};
 use super::model::{Payload, PublicPort};
 use super::{configuration, definition, load};
 use crate::progress::Progress;
@@ -92,7 +92,7 @@ fn a_definition_with_everything_supported_is_read_as_written() {
         }
     );
     assert!(role.elevated);
-    let place = |file: &str, line, column| Place {
+    let place = |file: &str, line, column| SourceLocation {
         file: directory.path().join(file),
         position: Position { line, column },
     };

@@ -1,5 +1,5 @@
-//! Service definition, configuration and package: parsed and validated into a
-//! [`model::ServiceModel`] that cannot be wrong.
+//! Parses and validates the definition, configuration and package of a service
+//! into a [`model::ServiceModel`], which is valid by construction.
 
 mod archive;
 #[cfg(test)]
@@ -8,7 +8,6 @@ mod archive_writer;
 mod command;
 pub mod configuration;
 pub mod definition;
-mod draft;
 mod error;
 mod load;
 #[cfg(test)]
@@ -24,10 +23,11 @@ pub mod size;
 mod squashfs;
 mod validate;
 mod xml;
-mod xml_cut;
+mod xml_chunks;
+mod xml_tokens;
 mod xpath;
 
-pub use error::{Blame, Place, Position, ServiceError};
+pub use error::{Blame, Position, ServiceError, SourceLocation};
 pub use load::load;
 pub use pack::{Packed, pack};
 pub use squashfs::{ImageError, build_application_image};

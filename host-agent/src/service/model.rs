@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use vmbus::role::{Endpoint, RoleDefinition};
 
-use super::error::Place;
+use super::error::SourceLocation;
 
 /// A definition and a configuration that agree, with the payload of each role.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub struct ServiceModel {
     /// `ServiceConfiguration@osFamily`: the name of the guest image.
     pub image: String,
     /// Where it is named, or should be.
-    pub image_place: Place,
+    pub image_place: SourceLocation,
     /// Roles, in document order.
     pub roles: Vec<Role>,
 }
@@ -74,7 +74,7 @@ pub struct PublicPort {
     /// Port on the host.
     pub port: u16,
     /// Where it is written.
-    pub place: Place,
+    pub place: SourceLocation,
 }
 
 /// Where a role's `approot` comes from.

@@ -1,16 +1,18 @@
-//! Makes a package (`.cspkg`) of the open format from a service directory.
-//! The same files give the same bytes.
+//! Packs a service directory into a package (`.cspkg`) of the open format. The
+//! same files always give the same bytes.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::iter::once;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use jiff::{Timestamp, tz::Offset};
 
 use super::archive_writer::ArchiveWriter;
 use super::definition::{self, Definition};
-use super::draft::Draft;
 use super::error::{Blame, ServiceError};
 use super::load::{check_directory, directory_of, find_definition};
 use super::package::{
@@ -23,35 +25,38 @@ use super::xml::escape;
 use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
 
-/// Largest sum of metadata that every handler of packages must take (manifest
+/// Most bytes of metadata that every reader of packages must accept (manifest
 /// format, `PackageMetaData`).
 const MAX_METADATA: usize = 1_000_000;
 
-/// What was packed.
+const FEWER_FILES: &str = "remove files that the roles do not need";
+
+/// Summary of a package.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packed {
     /// Service name.
     pub service: String,
     /// Number of roles.
     pub roles: usize,
-    /// Number of files, over all roles.
+    /// Number of files of all roles.
     pub files: usize,
-    /// Length of the package in bytes.
+    /// Size of the package in bytes.
     pub bytes: u64,
 }
 
 /// Packs the service in `directory` into the file `out`, which appears only
-/// when it is complete. A link is followed. Times in it are `$SOURCE_DATE_EPOCH`, else 1980-01-01.
+/// when it is complete. If `out` is a symbolic link, its target is replaced.
+/// Timestamps in the package are `$SOURCE_DATE_EPOCH`, else 1980-01-01.
 ///
 /// # Errors
-/// What is wrong with the service, or with writing `out`.
+/// The service is refused, or `out` cannot be written.
 pub fn pack(directory: &Path, out: &Path, progress: &Progress) -> Result<Packed, ServiceError> {
-    let stamp = Stamp::from_environment()?;
-    pack_at(directory, &destination(out)?, stamp, progress)
+    let time = source_date(std::env::var_os("SOURCE_DATE_EPOCH").as_deref())?;
+    pack_at(directory, &destination(out)?, time, progress)
 }
 
-/// The file that a package named `out` becomes. Only a regular file is
-/// replaced: `-o /dev/null` by root must not put a file in place of the device.
+/// The path at which the package for `out` appears. Only a regular file is
+/// replaced: with `-o /dev/null`, root must not lose the device.
 fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
     const HINT: &str = "name a file: host-agent pack DIR -o FILE.cspkg";
     let cannot = |source| ServiceError::output(out, "cannot write the package", source);
@@ -59,9 +64,9 @@ fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
         Ok(found) if found.is_file() => fs::canonicalize(out).map_err(cannot),
         Ok(found) => {
             let what = if found.is_dir() {
-                "the package would replace a directory"
+                "the output is a directory"
             } else {
-                "the package would replace what is not a regular file"
+                "the output is not a regular file"
             };
             Err(ServiceError::new(out, what)
                 .blaming(Blame::Output)
@@ -69,10 +74,10 @@ fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(out) {
             Ok(target) => {
-                let what = format!("is a link to {}, which is not there", target.display());
+                let what = format!("is a link to {}, which does not exist", target.display());
                 Err(ServiceError::new(out, what)
                     .blaming(Blame::Output)
-                    .with_hint("remove the link, or name its target"))
+                    .with_hint("remove the link, or create its target"))
             }
             Err(_) => Ok(out.to_owned()),
         },
@@ -83,7 +88,7 @@ fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
 fn pack_at(
     directory: &Path,
     out: &Path,
-    stamp: Stamp,
+    time: Timestamp,
     progress: &Progress,
 ) -> Result<Packed, ServiceError> {
     let what = format!("listing {}", directory.display());
@@ -97,29 +102,31 @@ fn pack_at(
     let files = roles.iter().map(|(_, files)| files.entries().len()).sum();
     if files > MAX_FILES {
         let what = format!("the roles hold more than {MAX_FILES} files together");
-        return Err(
-            ServiceError::new(directory, what).with_hint("take out what the roles do not need")
-        );
+        return Err(ServiceError::new(directory, what).with_hint(FEWER_FILES));
     }
     drop(step);
     let plan = Plan::of(&definition, &roles, progress)?;
-    let manifest: u64 = plan.manifest(stamp).map(|piece| piece.len() as u64).sum();
+    let manifest: u64 = plan.manifest(time).map(|piece| piece.len() as u64).sum();
     if manifest > MAX_MANIFEST {
         return Err(
             ServiceError::new(directory, "the file names are too long for a package")
-                .with_hint("take out what the roles do not need, or give shorter names"),
+                .with_hint("remove files that the roles do not need, or shorten their names"),
         );
     }
 
     let cannot = |source| ServiceError::output(out, "cannot write the package", source);
-    let draft = Draft::in_directory(directory_of(out)).map_err(cannot)?;
-    let file = draft.file().try_clone().map_err(cannot)?;
-    let (date, time) = stamp.ms_dos();
-    let mut archive = ArchiveWriter::new(file, date, time);
+    // 0o666 and the umask: readable as any new file, not only by its owner.
+    let unfinished = tempfile::Builder::new()
+        .prefix(".pack-")
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(directory_of(out))
+        .map_err(cannot)?;
+    let file = unfinished.as_file().try_clone().map_err(cannot)?;
+    let mut archive = ArchiveWriter::new(file, ms_dos(time));
     archive
         .add(CONTENT_TYPES, || Ok(Pieces::of(plan.content_types())))
         .and_then(|()| archive.add(RELATIONSHIPS, || Ok(Pieces::of(once(relationships())))))
-        .and_then(|()| archive.add("package.xml", || Ok(Pieces::of(plan.manifest(stamp)))))
+        .and_then(|()| archive.add("package.xml", || Ok(Pieces::of(plan.manifest(time)))))
         .and_then(|()| archive.add(DEFINITION, || Ok(definition.text().as_bytes())))
         .map_err(cannot)?;
     let total = plan.contents.values().map(|content| content.entry.size);
@@ -133,14 +140,16 @@ fn pack_at(
         archive.add(&content_name(digest), open).map_err(|source| {
             let place = content.files.locate(&content.entry.path);
             ServiceError::output(out, format!("cannot pack {}", place.display()), source)
-                .or_hint("pack again, and leave the files alone meanwhile")
+                .or_hint("pack again, and do not change the files meanwhile")
         })?;
     }
     let file = archive.finish().map_err(cannot)?;
     file.sync_all().map_err(cannot)?;
     let bytes = file.metadata().map_err(cannot)?.len();
     progress.check().map_err(cannot)?;
-    draft.publish(out).map_err(cannot)?;
+    unfinished
+        .persist(out)
+        .map_err(|error| cannot(error.error))?;
     Ok(Packed {
         service: definition.name.clone(),
         roles: roles.len(),
@@ -149,23 +158,24 @@ fn pack_at(
     })
 }
 
-/// What goes into the package.
+/// Everything that goes into the package.
 struct Plan<'a> {
-    /// Each content once.
+    /// Each distinct content once.
     contents: BTreeMap<Digest, Content<'a>>,
-    /// The files of each role with their contents.
+    /// The files of each role with the digests of their contents.
     layouts: Vec<(&'a str, Vec<(&'a Entry, Digest)>)>,
+    /// Digest and size of the definition.
     definition: (Digest, u64),
 }
 
-/// One of the files that have a content.
+/// The first file with a content.
 struct Content<'a> {
     files: &'a Files,
     entry: &'a Entry,
 }
 
 impl<'a> Plan<'a> {
-    /// Reads every file once, to know it by its digest.
+    /// Reads every file once to compute its digest.
     fn of(
         definition: &'a Definition,
         roles: &'a [(&'a str, Files)],
@@ -224,7 +234,7 @@ impl<'a> Plan<'a> {
         once(head).chain(parts).chain(once("</Types>\n".into()))
     }
 
-    fn manifest(&self, stamp: Stamp) -> impl Iterator<Item = String> {
+    fn manifest(&self, time: Timestamp) -> impl Iterator<Item = String> {
         let definition = content_record(DEFINITION, &self.definition.0, self.definition.1);
         let contents = self
             .contents
@@ -233,7 +243,7 @@ impl<'a> Plan<'a> {
         let layouts = self.layouts.iter().flat_map(move |(role, layout)| {
             let files = layout
                 .iter()
-                .map(move |(entry, digest)| file_record(entry, digest, stamp));
+                .map(move |(entry, digest)| file_record(entry, digest, time));
             once(format!(
                 "<LayoutDefinition><Name>{ROLE_LAYOUT}{role}</Name><LayoutDescription>\n"
             ))
@@ -249,7 +259,7 @@ impl<'a> Plan<'a> {
             .chain(once(end.into()))
     }
 
-    /// The manifest up to its contents.
+    /// The manifest up to its list of contents.
     fn metadata(&self) -> String {
         let pair = |key: &str, value: &str| {
             let (key, value) = (escape(key), escape(value));
@@ -287,8 +297,7 @@ fn content_record(name: &str, digest: &Digest, size: u64) -> String {
     )
 }
 
-fn file_record(entry: &Entry, digest: &Digest, stamp: Stamp) -> String {
-    let time = stamp.rfc3339();
+fn file_record(entry: &Entry, digest: &Digest, time: Timestamp) -> String {
     format!(
         "<FileDefinition><FilePath>{}</FilePath><FileDescription>\
          <DataContentReference>{}</DataContentReference>\
@@ -300,8 +309,8 @@ fn file_record(entry: &Entry, digest: &Digest, stamp: Stamp) -> String {
     )
 }
 
-/// A text that is made piece by piece as it is read: that of 50,000 files
-/// would need 35 MB.
+/// A text that is generated piece by piece while it is read: the manifest of
+/// 50,000 files has 35 MB.
 struct Pieces<I> {
     rest: I,
     piece: io::Cursor<String>,
@@ -317,7 +326,7 @@ impl<I: Iterator<Item = String>> Pieces<I> {
 }
 
 impl<I: Iterator<Item = String>> Read for Pieces<I> {
-    /// Fills the buffer, so that how a text is cut does not show in the package.
+    /// Fills the buffer, so that the package does not depend on the pieces.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -351,89 +360,33 @@ fn relationships() -> String {
     )
 }
 
-/// The one time in a package.
-#[derive(Debug, Clone, Copy)]
-struct Stamp {
-    year: u16,
-    month: u16,
-    day: u16,
-    second_of_day: u32,
+/// `$SOURCE_DATE_EPOCH`, or the earliest timestamp if it is unset or empty.
+fn source_date(variable: Option<&OsStr>) -> Result<Timestamp, ServiceError> {
+    let Some(text) = variable.filter(|text| !text.is_empty()) else {
+        return Ok(timestamp(0));
+    };
+    let seconds = text.to_str().and_then(|text| text.parse().ok());
+    seconds.map(timestamp).ok_or_else(|| {
+        ServiceError::new(Path::new("SOURCE_DATE_EPOCH"), "is not a number of seconds")
+            .blaming(Blame::Usage)
+            .with_hint("set it to seconds since 1970, or unset it")
+    })
 }
 
-impl Stamp {
-    /// 1980-01-01 and 2107-12-31, between which MS-DOS can tell the time.
-    const RANGE: std::ops::RangeInclusive<u64> = 315_532_800..=4_354_819_199;
+/// `seconds` since 1970, clamped to the range of MS-DOS timestamps.
+fn timestamp(seconds: u64) -> Timestamp {
+    // 1980-01-01T00:00:00Z to 2107-12-31T23:59:59Z.
+    let seconds = seconds.clamp(315_532_800, 4_354_819_199) as i64;
+    Timestamp::from_second(seconds).expect("years from 1980 to 2107 are in range")
+}
 
-    fn from_environment() -> Result<Self, ServiceError> {
-        Self::of_variable(std::env::var_os("SOURCE_DATE_EPOCH").as_deref())
-    }
-
-    /// The time that the variable says; an empty one is as good as none.
-    fn of_variable(value: Option<&OsStr>) -> Result<Self, ServiceError> {
-        let Some(text) = value.filter(|text| !text.is_empty()) else {
-            return Ok(Self::at(*Self::RANGE.start()));
-        };
-        let seconds = text.to_str().and_then(|text| text.parse::<u64>().ok());
-        seconds.map(Self::at).ok_or_else(|| {
-            ServiceError::new(Path::new("SOURCE_DATE_EPOCH"), "is not a number of seconds")
-                .blaming(Blame::Usage)
-                .with_hint("set it to seconds since 1970, or unset it")
-        })
-    }
-
-    /// `seconds` since 1970, brought into range.
-    fn at(seconds: u64) -> Self {
-        let seconds = seconds.clamp(*Self::RANGE.start(), *Self::RANGE.end());
-        let mut days = (seconds / 86_400) as u32;
-        let leap = |year: u16| {
-            year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-        };
-        let mut year = 1970;
-        loop {
-            let length = if leap(year) { 366 } else { 365 };
-            if days < length {
-                break;
-            }
-            days -= length;
-            year += 1;
-        }
-        let february = if leap(year) { 29 } else { 28 };
-        let mut month = 1;
-        for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-            if days < length {
-                break;
-            }
-            days -= length;
-            month += 1;
-        }
-        Self {
-            year,
-            month,
-            day: days as u16 + 1,
-            second_of_day: (seconds % 86_400) as u32,
-        }
-    }
-
-    /// Date and time in the form of ZIP.
-    fn ms_dos(self) -> (u16, u16) {
-        let (hour, minute, second) = self.clock();
-        let date = (self.year - 1980) << 9 | self.month << 5 | self.day;
-        let time = hour << 11 | minute << 5 | (second / 2);
-        (date, time as u16)
-    }
-
-    fn rfc3339(self) -> String {
-        let (hour, minute, second) = self.clock();
-        format!(
-            "{:04}-{:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z",
-            self.year, self.month, self.day
-        )
-    }
-
-    fn clock(self) -> (u32, u32, u32) {
-        let seconds = self.second_of_day;
-        (seconds / 3600, seconds / 60 % 60, seconds % 60)
-    }
+/// Date and time as ZIP stores them.
+fn ms_dos(timestamp: Timestamp) -> (u16, u16) {
+    let time = Offset::UTC.to_datetime(timestamp);
+    let date = (time.year() as u16 - 1980) << 9 | (time.month() as u16) << 5 | time.day() as u16;
+    let seconds = time.second() as u16;
+    let clock = (time.hour() as u16) << 11 | (time.minute() as u16) << 5 | (seconds / 2);
+    (date, clock)
 }
 
 #[cfg(test)]
@@ -441,26 +394,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_is_written_as_the_calendar_has_it() {
-        let written = |seconds| (Stamp::at(seconds).rfc3339(), Stamp::at(seconds).ms_dos());
-        assert_eq!(written(0).0, "1980-01-01T00:00:00Z");
-        assert_eq!(written(1_709_210_096).0, "2024-02-29T12:34:56Z");
+    fn timestamps_are_clamped_to_those_of_ms_dos() {
+        let written = |seconds| timestamp(seconds).to_string();
+        assert_eq!(written(0), "1980-01-01T00:00:00Z");
+        assert_eq!(written(1_709_210_096), "2024-02-29T12:34:56Z");
+        assert_eq!(written(u64::MAX), "2107-12-31T23:59:59Z");
         assert_eq!(
-            written(1_709_210_096).1,
+            ms_dos(timestamp(1_709_210_096)),
             ((44 << 9) + (2 << 5) + 29, (12 << 11) + (34 << 5) + 28)
         );
-        assert_eq!(written(951_782_400).0, "2000-02-29T00:00:00Z");
-        assert_eq!(written(u64::MAX).0, "2107-12-31T23:59:59Z");
+        assert_eq!(
+            ms_dos(timestamp(u64::MAX)),
+            ((127 << 9) + (12 << 5) + 31, (23 << 11) + (59 << 5) + 29)
+        );
     }
 
     #[test]
-    fn an_empty_variable_is_none_and_one_without_a_number_is_bad_usage() {
-        let stamp = |text: &str| Stamp::of_variable(Some(text.as_ref()));
-        assert_eq!(stamp("").unwrap().rfc3339(), "1980-01-01T00:00:00Z");
-        assert_eq!(
-            stamp("951782400").unwrap().rfc3339(),
-            "2000-02-29T00:00:00Z"
-        );
-        assert_eq!(stamp("now").unwrap_err().blame(), Blame::Usage);
+    fn an_empty_source_date_is_unset_and_a_bad_one_is_refused() {
+        let date = |text: &str| source_date(Some(text.as_ref()));
+        assert_eq!(date("").unwrap().to_string(), "1980-01-01T00:00:00Z");
+        let leap_day = date("951782400").unwrap();
+        assert_eq!(leap_day.to_string(), "2000-02-29T00:00:00Z");
+        assert_eq!(date("now").unwrap_err().blame(), Blame::Usage);
     }
 }

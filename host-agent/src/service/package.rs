@@ -1,5 +1,5 @@
-//! Reads a package (`.cspkg`) of the open format: parts, manifest, and the
-//! files of each role, each content held to its size and SHA-256.
+//! Reads a package (`.cspkg`) of the open format: its parts, its manifest and
+//! the files of each role. Every content must have its declared size and SHA-256.
 
 mod layouts;
 
@@ -12,18 +12,18 @@ use super::archive::{Archive, Part, PartReader};
 use super::definition::{self, Definition};
 use super::error::ServiceError;
 use super::payload::Entry;
-use super::xml::{self, EMPTY, Element, Schema};
-use super::xml_cut::LargeXml;
+use super::xml::{self, Element, Schema};
+use super::xml_chunks::LargeXml;
 use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
 use layouts::{Layout, check_all_used, layouts};
 
-/// Part that gives each other part its media type.
+/// Part with the media types of all other parts.
 pub(super) const CONTENT_TYPES: &str = "[Content_Types].xml";
 /// Namespace of [`CONTENT_TYPES`].
 pub(super) const CONTENT_TYPES_NAMESPACE: &str =
     "http://schemas.openxmlformats.org/package/2006/content-types";
-/// Part that says which part is the manifest.
+/// Part that names the manifest.
 pub(super) const RELATIONSHIPS: &str = "_rels/.rels";
 /// Namespace of [`RELATIONSHIPS`].
 pub(super) const RELATIONSHIPS_NAMESPACE: &str =
@@ -33,19 +33,18 @@ pub(super) const MANIFEST_TYPE: &str =
     "http://schemas.microsoft.com/windowsazure/PackageDefinition/Version/2012/03/15";
 /// Namespace of the manifest.
 pub(super) const MANIFEST_NAMESPACE: &str = "http://schemas.microsoft.com/windowsazure";
-/// Content that holds the definition.
+/// Content with the definition.
 pub(super) const DEFINITION: &str = "ServiceDefinition/ServiceDefinition.csdef";
-/// Layout of a role is this and its name.
+/// Start of the name of a role's layout; the role's name follows.
 pub(super) const ROLE_LAYOUT: &str = "Roles/";
-/// Where the files of a role are in its layout.
+/// Directory of a role's files in its layout.
 pub(super) const APPROOT: &str = "\\approot\\";
-/// Key of the package's metadata under which, for the role whose name follows,
-/// the paths of files that may be executed are listed, one a line. The format
-/// is of another system and has no such bit; a reader that does not know the
-/// key passes over it.
+/// Start of a metadata key; a role's name follows. The value lists the paths of
+/// the role's executable files, one per line. The format comes from Windows and
+/// has no executable bit; other readers ignore unknown keys.
 pub(super) const EXECUTABLE_KEY: &str = "urn:host-agent:executable:";
 
-/// Largest manifest: 50,000 files at some 800 bytes.
+/// Largest manifest: 50,000 files of some 800 bytes each.
 pub(super) const MAX_MANIFEST: u64 = 40 << 20;
 
 /// The long lists of [`CONTENT_TYPES`].
@@ -62,18 +61,18 @@ const LISTS: &[&[&str]] = &[
         "FileDefinition",
     ],
 ];
-/// Which of [`LISTS`] are the contents.
+/// Index of the contents in [`LISTS`].
 const CONTENT_RECORDS: usize = 0;
-/// Which of [`LISTS`] are the files.
+/// Index of the files in [`LISTS`].
 const FILE_RECORDS: usize = 1;
 
-/// A package whose structure is sound.
+/// A package with a valid structure. Contents are checked as they are read.
 #[derive(Debug)]
 pub(super) struct Package {
     archive: Archive,
     definition: Definition,
     contents: Vec<Content>,
-    layouts: HashMap<String, Layout>,
+    layouts: Layouts,
 }
 
 #[derive(Debug)]
@@ -83,51 +82,32 @@ struct Content {
     digest: Digest,
 }
 
+/// The files of each role.
+type Layouts = HashMap<String, Layout>;
+
 /// Indices of contents by name.
 type ByName = HashMap<Box<str>, u32>;
 
-const TYPES: Schema = Schema {
-    children: &["Default", "Override"],
-    ..EMPTY
-};
-const MANIFEST: Schema = Schema {
-    children: &["PackageMetaData", "PackageContents", "PackageLayouts"],
-    ..EMPTY
-};
-const CONTENTS: Schema = Schema {
-    children: &["ContentDefinition"],
-    ..EMPTY
-};
-const CONTENT: Schema = Schema {
-    children: &["Name", "ContentDescription"],
-    ..EMPTY
-};
-const CONTENT_DESCRIPTION: Schema = Schema {
-    children: &[
-        "LengthInBytes",
-        // So spelt in the format.
-        "IntegrityCheckHashAlgortihm",
-        "IntegrityCheckHash",
-        "DataStorePath",
-    ],
-    ..EMPTY
-};
-const RELATIONSHIP_LIST: Schema = Schema {
-    children: &["Relationship"],
-    ..EMPTY
-};
-const RELATIONSHIP: Schema = Schema {
-    attributes: &["Type", "Target", "TargetMode", "Id"],
-    ..EMPTY
-};
+const TYPES: Schema = Schema::of_children(&["Default", "Override"]);
+const MANIFEST: Schema =
+    Schema::of_children(&["PackageMetaData", "PackageContents", "PackageLayouts"]);
+const CONTENTS: Schema = Schema::of_children(&["ContentDefinition"]);
+const CONTENT: Schema = Schema::of_children(&["Name", "ContentDescription"]);
+const CONTENT_DESCRIPTION: Schema = Schema::of_children(&[
+    "LengthInBytes",
+    // Misspelt in the format.
+    "IntegrityCheckHashAlgortihm",
+    "IntegrityCheckHash",
+    "DataStorePath",
+]);
+const RELATIONSHIP_LIST: Schema = Schema::of_children(&["Relationship"]);
+const RELATIONSHIP: Schema = Schema::of_attributes(&["Type", "Target", "TargetMode", "Id"]);
 
 impl Package {
     /// Opens the package `file` and checks everything but the contents.
     pub fn open(file: &Path) -> Result<Self, ServiceError> {
-        // Whatever is wrong with a package was put there by another program.
-        Self::read_structure(file).map_err(|error| {
-            error.or_hint("make the package again: host-agent pack DIR -o FILE.cspkg")
-        })
+        let hint = "make the package with: host-agent pack DIR -o FILE.cspkg";
+        Self::read_structure(file).map_err(|error| error.or_hint(hint))
     }
 
     fn read_structure(file: &Path) -> Result<Self, ServiceError> {
@@ -155,7 +135,8 @@ impl Package {
                 .any(|role| role.definition.name == name)
         };
         if let Some(name) = layouts.keys().filter(|name| !defined(name)).min() {
-            let what = format!("layout \"{ROLE_LAYOUT}{name}\" is of no role of the definition");
+            let what =
+                format!("layout \"{ROLE_LAYOUT}{name}\" belongs to no role of the definition");
             return Err(ServiceError::new(&place, what));
         }
         Ok(Self {
@@ -182,7 +163,7 @@ impl Package {
         Ok(())
     }
 
-    /// The definition it was made with.
+    /// The definition in the package.
     pub fn definition(&self) -> &Definition {
         &self.definition
     }
@@ -205,7 +186,7 @@ impl Package {
         Some(self.read(&self.contents[contents[found.ok()?] as usize]))
     }
 
-    /// `path` of `role` as a person would look for it.
+    /// `path` of `role` for messages.
     pub fn locate(&self, role: &str, path: &str) -> PathBuf {
         self.path()
             .join(ROLE_LAYOUT)
@@ -223,13 +204,12 @@ impl Package {
     }
 }
 
-/// Definition, contents and layouts, as the manifest `part` gives them.
-#[allow(clippy::type_complexity)]
+/// Definition, contents and layouts from the manifest `part`.
 fn read_manifest(
     archive: &Archive,
     part: &Part,
     place: &Path,
-) -> Result<(Definition, Vec<Content>, HashMap<String, Layout>), ServiceError> {
+) -> Result<(Definition, Vec<Content>, Layouts), ServiceError> {
     let root = ("PackageDefinition", MANIFEST_NAMESPACE);
     let manifest = large(archive, part, place, root, LISTS)?;
     manifest.read_rest(&manifest.rest()?, |root| {
@@ -243,7 +223,7 @@ fn read_manifest(
     })
 }
 
-/// The large XML file `part`, called `place` in errors.
+/// The large XML file `part`, named `place` in errors.
 fn large<'a>(
     archive: &'a Archive,
     part: &'a Part,
@@ -263,35 +243,25 @@ fn large<'a>(
     })
 }
 
-fn missing(archive: &Archive, name: &str) -> ServiceError {
-    ServiceError::new(
-        archive.path(),
-        format!("is not a package: no part \"{name}\""),
-    )
-    .with_hint("make the package with: host-agent pack DIR -o FILE.cspkg")
+fn required_part<'a>(archive: &'a Archive, name: &str) -> Result<&'a Part, ServiceError> {
+    archive.find(name).ok_or_else(|| {
+        let what = format!("is not a package: no part \"{name}\"");
+        ServiceError::new(archive.path(), what)
+    })
 }
 
 fn check_content_types(archive: &Archive) -> Result<(), ServiceError> {
-    let part = archive
-        .find(CONTENT_TYPES)
-        .ok_or_else(|| missing(archive, CONTENT_TYPES))?;
+    let part = required_part(archive, CONTENT_TYPES)?;
     let place = archive.path().join(CONTENT_TYPES);
     let root = ("Types", CONTENT_TYPES_NAMESPACE);
     let types = large(archive, part, &place, root, OVERRIDES)?;
     types.read_rest(&types.rest()?, |root| root.check(&TYPES))
 }
 
-/// The part that the package's one relationship of the right type names.
+/// Name of the manifest, from the only relationship of the package.
 fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
-    let part = archive
-        .find(RELATIONSHIPS)
-        .ok_or_else(|| missing(archive, RELATIONSHIPS))?;
-    let place = archive.path().join(RELATIONSHIPS);
-    let text = xml::text_of(
-        &place,
-        archive.read_all(part, xml::MAX_BYTES)?,
-        xml::MAX_BYTES,
-    )?;
+    let part = required_part(archive, RELATIONSHIPS)?;
+    let (place, text) = read_text(archive, part)?;
     let document = xml::parse(&place, &text, xml::MAX_BYTES as u32)?;
     let root = xml::root(
         &place,
@@ -318,7 +288,7 @@ fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
     Ok(name.strip_prefix('/').unwrap_or(name).to_owned())
 }
 
-/// Every content, and the index of each by name.
+/// All contents, and their indices by name.
 fn contents<R: Read>(
     archive: &Archive,
     manifest: &LargeXml<'_, impl Fn() -> R>,
@@ -370,7 +340,7 @@ fn content(archive: &Archive, element: Element<'_>, name: &str) -> Result<Conten
     })
 }
 
-/// Refuses parts that nothing speaks for.
+/// Refuses parts that the manifest does not name.
 fn check_all_named(
     archive: &Archive,
     manifest: &str,
@@ -403,11 +373,14 @@ fn read_definition(
         ServiceError::new(archive.path(), what)
     })?;
     let part = &archive.parts()[contents[*index as usize].part as usize];
-    let place = archive.path().join(&*part.name);
-    let text = xml::text_of(
-        &place,
-        archive.read_all(part, xml::MAX_BYTES)?,
-        xml::MAX_BYTES,
-    )?;
+    let (place, text) = read_text(archive, part)?;
     definition::parse(&place, text)
+}
+
+/// Name for messages and text of `part`.
+fn read_text(archive: &Archive, part: &Part) -> Result<(PathBuf, String), ServiceError> {
+    let place = archive.path().join(&*part.name);
+    let bytes = archive.read_all(part, xml::MAX_BYTES)?;
+    let text = xml::text_of(&place, bytes, xml::MAX_BYTES)?;
+    Ok((place, text))
 }

@@ -1,6 +1,7 @@
-//! Packages made here, made elsewhere, and made to deceive.
+//! Packs services and reads packages, valid, damaged and hostile.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -57,7 +58,7 @@ fn a_packed_service_is_the_same_as_its_directory() {
         };
         assert_eq!(read.roles[index].payload, expected);
         read.roles[index].payload = role.payload.clone();
-        // The definition in the package is another file with the same lines.
+        // The definition in the package has another file name and the same lines.
         for (read, original) in
             std::iter::zip(&mut read.roles[index].public_ports, &role.public_ports)
         {
@@ -68,7 +69,7 @@ fn a_packed_service_is_the_same_as_its_directory() {
     }
     assert_eq!(read, original);
 
-    // Beside it, a configuration is found; without one it is asked for.
+    // The configuration is found if it is next to the package.
     let error = load(&file, None, &Progress::default()).unwrap_err();
     assert!(error.hint().unwrap().contains("--config"), "{error}");
     assert_eq!(
@@ -81,13 +82,13 @@ fn a_packed_service_is_the_same_as_its_directory() {
         validate(&file, &Progress::default()).unwrap(),
         Validated::PackagedService
     );
-    // The definition of a configuration may be in the package beside it.
+    // The definition of a configuration may be in the package next to it.
     let beside = out.path().join("any.cscfg");
     assert_eq!(
         validate(&beside, &Progress::default()).unwrap(),
         Validated::Configuration
     );
-    // One of several is not chosen, and a good package is not blamed for it.
+    // With two configurations none is chosen, and the package is still valid.
     fs::write(out.path().join("other.cscfg"), "<other/>").unwrap();
     assert_eq!(
         validate(&file, &Progress::default()).unwrap(),
@@ -129,7 +130,7 @@ fn a_packed_service_is_the_same_as_its_directory() {
 }
 
 #[test]
-fn the_same_files_give_the_same_package_and_each_content_is_in_it_once() {
+fn packing_is_reproducible_and_stores_each_content_once() {
     let out = tempfile::tempdir().unwrap();
     let packed = |name: &str| {
         let directory = service_directory();
@@ -139,7 +140,7 @@ fn the_same_files_give_the_same_package_and_each_content_is_in_it_once() {
     };
     assert!(packed("a") == packed("b"));
     let archive = Archive::open(&out.path().join("a")).unwrap();
-    // "same" twice, "#!/bin/sh" twice, nothing, zeroes.
+    // "same" twice, "#!/bin/sh" twice, an empty file, zeroes.
     let contents = archive
         .parts()
         .iter()
@@ -148,7 +149,7 @@ fn the_same_files_give_the_same_package_and_each_content_is_in_it_once() {
 }
 
 #[test]
-fn a_service_that_is_refused_leaves_no_package() {
+fn a_refused_or_cancelled_pack_leaves_no_file() {
     let directory = service_directory();
     fs::remove_file(directory.path().join("Mail/run")).unwrap();
     let out = tempfile::tempdir().unwrap();
@@ -156,9 +157,9 @@ fn a_service_that_is_refused_leaves_no_package() {
     let error = pack(directory.path(), &file, &Progress::default()).unwrap_err();
     assert!(error.what().contains("\"run\" does not exist"), "{error}");
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
-    let given_up = Progress::default();
-    given_up.cancel();
-    pack(Path::new(REDIS), &file, &given_up).unwrap_err();
+    let cancelled = Progress::default();
+    cancelled.cancel();
+    pack(Path::new(REDIS), &file, &cancelled).unwrap_err();
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
     let error = pack(
         Path::new(REDIS),
@@ -170,7 +171,7 @@ fn a_service_that_is_refused_leaves_no_package() {
 }
 
 #[test]
-fn a_package_replaces_a_regular_file_and_nothing_else() {
+fn a_package_replaces_only_a_regular_file() {
     let out = tempfile::tempdir().unwrap();
     let path = |name: &str| out.path().join(name);
     let pack = |name| pack(Path::new(REDIS), &path(name), &Progress::default());
@@ -196,16 +197,18 @@ fn a_package_replaces_a_regular_file_and_nothing_else() {
     }
     let packed = pack("link").unwrap();
     assert_eq!(fs::read_link(path("link")).unwrap(), Path::new("old"));
-    assert_eq!(
-        fs::symlink_metadata(path("old")).unwrap().len(),
-        packed.bytes
-    );
-    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 6);
+    let replaced = fs::symlink_metadata(path("old")).unwrap();
+    assert_eq!(replaced.len(), packed.bytes);
+    // Readable as any new file, not only by its owner.
+    fs::write(path("plain"), "").unwrap();
+    let plain = fs::symlink_metadata(path("plain")).unwrap();
+    assert_eq!(replaced.mode(), plain.mode());
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 7);
 }
 
-/// This test does not end where a pipe is opened as a file is.
+/// Hangs if a FIFO is opened with blocking.
 #[test]
-fn a_pipe_in_place_of_a_file_is_refused_at_once() {
+fn a_fifo_instead_of_a_file_is_refused_at_once() {
     let out = tempfile::tempdir().unwrap();
     for name in ["a.csdef", "a.cscfg", "a.cspkg"] {
         let pipe = out.path().join(name);
@@ -234,10 +237,10 @@ fn parts() -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-/// What loading a package of `parts` says.
+/// Loads a package of `parts`.
 fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError> {
     let out = tempfile::NamedTempFile::new().unwrap();
-    let mut writer = ArchiveWriter::new(out.reopen().unwrap(), 33, 0);
+    let mut writer = ArchiveWriter::new(out.reopen().unwrap(), (33, 0));
     for (name, content) in parts {
         writer.add(name, || Ok(content.as_slice())).unwrap();
     }
@@ -250,7 +253,7 @@ fn config() -> PathBuf {
 }
 
 #[test]
-fn each_lie_of_a_manifest_gives_one_error() {
+fn each_error_in_a_manifest_is_reported() {
     let original = parts();
     load_parts(&original).unwrap();
     let manifest = String::from_utf8(original[2].1.clone()).unwrap();
@@ -283,14 +286,14 @@ fn each_lie_of_a_manifest_gives_one_error() {
     let ghost = "<LayoutDefinition><Name>Roles/Ghost</Name><LayoutDescription>\
                  </LayoutDescription></LayoutDefinition></PackageLayouts>";
     #[rustfmt::skip]
-    let lies: &[(&str, &str, &str)] = &[
+    let changes: &[(&str, &str, &str)] = &[
         (&run, &path("\\approot\\..\\..\\etc\\run.sh"), "\"..\" is not the name of a file"),
         (&run, &path("\\approot\\\\run.sh"), "\"\" is not the name of a file"),
         (&run, &path("\\approot\\a/../run.sh"), "holds '/'"),
         (&run, &path("\\approot\\a&#10;run.sh"), "holds '\\n'"),
         (&run, &path("/etc/passwd"), "is not below \\approot\\"),
         (&run, &path("\\base\\x64\\WaHostBootstrapper.exe"), "is not below \\approot\\"),
-        (&run, &path("\\approot\\gone.sh"), "names \"\\approot\\run.sh\", which is no file"),
+        (&run, &path("\\approot\\gone.sh"), "names \"\\approot\\run.sh\", which is not a file"),
         ("\\approot\\run.sh", "\\approot\\gone.sh", "entry point \"run.sh\" does not exist"),
         ("\\approot\\run.sh", "\\approot\\run.sh\\x", "entry point \"run.sh\" is a directory"),
         (&run, &path(&format!("\\approot{}", "\\d".repeat(40))), "nested deeper than 32"),
@@ -307,11 +310,11 @@ fn each_lie_of_a_manifest_gives_one_error() {
         ("<DataStorePath>S", "<DataStorePath>../S", "has no part"),
         ("Cache<", "Other<", "no files for role \"Cache\""),
         ("Roles/Cache</Name>", "Startup/Cache</Name>", "layout \"Startup/Cache\" is not supported yet"),
-        ("executable:Cache", "executable:Cachet", "executable:Cachet\" is of a role without a layout"),
-        ("</PackageMetaData>", &nobody, "executable:Nobody\" is of a role without"),
-        ("\\approot\\run.sh</Value>", "\\approot\\run.sh\n\\approot\\nosuch</Value>", "names \"\\approot\\nosuch\", which is no file"),
+        ("executable:Cache", "executable:Cachet", "executable:Cachet\" names a role without a layout"),
+        ("</PackageMetaData>", &nobody, "executable:Nobody\" names a role without"),
+        ("\\approot\\run.sh</Value>", "\\approot\\run.sh\n\\approot\\nosuch</Value>", "names \"\\approot\\nosuch\", which is not a file"),
         ("\\approot\\run.sh</Value>", "</Value>", "\"run.sh\" is not executable"),
-        ("</PackageLayouts>", ghost, "layout \"Roles/Ghost\" is of no role"),
+        ("</PackageLayouts>", ghost, "layout \"Roles/Ghost\" belongs to no role"),
         (&reference, "<DataContentReference>ServiceDefinition/ServiceDefinition.csdef<", "\" is in no layout"),
         ("<PackageLayouts>", "<PackageLayouts/><PackageLayouts>", "second <PackageLayouts>"),
         ("<PackageLayouts>", "<Extra/><PackageLayouts>", "unknown element <Extra>"),
@@ -320,7 +323,7 @@ fn each_lie_of_a_manifest_gives_one_error() {
         ("schemas.microsoft.com/windowsazure\"", "example.org/x\"", "wrong namespace"),
         ("<PackageDefinition", "<!DOCTYPE x><PackageDefinition", "DTD"),
     ];
-    for (old, new, why) in lies {
+    for (old, new, why) in changes {
         assert!(manifest.contains(old), "{old}");
         let mut parts = original.clone();
         parts[2].1 = manifest.replace(old, new).into_bytes();
@@ -332,7 +335,7 @@ fn each_lie_of_a_manifest_gives_one_error() {
 }
 
 #[test]
-fn each_missing_or_foreign_part_is_named() {
+fn a_missing_or_unknown_part_is_named() {
     let original = parts();
     let without = |name: &str| {
         let kept = original.iter().filter(|part| !part.0.starts_with(name));
@@ -368,7 +371,7 @@ fn each_missing_or_foreign_part_is_named() {
         error.contains("unknown element <Bogus> in <Types>"),
         "{error}"
     );
-    // What describes the package is of no role, anything else must be.
+    // Only contents that describe the package may be in no layout.
     let manifest = String::from_utf8(original[2].1.clone()).unwrap();
     let end = "</ContentDefinition>";
     let start = manifest.find("<ContentDefinition>").unwrap();
@@ -387,7 +390,7 @@ fn each_missing_or_foreign_part_is_named() {
         error.contains("content \"Extra\" is in no layout"),
         "{error}"
     );
-    // A package of the old format: another relationship.
+    // A package of the old format has another relationship.
     let mut parts = original;
     let rels = String::from_utf8(parts[1].1.clone()).unwrap();
     parts[1].1 = rels
@@ -400,9 +403,9 @@ fn each_missing_or_foreign_part_is_named() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
 
-    /// A package with some damaged bytes is refused or is still the same.
+    /// A package with damaged bytes is refused or still has the same files.
     #[test]
-    fn damage_never_changes_what_a_package_means(
+    fn damage_never_changes_the_files_of_a_package(
         at in any::<prop::sample::Index>(),
         damage in proptest::collection::vec(any::<u8>(), 1..4),
     ) {

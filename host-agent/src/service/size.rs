@@ -2,15 +2,16 @@
 
 use super::model::VmSize;
 
-/// Size of a role without `vmsize`.
+/// Size of a role whose definition has no `vmsize`.
 pub const DEFAULT: &str = "Small";
 
-/// MiB of every resource disk that local storage cannot use: the original
-/// holds 6,144 MB for system files, we for the role's temp, logs and file system.
+/// MiB of every resource disk that local storage cannot use. The classic
+/// platform reserves 6,144 MB for system files; here they hold the role's
+/// temporary files, its logs and file system metadata.
 pub const RESERVED_MIB: u64 = 6144;
 
-/// "How to Configure Virtual Machine Sizes": cores, memory, local storage.
-/// The second name is the one of the later size tables.
+/// Cores, memory and local storage, from "How to Configure Virtual Machine
+/// Sizes". `A0` to `A4` are the names of the later size tables.
 const TABLE: [(&str, VmSize); 5] = [
     ("A0", size("ExtraSmall", 1, 768, 19_480)),
     ("A1", size("Small", 1, 1792, 229_400)),
@@ -36,13 +37,14 @@ pub fn find(name: &str) -> Option<VmSize> {
         .map(|(_, size)| *size)
 }
 
-/// Every name a definition may write.
+/// Every name that a definition may use.
 pub fn names() -> impl Iterator<Item = &'static str> {
     let written = TABLE.iter().map(|(_, size)| size.name);
     written.chain(TABLE.iter().map(|(alias, _)| *alias))
 }
 
-/// Whether `name` is a size of the original that this version has not.
+/// Whether `name` is a size of the classic platform that this version does not
+/// support.
 pub fn is_later(name: &str) -> bool {
     name.starts_with("Standard_")
         || name

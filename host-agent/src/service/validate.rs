@@ -1,4 +1,4 @@
-//! Checks service files one at a time, as far as each can be judged alone.
+//! Checks the files of a service one at a time.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::load::{
 use super::package::Package;
 use crate::progress::Progress;
 
-/// What was found to be right.
+/// What was checked and is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Validated {
     /// A directory: definition, configuration and files agree.
@@ -22,7 +22,8 @@ pub enum Validated {
     Configuration,
     /// A package and its configuration.
     PackagedService,
-    /// A package by itself: none was named, and not one is beside it.
+    /// A package by itself: no configuration was named, and its directory does
+    /// not hold exactly one.
     Package,
 }
 
@@ -51,13 +52,13 @@ pub fn validate(
             let definition = definition_beside(directory_of(path))?;
             configuration::read(path, &definition).map(|_| Validated::Configuration)
         }
-        (Some("cscfg"), Some(_)) => Err(ServiceError::new(path, "is a configuration itself")
-            .with_hint("give --config with a directory, .csdef or .cspkg")),
+        (Some("cscfg"), Some(_)) => Err(ServiceError::new(path, "is already a configuration")
+            .with_hint("use --config with a directory, .csdef or .cspkg")),
         (Some("cspkg"), config) => {
             let package = Package::open(path)?;
             let config = match config {
                 Some(config) => Some(config.to_owned()),
-                // None of several says anything about the package.
+                // Without a clear choice of configuration check the package alone.
                 None => find_configuration(directory_of(path)).ok(),
             };
             match config {
@@ -67,8 +68,11 @@ pub fn validate(
                 None => verified(package, progress).map(|_| Validated::Package),
             }
         }
-        _ => Err(ServiceError::new(path, "is not a file of a service")
-            .with_hint("give a directory, or a file named .csdef, .cscfg or .cspkg")),
+        _ => Err(ServiceError::new(
+            path,
+            "is not a service directory, definition, configuration or package",
+        )
+        .with_hint("give a directory, or a file named .csdef, .cscfg or .cspkg")),
     }
 }
 

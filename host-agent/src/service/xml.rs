@@ -1,5 +1,5 @@
-//! Reads an XML file so that every refusal can name its line: no DTD, bounded
-//! size and depth, and no element or attribute passed over in silence.
+//! Reads XML files of bounded size and depth, without DTD. Unknown elements and
+//! attributes are refused, and every refusal can name its line.
 
 use std::collections::HashSet;
 use std::io::Read;
@@ -7,8 +7,9 @@ use std::path::Path;
 
 use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
-use super::error::{Place, ServiceError, nearest};
+use super::error::{ServiceError, SourceLocation, nearest};
 use super::open::open_regular;
+use super::xml_tokens::{Token, first_token};
 
 /// Largest definition or configuration. Real ones are some kilobytes.
 pub const MAX_BYTES: u64 = 1 << 20;
@@ -16,25 +17,26 @@ pub const MAX_BYTES: u64 = 1 << 20;
 /// Deepest nesting of elements. The schemas need 8.
 pub const MAX_DEPTH: usize = 32;
 
-/// Why a DTD is refused.
+/// Error for a DTD.
 pub(super) const DTD: &str = "document type declaration (DTD) refused";
-/// What to do about it.
+/// Hint of [`DTD`].
 pub(super) const DTD_HINT: &str = "remove it: a service file needs none";
 
-/// What an element may hold. A name that is in none of the lists is unknown.
+/// What an element may contain. A name in none of the lists is refused as
+/// unknown, one in a `later_` list as not supported yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Schema {
     /// Attributes that are read.
     pub attributes: &'static [&'static str],
-    /// Attributes of the classic schema that this version does not act on.
+    /// Attributes of the classic schema that this version does not support.
     pub later_attributes: &'static [&'static str],
     /// Child elements that are read.
     pub children: &'static [&'static str],
-    /// Child elements of the classic schema that this version does not act on.
+    /// Child elements of the classic schema that this version does not support.
     pub later_children: &'static [&'static str],
 }
 
-/// A leaf that holds nothing.
+/// Neither attributes nor child elements.
 pub(super) const EMPTY: Schema = Schema {
     attributes: &[],
     later_attributes: &[],
@@ -42,7 +44,22 @@ pub(super) const EMPTY: Schema = Schema {
     later_children: &[],
 };
 
-/// An element and the file it stands in.
+impl Schema {
+    /// Child elements only.
+    pub const fn of_children(children: &'static [&'static str]) -> Self {
+        Self { children, ..EMPTY }
+    }
+
+    /// Attributes only.
+    pub const fn of_attributes(attributes: &'static [&'static str]) -> Self {
+        Self {
+            attributes,
+            ..EMPTY
+        }
+    }
+}
+
+/// An element and its file.
 #[derive(Clone, Copy)]
 pub(super) struct Element<'a> {
     file: &'a Path,
@@ -50,7 +67,7 @@ pub(super) struct Element<'a> {
     node: Node<'a, 'a>,
 }
 
-/// The value of an attribute and its place.
+/// The value of an attribute and its element.
 #[derive(Clone, Copy)]
 pub(super) struct Value<'a> {
     element: Element<'a>,
@@ -70,7 +87,7 @@ pub(super) fn read_text(file: &Path) -> Result<String, ServiceError> {
     text_of(file, bytes, MAX_BYTES)
 }
 
-/// Checks size and encoding of the content of `file`.
+/// Checks size and encoding of `bytes`, the content of `file`.
 pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String, ServiceError> {
     if bytes.len() as u64 > limit {
         return Err(ServiceError::new(
@@ -92,10 +109,10 @@ pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String,
     Ok(text)
 }
 
-/// Refuses an encoding that can be told by the first bytes.
+/// Refuses UTF-16, which the first bytes show.
 pub(super) fn check_encoding(file: &Path, bytes: &[u8]) -> Result<(), ServiceError> {
     if bytes.starts_with(&[0xFE, 0xFF]) || bytes.starts_with(&[0xFF, 0xFE]) {
-        return Err(ServiceError::new(file, "is written in UTF-16")
+        return Err(ServiceError::new(file, "is encoded in UTF-16")
             .with_hint("save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"));
     }
     Ok(())
@@ -122,7 +139,7 @@ pub(super) fn parse<'a>(
             _ => offset_of(text, position.row, position.col),
         };
         let message = error.to_string();
-        // The parser's own message ends in "at row:column", which may be a guess.
+        // Cut the parser's own "at row:column", which can be wrong.
         let message = message.split(" at ").next().unwrap_or(&message);
         ServiceError::at(
             file,
@@ -133,7 +150,7 @@ pub(super) fn parse<'a>(
     })
 }
 
-/// Parses `text`, the content of `file`, which a person wrote.
+/// Parses `text`, the content of `file`, which a user wrote.
 pub(super) fn parse_written<'a>(file: &Path, text: &'a str) -> Result<Document<'a>, ServiceError> {
     let hint = "close every tag and quote, and write &amp; and &lt; for & and < in values";
     parse(file, text, MAX_BYTES as u32).map_err(|error| error.or_hint(hint))
@@ -158,55 +175,29 @@ fn offset_of(text: &str, row: u32, column: u32) -> usize {
 fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
     let mut depth = 0_usize;
     let mut at = 0;
-    let after = |from: usize, end: &str| {
-        text[from..]
-            .find(end)
-            .map_or(text.len(), |found| from + found + end.len())
-    };
-    while let Some(found) = text[at..].find('<') {
-        let start = at + found;
-        let rest = &text[start..];
-        if rest.starts_with("<!--") {
-            at = after(start + 4, "-->");
-        } else if rest.starts_with("<![CDATA[") {
-            at = after(start, "]]>");
-        } else if rest.starts_with("<?") {
-            at = after(start, "?>");
-        } else if rest.starts_with("<!") {
-            return Err(ServiceError::at(file, text, start, DTD).with_hint(DTD_HINT));
-        } else if rest.starts_with("</") {
-            depth = depth.saturating_sub(1);
-            at = after(start, ">");
-        } else {
-            let end = end_of_tag(text, start);
-            if !text[..end].ends_with("/>") {
-                depth += 1;
+    // An incomplete token is left to the parser.
+    while let Some((token, length)) = first_token(&text.as_bytes()[at..]) {
+        match token {
+            Token::Dtd => {
+                return Err(ServiceError::at(file, text, at, DTD).with_hint(DTD_HINT));
             }
-            if depth > MAX_DEPTH {
-                let what = format!("elements nested deeper than {MAX_DEPTH}");
-                return Err(ServiceError::at(file, text, start, what));
+            Token::Start if depth == MAX_DEPTH => {
+                return Err(ServiceError::at(file, text, at, too_deep()));
             }
-            at = end;
+            Token::Start => depth += 1,
+            Token::End => depth = depth.saturating_sub(1),
+            _ => {}
         }
+        at += length;
     }
     Ok(())
 }
 
-/// One past the `>` that ends the tag at `start`; a `>` in quotes does not.
-fn end_of_tag(text: &str, start: usize) -> usize {
-    let mut quote = None;
-    for (offset, byte) in text.as_bytes()[start..].iter().enumerate() {
-        match (quote, byte) {
-            (None, b'"' | b'\'') => quote = Some(*byte),
-            (Some(open), byte) if open == *byte => quote = None,
-            (None, b'>') => return start + offset + 1,
-            _ => {}
-        }
-    }
-    text.len()
+pub(super) fn too_deep() -> String {
+    format!("elements nested deeper than {MAX_DEPTH}")
 }
 
-/// The root of `document`, which must be `name` in `namespace`.
+/// The root of `document`, which must have this `name` and `namespace`.
 pub(super) fn root<'a>(
     file: &'a Path,
     text: &'a str,
@@ -247,8 +238,8 @@ impl<'a> Element<'a> {
     }
 
     /// Where it is.
-    pub fn place(self) -> Place {
-        Place::of(self.file, self.text, self.start())
+    pub fn location(self) -> SourceLocation {
+        SourceLocation::of(self.file, self.text, self.start())
     }
 
     /// An error at this element.
@@ -319,7 +310,7 @@ impl<'a> Element<'a> {
             .map(move |node| Element { node, ..self })
     }
 
-    /// The child named `name`; more than one is refused.
+    /// The child named `name`, if there is one; a second is refused.
     pub fn child(self, name: &'static str) -> Result<Option<Element<'a>>, ServiceError> {
         let mut found = self.children(name);
         let first = found.next();
@@ -331,14 +322,13 @@ impl<'a> Element<'a> {
         }
     }
 
-    /// The child named `name`, which must be there once.
+    /// The only child named `name`.
     pub fn required_child(self, name: &'static str) -> Result<Element<'a>, ServiceError> {
         self.child(name)?
             .ok_or_else(|| self.refuse(format!("<{}> has no <{name}>", self.name())))
     }
 
-    /// The text, as written, of the child named `name`, which must hold
-    /// nothing else and be there once.
+    /// The text of the only child named `name`, which must contain only text.
     pub fn leaf(self, name: &'static str) -> Result<&'a str, ServiceError> {
         let child = self.required_child(name)?;
         if child.node.attributes().len() > 0 {
@@ -352,7 +342,7 @@ impl<'a> Element<'a> {
         }
     }
 
-    /// The attribute `name`, if written.
+    /// The attribute `name`, if there is one.
     pub fn attribute(self, name: &str) -> Option<Value<'a>> {
         let attribute = self
             .node
@@ -365,7 +355,7 @@ impl<'a> Element<'a> {
         })
     }
 
-    /// The attribute `name`, which must be written.
+    /// The attribute `name`, which is required.
     pub fn required(self, name: &str) -> Result<Value<'a>, ServiceError> {
         self.attribute(name).ok_or_else(|| {
             self.refuse(format!("<{}> has no attribute \"{name}\"", self.name()))
@@ -381,8 +371,8 @@ impl<'a> Value<'a> {
     }
 
     /// Where it is.
-    pub fn place(self) -> Place {
-        Place::of(self.element.file, self.element.text, self.start())
+    pub fn location(self) -> SourceLocation {
+        SourceLocation::of(self.element.file, self.element.text, self.start())
     }
 
     /// An error at this value.
@@ -420,13 +410,13 @@ impl<'a> Value<'a> {
         })
     }
 
-    /// A name that is safe as a file name and in a message: letters, digits,
-    /// `_`, `-` and `.`, the first a letter, a digit or `_`; at most 64 bytes.
+    /// A name that is safe as a file name and in messages: letters, digits, `_`,
+    /// `-` and `.`, not `-` or `.` first, at most 64 bytes.
     pub fn identifier(self) -> Result<&'a str, ServiceError> {
         self.identifier_of(64)
     }
 
-    /// As [`Self::identifier`], of at most `longest` bytes.
+    /// As [`Self::identifier`], but at most `longest` bytes.
     pub fn identifier_of(self, longest: usize) -> Result<&'a str, ServiceError> {
         let name = self.text;
         let first = name.bytes().next();
@@ -446,7 +436,7 @@ impl<'a> Value<'a> {
     }
 }
 
-/// Names already taken, to refuse the second.
+/// Names that are already used, to refuse duplicates.
 pub(super) struct Names {
     what: &'static str,
     taken: HashSet<String>,
@@ -461,7 +451,8 @@ impl Names {
         }
     }
 
-    /// Takes `value`, compared without regard to case as the original does.
+    /// Adds `value`. Names differing only in ASCII case are duplicates, as on the
+    /// classic platform.
     pub fn take(&mut self, value: Value<'_>) -> Result<(), ServiceError> {
         if self.taken.insert(value.text.to_ascii_lowercase()) {
             return Ok(());
@@ -472,7 +463,7 @@ impl Names {
     }
 }
 
-/// The remedy for a name that is not in `known`.
+/// The hint for a name that is not in `known`.
 pub(super) fn meant(name: &str, known: &[&'static str], what: &str) -> String {
     if let Some(near) = nearest(name, known.iter().copied()) {
         return format!("did you mean \"{near}\"?");
@@ -492,7 +483,7 @@ pub(super) fn escape(text: &str) -> String {
             '<' => escaped.push_str("&lt;"),
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
-            // A parser would read these as spaces.
+            // Attribute-value normalisation turns literal ones into spaces.
             '\t' => escaped.push_str("&#9;"),
             '\n' => escaped.push_str("&#10;"),
             '\r' => escaped.push_str("&#13;"),

@@ -16,12 +16,12 @@ pub(super) fn parse(path: &str) -> Option<InstanceValue> {
         _ => {}
     }
     let rest = rest.strip_prefix("CurrentInstance/")?;
-    let (step, rest) = rest.split_once("[@name=")?;
+    let (element, rest) = rest.split_once("[@name=")?;
     let quote = rest.chars().next().filter(|c| *c == '\'' || *c == '"')?;
     let (name, attribute) = rest[1..].split_once(quote)?;
     let attribute = attribute.strip_prefix("]/@")?;
     let name = name.to_owned();
-    Some(match (step, attribute) {
+    Some(match (element, attribute) {
         ("ConfigurationSettings/ConfigurationSetting", "value") => InstanceValue::Setting(name),
         ("LocalResources/LocalResource", "path") => InstanceValue::LocalStoragePath(name),
         ("LocalResources/LocalResource", "sizeInMB") => InstanceValue::LocalStorageSize(name),
@@ -45,58 +45,32 @@ mod tests {
 
     #[test]
     fn every_path_of_the_set_is_read_and_no_other() {
-        let c = "/RoleEnvironment/CurrentInstance";
         let x = || "X.y".to_owned();
+        #[rustfmt::skip]
         let set = [
-            (
-                "/RoleEnvironment/Deployment/@id".into(),
-                InstanceValue::DeploymentId,
-            ),
-            (
-                "/RoleEnvironment/Deployment/@emulated".into(),
-                InstanceValue::Emulated,
-            ),
-            (format!("{c}/@id"), InstanceValue::InstanceId),
-            (format!("{c}/@roleName"), InstanceValue::RoleName),
-            (format!("{c}/@updateDomain"), InstanceValue::UpdateDomain),
-            (format!("{c}/@faultDomain"), InstanceValue::FaultDomain),
-            (
-                format!("{c}/ConfigurationSettings/ConfigurationSetting[@name='X.y']/@value"),
-                InstanceValue::Setting(x()),
-            ),
-            (
-                format!("{c}/LocalResources/LocalResource[@name=\"X.y\"]/@path"),
-                InstanceValue::LocalStoragePath(x()),
-            ),
-            (
-                format!("{c}/LocalResources/LocalResource[@name='X.y']/@sizeInMB"),
-                InstanceValue::LocalStorageSize(x()),
-            ),
-            (
-                format!("{c}/Endpoints/Endpoint[@name='X.y']/@protocol"),
-                InstanceValue::EndpointProtocol(x()),
-            ),
-            (
-                format!("{c}/Endpoints/Endpoint[@name='X.y']/@address"),
-                InstanceValue::EndpointAddress(x()),
-            ),
-            (
-                format!("{c}/Endpoints/Endpoint[@name='X.y']/@port"),
-                InstanceValue::EndpointPort(x()),
-            ),
+            ("Deployment/@id", InstanceValue::DeploymentId),
+            ("Deployment/@emulated", InstanceValue::Emulated),
+            ("CurrentInstance/@id", InstanceValue::InstanceId),
+            ("CurrentInstance/@roleName", InstanceValue::RoleName),
+            ("CurrentInstance/@updateDomain", InstanceValue::UpdateDomain),
+            ("CurrentInstance/@faultDomain", InstanceValue::FaultDomain),
+            ("CurrentInstance/ConfigurationSettings/ConfigurationSetting[@name='X.y']/@value", InstanceValue::Setting(x())),
+            ("CurrentInstance/LocalResources/LocalResource[@name=\"X.y\"]/@path", InstanceValue::LocalStoragePath(x())),
+            ("CurrentInstance/LocalResources/LocalResource[@name='X.y']/@sizeInMB", InstanceValue::LocalStorageSize(x())),
+            ("CurrentInstance/Endpoints/Endpoint[@name='X.y']/@protocol", InstanceValue::EndpointProtocol(x())),
+            ("CurrentInstance/Endpoints/Endpoint[@name='X.y']/@address", InstanceValue::EndpointAddress(x())),
+            ("CurrentInstance/Endpoints/Endpoint[@name='X.y']/@port", InstanceValue::EndpointPort(x())),
         ];
         for (path, value) in set {
+            let path = format!("/RoleEnvironment/{path}");
             assert_eq!(parse(&path), Some(value), "{path}");
             assert_eq!(parse(&format!("{path}x")), None);
             assert_eq!(parse(&path[1..]), None);
         }
-        assert_eq!(
-            parse(&format!("{c}/Endpoints/Endpoint[@name=ä']/@port")),
-            None
-        );
-        assert_eq!(
-            parse(&format!("{c}/Endpoints/Endpoint[@name='a]/@port")),
-            None
-        );
+        for name in ["ä'", "'a", "'a\""] {
+            let path =
+                format!("/RoleEnvironment/CurrentInstance/Endpoints/Endpoint[@name={name}]/@port");
+            assert_eq!(parse(&path), None);
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The files of each role, as the manifest of a package lists them.
+//! Reads the files of each role from the manifest of a package.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::super::archive::Archive;
 use super::super::error::ServiceError;
 use super::super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
-use super::super::xml::{EMPTY, Element, Schema};
-use super::super::xml_cut::LargeXml;
-use super::{APPROOT, ByName, Content, EXECUTABLE_KEY, FILE_RECORDS, ROLE_LAYOUT};
+use super::super::xml::{Element, Schema};
+use super::super::xml_chunks::LargeXml;
+use super::{APPROOT, ByName, Content, EXECUTABLE_KEY, FILE_RECORDS, Layouts, ROLE_LAYOUT};
 
-/// Contents of such names describe the package: no layout has them.
+/// Starts of the names of contents that describe the package and are in no layout.
 const RESERVED: [&str; 2] = ["ServiceDefinition/", "NamedStreams/"];
 
 /// The files of a role, sorted by path, and the index of each one's content.
@@ -22,39 +22,18 @@ pub(super) struct Layout {
     pub contents: Box<[u32]>,
 }
 
-const METADATA: Schema = Schema {
-    children: &["KeyValuePair"],
-    ..EMPTY
-};
-const KEY_VALUE: Schema = Schema {
-    children: &["Key", "Value"],
-    ..EMPTY
-};
-const LAYOUTS: Schema = Schema {
-    children: &["LayoutDefinition"],
-    ..EMPTY
-};
-const LAYOUT: Schema = Schema {
-    children: &["Name", "LayoutDescription"],
-    ..EMPTY
-};
-const LAYOUT_DESCRIPTION: Schema = Schema {
-    children: &["FileDefinition"],
-    ..EMPTY
-};
-const FILE: Schema = Schema {
-    children: &["FilePath", "FileDescription"],
-    ..EMPTY
-};
-const FILE_DESCRIPTION: Schema = Schema {
-    children: &[
-        "DataContentReference",
-        "CreatedTimeUtc",
-        "ModifiedTimeUtc",
-        "ReadOnly",
-    ],
-    ..EMPTY
-};
+const METADATA: Schema = Schema::of_children(&["KeyValuePair"]);
+const KEY_VALUE: Schema = Schema::of_children(&["Key", "Value"]);
+const LAYOUTS: Schema = Schema::of_children(&["LayoutDefinition"]);
+const LAYOUT: Schema = Schema::of_children(&["Name", "LayoutDescription"]);
+const LAYOUT_DESCRIPTION: Schema = Schema::of_children(&["FileDefinition"]);
+const FILE: Schema = Schema::of_children(&["FilePath", "FileDescription"]);
+const FILE_DESCRIPTION: Schema = Schema::of_children(&[
+    "DataContentReference",
+    "CreatedTimeUtc",
+    "ModifiedTimeUtc",
+    "ReadOnly",
+]);
 
 /// The files of each role.
 pub(super) fn layouts<R: Read>(
@@ -63,7 +42,7 @@ pub(super) fn layouts<R: Read>(
     root: Element<'_>,
     contents: &[Content],
     by_name: &ByName,
-) -> Result<HashMap<String, Layout>, ServiceError> {
+) -> Result<Layouts, ServiceError> {
     let mut executable = executables(root)?;
     let mut roles: Vec<RoleFiles<'_>> = Vec::new();
     if let Some(list) = root.child("PackageLayouts")? {
@@ -78,7 +57,7 @@ pub(super) fn layouts<R: Read>(
             if roles.iter().any(|other| other.role == role) {
                 return Err(layout.refuse(format!("duplicate layout \"{name}\"")));
             }
-            // Each layout has one: the first list of files is that of the first.
+            // Exactly one per layout, so that file list N belongs to layout N.
             let description = layout.required_child("LayoutDescription")?;
             description.check(&LAYOUT_DESCRIPTION)?;
             roles.push(RoleFiles {
@@ -90,7 +69,7 @@ pub(super) fn layouts<R: Read>(
         }
     }
     if let Some(role) = executable.keys().min() {
-        let what = format!("\"{EXECUTABLE_KEY}{role}\" is of a role without a layout");
+        let what = format!("\"{EXECUTABLE_KEY}{role}\" names a role without a layout");
         return Err(root.refuse(what));
     }
     let mut count = 0;
@@ -114,7 +93,7 @@ pub(super) fn layouts<R: Read>(
     let layouts = roles.into_iter().map(|mut of| {
         if let Some(path) = of.executable.iter().min() {
             let role = of.role;
-            let what = format!("\"{EXECUTABLE_KEY}{role}\" names \"{path}\", which is no file");
+            let what = format!("\"{EXECUTABLE_KEY}{role}\" names \"{path}\", which is not a file");
             return Err(of.description.refuse(what));
         }
         of.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
@@ -130,16 +109,16 @@ pub(super) fn layouts<R: Read>(
     layouts.collect()
 }
 
-/// What is known of a role's files while the manifest is read; in the end
-/// `executable` holds what was not found.
+/// The files of a role while the manifest is read.
 struct RoleFiles<'a> {
     role: &'a str,
     description: Element<'a>,
+    /// Executable files that were not found yet.
     executable: HashSet<&'a str>,
     files: Vec<(Entry, u32)>,
 }
 
-/// By role, the paths below its layout of files that may be executed.
+/// Executable files of each role: paths in its layout.
 fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, ServiceError> {
     let mut executables = HashMap::new();
     let Some(list) = root.child("PackageMetaData")? else {
@@ -158,7 +137,7 @@ fn executables(root: Element<'_>) -> Result<HashMap<&str, HashSet<&str>>, Servic
     Ok(executables)
 }
 
-/// A file and the index of its content; `size` gives that of a content.
+/// A file and the index of its content, whose size `size` returns.
 fn packed_file(
     element: Element<'_>,
     by_name: &ByName,
@@ -193,8 +172,8 @@ fn packed_file(
     Ok((entry, content))
 }
 
-/// Refuses two files of one path, a file that is also a directory, and too
-/// many bytes. `files` is sorted by path.
+/// Refuses duplicate paths, a file that is also a directory, and too many
+/// bytes.
 fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError> {
     let mut paths = HashSet::new();
     let mut total = 0_u64;
@@ -221,11 +200,11 @@ fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError>
     Ok(())
 }
 
-/// Refuses contents that no role gets.
+/// Refuses contents that no layout uses.
 pub(super) fn check_all_used(
     place: &Path,
     by_name: &ByName,
-    layouts: &HashMap<String, Layout>,
+    layouts: &Layouts,
 ) -> Result<(), ServiceError> {
     let mut used = vec![false; by_name.len()];
     for layout in layouts.values() {

@@ -1,4 +1,4 @@
-//! The pieces against the parser on the whole, also of damaged documents.
+//! Compares chunks with a parser of the whole file, also on damaged documents.
 
 use super::*;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ const FILE: &str = "m.xml";
 const ROOT: (&str, &str) = ("R", "urn:r");
 const LISTS: &[&[&str]] = &[&["R", "A", "I"], &["R", "B", "C", "I"]];
 
-/// What was read: the kind of record, which list, and its name.
+/// Records that were read: kind, index of the list, name.
 type Seen = Vec<(usize, usize, String)>;
 
 fn take(
@@ -26,20 +26,20 @@ fn take(
     Ok(())
 }
 
-/// Reads a few bytes at a time.
-struct Drops<'a>(&'a [u8], usize);
+/// Returns a few bytes per read.
+struct ShortReads<'a>(&'a [u8], usize);
 
-impl Read for Drops<'_> {
+impl Read for ShortReads<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let most = buffer.len().min(self.1);
         self.0.read(&mut buffer[..most])
     }
 }
 
-fn in_pieces(text: &str, drop: usize) -> Result<Seen, ServiceError> {
+fn in_chunks(text: &str, at_most: usize) -> Result<Seen, ServiceError> {
     let large = LargeXml {
         file: Path::new(FILE),
-        open: || Drops(text.as_bytes(), drop),
+        open: || ShortReads(text.as_bytes(), at_most),
         root: ROOT,
         records: LISTS,
     };
@@ -47,7 +47,7 @@ fn in_pieces(text: &str, drop: usize) -> Result<Seen, ServiceError> {
     large.read_rest(&rest, |root| {
         let others = root.children("A").chain(root.children("B"));
         let lists = others.flat_map(|list| [list].into_iter().chain(list.children("C")));
-        // None is left in the lists.
+        // No record is left in the lists.
         for list in lists.filter(|list| list.name() != "B") {
             assert_eq!(list.children("I").count(), 0);
         }
@@ -111,14 +111,14 @@ fn document() -> impl Strategy<Value = String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
 
-    /// Whatever the file and however it comes: it is accepted when the
-    /// parser accepts it as a whole, and means the same.
+    /// Chunks are accepted if and only if the parser accepts the whole file, and
+    /// give the same records.
     #[test]
-    fn a_file_read_in_pieces_is_the_file_read_as_a_whole(
+    fn chunks_agree_with_the_whole_file(
         document in document(),
         damage in proptest::collection::vec(
             (any::<prop::sample::Index>(), 0usize..3, r#"[<>/&'"!?=a-cI \n-]{1,3}"#), 0..3),
-        drop in prop_oneof![Just(1usize), 2usize..40, Just(1000)],
+        at_most in prop_oneof![Just(1usize), 2usize..40, Just(1000)],
     ) {
         let mut text = document;
         for (at, length, new) in damage {
@@ -127,11 +127,11 @@ proptest! {
             let end = (at + length).min(places.len() - 1);
             text.replace_range(places[at]..places[end], &new);
         }
-        match (in_pieces(&text, drop), as_a_whole(&text)) {
-            (Ok(mut pieces), Ok(mut whole)) => {
-                pieces.sort();
+        match (in_chunks(&text, at_most), as_a_whole(&text)) {
+            (Ok(mut chunks), Ok(mut whole)) => {
+                chunks.sort();
                 whole.sort();
-                prop_assert_eq!(pieces, whole);
+                prop_assert_eq!(chunks, whole);
             }
             (Err(_), Err(_)) => {}
             (Ok(_), Err(error)) => prop_assert!(false, "accepted: {error}\n{text}"),
@@ -140,23 +140,23 @@ proptest! {
     }
 
     #[test]
-    fn a_record_is_refused_where_it_is(
+    fn an_error_in_a_record_has_its_position(
         before in proptest::collection::vec(item(), 0..60),
         after in proptest::collection::vec(item(), 0..30),
-        drop in 1usize..100,
+        at_most in 1usize..100,
     ) {
         let (before, after) = (before.concat(), after.concat());
         let text = format!(
             "<R\nxmlns='urn:r'><A>{before}\n</A><B><C>{after}é<I><N>bad</N></I></C></B></R>"
         );
-        let pieces = in_pieces(&text, drop).unwrap_err();
+        let chunks = in_chunks(&text, at_most).unwrap_err();
         let whole = as_a_whole(&text).unwrap_err();
-        prop_assert_eq!(pieces.position(), whole.position(), "{}", text);
+        prop_assert_eq!(chunks.position(), whole.position(), "{}", text);
     }
 }
 
 #[test]
-fn what_would_take_memory_without_end_is_refused() {
+fn input_that_needs_too_much_memory_is_refused() {
     let list = |content: &str| format!("<R xmlns='urn:r'><A>{content}</A></R>");
     let depth = 100;
     let deep = "<d>".repeat(depth) + &"</d>".repeat(depth);
@@ -166,21 +166,21 @@ fn what_would_take_memory_without_end_is_refused() {
             "too large",
         ),
         (list(&format!("<!--{}-->", "x".repeat(200_000))), "too long"),
-        (list(&"<x/>".repeat(600_000)), "beside its lists"),
+        (list(&"<x/>".repeat(600_000)), "outside its lists"),
         (list(&deep), "nested deeper"),
         (list(&format!("<I>{deep}</I>")), "nested deeper"),
         (format!("<!DOCTYPE x>{}", list("")), "DTD"),
         (list("<I><!DOCTYPE x></I>"), "DTD"),
     ];
     for (text, why) in cases {
-        let error = in_pieces(&text, 10_000).unwrap_err().to_string();
+        let error = in_chunks(&text, 10_000).unwrap_err().to_string();
         assert!(error.contains(why), "{why}: {error}");
     }
     let mut utf16 = vec![0xFF, 0xFE];
     utf16.extend(list("").encode_utf16().flat_map(u16::to_le_bytes));
     let large = LargeXml {
         file: Path::new(FILE),
-        open: || Drops(&utf16, 7),
+        open: || ShortReads(&utf16, 7),
         root: ROOT,
         records: LISTS,
     };
