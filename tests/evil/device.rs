@@ -1,4 +1,4 @@
-//! A virtio-mmio device (virtio 1.2, section 4.2) in the hands of this guest.
+//! A driver of a virtio-mmio device (virtio 1.2, 4.2).
 
 use std::time::{Duration, Instant};
 
@@ -19,33 +19,33 @@ pub mod register {
     pub const QUEUE_DESC: u64 = 0x80;
     pub const QUEUE_DRIVER: u64 = 0x90;
     pub const QUEUE_DEVICE: u64 = 0xa0;
-    /// Of a block device: its length in sectors, 8 bytes (5.2.4).
+    /// Capacity of a block device in sectors, 8 bytes (virtio 1.2, 5.2.4).
     pub const CAPACITY: u64 = 0x100;
 }
 
 const MAGIC: u32 = 0x7472_6976;
-/// Status bits (2.1).
+/// Device status bits (virtio 1.2, 2.1).
 const NEEDS_RESET: u32 = 0x40;
-const STEPS: [u32; 4] = [1, 3, 11, 15];
-/// Descriptor flags (2.7.5).
+const STATUS_STEPS: [u32; 4] = [1, 3, 11, 15];
+/// Descriptor flags (virtio 1.2, 2.7.5).
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
-/// Where a queue's parts lie, from the start of its stretch of the window.
+/// Bytes of memory for one queue; offsets of its driver area and device area.
 const QUEUE: u64 = 0x1_0000;
 const DRIVER: u64 = 0x4000;
 const DEVICE: u64 = 0x8000;
-/// Buffers begin here.
+/// Offset of the buffers in the window.
 pub const BUFFERS: u64 = 4 * QUEUE;
 
-/// A device and the memory that it is given.
+/// A device and the memory for its queues and buffers.
 #[derive(Debug)]
 pub struct Device<'a> {
     registers: &'a Physical,
     window: &'a Physical,
     base: u64,
-    /// Kind of device: 2 block, 4 entropy, 19 socket.
+    /// Device id (virtio 1.2, section 5): 2 block, 4 entropy, 19 socket.
     pub kind: u32,
     /// Length of each queue.
     pub queues: Vec<u16>,
@@ -73,28 +73,28 @@ impl<'a> Device<'a> {
         self.registers.write(self.base + register, value);
     }
 
-    /// Writes one or two bytes where registers are four.
+    /// Writes two bytes to a register of four.
     pub fn set_narrow(&self, register: u64, value: u16) {
         self.registers.write(self.base + (register & !1), value);
     }
 
-    /// Resets the device; it has to say at once that it is.
+    /// Resets the device; whether its status then reads as 0.
     pub fn reset(&self) -> bool {
         self.set(register::STATUS, 0);
         self.get(register::STATUS) == 0
     }
 
-    /// Resets and starts it with empty queues, as an honest driver does.
-    /// `place` may move the parts of a queue.
+    /// Resets and initialises the device with empty queues (virtio 1.2, 3.1.1).
+    /// `place` may move the areas of a queue.
     pub fn start(&mut self, place: impl Fn(u64) -> u64) {
         self.reset();
-        for step in &STEPS[..2] {
+        for step in &STATUS_STEPS[..2] {
             self.set(register::STATUS, *step);
         }
         self.set(register::DRIVER_FEATURES_SEL, 1);
-        // VIRTIO_F_VERSION_1 and nothing else.
+        // Accepts only VIRTIO_F_VERSION_1.
         self.set(register::DRIVER_FEATURES, 1);
-        self.set(register::STATUS, STEPS[2]);
+        self.set(register::STATUS, STATUS_STEPS[2]);
         self.queues.clear();
         for queue in 0.. {
             self.set(register::QUEUE_SEL, queue);
@@ -119,14 +119,14 @@ impl<'a> Device<'a> {
             }
             self.set(register::QUEUE_READY, 1);
         }
-        self.set(register::STATUS, STEPS[3]);
+        self.set(register::STATUS, STATUS_STEPS[3]);
     }
 
     fn queue(&self, queue: u32) -> u64 {
         self.window.start + QUEUE * u64::from(queue)
     }
 
-    /// Address of the `n`th buffer of a page.
+    /// Address of the buffer `n`, a page.
     pub fn buffer(&self, n: u64) -> u64 {
         self.window.start + BUFFERS + n * 0x1000
     }
@@ -140,8 +140,8 @@ impl<'a> Device<'a> {
         self.window.write(descriptor + 14, next);
     }
 
-    /// Puts `head` into the available ring at `position` and claims that there
-    /// are `index` entries, then kicks.
+    /// Writes `head` to the available ring at `position`, sets the available index
+    /// to `index`, and kicks.
     pub fn offer(&self, queue: u32, position: u16, head: u16, index: u16) {
         let ring = self.queue(queue) + DRIVER;
         self.window.write(ring + 4 + 2 * u64::from(position), head);
@@ -150,24 +150,24 @@ impl<'a> Device<'a> {
         self.set(register::QUEUE_NOTIFY, queue);
     }
 
-    /// Chains that came back from a queue.
+    /// The used index of a queue.
     pub fn used(&self, queue: u32) -> u16 {
         self.window.read(self.queue(queue) + DEVICE + 2)
     }
 
-    /// Waits until the device says that it needs a reset.
+    /// Waits for `DEVICE_NEEDS_RESET`.
     pub fn broke(&self, limit: Duration) -> bool {
         wait(limit, || self.get(register::STATUS) & NEEDS_RESET != 0)
     }
 
-    /// The queue on which the device waits for something to do.
+    /// A queue that the device serves when it is kicked.
     pub fn busy_queue(&self) -> u32 {
-        // Of a socket device, queue 0 is what the device fills.
+        // Queue 0 of a socket device holds receive buffers.
         u32::from(self.kind == 19)
     }
 }
 
-/// Waits for a condition.
+/// Waits until `condition` holds; `false` after `limit`.
 pub fn wait(limit: Duration, condition: impl Fn() -> bool) -> bool {
     let start = Instant::now();
     while !condition() {

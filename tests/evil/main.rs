@@ -1,10 +1,10 @@
-//! A hostile guest: PID 1 on a stock kernel without drivers, which drives the
-//! virtio devices itself, by every rule and against them. It says on the console
-//! what the devices made of it and powers off.
+//! A hostile guest: PID 1 on a stock kernel without virtio drivers. It drives the
+//! virtio devices itself, with valid and invalid requests, prints the results on
+//! the console and powers off.
 //!
-//! The kernel gives it `window=ADDRESS` (16 MiB of RAM kept from the kernel by
-//! `memmap=`), `registers=ADDRESS`, `seed=N` and `rounds=N` as environment, and
-//! `fill=1` if it is to write every sector of its disks at the end.
+//! Its environment comes from the kernel command line: `window=ADDRESS` (16 MiB of
+//! RAM that `memmap=` reserves), `registers=ADDRESS`, `seed=N`, `rounds=N`, and
+//! `fill=1` to write every sector of the disks at the end.
 
 mod device;
 mod physical;
@@ -18,9 +18,11 @@ use nix::sys::reboot::{RebootMode, reboot};
 use physical::Physical;
 
 const WINDOW: u64 = 16 << 20;
-/// Registers of so many devices, a page each.
+/// Most devices; each has a page of registers.
 const DEVICES: u64 = 16;
-/// Far more than a device needs on an emulated machine.
+/// An address beyond RAM.
+const FAR: u64 = 1 << 40;
+/// Longest time for a device to answer, even on an emulated machine.
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn main() {
@@ -65,21 +67,30 @@ fn run() -> std::io::Result<()> {
     Ok(())
 }
 
-/// A number of the environment, hexadecimal after `0x`.
+/// A number from the environment, hexadecimal with the prefix `0x`.
 fn number(name: &str) -> u64 {
     let text = std::env::var(name).unwrap_or_default();
     let parsed = text
         .strip_prefix("0x")
         .map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
-    parsed.unwrap_or_else(|_| panic!("{name}={text} is no number"))
+    parsed.unwrap_or_else(|_| panic!("{name}={text} is not a number"))
 }
 
-/// Each violation has to break the device, and a reset has to mend it.
+/// Offers a chain of three buffers at `address`.
+fn offer_at(device: &Device<'_>, queue: u32, address: u64) {
+    for index in 0..3 {
+        let flags = if index < 2 { NEXT } else { WRITE };
+        device.describe(queue, index, address, 64, flags, index + 1);
+    }
+    device.offer(queue, 0, 0, 1);
+}
+
+/// Commits each violation, which must set `DEVICE_NEEDS_RESET`; a reset must then
+/// recover the device.
 fn violate(device: &mut Device<'_>) {
     let queue = device.busy_queue();
-    let far = 1_u64 << 40;
-    type Act = fn(&Device<'_>, u32, u16);
-    let acts: [(&str, Act); 7] = [
+    type Violation = fn(&Device<'_>, u32, u16);
+    let violations: [(&str, Violation); 7] = [
         ("a chain that is a loop", |d, q, _| {
             d.describe(q, 0, d.buffer(0), 16, NEXT, 0);
             d.offer(q, 0, 0, 1);
@@ -94,19 +105,9 @@ fn violate(device: &mut Device<'_>) {
         ("an index that jumps", |d, q, size| {
             d.offer(q, 0, 0, size + 1);
         }),
-        ("a buffer beyond RAM", |d, q, _| {
-            for index in 0..3 {
-                let flags = if index < 2 { NEXT } else { WRITE };
-                d.describe(q, index, 1 << 40, 64, flags, index + 1);
-            }
-            d.offer(q, 0, 0, 1);
-        }),
+        ("a buffer beyond RAM", |d, q, _| offer_at(d, q, FAR)),
         ("a buffer that wraps around", |d, q, _| {
-            for index in 0..3 {
-                let flags = if index < 2 { NEXT } else { WRITE };
-                d.describe(q, index, u64::MAX - 8, 64, flags, index + 1);
-            }
-            d.offer(q, 0, 0, 1);
+            offer_at(d, q, u64::MAX - 8);
         }),
         ("an indirect table not negotiated", |d, q, _| {
             d.describe(q, 0, d.buffer(0), 64, INDIRECT, 0);
@@ -114,29 +115,28 @@ fn violate(device: &mut Device<'_>) {
         }),
     ];
     let mut answered = 0;
-    for (name, act) in acts {
-        device.start(|at| at);
-        let size = device.queues[queue as usize];
-        act(device, queue, size);
+    let mut check = |device: &Device<'_>, name: &str| {
         if device.broke(LIMIT) && device.reset() {
             answered += 1;
         } else {
             println!("evil: device {}: {name}: no answer", device.kind);
         }
+    };
+    for (name, commit) in violations {
+        device.start(|at| at);
+        let size = device.queues[queue as usize];
+        commit(device, queue, size);
+        check(device, name);
     }
-    device.start(|_| far);
-    if device.broke(LIMIT) && device.reset() {
-        answered += 1;
-    } else {
-        println!("evil: device {}: rings beyond RAM: no answer", device.kind);
-    }
+    device.start(|_| FAR);
+    check(device, "rings beyond RAM");
     println!(
         "evil: device {}: {answered} of 8 violations answered",
         device.kind
     );
 }
 
-/// After all that, a driver that keeps the rules gets what it asks for.
+/// Sends a valid request to each device, which must answer it.
 fn honest(devices: &mut [Device<'_>], window: &Physical) {
     for device in devices {
         device.start(|at| at);
@@ -144,7 +144,7 @@ fn honest(devices: &mut [Device<'_>], window: &Physical) {
         let data = device.buffer(1);
         window.write(data, 0_u64);
         match device.kind {
-            // Read sector 0 (5.2.6).
+            // Reads sector 0 (virtio 1.2, 5.2.6).
             2 => {
                 let request = device.buffer(0);
                 window.write(request, 0_u64);
@@ -153,10 +153,10 @@ fn honest(devices: &mut [Device<'_>], window: &Physical) {
                 device.describe(queue, 1, data, 512, NEXT | WRITE, 2);
                 device.describe(queue, 2, device.buffer(2), 1, WRITE, 0);
             }
-            // Entropy (5.4.6).
+            // Entropy (virtio 1.2, 5.4.6).
             4 => device.describe(queue, 0, data, 8, WRITE, 0),
-            // A reset for a connection that does not exist (5.10.6): from this
-            // guest (3) to the host (2), a stream, operation 3.
+            // A reset of an unknown connection (virtio 1.2, 5.10.6): from this
+            // guest (3) to the host (2), type stream, operation 3.
             _ => {
                 let packet = device.buffer(0);
                 let words: [u64; 6] = [3, 2, 0, 1 << 32 | 3 << 48, 0, 0];
@@ -179,10 +179,10 @@ fn honest(devices: &mut [Device<'_>], window: &Physical) {
     }
 }
 
-/// Writes every sector of a block device by every rule; each holds its number.
-/// Of each cluster of a diff first one sector is written, then another, then all.
+/// Writes its number to every sector of a block device. In each cluster of the diff
+/// disk it first writes the first sector, then the last, then all of them.
 fn fill(device: &mut Device<'_>, window: &Physical) {
-    /// Sectors of a cluster.
+    /// Sectors per cluster.
     const CLUSTER: u64 = 128;
     device.start(|at| at);
     let high = u64::from(device.get(register::CAPACITY + 4));
@@ -197,7 +197,7 @@ fn fill(device: &mut Device<'_>, window: &Physical) {
                 .step_by(8)
                 .for_each(|word| window.write(word, sector));
         }
-        // VIRTIO_BLK_T_OUT (5.2.6).
+        // VIRTIO_BLK_T_OUT (virtio 1.2, 5.2.6).
         window.write(request, 1_u64);
         window.write(request + 8, first);
         window.write(status, 0xff_u8);

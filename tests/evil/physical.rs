@@ -1,4 +1,4 @@
-//! Physical memory of the guest, by way of /dev/mem.
+//! Physical memory of the guest, through `/dev/mem`.
 #![allow(unsafe_code)]
 
 use std::fs::OpenOptions;
@@ -6,7 +6,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-/// A stretch of physical addresses. Every access is one of the width asked for.
+/// A mapped range of physical addresses. Each access has exactly the width of its
+/// type.
 #[derive(Debug)]
 pub struct Physical {
     base: *mut u8,
@@ -17,8 +18,7 @@ pub struct Physical {
 }
 
 impl Physical {
-    /// Maps device registers or, not `uncached`, memory that the kernel does
-    /// not use.
+    /// Maps device registers (`uncached`), or memory that the kernel does not use.
     pub fn map(start: u64, length: u64, uncached: bool) -> io::Result<Self> {
         let flags = if uncached { libc::O_SYNC } else { 0 };
         let memory = OpenOptions::new()
@@ -27,8 +27,8 @@ impl Physical {
             .custom_flags(flags)
             .open("/dev/mem")?;
         let offset = i64::try_from(start).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches
-        // nothing that exists; it is never unmapped.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps
+        // no other mapping; it is never unmapped.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -51,15 +51,15 @@ impl Physical {
 
     /// Reads at physical address `at`.
     pub fn read<T: Copy>(&self, at: u64) -> T {
-        // SAFETY: `pointer` checked range and alignment; the types used are
-        // integers, for which every bit pattern is a value.
+        // SAFETY: `pointer` checks range and alignment; `T` is an integer, for
+        // which every bit pattern is valid.
         unsafe { self.pointer::<T>(at).read_volatile() }
     }
 
     /// Writes at physical address `at`.
     pub fn write<T: Copy>(&self, at: u64, value: T) {
-        // SAFETY: `pointer` checked range and alignment. That a device may
-        // access the memory meanwhile is the purpose, hence volatile.
+        // SAFETY: `pointer` checks range and alignment. A device may access the
+        // memory at the same time, so the access is volatile.
         unsafe { self.pointer::<T>(at).write_volatile(value) }
     }
 
@@ -67,7 +67,7 @@ impl Physical {
         let size = size_of::<T>() as u64;
         let offset = at.checked_sub(self.start).expect("address in the mapping");
         assert!(offset + size <= self.length && offset.is_multiple_of(size));
-        // SAFETY: the offset was just found to lie within the mapping.
+        // SAFETY: the assertion above keeps the offset within the mapping.
         unsafe { self.base.add(offset as usize) }.cast()
     }
 }

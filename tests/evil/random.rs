@@ -1,9 +1,9 @@
-//! Requests without sense, the same for the same seed.
+//! Random requests, reproducible by their seed.
 
 use crate::device::{BUFFERS, Device, register};
 use crate::physical::Physical;
 
-/// A small generator (Marsaglia's xorshift64*): the run can be had again.
+/// The generator xorshift64*.
 #[derive(Debug)]
 pub struct Random(u64);
 
@@ -28,8 +28,17 @@ impl Random {
         self.below(count) == 0
     }
 
-    /// An address where a device can do no harm to this guest's kernel: in the
-    /// window, which ends where RAM ends, or nowhere.
+    /// A number below `bound`, or any number one time in `rarity`.
+    fn mostly_below(&mut self, bound: u64, rarity: u64) -> u16 {
+        if self.one_in(rarity) {
+            self.next() as u16
+        } else {
+            self.below(bound) as u16
+        }
+    }
+
+    /// An address in the window, which ends where RAM ends, or outside of RAM, so
+    /// that no device overwrites this guest's kernel.
     fn address(&mut self, window: &Physical) -> u64 {
         match self.below(10) {
             0 => self.next() | 1 << 62,
@@ -51,7 +60,7 @@ impl Random {
     }
 }
 
-/// Starts the device, or not, then feeds it anything.
+/// Starts the device, sometimes with a misplaced ring, and sends it random requests.
 pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
     if random.one_in(4) {
         let moved = random.address(window) & !0xfff;
@@ -66,7 +75,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
         device.start(|at| at);
     }
     for _ in 0..random.below(4) {
-        // Small pieces of the window become requests of a sort.
+        // Random words in the buffers sometimes form a valid request.
         let at = device.buffer(random.below(16)) + 8 * random.below(8);
         let value = random.next() >> (8 * random.below(8));
         window.write(at, value);
@@ -80,24 +89,12 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
             } else {
                 random.address(window)
             };
-            let flags = if random.one_in(16) {
-                random.next() as u16
-            } else {
-                random.below(4) as u16
-            };
-            let next = if random.one_in(8) {
-                random.next() as u16
-            } else {
-                random.below(count) as u16
-            };
+            let flags = random.mostly_below(4, 16);
+            let next = random.mostly_below(count, 8);
             device.describe(queue, index as u16, at, random.length(), flags, next);
         }
         for position in 0..=random.below(count) {
-            let head = if random.one_in(16) {
-                random.next() as u16
-            } else {
-                random.below(count) as u16
-            };
+            let head = random.mostly_below(count, 16);
             let index = if random.one_in(16) {
                 random.next() as u16
             } else {
@@ -107,7 +104,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
         }
     }
     for _ in 0..random.below(6) {
-        // Addresses of rings stay where they can do no harm.
+        // Ring addresses stay, so that no device writes outside of the window.
         let offset = random.below(0x200) & !3;
         let value = random.next() as u32;
         match offset {
