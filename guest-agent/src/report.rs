@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use vmbus::frame::Message;
 use vmbus::message::RoleState;
 
 /// Path of the app agent's socket.
@@ -21,3 +22,5 @@ pub struct Report {
     /// State of the role.
     pub role: RoleState,
 }
+
+impl Message for Report {}

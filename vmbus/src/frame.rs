@@ -1,20 +1,21 @@
-//! Frames: a little-endian `u32` length, then that many bytes of JSON.
+//! Frames: a little-endian `u32` length, then a body of that many bytes.
 //!
-//! The peer is hostile: a length over the cap is refused before a byte of the
-//! body is buffered, so a decoder never holds more than one frame and the bytes
-//! it was last given.
+//! A body is JSON, or for the streams of `exec` and logs a [`crate::piece`] of raw bytes:
+//! [`Message`] says which for each type. The peer is hostile: a length over the cap is
+//! refused before a byte of the body is buffered, so a decoder never holds more than one
+//! frame and the bytes it was last given.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The longest body of a frame, in bytes. Nothing that travels in frames is
-/// hot or large: programs and endpoint bytes travel raw.
+/// The longest body of a frame, in bytes. The guest agent's program and the bytes of
+/// endpoints, which may be more, travel outside of frames.
 pub const MAX_BODY: usize = 1 << 20;
 
 /// Bytes of the length that precedes a body.
 pub const HEADER: usize = 4;
 
-/// Room that a decoder keeps between frames, in bytes.
+/// Capacity that a decoder keeps between frames, in bytes.
 const KEPT: usize = 64 * 1024;
 
 /// Why bytes are not a frame, or a frame is not the message expected.
@@ -31,12 +32,33 @@ pub enum FrameError {
     /// The body is not JSON of the expected shape.
     #[error("frame is not a valid message")]
     Malformed(#[from] serde_json::Error),
+    /// A piece of a stream is empty or too long.
+    #[error("piece of {length} bytes is not within 1 to {limit}")]
+    Piece {
+        /// Length of the piece.
+        length: usize,
+        /// The longest of its kind.
+        limit: usize,
+    },
+}
+
+/// What a frame holds. The body is JSON unless the type overrides both methods.
+pub trait Message: Serialize + DeserializeOwned {
+    /// Appends the body to `body`.
+    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+        write_json(self, body)
+    }
+
+    /// The message in `body`, which is of one whole frame.
+    fn read(body: &[u8]) -> Result<Self, FrameError> {
+        parse(body)
+    }
 }
 
 /// Encodes one message as a frame.
-pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
+pub fn encode<T: Message>(message: &T) -> Result<Vec<u8>, FrameError> {
     let mut frame = vec![0; HEADER];
-    serde_json::to_writer(&mut frame, message)?;
+    message.write(&mut frame)?;
     let length = frame.len() - HEADER;
     if length > MAX_BODY {
         return Err(too_long(length));
@@ -67,8 +89,12 @@ pub fn body_length(header: [u8; HEADER]) -> Result<usize, FrameError> {
     Ok(length)
 }
 
-/// Parses the body of one frame. Unknown fields are ignored: they are how the
-/// protocol grows.
+/// Appends the JSON encoding of `message` to `body`.
+pub fn write_json<T: Serialize>(message: &T, body: &mut Vec<u8>) -> Result<(), FrameError> {
+    Ok(serde_json::to_writer(body, message)?)
+}
+
+/// Parses JSON. Unknown fields are ignored, so that later versions can add fields.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
     Ok(serde_json::from_slice(body)?)
 }
@@ -93,7 +119,7 @@ impl Decoder {
 
     /// The next whole frame, parsed, or `None` when more bytes are needed.
     /// After an error the stream has no frame boundary left: close it.
-    pub fn take_frame<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn take_frame<T: Message>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(header) = self.buffer.first_chunk::<HEADER>() else {
             return Ok(None);
         };
@@ -101,9 +127,9 @@ impl Decoder {
         if self.buffer.len() < end {
             return Ok(None);
         }
-        let message = parse(&self.buffer[HEADER..end]);
+        let message = T::read(&self.buffer[HEADER..end]);
         self.buffer.drain(..end);
-        // One large frame shall not keep its room for as long as the connection.
+        // One large frame must not keep its memory for as long as the connection.
         self.buffer.shrink_to(KEPT);
         message.map(Some)
     }
@@ -132,6 +158,8 @@ impl Decoder {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    impl Message for String {}
 
     #[test]
     fn a_length_over_the_cap_is_refused_before_the_body_arrives() {
@@ -192,7 +220,7 @@ mod tests {
                 decoder.push(&bytes);
                 loop {
                     match decoder.take_frame::<crate::message::ToHost>() {
-                        Ok(Some(_)) | Err(FrameError::Malformed(_)) => {}
+                        Ok(Some(_)) | Err(FrameError::Malformed(_) | FrameError::Piece { .. }) => {}
                         Ok(None) => break,
                         Err(FrameError::TooLong { length, .. }) => {
                             prop_assert!(length > MAX_BODY);

@@ -2,7 +2,8 @@
 //!
 //! The bus is a set of named [`channel`]s over one virtio-vsock device. Control
 //! channels carry [`frame`]s (a length and a JSON document) of one typed
-//! [`message`] set each; tunnels carry raw bytes. A channel begins with
+//! [`message`] set each; the streams of `exec` are [`piece`]s of raw bytes in frames;
+//! tunnels carry raw bytes. A channel begins with
 //! [`version`] negotiation. Bytes in, values out: this crate opens nothing, and only
 //! `stream` (feature `tokio`) reads and writes what it is given.
 #![forbid(unsafe_code)]
@@ -10,6 +11,7 @@
 pub mod channel;
 pub mod frame;
 pub mod message;
+pub mod piece;
 pub mod role;
 #[cfg(feature = "tokio")]
 pub mod stream;

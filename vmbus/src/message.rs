@@ -6,7 +6,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::frame::{self, FrameError, Message};
+use crate::piece::{self, STDERR, STDIN, STDOUT};
 use crate::role::RoleDefinition;
+
+impl Message for ToHost {}
+impl Message for ToGuest {}
+impl Message for ExecRequest {}
 
 /// Any frame that a guest may send after its hello: one set for the decoder's
 /// property tests and for the host's dispatcher.
@@ -252,11 +258,16 @@ pub struct ExecRequest {
 /// signal is never stuck behind them.
 pub const EXEC_WINDOW: usize = 256 * 1024;
 
-/// Host to guest, after the request.
+/// Most bytes in one [`ExecInput::Stdin`], [`ExecOutput::Stdout`] or
+/// [`ExecOutput::Stderr`]; none has fewer than one.
+pub const EXEC_PIECE: usize = 16 * 1024;
+
+/// Host to guest, after the request. Bytes are a [`crate::piece`], the rest is JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ExecInput {
-    /// Bytes for standard input, at most 16 KiB.
+    /// Bytes for standard input, at most [`EXEC_PIECE`].
+    #[serde(skip)]
     Stdin {
         /// The bytes.
         bytes: Vec<u8>,
@@ -277,16 +288,34 @@ pub enum ExecInput {
     },
 }
 
-/// Guest to host.
+impl Message for ExecInput {
+    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Stdin { bytes } => piece::write(body, STDIN, bytes, EXEC_PIECE),
+            other => frame::write_json(other, body),
+        }
+    }
+
+    fn read(body: &[u8]) -> Result<Self, FrameError> {
+        if let Some(bytes) = piece::read(body, STDIN, EXEC_PIECE)? {
+            return Ok(Self::Stdin { bytes });
+        }
+        frame::parse(body)
+    }
+}
+
+/// Guest to host. Bytes are a [`crate::piece`], the rest is JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ExecOutput {
-    /// Bytes of standard output, at most 16 KiB.
+    /// Bytes of standard output, at most [`EXEC_PIECE`].
+    #[serde(skip)]
     Stdout {
         /// The bytes.
         bytes: Vec<u8>,
     },
-    /// Bytes of standard error, at most 16 KiB.
+    /// Bytes of standard error, at most [`EXEC_PIECE`].
+    #[serde(skip)]
     Stderr {
         /// The bytes.
         bytes: Vec<u8>,
@@ -308,6 +337,26 @@ pub enum ExecOutput {
         /// 126 (not executable), 127 (not found) or 125 (anything else).
         code: i32,
     },
+}
+
+impl Message for ExecOutput {
+    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Stdout { bytes } => piece::write(body, STDOUT, bytes, EXEC_PIECE),
+            Self::Stderr { bytes } => piece::write(body, STDERR, bytes, EXEC_PIECE),
+            other => frame::write_json(other, body),
+        }
+    }
+
+    fn read(body: &[u8]) -> Result<Self, FrameError> {
+        if let Some(bytes) = piece::read(body, STDOUT, EXEC_PIECE)? {
+            return Ok(Self::Stdout { bytes });
+        }
+        if let Some(bytes) = piece::read(body, STDERR, EXEC_PIECE)? {
+            return Ok(Self::Stderr { bytes });
+        }
+        frame::parse(body)
+    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,9 @@
 
 use std::io;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, copy_buf};
 
-use crate::frame::{self, Decoder, FrameError};
+use crate::frame::{self, Decoder, FrameError, Message};
 
 /// Bytes asked of the stream at once. The buffer is part of every future that
 /// reads frames, and most frames are far smaller.
@@ -40,7 +38,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 
     /// The next message, or `None` when the peer closed between frames.
-    pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, StreamError> {
+    pub async fn next<T: Message>(&mut self) -> Result<Option<T>, StreamError> {
         loop {
             if let Some(message) = self.decoder.take_frame()? {
                 return Ok(Some(message));
@@ -71,7 +69,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 }
 
 /// Writes one message as a frame.
-pub async fn send<W: AsyncWrite + Unpin, T: Serialize>(
+pub async fn send<W: AsyncWrite + Unpin, T: Message>(
     stream: &mut W,
     message: &T,
 ) -> Result<(), StreamError> {

@@ -6,10 +6,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Channel;
+use crate::frame::Message;
 
 /// The protocol versions that this build speaks, lowest first.
 ///
-/// 2: a goal carries the role's definition whole.
+/// 2: a goal carries the role's definition whole; bytes of `exec` travel raw.
 pub const SUPPORTED: &[u32] = &[2];
 
 /// The guest's first frame on a channel that it dials.
@@ -44,6 +45,9 @@ pub enum Welcome {
         reason: String,
     },
 }
+
+impl Message for Hello {}
+impl Message for Welcome {}
 
 /// Picks the highest version in both lists, or explains why there is none.
 pub fn negotiate(ours: &[u32], theirs: &[u32]) -> Result<u32, String> {

@@ -12,6 +12,7 @@ pub mod serve;
 pub mod stack;
 
 use serde::{Deserialize, Serialize};
+use vmbus::frame::Message;
 use vmbus::message::{ExitCause, Goal, RoleState};
 
 /// Where the bootstrapper listens; only root can connect.
@@ -50,6 +51,9 @@ pub enum Said {
         text: String,
     },
 }
+
+impl Message for Order {}
+impl Message for Said {}
 
 /// State of the role.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,15 +13,13 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use vmbus::message::{EXEC_WINDOW, ExecOutput, ExecRequest};
+use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecOutput, ExecRequest};
 
 use crate::os::cgroup::Group;
 use crate::os::child;
 use crate::os::terminal::{self, Size};
 use crate::setup::PATH;
 
-/// Bytes of output per frame.
-const CHUNK: usize = 16 * 1024;
 /// A stream that a process in the background holds open ends for the operator
 /// when the command has ended and the stream was silent for this long.
 const SILENCE: Duration = Duration::from_millis(200);
@@ -210,7 +208,7 @@ async fn pump(
     mut ended: watch::Receiver<bool>,
     wrap: fn(Vec<u8>) -> ExecOutput,
 ) {
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = vec![0; EXEC_PIECE];
     loop {
         let read = tokio::select! {
             biased;
@@ -328,11 +326,11 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn input_that_nobody_reads_is_consumed_and_a_signal_passes_input_that_waits() {
         let act = async |program: &mut Program, queue: &mut mpsc::Receiver<ExecOutput>| {
-            for _ in 0..EXEC_WINDOW / CHUNK {
-                program.input(vec![b'x'; CHUNK]);
+            for _ in 0..EXEC_WINDOW / EXEC_PIECE {
+                program.input(vec![b'x'; EXEC_PIECE]);
             }
             let consumed = queue.recv().await.unwrap();
-            assert_eq!(consumed, ExecOutput::Consumed { bytes: CHUNK });
+            assert_eq!(consumed, ExecOutput::Consumed { bytes: EXEC_PIECE });
             program.signal(libc::SIGTERM);
             String::new()
         };

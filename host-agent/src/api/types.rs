@@ -1,19 +1,20 @@
-//! What is said on the socket of a deployment.
+//! The messages on the socket of a deployment.
 //!
-//! A connection carries one [`Request`] as a VMBus frame (length and JSON),
-//! then [`Response`] frames. After [`Response::Ok`] to [`Request::Exec`] the
-//! connection carries [`vmbus::message::ExecInput`] frames to the host and
-//! [`vmbus::message::ExecOutput`] frames back.
+//! A connection carries one [`Request`] as a VMBus frame, then [`Response`] frames. After
+//! [`Response::Ok`] to [`Request::Exec`] the connection carries
+//! [`vmbus::message::ExecInput`] frames to the host and [`vmbus::message::ExecOutput`]
+//! frames back.
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
+use vmbus::frame::{self, FrameError, Message};
 use vmbus::message::ExecRequest;
+use vmbus::piece;
 
 use crate::supervisor::status::InstanceStatus;
 
-/// Most bytes in one [`Response::LogChunk`]: a byte may take four characters
-/// of JSON, and a frame has room for 1 MiB.
+/// Most bytes in one [`Response::LogChunk`].
 pub const MAX_CHUNK: usize = 64 * 1024;
 
 /// What a command asks.
@@ -72,7 +73,8 @@ impl LogFile {
     }
 }
 
-/// What the deployment answers.
+/// What the deployment answers: JSON, except for the bytes of a log, which are a
+/// [`vmbus::piece`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "kebab-case")]
 pub enum Response {
@@ -90,13 +92,32 @@ pub enum Response {
         /// What runs on this host.
         deployments: Vec<DeploymentInfo>,
     },
-    /// A piece of a log, at most [`MAX_CHUNK`] bytes.
+    /// A piece of a log, 1 to [`MAX_CHUNK`] bytes.
+    #[serde(skip)]
     LogChunk {
         /// The bytes.
         bytes: Vec<u8>,
     },
     /// The log ends here.
     LogEnd {},
+}
+
+impl Message for Request {}
+
+impl Message for Response {
+    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::LogChunk { bytes } => piece::write(body, piece::LOG, bytes, MAX_CHUNK),
+            other => frame::write_json(other, body),
+        }
+    }
+
+    fn read(body: &[u8]) -> Result<Self, FrameError> {
+        if let Some(bytes) = piece::read(body, piece::LOG, MAX_CHUNK)? {
+            return Ok(Self::LogChunk { bytes });
+        }
+        frame::parse(body)
+    }
 }
 
 /// Sorts of failure.
@@ -158,14 +179,39 @@ pub struct EndpointInfo {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
+    proptest! {
+        #[test]
+        fn bytes_of_a_log_travel_as_they_are(bytes in vec(any::<u8>(), 1..200)) {
+            let chunk = Response::LogChunk { bytes: bytes.clone() };
+            let frame = frame::encode(&chunk).unwrap();
+            prop_assert_eq!(&frame[frame::HEADER + 1..], &bytes);
+            prop_assert_eq!(Response::read(&frame[frame::HEADER..]).unwrap(), chunk);
+        }
+
+        #[test]
+        fn no_bytes_make_the_readers_of_the_socket_panic(body in vec(any::<u8>(), 0..200)) {
+            let _ = Request::read(&body);
+            let _ = Response::read(&body);
+        }
+    }
+
     #[test]
-    fn the_largest_chunk_fits_in_a_frame() {
-        let chunk = Response::LogChunk {
-            bytes: vec![255; MAX_CHUNK],
+    fn chunks_are_bounded_and_never_json() {
+        let encode = |length| {
+            let bytes = vec![255; length];
+            frame::encode(&Response::LogChunk { bytes })
         };
-        assert!(vmbus::frame::encode(&chunk).is_ok());
+        assert!(encode(MAX_CHUNK).is_ok());
+        assert!(encode(MAX_CHUNK + 1).is_err() && encode(0).is_err());
+        let long = vec![piece::LOG; MAX_CHUNK + 2];
+        assert!(Response::read(&long).is_err());
+        let json = br#"{"response":"log-chunk","bytes":[1]}"#;
+        assert!(Response::read(json).is_err());
     }
 
     #[test]

@@ -225,7 +225,7 @@ fn exec_request() -> impl Strategy<Value = ExecRequest> {
 
 fn exec_input() -> impl Strategy<Value = ExecInput> {
     prop_oneof![
-        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecInput::Stdin { bytes }),
+        vec(any::<u8>(), 1..100).prop_map(|bytes| ExecInput::Stdin { bytes }),
         Just(ExecInput::StdinEnd {}),
         any::<i32>().prop_map(|number| ExecInput::Signal { number }),
         any::<(u16, u16)>().prop_map(|(rows, columns)| ExecInput::Resize { rows, columns }),
@@ -234,8 +234,8 @@ fn exec_input() -> impl Strategy<Value = ExecInput> {
 
 fn exec_output() -> impl Strategy<Value = ExecOutput> {
     prop_oneof![
-        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stdout { bytes }),
-        vec(any::<u8>(), 0..100).prop_map(|bytes| ExecOutput::Stderr { bytes }),
+        vec(any::<u8>(), 1..100).prop_map(|bytes| ExecOutput::Stdout { bytes }),
+        vec(any::<u8>(), 1..100).prop_map(|bytes| ExecOutput::Stderr { bytes }),
         any::<usize>().prop_map(|bytes| ExecOutput::Consumed { bytes }),
         exit_cause().prop_map(|cause| ExecOutput::Exited { cause }),
         (text(), any::<i32>()).prop_map(|(reason, code)| ExecOutput::NotStarted { reason, code }),
@@ -323,7 +323,7 @@ proptest! {
             let len = u32::try_from(len).unwrap();
             bytes[..HEADER].copy_from_slice(&len.to_le_bytes());
         }
-        fn take<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<Option<T>, FrameError> {
+        fn take<T: Message>(bytes: &[u8]) -> Result<Option<T>, FrameError> {
             let mut decoder = Decoder::new();
             decoder.push(bytes);
             let taken = decoder.take_frame();
@@ -352,14 +352,20 @@ proptest! {
 }
 
 #[test]
-fn the_longest_piece_of_each_kind_fits_into_a_frame_however_it_is_written() {
-    // JSON writes a byte in four characters and a control character in six.
-    let bytes = vec![255; 16 * 1024];
-    Any::Output(ExecOutput::Stdout {
-        bytes: bytes.clone(),
-    })
-    .encode();
-    Any::Input(ExecInput::Stdin { bytes }).encode();
+fn the_longest_piece_of_each_kind_fits_into_a_frame() {
+    let bytes = vec![255; EXEC_PIECE];
+    for frame in [
+        Any::Output(ExecOutput::Stdout {
+            bytes: bytes.clone(),
+        }),
+        Any::Output(ExecOutput::Stderr {
+            bytes: bytes.clone(),
+        }),
+        Any::Input(ExecInput::Stdin { bytes }),
+    ] {
+        assert_eq!(frame.encode().len(), HEADER + 1 + EXEC_PIECE);
+    }
+    // JSON writes a control character in six.
     Any::Host(ToHost::Log(LogRecord {
         source: LogSource::Role,
         stream: "out".into(),
@@ -408,4 +414,31 @@ fn a_goal_with_the_longest_definition_fits_into_a_frame() {
     };
     assert!(frame::encode(&ToGuest::Goal(Box::new(goal))).is_ok());
     assert!(role(MAX_ENCODED - rest + 1).check_length().is_err());
+}
+
+#[test]
+fn bytes_of_streams_are_not_accepted_as_json_or_in_bad_lengths() {
+    let read = |body: &[u8]| {
+        let refused = ExecInput::read(body).is_err();
+        refused && ExecOutput::read(body).is_err()
+    };
+    for kind in ["stdin", "stdout", "stderr"] {
+        let json = format!(r#"{{"type":"{kind}","bytes":[1]}}"#);
+        assert!(read(json.as_bytes()), "{kind}");
+    }
+    for stream in [STDIN, STDOUT, STDERR] {
+        assert!(read(&[stream]));
+        let mut body = vec![b' '; EXEC_PIECE + 2];
+        body[0] = stream;
+        assert!(read(&body));
+    }
+    assert!(read(&[]));
+    // A piece of another stream.
+    assert!(read(&[piece::LOG, 1]));
+    assert!(ExecInput::read(&[STDOUT, 1]).is_err());
+    assert!(ExecOutput::read(&[STDIN, 1]).is_err());
+    let long = ExecInput::Stdin {
+        bytes: vec![0; EXEC_PIECE + 1],
+    };
+    assert!(frame::encode(&long).is_err());
 }

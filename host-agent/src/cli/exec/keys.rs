@@ -5,12 +5,10 @@ use std::io::{self, Read as _};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use vmbus::message::{EXEC_WINDOW, ExecInput};
+use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecInput};
 
 use super::super::error::{CliError, Code};
 
-/// Bytes of standard input in one frame, the protocol's limit.
-const PIECE: usize = 16 * 1024;
 /// Pieces of standard input that were read ahead.
 const AHEAD: usize = 4;
 
@@ -27,7 +25,7 @@ impl Keys {
     pub fn read() -> Self {
         let (sender, pieces) = mpsc::channel(AHEAD);
         std::thread::spawn(move || {
-            let mut piece = vec![0; PIECE];
+            let mut piece = vec![0; EXEC_PIECE];
             loop {
                 let read = io::stdin().lock().read(&mut piece);
                 let input = match read {
@@ -52,7 +50,7 @@ impl Keys {
     /// The next piece, when the program has room for it. Cancelling loses
     /// nothing.
     pub async fn next(&mut self) -> ExecInput {
-        if self.underway + PIECE > EXEC_WINDOW {
+        if self.underway + EXEC_PIECE > EXEC_WINDOW {
             // Until `consumed` makes room, and this is called again.
             return std::future::pending().await;
         }
@@ -111,7 +109,7 @@ mod tests {
     async fn no_more_is_sent_than_the_program_takes() {
         let (sender, pieces) = mpsc::channel(64);
         for _ in 0..64 {
-            let bytes = vec![0; PIECE];
+            let bytes = vec![0; EXEC_PIECE];
             sender.try_send(ExecInput::Stdin { bytes }).unwrap();
         }
         let mut keys = Keys {
@@ -128,9 +126,9 @@ mod tests {
             sent
         };
         assert_eq!(take_all(&mut keys).await, EXEC_WINDOW);
-        keys.consumed(PIECE - 1);
+        keys.consumed(EXEC_PIECE - 1);
         assert_eq!(take_all(&mut keys).await, EXEC_WINDOW);
         keys.consumed(1);
-        assert_eq!(take_all(&mut keys).await, EXEC_WINDOW + PIECE);
+        assert_eq!(take_all(&mut keys).await, EXEC_WINDOW + EXEC_PIECE);
     }
 }
