@@ -20,7 +20,7 @@ use super::package::{
     MANIFEST_NAMESPACE, MANIFEST_TYPE, MAX_MANIFEST, RELATIONSHIPS, RELATIONSHIPS_NAMESPACE,
     ROLE_LAYOUT,
 };
-use super::payload::{Entry, Files, MAX_FILES};
+use super::payload::{Files, MAX_FILES, RoleFile};
 use super::xml::escape;
 use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
@@ -163,7 +163,7 @@ struct Plan<'a> {
     /// Each distinct content once.
     contents: BTreeMap<Digest, Content<'a>>,
     /// The files of each role with the digests of their contents.
-    layouts: Vec<(&'a str, Vec<(&'a Entry, Digest)>)>,
+    layouts: Vec<(&'a str, Vec<(&'a RoleFile, Digest)>)>,
     /// Digest and size of the definition.
     definition: (Digest, u64),
 }
@@ -171,7 +171,7 @@ struct Plan<'a> {
 /// The first file with a content.
 struct Content<'a> {
     files: &'a Files,
-    entry: &'a Entry,
+    entry: &'a RoleFile,
 }
 
 impl<'a> Plan<'a> {
@@ -297,7 +297,7 @@ fn content_record(name: &str, digest: &Digest, size: u64) -> String {
     )
 }
 
-fn file_record(entry: &Entry, digest: &Digest, time: Timestamp) -> String {
+fn file_record(entry: &RoleFile, digest: &Digest, time: Timestamp) -> String {
     format!(
         "<FileDefinition><FilePath>{}</FilePath><FileDescription>\
          <DataContentReference>{}</DataContentReference>\
@@ -347,7 +347,7 @@ fn content_name(digest: &Digest) -> String {
     format!("LocalContent/{}", digest.guid())
 }
 
-fn file_path(entry: &Entry) -> String {
+fn file_path(entry: &RoleFile) -> String {
     format!("{APPROOT}{}", entry.path.replace('/', "\\"))
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::archive::{Archive, Part, PartReader};
 use super::definition::{self, Definition};
 use super::error::ServiceError;
-use super::payload::Entry;
+use super::payload::RoleFile;
 use super::xml::{self, Element, Schema};
 use super::xml_chunks::LargeXml;
 use crate::digest::{Digest, Verified};
@@ -174,7 +174,7 @@ impl Package {
     }
 
     /// The files of `role`, sorted by path.
-    pub fn entries(&self, role: &str) -> Option<Arc<[Entry]>> {
+    pub fn entries(&self, role: &str) -> Option<Arc<[RoleFile]>> {
         Some(Arc::clone(&self.layouts.get(role)?.entries))
     }
 

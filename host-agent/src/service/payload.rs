@@ -29,9 +29,9 @@ pub const MAX_DEPTH: usize = 32;
 /// Longest name in a directory (Linux and squashfs).
 const MAX_NAME: usize = 255;
 
-/// A file below approot.
+/// A file of a role, below approot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub struct RoleFile {
     /// Path below approot, `/` between its parts.
     pub path: String,
     /// Bytes.
@@ -43,7 +43,7 @@ pub struct Entry {
 /// The files of one role. Directories without files are not kept: a package
 /// has no place for them, and a service must be the same packed and not.
 pub struct Files {
-    entries: Arc<[Entry]>,
+    entries: Arc<[RoleFile]>,
     origin: Origin,
 }
 
@@ -101,12 +101,12 @@ impl Files {
     }
 
     /// The files, sorted by path.
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[RoleFile] {
         &self.entries
     }
 
     /// The file at `path` below approot.
-    pub fn find(&self, path: &str) -> Option<&Entry> {
+    pub fn find(&self, path: &str) -> Option<&RoleFile> {
         let found = self
             .entries
             .binary_search_by(|entry| entry.path.as_str().cmp(path));
@@ -138,7 +138,7 @@ impl Files {
 
     /// Opens the content of `entry`, which must be of this list. Reading ends
     /// with an error if it is not what was listed.
-    pub fn read(&self, entry: &Entry) -> io::Result<Box<dyn Read + '_>> {
+    pub fn read(&self, entry: &RoleFile) -> io::Result<Box<dyn Read + '_>> {
         match &self.origin {
             Origin::Directory { root, .. } => {
                 // Nothing that changed since the listing can lead out of the root.
@@ -167,7 +167,7 @@ impl Files {
 /// Walks a directory that a person owns and may be changing.
 struct Walk<'a> {
     root: &'a Path,
-    entries: Vec<Entry>,
+    entries: Vec<RoleFile>,
     total: u64,
 }
 
@@ -232,7 +232,7 @@ impl Walk<'_> {
             return Err(ServiceError::new(self.root, what));
         }
         open_regular(here, "cannot read the file")?;
-        self.entries.push(Entry {
+        self.entries.push(RoleFile {
             path,
             size: metadata.len(),
             executable: metadata.mode() & 0o111 != 0,

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::error::ServiceError;
 use super::model::Role;
-use super::payload::{Entry, Files};
+use super::payload::{Files, RoleFile};
 use crate::progress::Progress;
 
 /// Fast to write, and a third to a half of the size for programs and text.
@@ -188,7 +188,7 @@ type Broken = Rc<RefCell<Option<(PathBuf, io::Error)>>>;
 /// of many files needs one descriptor.
 struct Lazy<'a> {
     files: &'a Files,
-    entry: &'a Entry,
+    entry: &'a RoleFile,
     open: Option<Box<dyn Read + 'a>>,
     broken: Broken,
     progress: &'a Progress,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::super::archive::Archive;
 use super::super::error::ServiceError;
-use super::super::payload::{Entry, MAX_DEPTH, MAX_FILES, MAX_UNPACKED, check_name};
+use super::super::payload::{MAX_DEPTH, MAX_FILES, MAX_UNPACKED, RoleFile, check_name};
 use super::super::xml::{Element, Schema};
 use super::super::xml_chunks::LargeXml;
 use super::{APPROOT, ByName, Content, EXECUTABLE_KEY, FILE_RECORDS, Layouts, ROLE_LAYOUT};
@@ -18,7 +18,7 @@ const RESERVED: [&str; 2] = ["ServiceDefinition/", "NamedStreams/"];
 /// The files of a role, sorted by path, and the index of each one's content.
 #[derive(Debug)]
 pub(super) struct Layout {
-    pub entries: Arc<[Entry]>,
+    pub entries: Arc<[RoleFile]>,
     pub contents: Box<[u32]>,
 }
 
@@ -44,7 +44,7 @@ pub(super) fn layouts<R: Read>(
     by_name: &ByName,
 ) -> Result<Layouts, ServiceError> {
     let mut executable = executables(root)?;
-    let mut roles: Vec<RoleFiles<'_>> = Vec::new();
+    let mut roles: Vec<LayoutBuilder<'_>> = Vec::new();
     if let Some(list) = root.child("PackageLayouts")? {
         list.check(&LAYOUTS)?;
         for layout in list.children("LayoutDefinition") {
@@ -60,7 +60,7 @@ pub(super) fn layouts<R: Read>(
             // Exactly one per layout, so that file list N belongs to layout N.
             let description = layout.required_child("LayoutDescription")?;
             description.check(&LAYOUT_DESCRIPTION)?;
-            roles.push(RoleFiles {
+            roles.push(LayoutBuilder {
                 role,
                 description,
                 executable: executable.remove(role).unwrap_or_default(),
@@ -75,7 +75,7 @@ pub(super) fn layouts<R: Read>(
     let mut count = 0;
     manifest.read_records(FILE_RECORDS, |list, number| {
         list.check(&LAYOUT_DESCRIPTION)?;
-        let Some(of) = roles.get_mut(number) else {
+        let Some(builder) = roles.get_mut(number) else {
             return Err(list.refuse("the manifest changed while it was read"));
         };
         for element in list.children("FileDefinition") {
@@ -85,37 +85,37 @@ pub(super) fn layouts<R: Read>(
             }
             let size =
                 |content: u32| archive.parts()[contents[content as usize].part as usize].size;
-            let file = packed_file(element, by_name, &mut of.executable, size)?;
-            of.files.push(file);
+            let file = packed_file(element, by_name, &mut builder.executable, size)?;
+            builder.files.push(file);
         }
         Ok(())
     })?;
-    let layouts = roles.into_iter().map(|mut of| {
-        if let Some(path) = of.executable.iter().min() {
-            let role = of.role;
+    let layouts = roles.into_iter().map(|mut builder| {
+        if let Some(path) = builder.executable.iter().min() {
+            let role = builder.role;
             let what = format!("\"{EXECUTABLE_KEY}{role}\" names \"{path}\", which is not a file");
-            return Err(of.description.refuse(what));
+            return Err(builder.description.refuse(what));
         }
-        of.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
-        let contents = of.files.iter().map(|(_, content)| *content).collect();
-        let entries: Vec<Entry> = of.files.into_iter().map(|(entry, _)| entry).collect();
-        check_files(of.description, &entries)?;
+        builder.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
+        let contents = builder.files.iter().map(|(_, content)| *content).collect();
+        let entries: Vec<RoleFile> = builder.files.into_iter().map(|(entry, _)| entry).collect();
+        check_files(builder.description, &entries)?;
         let layout = Layout {
             entries: entries.into(),
             contents,
         };
-        Ok((of.role.to_owned(), layout))
+        Ok((builder.role.to_owned(), layout))
     });
     layouts.collect()
 }
 
-/// The files of a role while the manifest is read.
-struct RoleFiles<'a> {
+/// A layout while the manifest is read.
+struct LayoutBuilder<'a> {
     role: &'a str,
     description: Element<'a>,
     /// Executable files that were not found yet.
     executable: HashSet<&'a str>,
-    files: Vec<(Entry, u32)>,
+    files: Vec<(RoleFile, u32)>,
 }
 
 /// Executable files of each role: paths in its layout.
@@ -143,7 +143,7 @@ fn packed_file(
     by_name: &ByName,
     executable: &mut HashSet<&str>,
     size: impl Fn(u32) -> u64,
-) -> Result<(Entry, u32), ServiceError> {
+) -> Result<(RoleFile, u32), ServiceError> {
     element.check(&FILE)?;
     let written = element.leaf("FilePath")?;
     let path = written.strip_prefix(APPROOT).ok_or_else(|| {
@@ -164,7 +164,7 @@ fn packed_file(
     let content = *by_name
         .get(reference)
         .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
-    let entry = Entry {
+    let entry = RoleFile {
         path: pieces.join("/"),
         size: size(content),
         executable: executable.remove(written),
@@ -174,7 +174,7 @@ fn packed_file(
 
 /// Refuses duplicate paths, a file that is also a directory, and too many
 /// bytes.
-fn check_files(layout: Element<'_>, files: &[Entry]) -> Result<(), ServiceError> {
+fn check_files(layout: Element<'_>, files: &[RoleFile]) -> Result<(), ServiceError> {
     let mut paths = HashSet::new();
     let mut total = 0_u64;
     for file in files {
