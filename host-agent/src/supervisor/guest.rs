@@ -309,7 +309,7 @@ fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<Fi
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::digest::Digest;
     use crate::progress::Progress;
@@ -322,7 +322,7 @@ mod tests {
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     /// An image of files that hold their own names.
-    fn image(data_dir: &Path) -> Image {
+    pub(in crate::supervisor) fn image(data_dir: &Path) -> Image {
         let dir = data_dir.join("images/minimal");
         fs::create_dir_all(&dir).unwrap();
         let file = |name: &str| {
@@ -348,7 +348,11 @@ mod tests {
     }
 
     /// An instance, whose application disk is in the content.
-    fn spec(content: &ContentStore, hold: &ContentHold, image: &Image) -> InstanceSpec {
+    pub(in crate::supervisor) fn spec(
+        content: &ContentStore,
+        hold: &ContentHold,
+        image: &Image,
+    ) -> InstanceSpec {
         let redis = Path::new(concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/services/redis"

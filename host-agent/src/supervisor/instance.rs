@@ -1,13 +1,16 @@
-//! The actor of one instance: takes in what its VMM process, its channels and
-//! its owner say, asks the pure policy, and performs the effects.
+//! The actor of one instance: gives the events of its VMM process, its channels
+//! and its owner to the pure policy, and performs the effects.
 
 mod boot;
-mod dial;
+mod drain;
 mod handle;
+mod prepare;
+mod requests;
 mod space;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::io;
 use std::mem::discriminant;
 use std::path::PathBuf;
@@ -34,24 +37,27 @@ use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
 use crate::vmm::control::Command;
-use boot::{Boot, next_vmm_event};
+use boot::{GuestBoot, next_vmm_event};
 pub use handle::{InstanceHandle, Request};
+use prepare::{Preparation, next_prepared};
+use space::{DiskSpace, HeldReports};
 
 /// Events of channels that may wait for the actor.
 const CHANNEL_BACKLOG: usize = 256;
 /// Connections that may wait for the actor.
 const INCOMING_BACKLOG: usize = 256;
-/// Questions to a VMM process that may be open at a time.
-const MOST_ASKED: usize = 64;
-/// Connections to the channels of one boot: two for each channel, as when an
-/// agent dials again before its old connection is seen to be gone. Each may hold
-/// a frame of 1 MiB that is not complete.
-const MOST_CHANNELS: usize = 2 * Channel::ALL.len();
+/// Requests to a VMM process that may wait for an answer.
+const MAX_OPEN_REQUESTS: usize = 64;
+/// Connections to the channels of one boot: two for each channel, for an agent
+/// that dials again before the end of its old connection is known. Each may hold
+/// an incomplete frame of 1 MiB.
+const MAX_CONNECTIONS: usize = 2 * Channel::ALL.len();
 
-/// Most time at the end for what the guest said last to get into its logs.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Most time for the last messages of a guest to be read, and at the end of the
+/// instance to be written to its logs.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
-/// What an instance is made of.
+/// An instance and everything that it needs.
 #[derive(Debug)]
 pub struct InstanceParts {
     /// What it is.
@@ -62,7 +68,7 @@ pub struct InstanceParts {
     pub dir: PathBuf,
     /// Heartbeat rule.
     pub rule: HeartbeatRule,
-    /// Limits of its life.
+    /// Limits of its shutdown.
     pub limits: Limits,
     /// The host's cgroup, if guests can be limited.
     pub group: Option<Arc<DeploymentGroup>>,
@@ -70,7 +76,7 @@ pub struct InstanceParts {
     pub hello_limit: Duration,
     /// Most time for the guest's kernel to answer a dial.
     pub dial_limit: Duration,
-    /// Most time until the answer to a probe, which is a dial, is here.
+    /// Most time for the answer to a probe of the guest's kernel, which is a dial.
     pub probe_limit: Duration,
     /// Time between two pings of the VMM process.
     pub ping_every: Duration,
@@ -84,14 +90,17 @@ struct Instance {
     parts: InstanceParts,
     life: Lifecycle,
     liveness: Liveness,
-    boot: Option<Boot>,
+    /// The next boot, until its VMM process can be started.
+    preparation: Option<Preparation>,
+    boot: Option<GuestBoot>,
     wait: Option<(Instant, Wait)>,
     last_id: u64,
     last_health: Option<Health>,
-    quota: TokenBucket<Duration>,
+    /// Limits the reports that the guest can cause.
+    report_limit: TokenBucket<Duration>,
+    held_reports: HeldReports,
     role_log: Arc<QueuedWriter>,
     agent_log: Arc<QueuedWriter>,
-    alive: mpsc::Sender<Infallible>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
     goal: watch::Sender<Goal>,
@@ -135,19 +144,21 @@ fn start(
     let (incoming_sender, incoming_receiver) = mpsc::channel(INCOMING_BACKLOG);
     let (status, status_receiver) = watch::channel(InstanceStatus::default());
     let (role_log, agent_log) = (Arc::new(role_log), Arc::new(agent_log));
-    let (alive, over) = mpsc::channel(1);
     let handle = InstanceHandle::new(&parts.spec, &parts.dir, requests, status_receiver);
     let instance = Instance {
         life: Lifecycle::new(parts.limits),
         liveness: Liveness::new(parts.rule, parts.probe_limit),
+        preparation: None,
         boot: None,
         wait: None,
-        last_id: 0,
+        // Another host agent may have asked the same VMM process before: its late
+        // answers match no id of ours.
+        last_id: u64::try_from(clock(ClockId::CLOCK_MONOTONIC).as_nanos()).unwrap_or(0),
         last_health: None,
-        quota: TokenBucket::new(TIMELINE),
+        report_limit: TokenBucket::new(TIMELINE),
+        held_reports: HeldReports::default(),
         role_log,
         agent_log,
-        alive,
         channel_sender,
         incoming_sender,
         goal: watch::channel(parts.spec.goal.clone()).0,
@@ -155,11 +166,10 @@ fn start(
         parts,
     };
     let task = async move {
-        // The receivers end with `run`: no connection waits for them any more.
         let instance = instance
             .run(request_receiver, channel_receiver, incoming_receiver)
             .await;
-        instance.last_words(over).await;
+        instance.flush_logs().await;
     };
     (handle, task)
 }
@@ -179,7 +189,16 @@ impl Instance {
         while running {
             let wait = self.wait;
             running = tokio::select! {
-                event = next_vmm_event(&mut self.boot) => self.vmm_event(event),
+                event = next_vmm_event(&mut self.boot) => {
+                    self.vmm_event(event, &mut channels).await
+                }
+                (generation, prepared) = next_prepared(&mut self.preparation) => {
+                    self.prepared(generation, prepared)
+                }
+                measured = self.held_reports.measured() => {
+                    self.release_reports(measured);
+                    true
+                }
                 Some((generation, event)) = channels.recv() => self.channel(generation, event),
                 Some(connection) = incoming.recv() => {
                     self.connect(connection);
@@ -203,21 +222,18 @@ impl Instance {
         self
     }
 
-    /// Waits until what the guest said last is in its logs: there the owner,
-    /// for whom the timeline ends with this task, looks for the reason.
-    async fn last_words(self, mut over: mpsc::Receiver<Infallible>) {
-        drop((self.boot, self.alive));
+    /// Waits until the guest's last lines are in its logs: the owner, for whom
+    /// the timeline ends with this task, looks for the reason there.
+    async fn flush_logs(self) {
         let written = async {
-            // Ends with the last connection.
-            let _ = over.recv().await;
             self.role_log.written().await;
             self.agent_log.written().await;
         };
-        let _ = tokio::time::timeout(LAST_WORDS, written).await;
+        let _ = tokio::time::timeout(DRAIN_LIMIT, written).await;
     }
 
-    /// Gives one input to the policy and performs what it wants, until it
-    /// wants nothing more. False when the instance is finished.
+    /// Gives one input to the policy and performs its effects, and the inputs
+    /// that these give. False when the instance is finished.
     fn feed(&mut self, input: Input) -> bool {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
@@ -238,10 +254,8 @@ impl Instance {
     fn perform(&mut self, effect: Effect) -> Performed {
         match effect {
             Effect::Spawn { generation } => {
-                return Performed::Then(match self.spawn(generation) {
-                    Ok(pid) => Input::Spawned { pid },
-                    Err(error) => Input::SpawnFailed(error),
-                });
+                self.wait = None;
+                self.preparation = Some(Preparation::start(generation, &self.parts));
             }
             Effect::AskShutdown { then, deadline } => {
                 self.liveness.taken_down();
@@ -257,6 +271,9 @@ impl Instance {
                         .send_replace(Some(ShutdownRequest { then, deadline }));
                 }
             }
+            Effect::StopVmm | Effect::KillVmm if self.preparation.take().is_some() => {
+                return Performed::Then(Input::SpawnCancelled);
+            }
             Effect::StopVmm => {
                 self.liveness.taken_down();
                 if self.command(&Command::Stop {}, Vec::new()).is_err() {
@@ -268,12 +285,15 @@ impl Instance {
             Effect::Rotation(ready) => {
                 let sender = ready.then(|| self.incoming_sender.clone());
                 self.parts.rotation.set(self.parts.spec.name(), sender);
-                if !ready && self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
-                    self.tell(EventKind::OutOfRotation);
+                if !ready && self.report_limit.take(clock(ClockId::CLOCK_MONOTONIC)) {
+                    self.report(EventKind::OutOfRotation);
                 }
             }
-            Effect::Tell(kind) => self.tell(kind),
-            Effect::Finish => return Performed::Finished,
+            Effect::Tell(kind) => self.report(kind),
+            Effect::Finish => {
+                self.release_reports(None);
+                return Performed::Finished;
+            }
         }
         Performed::Done
     }
@@ -286,8 +306,8 @@ impl Instance {
             ChannelEvent::Booted { init_ms, agent } => {
                 let connected = EventKind::AgentConnected { init_ms, agent };
                 self.observe(&connected);
-                if self.quota.take(clock(ClockId::CLOCK_MONOTONIC)) {
-                    self.tell(connected);
+                if self.report_limit.take(clock(ClockId::CLOCK_MONOTONIC)) {
+                    self.report(connected);
                 }
                 self.feed(Input::Connected)
             }
@@ -300,7 +320,7 @@ impl Instance {
                 if fresh && self.last_health != Some(beat.health) {
                     self.last_health = Some(beat.health);
                     if beat.health == Health::Critical {
-                        self.trouble(EventKind::GuestAgent {
+                        self.report_limited(EventKind::GuestAgent {
                             error: Some("is down or keeps dying".into()),
                         });
                     }
@@ -321,7 +341,7 @@ impl Instance {
                 self.feed(Input::Status(status))
             }
             ChannelEvent::AgentResult { error } => {
-                self.trouble(EventKind::GuestAgent { error });
+                self.report_limited(EventKind::GuestAgent { error });
                 true
             }
             ChannelEvent::ShutdownBegun => {
@@ -329,7 +349,7 @@ impl Instance {
                 self.feed(Input::ShutdownBegun)
             }
             ChannelEvent::Violation { channel, reason } => {
-                self.trouble(EventKind::Warning {
+                self.report_limited(EventKind::Warning {
                     text: format!("channel {}: {reason}", channel_name(channel)),
                 });
                 true
@@ -363,7 +383,7 @@ impl Instance {
             Some(LivenessEffect::SendPing { id }) => {
                 let _ = self.command(&Command::Ping { id }, Vec::new());
             }
-            Some(LivenessEffect::ReportResumed) => self.tell(EventKind::Resumed),
+            Some(LivenessEffect::ReportResumed) => self.report(EventKind::Resumed),
             Some(LivenessEffect::Condemn(evidence)) => {
                 return self.feed(Input::Condemned {
                     verdict: evidence.verdict,
@@ -383,23 +403,22 @@ impl Instance {
         }
     }
 
-    /// Tells of something that a guest can cause at will: now and then, and how
-    /// often it was not told.
-    fn trouble(&mut self, kind: EventKind) {
+    /// Reports what a guest can cause at will, at a limited rate.
+    fn report_limited(&mut self, kind: EventKind) {
         let Some(boot) = &mut self.boot else { return };
         let now = clock(ClockId::CLOCK_MONOTONIC);
-        let trouble = boot.trouble.entry(discriminant(&kind));
-        let trouble = trouble.or_insert_with(|| LogLimit::new(MISBEHAVIOUR));
-        if let Some(untold) = trouble.allow(now) {
-            self.tell_untold(untold);
-            self.tell(kind);
+        let limit = boot.misbehaviour.entry(discriminant(&kind));
+        let limit = limit.or_insert_with(|| LogLimit::new(MISBEHAVIOUR));
+        if let Some(suppressed) = limit.allow(now) {
+            self.report_suppressed(suppressed);
+            self.report(kind);
         }
     }
 
-    fn tell_untold(&self, untold: u64) {
-        if untold > 0 {
-            let text = format!("{untold} more troubles of this guest were not told: too many");
-            self.tell(EventKind::Warning { text });
+    fn report_suppressed(&mut self, suppressed: u64) {
+        if suppressed > 0 {
+            let text = format!("{suppressed} more warnings about this guest were suppressed");
+            self.report(EventKind::Warning { text });
         }
     }
 
@@ -408,9 +427,20 @@ impl Instance {
         self.status.send_modify(|status| status.apply(kind));
     }
 
-    fn tell(&self, kind: EventKind) {
+    fn report(&mut self, kind: EventKind) {
         self.observe(&kind);
-        self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
+        if let Some(kind) = self.held_reports.pass(kind) {
+            self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
+        }
+    }
+
+    fn release_reports(&mut self, measured: Option<DiskSpace>) {
+        for kind in self.held_reports.release(measured) {
+            if matches!(kind, EventKind::NoSpace { .. }) && self.liveness.is_paused_for_space() {
+                self.observe(&kind);
+            }
+            self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
+        }
     }
 }
 
@@ -431,8 +461,7 @@ fn clock(id: ClockId) -> Duration {
     clock_gettime(id).map_or(Duration::ZERO, Duration::from)
 }
 
-/// A number in 0..1 that differs between instances and calls; nothing secret
-/// hangs on it.
+/// A number in 0..1 that differs between instances and calls. Not for secrets.
 fn random_part() -> f64 {
     f64::from(clock(ClockId::CLOCK_MONOTONIC).subsec_nanos() % 1000) / 1000.0
 }

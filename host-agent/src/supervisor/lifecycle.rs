@@ -26,6 +26,8 @@ pub enum Input {
     },
     /// No VMM process could be started.
     SpawnFailed(String),
+    /// The VMM process was to end before it was started.
+    SpawnCancelled,
     /// This supervisor attached to the VMM process that an earlier one started.
     /// Only before [`Input::Start`], after [`Lifecycle::restore`].
     Adopted {
@@ -287,6 +289,10 @@ impl Lifecycle {
                     error: error.clone(),
                 }));
                 self.plan_restart(error, now, jitter, &mut effects);
+            }
+            (Input::SpawnCancelled, State::Stopping) => self.finish(true, None, &mut effects),
+            (Input::SpawnCancelled, State::Ending { because, .. }) => {
+                self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Connected, _) => self.connected = true,
             (Input::Beat, State::Running) => {

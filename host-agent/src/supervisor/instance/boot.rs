@@ -1,57 +1,84 @@
-//! One boot of an instance's guest: its VMM process is started, its events are
-//! taken in.
+//! One boot of an instance's guest: the start of its VMM process and that
+//! process's events.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::convert::Infallible;
 use std::mem::Discriminant;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use vmbus::text::chain;
 
 use super::super::event::EventKind;
 use super::super::guest;
 use super::super::lifecycle::Input;
-use super::super::process::{Launch, VmmEvent, VmmProcess};
-use super::dial::Dialed;
-use super::{Instance, MOST_CHANNELS};
-use crate::cgroup::{self, GroupError, GuestGroup};
-use crate::channels::{GuestChannels, ShutdownRequest};
-use crate::store::deployment::short_id;
+use super::super::process::{Ending, Launch, VmmEvent, VmmProcess};
+use super::drain::drain;
+use super::prepare::PreparedBoot;
+use super::requests::PendingExec;
+use super::{DRAIN_LIMIT, Instance, MAX_CONNECTIONS};
+use crate::cgroup::{GroupError, GuestGroup};
+use crate::channels::{ChannelEvent, GuestChannels, ShutdownRequest};
 use crate::token_bucket::LogLimit;
 use crate::vmm::control::{self, Event, ExitReason, Stats};
-use crate::vmm::spec::GuestSpec;
 
-/// One boot of the guest.
+/// One boot of the guest, from the start of its VMM process to the end of it.
 #[derive(Debug)]
-pub(super) struct Boot {
+pub(super) struct GuestBoot {
     pub(super) process: VmmProcess,
-    // Goes after the process, which is in it.
+    // Dropped after the process, which is in it.
     group: Option<GuestGroup>,
-    pub(super) channels: Arc<GuestChannels>,
+    /// Taken when the process has ended.
+    connections: Option<Connections>,
     pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
-    pub(super) exit: Option<ExitReason>,
+    exit: Option<ExitReason>,
     /// A pause for space was reported, so that its end is reported too.
     pub(super) no_space_reported: bool,
-    pub(super) trouble: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
-    pub(super) dials: BTreeMap<u64, Dialed>,
+    pub(super) misbehaviour: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
+    pub(super) execs: BTreeMap<u64, PendingExec>,
     pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
 }
 
+/// The guest's connections to the channels.
+#[derive(Debug)]
+struct Connections {
+    /// Each connection's task shares it.
+    channels: Arc<GuestChannels>,
+    /// Closes with the last of `channels`.
+    open: mpsc::Receiver<Infallible>,
+}
+
 impl Instance {
-    pub(super) fn spawn(&mut self, generation: u64) -> Result<u32, String> {
-        self.wait = None;
-        let (shutdown, shutdown_receiver) = watch::channel(None);
-        let parts = &self.parts;
-        let (spec, files) = guest::prepare(&parts.dir, &parts.spec, &parts.image, parts.dial_limit)
-            .map_err(|e| chain(&e))?;
-        let log = guest::vmm_log(&parts.dir).map_err(|e| chain(&e))?;
-        let group = self.limited(&spec);
+    /// What the boot needs is ready: starts its VMM process.
+    pub(super) fn prepared(
+        &mut self,
+        generation: u64,
+        prepared: Result<PreparedBoot, String>,
+    ) -> bool {
+        let started = prepared.and_then(|prepared| self.start_vmm(generation, prepared));
+        self.feed(match started {
+            Ok(pid) => Input::Spawned { pid },
+            Err(error) => Input::SpawnFailed(error),
+        })
+    }
+
+    fn start_vmm(&mut self, generation: u64, prepared: PreparedBoot) -> Result<u32, String> {
+        let PreparedBoot {
+            guest,
+            files,
+            log,
+            group,
+        } = prepared;
+        let group = group.unwrap_or_else(|error| {
+            self.report_not_limited(&error);
+            None
+        });
         let launch = Launch {
             generation,
-            guest: spec,
+            guest,
             files,
             log,
             outlive_in: None,
@@ -60,11 +87,14 @@ impl Instance {
             if let Some(group) = &group
                 && let Err(error) = group.enter(pid)
             {
-                self.not_limited(&error);
+                self.report_not_limited(&error);
             }
         })
-        .map_err(|e| chain(&e))?;
+        .map_err(|error| chain(&error))?;
         let pid = process.pid();
+        let (shutdown, shutdown_receiver) = watch::channel(None);
+        let (alive, open) = mpsc::channel(1);
+        let parts = &self.parts;
         let channels = Arc::new(GuestChannels {
             generation,
             interval: parts.rule.interval(),
@@ -75,73 +105,83 @@ impl Instance {
             program: Arc::clone(&parts.image.agent),
             role_log: Arc::clone(&self.role_log),
             agent_log: Arc::clone(&self.agent_log),
-            alive: self.alive.clone(),
+            alive,
             sequence: AtomicU64::new(0),
         });
-        self.boot = Some(Boot {
+        self.boot = Some(GuestBoot {
             process,
             group,
-            channels,
+            connections: Some(Connections { channels, open }),
             shutdown,
             exit: None,
             no_space_reported: false,
-            trouble: HashMap::new(),
-            dials: BTreeMap::new(),
+            misbehaviour: HashMap::new(),
+            execs: BTreeMap::new(),
             stats: VecDeque::new(),
         });
         self.liveness.spawned();
         Ok(pid)
     }
 
-    /// The cgroup for the process of this boot, where there can be one.
-    fn limited(&self, spec: &GuestSpec) -> Option<GuestGroup> {
-        let group = self.parts.group.as_ref()?;
-        let disks = guest::disks_in_memory(&self.parts.dir, &self.parts.image);
-        let limits = cgroup::GuestLimits::of(spec.vcpus, spec.memory_mib, disks);
-        let instance = &self.parts.spec;
-        let name = format!("{}.{}", short_id(instance.deployment()), instance.name());
-        group
-            .guest(&name, limits)
-            .inspect_err(|error| self.not_limited(error))
-            .ok()
-    }
-
-    fn not_limited(&self, error: &GroupError) {
+    fn report_not_limited(&mut self, error: &GroupError) {
         let text = format!("memory limit is not enforced: {}", chain(error));
-        self.tell(EventKind::Warning { text });
+        self.report(EventKind::Warning { text });
     }
 
-    pub(super) fn vmm_event(&mut self, event: VmmEvent) -> bool {
-        let Some(boot) = &mut self.boot else {
-            return true;
-        };
+    /// The VMM process sent an event or ended.
+    pub(super) async fn vmm_event(
+        &mut self,
+        event: VmmEvent,
+        channels: &mut mpsc::Receiver<(u64, ChannelEvent)>,
+    ) -> bool {
         match event {
             VmmEvent::Event(event, files) => self.event(event, files),
             VmmEvent::Garbled(error) => {
                 // Limited like everything that a guest can cause: its VMM process
                 // is restarted only if it does not answer pings either.
                 let text = format!("VMM process sent an invalid event: {}", chain(&error));
-                self.trouble(EventKind::Warning { text });
+                self.report_limited(EventKind::Warning { text });
                 true
             }
-            VmmEvent::Ended(ending) => {
-                let group = boot.group.as_ref();
-                let why = group.and_then(GuestGroup::killed_for_memory);
-                let killed = boot.process.was_killed();
-                let reason = boot
-                    .exit
-                    .take()
-                    .unwrap_or_else(|| ending.reason(why, killed));
-                let untold = boot.trouble.values().map(LogLimit::suppressed);
-                let untold = untold.fold(0, u64::saturating_add);
-                self.tell_untold(untold);
-                self.boot = None;
-                self.liveness.ended();
-                self.wait = None;
-                self.last_health = None;
-                self.feed(Input::Ended(reason))
-            }
+            VmmEvent::Ended(ending) => self.drain(channels).await && self.ended(ending),
         }
+    }
+
+    /// Takes in the guest's last channel events, so that its end is judged by its
+    /// last status.
+    async fn drain(&mut self, channels: &mut mpsc::Receiver<(u64, ChannelEvent)>) -> bool {
+        let boot = self.boot.as_mut();
+        let Some(mut connections) = boot.and_then(|boot| boot.connections.take()) else {
+            return true;
+        };
+        drop(connections.channels);
+        drain(
+            channels,
+            &mut connections.open,
+            DRAIN_LIMIT,
+            |generation, event| self.channel(generation, event),
+        )
+        .await
+    }
+
+    fn ended(&mut self, ending: Ending) -> bool {
+        let Some(mut boot) = self.boot.take() else {
+            return true;
+        };
+        let group = boot.group.as_ref();
+        let why = group.and_then(GuestGroup::killed_for_memory);
+        let killed = boot.process.was_killed();
+        let reason = boot
+            .exit
+            .take()
+            .unwrap_or_else(|| ending.reason(why, killed));
+        let suppressed = boot.misbehaviour.values().map(LogLimit::suppressed);
+        self.report_suppressed(suppressed.fold(0, u64::saturating_add));
+        drop(boot);
+        self.liveness.ended();
+        self.wait = None;
+        self.last_health = None;
+        self.feed(Input::Ended(reason))
     }
 
     fn event(&mut self, event: Event, files: Vec<OwnedFd>) -> bool {
@@ -149,23 +189,15 @@ impl Instance {
             return true;
         };
         match event {
-            Event::Running { setup_us } => self.tell(EventKind::GuestRunning { setup_us }),
+            Event::Running { setup_us } => self.report(EventKind::GuestRunning { setup_us }),
             Event::StartFailed { reason } => {
                 boot.exit = Some(ExitReason::Failed { detail: reason });
             }
-            Event::Opened { port, source_port } => {
-                // Each connection's task has a share of the channels.
-                if Arc::strong_count(&boot.channels) > MOST_CHANNELS {
-                    let text = "more connections to channels than there can be".into();
-                    self.trouble(EventKind::Warning { text });
-                } else if let Some(socket) = files.into_iter().next() {
-                    boot.channels.accept(port, source_port, socket);
-                }
-            }
+            Event::Opened { port, source_port } => self.opened(port, source_port, files),
             Event::Dialed { id, outcome } => return self.dialed(id, outcome),
             Event::Paused { paused } => {
                 if self.liveness.paused(paused) {
-                    self.tell(EventKind::Paused { paused });
+                    self.report(EventKind::Paused { paused });
                 }
             }
             Event::NoSpace(control::NoSpace {
@@ -181,12 +213,12 @@ impl Instance {
                 }
             }
             Event::DeviceNeedsReset { device, reason } => {
-                self.trouble(EventKind::DeviceNeedsReset { device, reason });
+                self.report_limited(EventKind::DeviceNeedsReset { device, reason });
             }
             Event::DiskFailed(control::DiskFailed { disk, error, full }) => {
                 let file = guest::disk_file(&disk).unwrap_or("disk");
                 let file = self.parts.dir.join(file);
-                self.trouble(EventKind::DiskFailed {
+                self.report_limited(EventKind::DiskFailed {
                     disk,
                     file,
                     error,
@@ -205,9 +237,24 @@ impl Instance {
         }
         true
     }
+
+    /// The guest opened a connection to a channel.
+    fn opened(&mut self, port: u32, source_port: u32, files: Vec<OwnedFd>) {
+        let boot = self.boot.as_ref();
+        let Some(connections) = boot.and_then(|boot| boot.connections.as_ref()) else {
+            return;
+        };
+        // One share is ours.
+        if Arc::strong_count(&connections.channels) > MAX_CONNECTIONS {
+            let text = "too many connections to channels".into();
+            self.report_limited(EventKind::Warning { text });
+        } else if let Some(socket) = files.into_iter().next() {
+            connections.channels.accept(port, source_port, socket);
+        }
+    }
 }
 
-pub(super) async fn next_vmm_event(boot: &mut Option<Boot>) -> VmmEvent {
+pub(super) async fn next_vmm_event(boot: &mut Option<GuestBoot>) -> VmmEvent {
     match boot {
         Some(boot) => boot.process.next().await,
         None => std::future::pending().await,

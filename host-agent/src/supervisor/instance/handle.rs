@@ -1,4 +1,4 @@
-//! What the owner of an instance holds: requests to its actor and a view of it.
+//! The owner's end of an instance: requests to its actor and its current state.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,10 +12,11 @@ use super::super::spec::InstanceSpec;
 use super::super::status::InstanceStatus;
 use crate::vmm::control::Stats;
 
-/// Most time for an answer. A VMM process that takes longer is found hung.
+/// Most time for an answer. A VMM process that takes longer is hung: its pings end
+/// it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(45);
 
-/// What an owner may ask of an instance.
+/// A request of an owner.
 #[derive(Debug)]
 pub enum Request {
     /// Stop cleanly.
@@ -72,12 +73,12 @@ impl InstanceHandle {
         while status.changed().await.is_ok() {}
     }
 
-    /// Puts a request; an actor that is gone has nothing left to stop.
+    /// Sends a request. If the actor is gone, nothing is left to stop.
     pub async fn send(&self, request: Request) {
         let _ = self.requests.send(request).await;
     }
 
-    /// The instance as it is now.
+    /// The current state.
     pub fn status(&self) -> InstanceStatus {
         self.status.borrow().clone()
     }

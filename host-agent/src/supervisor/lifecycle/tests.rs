@@ -246,6 +246,20 @@ fn a_guest_paused_for_space_is_out_of_rotation() {
 }
 
 #[test]
+fn a_stop_before_the_vmm_process_starts_is_clean() {
+    for stop in [Input::Stop, Input::Kill] {
+        let mut life = Lifecycle::new(LIMITS);
+        life.on(Input::Start, Duration::ZERO, 0.5);
+        let effects = life.on(stop, Duration::ZERO, 0.5);
+        let ends = |effect: &Effect| matches!(effect, Effect::StopVmm | Effect::KillVmm);
+        assert!(effects.iter().any(ends));
+        let effects = life.on(Input::SpawnCancelled, Duration::ZERO, 0.5);
+        let stopped = Effect::Tell(EventKind::Stopped { clean: true });
+        assert_eq!(effects, [stopped, Effect::Finish]);
+    }
+}
+
+#[test]
 fn a_power_off_after_a_stop_is_a_clean_end() {
     let mut life = ready();
     let effects = life.on(Input::Stop, Duration::ZERO, 0.5);
@@ -447,6 +461,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(adoption(9)),
         Just(Input::Spawned { pid: 1 }),
         Just(Input::SpawnFailed("no".into())),
+        Just(Input::SpawnCancelled),
         Just(Input::Connected),
         Just(Input::Beat),
         Just(Input::NoSpace),
@@ -478,6 +493,7 @@ proptest! {
     ) {
         let mut life = Lifecycle::new(LIMITS);
         let mut running = adopted;
+        let mut ending = false;
         let mut rotation = false;
         let mut finished = false;
         let mut stopping = false;
@@ -485,9 +501,11 @@ proptest! {
         let mut feed = vec![if adopted { adoption(7) } else { Input::Start }];
         feed.extend(inputs);
         for input in feed {
-            // Only a running process can end or fail to start.
-            if matches!(input, Input::Ended(_) | Input::SpawnFailed(_)) {
-                if !running { continue; }
+            // Only a running process can end or fail to start; only the start of
+            // one that is to end is cancelled.
+            if matches!(input, Input::Ended(_) | Input::SpawnFailed(_) | Input::SpawnCancelled) {
+                let cancelled = input == Input::SpawnCancelled;
+                if !running || cancelled && !ending { continue; }
                 running = false;
                 wait = None;
             }
@@ -504,8 +522,10 @@ proptest! {
                         prop_assert!(!running);
                         prop_assert_eq!(generation, life.generation());
                         running = true;
+                        ending = false;
                         wait = None;
                     }
+                    Effect::StopVmm | Effect::KillVmm => ending = true,
                     Effect::Wait(wanted, _) => wait = Some(wanted),
                     Effect::Rotation(ready) => {
                         prop_assert_ne!(ready, rotation);

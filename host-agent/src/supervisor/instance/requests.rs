@@ -1,5 +1,5 @@
-//! What is asked of the VMM process of an instance: on behalf of its owner, of
-//! clients of its endpoints, and of the heartbeat rule.
+//! Requests of an instance's owner and connections of its clients, passed on to
+//! the VMM process.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,18 +9,18 @@ use tokio::sync::oneshot;
 use vmbus::channel::{EXEC_PORT, tunnel_port};
 
 use super::super::lifecycle::Input;
-use super::{Instance, MOST_ASKED, Request};
+use super::{Instance, MAX_OPEN_REQUESTS, Request};
 use crate::endpoints::Incoming;
 use crate::vmm::control::{Command, DialOutcome};
 
-/// Said to who asks too much at a time.
-const BUSY: &str = "too many questions to the VMM process are open";
-/// Said to who wants something of a guest that stands still.
-const NO_SPACE: &str = "the host has no space for what the guest writes: it goes on by itself \
-    when there is";
+/// Error for too many outstanding requests.
+const BUSY: &str = "too many requests to the VMM process are open";
+/// Error for a request that a guest paused for space cannot serve.
+const NO_SPACE: &str = "the guest is paused: the host has no space for its writes; it runs again \
+    by itself when there is space";
 
-/// Our end of a dial to the exec service, and who waits for it.
-pub(super) type Dialed = (UnixStream, oneshot::Sender<Result<UnixStream, String>>);
+/// A dial to the exec service: our end, and where the outcome goes.
+pub(super) type PendingExec = (UnixStream, oneshot::Sender<Result<UnixStream, String>>);
 
 impl Instance {
     pub(super) fn request(&mut self, request: Request) -> bool {
@@ -72,14 +72,14 @@ impl Instance {
         true
     }
 
-    /// Whether one more question would be too many.
+    /// Whether no more requests that wait for an answer are taken.
     fn is_busy(&self) -> bool {
         let boot = self.boot.as_ref();
         self.is_behind()
-            || boot.is_some_and(|boot| boot.dials.len() + boot.stats.len() >= MOST_ASKED)
+            || boot.is_some_and(|boot| boot.execs.len() + boot.stats.len() >= MAX_OPEN_REQUESTS)
     }
 
-    /// Whether the VMM process does not keep up with what is asked of it.
+    /// Whether the VMM process does not keep up with the commands sent to it.
     fn is_behind(&self) -> bool {
         let boot = self.boot.as_ref();
         boot.is_some_and(|boot| boot.process.is_behind())
@@ -96,7 +96,7 @@ impl Instance {
         })();
         match (result, &mut self.boot) {
             (Ok((id, stream)), Some(boot)) => {
-                boot.dials.insert(id, (stream, answer));
+                boot.execs.insert(id, (stream, answer));
             }
             (Err(error), _) => {
                 let _ = answer.send(Err(error.to_string()));
@@ -107,8 +107,8 @@ impl Instance {
         }
     }
 
-    /// Passes a client on. A VMM process that is behind or gone takes none: its
-    /// connection closes.
+    /// Passes a client's connection on. It closes if the VMM process is behind or
+    /// gone.
     pub(super) fn connect(&mut self, connection: Incoming) {
         if self.is_behind() {
             return;
@@ -125,17 +125,15 @@ impl Instance {
         }
     }
 
-    /// The guest answered, or not.
+    /// The outcome of a dial: of a probe, of an exec, or of a client's
+    /// connection, for which nothing is left to do.
     pub(super) fn dialed(&mut self, id: u64, outcome: DialOutcome) -> bool {
         let effect = self.liveness.dial_answered(id, outcome);
         if effect.is_some() {
             return self.perform_liveness(effect);
         }
-        let Some(boot) = &mut self.boot else {
-            return true;
-        };
-        // Nobody waits for the outcome of a client's connection.
-        if let Some((stream, answer)) = boot.dials.remove(&id) {
+        let boot = self.boot.as_mut();
+        if let Some((stream, answer)) = boot.and_then(|boot| boot.execs.remove(&id)) {
             let result = match outcome {
                 DialOutcome::Connected => Ok(stream),
                 other => Err(format!("guest agent does not take exec: {other:?}")),
@@ -145,6 +143,7 @@ impl Instance {
         true
     }
 
+    /// An id that no dial, probe or ping has had.
     pub(super) fn next_id(&mut self) -> u64 {
         self.last_id += 1;
         self.last_id

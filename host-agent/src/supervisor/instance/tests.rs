@@ -1,0 +1,224 @@
+//! An actor without KVM: what it does before a VMM process starts, and with the
+//! last messages of one that ended.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::net::Shutdown;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
+
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use vmbus::frame;
+use vmbus::message::{RoleState, Status, ToHost};
+use vmbus::version::{Hello, SUPPORTED};
+
+use super::drain::drain;
+use super::*;
+use crate::channels::GuestChannels;
+use crate::store::content::ContentStore;
+use crate::supervisor::guest;
+use crate::supervisor::guest::tests::image;
+use crate::supervisor::timeline::Events;
+use crate::vmm::control::ExitReason;
+
+const LIMITS: Limits = Limits {
+    role_stop: Duration::from_secs(30),
+    power_off: Duration::from_secs(10),
+    begin: Duration::from_secs(3),
+    condemned: Duration::from_secs(30),
+    vmm_stop: Duration::from_secs(2),
+    death: Duration::from_secs(10),
+};
+
+fn spec(data_dir: &Path, image: &Image) -> InstanceSpec {
+    let content = ContentStore::new(data_dir);
+    guest::tests::spec(&content, &content.hold().unwrap(), image)
+}
+
+struct Started {
+    dir: TempDir,
+    handle: InstanceHandle,
+    task: JoinHandle<()>,
+    events: Events,
+}
+
+/// Starts an instance without disks, after `change` has changed its directory.
+fn started(change: impl FnOnce(&Path)) -> Started {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("instance");
+    fs::create_dir(&path).unwrap();
+    change(&path);
+    let image = image(dir.path());
+    let timeline = Timeline::start();
+    let events = timeline.subscribe();
+    let parts = InstanceParts {
+        spec: spec(dir.path(), &image),
+        image: Arc::new(image),
+        dir: path,
+        rule: HeartbeatRule::DEFAULT,
+        limits: LIMITS,
+        group: None,
+        hello_limit: Duration::from_secs(10),
+        dial_limit: Duration::from_secs(2),
+        probe_limit: Duration::from_secs(3),
+        ping_every: Duration::from_secs(10),
+        rotation: Rotation::default(),
+        timeline,
+    };
+    let (handle, task) = PreparedInstance::new(parts).unwrap().start();
+    Started {
+        dir,
+        handle,
+        task: tokio::spawn(task),
+        events,
+    }
+}
+
+/// The log of the VMM process is a pipe without a reader: its open hangs.
+fn hanging() -> Started {
+    started(|dir| mkfifo(&dir.join("vmm.log"), Mode::S_IRUSR | Mode::S_IWUSR).unwrap())
+}
+
+/// Ends the hang, and every later one of the same instance.
+fn let_go(started: &Started) {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let reader = options.open(started.dir.path().join("instance/vmm.log"));
+    std::mem::forget(reader.unwrap());
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn no_guest_starts_after_a_stop_in_its_preparation() {
+    for request in [Request::Stop, Request::Kill] {
+        let mut started = hanging();
+        started.handle.send(request).await;
+        (&mut started.task).await.unwrap();
+        let_go(&started);
+        let mut kinds = Vec::new();
+        while let Some(event) = started.events.next().await {
+            kinds.push(event.kind);
+        }
+        assert!(kinds.contains(&EventKind::Stopped { clean: true }));
+        for kind in &kinds {
+            let ends = matches!(kind, EventKind::Stopping | EventKind::Stopped { .. });
+            assert!(ends, "{kinds:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_preparation_that_hangs_holds_up_no_other_instance() {
+    let hanging = hanging();
+    let mut other = started(|_| {});
+    while let Some(event) = other.events.next().await {
+        if matches!(event.kind, EventKind::Restarting { .. }) {
+            break;
+        }
+    }
+    for started in [hanging, other] {
+        started.handle.send(Request::Stop).await;
+        let_go(&started);
+        started.task.await.unwrap();
+    }
+}
+
+/// Channels of a boot, and the guest's end of a connection to *status*.
+struct Guest {
+    _dir: TempDir,
+    stream: UnixStream,
+    events: mpsc::Receiver<(u64, ChannelEvent)>,
+    open: mpsc::Receiver<std::convert::Infallible>,
+}
+
+fn guest() -> Guest {
+    let dir = tempfile::tempdir().unwrap();
+    let log = |name| Arc::new(QueuedWriter::open_log(&dir.path().join(name)).unwrap());
+    let image = image(dir.path());
+    let (sender, events) = mpsc::channel(1);
+    let (alive, open) = mpsc::channel(1);
+    let channels = Arc::new(GuestChannels {
+        generation: 1,
+        interval: Duration::from_secs(5),
+        hello_limit: Duration::from_secs(10),
+        events: sender,
+        goal: watch::channel(spec(dir.path(), &image).goal).1,
+        shutdown: watch::channel(None).1,
+        program: image.agent,
+        role_log: log("role.log"),
+        agent_log: log("agent.log"),
+        alive,
+        sequence: AtomicU64::new(0),
+    });
+    let (mut stream, theirs) = UnixStream::pair().unwrap();
+    channels.accept(Channel::Status.port(), 700, theirs.into());
+    let hello = Hello {
+        channel: Channel::Status,
+        versions: SUPPORTED.to_vec(),
+        boot_id: "boot".into(),
+        agent: "test".into(),
+    };
+    stream.write_all(&frame::encode(&hello).unwrap()).unwrap();
+    Guest {
+        _dir: dir,
+        stream,
+        events,
+        open,
+    }
+}
+
+fn status(killed: bool) -> Status {
+    Status {
+        incarnation: 1,
+        state: RoleState::Stopped,
+        detail: String::new(),
+        recycles: 0,
+        last_exit: None,
+        retry_in_ms: None,
+        killed,
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_last_status_counts_before_the_power_off() {
+    let mut life = Lifecycle::new(LIMITS);
+    let mut on = |input| life.on(input, Duration::ZERO, 0.5);
+    on(Input::Start);
+    on(Input::Spawned { pid: 1 });
+    on(Input::Connected);
+    on(Input::Stop);
+    // Everything is in the sockets before the host looks at any of them.
+    let mut guest = guest();
+    for killed in [false, false, true] {
+        let message = frame::encode(&ToHost::Status(status(killed))).unwrap();
+        guest.stream.write_all(&message).unwrap();
+    }
+    guest.stream.shutdown(Shutdown::Write).unwrap();
+    let mut seen = 0;
+    let limit = Duration::from_secs(600);
+    let whole = drain(&mut guest.events, &mut guest.open, limit, |_, event| {
+        if let ChannelEvent::Status(status) = event {
+            seen += 1;
+            on(Input::Status(status));
+        }
+        true
+    });
+    assert!(whole.await);
+    assert_eq!(seen, 3);
+    let effects = on(Input::Ended(ExitReason::PowerOff));
+    let unclean = Effect::Tell(EventKind::Stopped { clean: false });
+    assert!(effects.contains(&unclean), "{effects:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_connection_that_stays_open_is_not_waited_for() {
+    let mut guest = guest();
+    let limit = Duration::from_millis(1);
+    assert!(drain(&mut guest.events, &mut guest.open, limit, |_, _| true).await);
+    assert!(guest.open.try_recv() == Err(mpsc::error::TryRecvError::Empty));
+    drop(guest.stream);
+}
