@@ -18,8 +18,8 @@ use crate::shell::quoted;
 use crate::store::image::ImageError;
 use crate::store::paths;
 use crate::supervisor::event::TimelineEvent;
-use crate::supervisor::heartbeat::HeartbeatRule;
 use crate::supervisor::host::{HostError, HostOptions};
+use crate::supervisor::liveness::heartbeat::HeartbeatRule;
 
 /// The way out of a full disk.
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";

@@ -13,9 +13,9 @@ use tokio::task::JoinSet;
 use vmbus::text::chain;
 
 use super::event::EventKind;
-use super::heartbeat::HeartbeatRule;
 use super::instance::{InstanceHandle, Request};
 use super::lifecycle::Limits;
+use super::liveness::heartbeat::HeartbeatRule;
 use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
 use super::timeline::Timeline;
 use crate::cgroup::{self, DeploymentGroup};

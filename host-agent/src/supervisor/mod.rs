@@ -17,5 +17,3 @@ pub mod restart;
 pub mod spec;
 pub mod status;
 pub mod timeline;
-
-pub use liveness::heartbeat;

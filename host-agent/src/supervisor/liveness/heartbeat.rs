@@ -115,7 +115,7 @@ pub(super) struct Monitor {
     since_grace: Option<Duration>,
     last_tick: Option<Now>,
     asked: u64,
-    heard: Option<Heard>,
+    last_answer: Option<Answer>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,7 +129,7 @@ enum Phase {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Heard {
+struct Answer {
     boot_id: String,
     sequence: u64,
 }
@@ -145,7 +145,7 @@ impl Monitor {
             since_grace: None,
             last_tick: None,
             asked: 0,
-            heard: None,
+            last_answer: None,
         }
     }
 
@@ -153,7 +153,7 @@ impl Monitor {
     pub(super) fn booting(&mut self) {
         self.phase = Phase::Booting;
         self.silence = Duration::ZERO;
-        self.heard = None;
+        self.last_answer = None;
     }
 
     /// The guest is being taken down on purpose: no verdict until
@@ -173,12 +173,12 @@ impl Monitor {
         if self.phase == Phase::Settled || sequence > self.asked {
             return false;
         }
-        let fresh = match &self.heard {
+        let fresh = match &self.last_answer {
             None => true,
-            Some(heard) => heard.boot_id == boot_id && sequence > heard.sequence,
+            Some(last) => last.boot_id == boot_id && sequence > last.sequence,
         };
         if fresh {
-            self.heard = Some(Heard {
+            self.last_answer = Some(Answer {
                 boot_id: boot_id.to_owned(),
                 sequence,
             });
