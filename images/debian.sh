@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced: Debian bookworm packages without installing them. Uses a private apt
-# state below $cache, so it neither needs root nor touches the machine's own, and
-# it gives the same kernel on every distribution that has apt.
+# Sourced: fetches Debian bookworm packages without installing them. The apt state is
+# below $cache, so this needs no root, does not change the state of the machine, and
+# gives the same kernel on every distribution with apt.
 
 suite=bookworm
 mirror=${HOST_AGENT_DEBIAN_MIRROR:-http://deb.debian.org/debian}
@@ -25,8 +25,8 @@ private_apt() {
     -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" "$@"
 }
 
-# private_update: brings the lists of packages up to date, unless that was done within
-# the hour: a first run needs them for kernels, QEMU and busybox one after the other.
+# private_update: updates the lists of packages, unless they are less than an hour old: a
+# first run fetches kernels, QEMU and busybox one after the other.
 private_update() {
   [ -z "$(find "$cache/apt/updated" -mmin -60 2>/dev/null)" ] || return 0
   mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
@@ -35,8 +35,8 @@ private_update() {
   touch "$cache/apt/updated"
 }
 
-# kernel_dir FLAVOUR: prints the directory of an unpacked Debian kernel, cloud
-# (for guests) or generic (for the lab; it has 9p), fetching it when there is none.
+# kernel_dir FLAVOUR: prints the directory of an unpacked Debian kernel and fetches the
+# kernel if necessary: cloud for guests, generic for the lab, which needs 9p.
 # `scripts/setup --refresh` fetches a newer one.
 kernel_dir() {
   local meta dir=$cache/kernel-$1
@@ -65,9 +65,9 @@ fetch_kernel() {
   mv "$dir.partial" "$dir"
 }
 
-# extract_vmlinux BZIMAGE OUT: the ELF kernel inside a bzImage. The fields are
-# those of the setup header (Documentation/x86/boot.rst): setup_sects at 0x1f1,
-# payload_offset at 0x248, payload_length at 0x24c.
+# extract_vmlinux BZIMAGE OUT: writes the ELF kernel inside a bzImage. Fields of the setup
+# header (Documentation/x86/boot.rst): setup_sects at 0x1f1, payload_offset at 0x248,
+# payload_length at 0x24c.
 extract_vmlinux() {
   local image=$1 out=$2 sects offset length magic decompress
   field() { od -An -t"$1" -j "$2" -N "$3" "$image" | tr -d ' '; }
@@ -85,15 +85,15 @@ extract_vmlinux() {
     5d0000*) decompress=(xz --format=lzma -dc) ;;
     *) die "$image: payload of unknown compression (starts with $magic)" ;;
   esac
-  # All but gzip are followed by the unpacked size, which the tools take for garbage.
+  # Except with gzip the last four bytes are the unpacked size, an error for the tools.
   [ "${decompress[0]}" = gzip ] || length=$((length - 4))
   dd if="$image" iflag=skip_bytes,count_bytes skip="$offset" count="$length" bs=1M status=none |
     "${decompress[@]}" >"$out"
   [ "$(od -An -tx1 -N4 "$out" | tr -d ' ')" = 7f454c46 ] || die "$image: the payload is no ELF file"
 }
 
-# kernel_modules DIR MODULE...: prints the files of the modules and of what they
-# depend on, in the order in which they must be loaded. Built-in ones give nothing.
+# kernel_modules DIR MODULE...: prints the files of the modules and their dependencies in
+# load order, without those that are built in.
 kernel_modules() {
   local dir=$1 module
   shift
@@ -102,9 +102,9 @@ kernel_modules() {
   done | sed -n 's/^insmod \(.*\.ko\).*/\1/p' | awk '!seen[$0]++'
 }
 
-# unpacked NAME PACKAGE...: prints the directory with these packages and all that
-# they need, down to the C library, unpacked and not installed: nothing of the
-# machine's own is replaced, and they are the same wherever this runs.
+# unpacked NAME PACKAGE...: prints the directory with these packages and all their
+# dependencies, down to the C library, unpacked and not installed: the machine is not
+# changed, and the programs are the same on every machine.
 unpacked() {
   local dir=$cache/unpacked-$1 name=$1
   shift
@@ -128,20 +128,20 @@ fetch_unpacked() {
   mv "$dir.partial" "$dir"
 }
 
-# static_busybox: prints the path of one. That of the machine may need libraries.
+# static_busybox: prints the path of a static busybox; the machine's may be dynamic.
 static_busybox() {
   local dir
   dir=$(unpacked busybox busybox-static)
   printf '%s/bin/busybox\n' "$dir"
 }
 
-# lab_tools: prints the directory with QEMU for the lab, which is started by the script
-# `qemu-system-x86_64` in it.
+# lab_tools: prints the directory with QEMU for the lab and `qemu-system-x86_64`, a script
+# that starts it.
 lab_tools() {
   local dir
   dir=$(unpacked lab-tools qemu-system-x86)
-  # Through its own dynamic linker, which is of one build with its C library. The file
-  # in lib64 is a link to that of the machine.
+  # QEMU needs the dynamic linker of its own C library. The linker in lib64 is a symbolic
+  # link to that of the machine.
   cat >"$dir/qemu.partial" <<END
 #!/bin/sh
 d='${dir//\'/\'\\\'\'}'

@@ -1,40 +1,49 @@
 # shellcheck shell=bash
-# Sourced by the scripts: where things lie, how a step is shown, which packages
-# are needed. Sets: project, target, cache, rust, memory_tree.
+# Sourced by the other scripts: directories, progress of steps, missing packages.
+# Sets: project, target, cache, rust, memory_tree, installed.
 
-# A command substitution stops at its first error, as all else does.
+# Without it a command substitution ignores `set -e`.
 shopt -s inherit_errexit
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-target=$project/target
+if [ -e "$project/Cargo.toml" ]; then
+  installed=''
+  target=$project/target
+  data=$target/data
+else
+  # $project is PREFIX/lib/host-agent, written by scripts/install. The directories are
+  # those of the user (host-agent/src/store/paths.rs).
+  installed=1
+  target=${XDG_CACHE_HOME:-${HOME:?}/.cache}/host-agent
+  data=${XDG_DATA_HOME:-${HOME:?}/.local/share}/host-agent
+fi
 cache=$target/cache
 rust=$target/rust
-# Where a root file system is unpacked, in memory: what is there after a kill -9, the
-# next run or scripts/clean removes.
+# A root file system is unpacked here, in memory. If a kill -9 leaves it behind, the next
+# run or scripts/clean removes it.
 memory_tree=/dev/shm/host-agent-$(id -u)-$(sha256sum <<<"$project" | head -c 12)
-export HOST_AGENT_DATA_DIR=${HOST_AGENT_DATA_DIR:-$target/data}
+export HOST_AGENT_DATA_DIR=${HOST_AGENT_DATA_DIR:-$data}
 mkdir -p "$cache" "$target/logs"
 
 say() { printf '%s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# Seconds since the epoch with a fraction; seconds between two of them.
+# now: seconds since the epoch with a fraction. since START: the time since then.
 now() { printf '%s' "${EPOCHREALTIME/,/.}"; }
 since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f s", b - a }'; }
 
-# lock NAME: waits until no other script of this project holds the lock. It is held
-# until unlock or the end of this script, and never by what a step leaves running.
+# lock NAME: waits until no other script of this project holds the lock, and takes it
+# until unlock or the end of this script. Commands of a step do not inherit it.
 lock() {
   exec 9>"$target/$1.lock"
   flock -n 9 || { say "waiting for another script of this project to end ($1)"; flock 9; }
 }
 unlock() { exec 9>&-; }
 
-# step TITLE COMMAND...: runs COMMAND with its output in a log file, shows what
-# is running and how long it took; on failure shows the end of the log.
-# VERBOSE=1 shows the output as well. A COMMAND that is a function stops at its
-# first error only if `step` is not itself part of a condition (bash ignores
-# `set -e` in all that a condition calls): end such a script by `step`, don't test it.
+# step TITLE COMMAND...: runs COMMAND with its output in a log file and shows the title
+# and the time it took; on failure also the end of the log. VERBOSE=1 shows the output.
+# Do not call `step` in a condition: bash then ignores `set -e` in a COMMAND that is a
+# function.
 step() {
   local title=$1 start log rc ticker=
   shift
@@ -66,7 +75,7 @@ step() {
   say "$title: $(since "$start")"
 }
 
-# as_root COMMAND...: directly, or by sudo.
+# as_root COMMAND...: runs COMMAND as root, by sudo if necessary.
 as_root() {
   if [ "$(id -u)" = 0 ]; then
     "$@"
@@ -77,7 +86,7 @@ as_root() {
   fi
 }
 
-# need PROGRAM PACKAGE WHY: remembers PACKAGE when PROGRAM is not installed.
+# need PROGRAM PACKAGE WHY: adds PACKAGE to `missing` if PROGRAM is not installed.
 missing=()
 need() {
   PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null && return
@@ -85,25 +94,24 @@ need() {
   say "missing: $2 ($3)"
 }
 
-# install_missing: installs what need() found missing, in one go.
+# install_missing: installs the packages in `missing` by one call of apt-get.
 install_missing() {
   [ ${#missing[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || die "no apt-get here; install these yourself: ${missing[*]}"
-  # Ask for the password before the progress line is drawn.
+  # sudo asks for the password now, before the progress line is drawn.
   if [ "$(id -u)" != 0 ] && [ -t 0 ] && command -v sudo >/dev/null; then sudo -v; fi
   step "install ${missing[*]}" install_packages "${missing[@]}"
   missing=()
 }
-# Never at the price of a package that is there.
 install_packages() {
-  # Another installation may be under way, of updates for one.
+  # Wait for another apt (an automatic upgrade), and never remove a package.
   local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300)
   local install=("${apt[@]}" install -y --no-remove --no-install-recommends)
   as_root "${install[@]}" "$@" || { as_root "${apt[@]}" update && as_root "${install[@]}" "$@"; }
 }
 
-# use_rust: takes the Rust toolchain that scripts/setup installed below target/ if
-# it did, else the user's own before the distribution's.
+# use_rust: selects the Rust toolchain that scripts/setup installed below target/; if
+# there is none, the user's, and then the distribution's.
 use_rust() {
   if [ -x "$rust/cargo/bin/cargo" ]; then
     unset RUSTUP_TOOLCHAIN
@@ -114,8 +122,21 @@ use_rust() {
 }
 use_rust
 
-# kvm_usable: can this machine itself run guests? Asked of the product.
+# kvm_usable: whether this machine can run guests, as `doctor` reports.
 kvm_usable() { "${HOST_AGENT_BIN:?}" doctor >/dev/null 2>&1; }
 
-# Where cargo puts the release binaries (see .cargo/config.toml).
+# Directory of the release binaries (see .cargo/config.toml).
 release=$target/x86_64-unknown-linux-gnu/release
+
+# project_version: the version of all programs.
+project_version() { sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\1/p' "$project/Cargo.toml"; }
+
+# build_guest_agents: builds the programs that run in guests, in $guest_programs.
+guest_programs=$(dirname "$release")/guest
+build_guest_agents() {
+  # Panics name source files. Without this machine's directories in their names, every
+  # machine builds the same programs.
+  local remap="target.x86_64-unknown-linux-gnu.rustflags=[
+    '--remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo', '--remap-path-prefix=$project=/project']"
+  step "build the guest agents" cargo build --profile guest --locked -p guest-agent --config "$remap"
+}

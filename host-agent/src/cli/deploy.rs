@@ -1,6 +1,8 @@
 //! What `run` and `test` share: the service, the host, the options, and the
 //! errors of a deployment that cannot begin.
 
+use std::env;
+use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -94,8 +96,9 @@ pub fn refused(error: &HostError, model: &ServiceModel) -> CliError {
 
 fn image(error: &ImageError) -> CliError {
     match error {
-        ImageError::Missing { name, .. } => CliError::chain(Code::ImageMissing, error)
-            .hint(format!("images/build {}", quoted(name))),
+        ImageError::Missing { name, .. } => {
+            CliError::chain(Code::ImageMissing, error).hint(build_image(name.as_ref()))
+        }
         ImageError::Read { path, source } => {
             let this = CliError::chain(Code::ImageDamaged, error);
             match source.kind() {
@@ -114,7 +117,19 @@ fn image(error: &ImageError) -> CliError {
 /// How to build the image again that has the file at `path`.
 fn build_again(path: &Path) -> String {
     let name = path.parent().and_then(Path::file_name).unwrap_or_default();
-    format!("images/build {}", quoted(name))
+    build_image(name)
+}
+
+/// The command that builds image `name`: `host-agent-image` where `scripts/install` has
+/// installed it beside this program, else the script of the checkout.
+fn build_image(name: &OsStr) -> String {
+    let program = env::current_exe().unwrap_or_default();
+    let builder = if program.with_file_name("host-agent-image").exists() {
+        "host-agent-image"
+    } else {
+        "images/build"
+    };
+    format!("{builder} {}", quoted(name))
 }
 
 fn listen(error: &ListenError) -> CliError {
