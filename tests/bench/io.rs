@@ -5,7 +5,7 @@
 //! writes use clusters that the diff has.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -38,17 +38,10 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     initrd_with_modules(setting, &initrd)?;
     let start = |name: &str, vmm: &Vmm, diff: bool| -> Result<Running> {
         let files = dir.path().join(name);
-        fs::create_dir_all(&files)?;
         let disk = if diff {
             Disk::Diff(base.clone())
         } else {
-            let copy = files.join("disk.raw");
-            let output = std::process::Command::new("cp")
-                .args(["--sparse=always", "--no-preserve=mode"])
-                .args([&base, &copy])
-                .output()?;
-            ensure!(output.status.success(), "{}", e2e::text(&output));
-            Disk::Raw(copy)
+            Disk::Raw(raw_copy(&base, &files)?)
         };
         let guest = BareGuest {
             disks: vec![disk],
@@ -155,11 +148,23 @@ fn against(
 
 /// Writes the image's initrd with the benchmark's `/init`: the kernel unpacks two
 /// concatenated archives, and a file of the second replaces one of the first.
-fn initrd_with_modules(setting: &Setting, to: &Path) -> Result<()> {
+pub fn initrd_with_modules(setting: &Setting, to: &Path) -> Result<()> {
     let mut bytes = fs::read(setting.image().join("initrd"))?;
     bytes.resize(bytes.len().next_multiple_of(4), 0);
     bytes.extend(fs::read(&setting.initrd).context("the benchmark's initrd")?);
     Ok(fs::write(to, bytes)?)
+}
+
+/// Copies `base` to a file in `dir`, which is created.
+pub fn raw_copy(base: &Path, dir: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(dir)?;
+    let copy = dir.join("disk.raw");
+    let output = std::process::Command::new("cp")
+        .args(["--sparse=always", "--no-preserve=mode"])
+        .args([base, &copy])
+        .output()?;
+    ensure!(output.status.success(), "{}", e2e::text(&output));
+    Ok(copy)
 }
 
 /// The figure of a fio report: requests per second of a random pattern, MiB per second

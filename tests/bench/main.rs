@@ -6,6 +6,8 @@
 
 mod boot;
 mod client;
+mod exits;
+mod idle;
 mod io;
 mod machine;
 mod measure;
@@ -150,6 +152,7 @@ fn main() -> Result<ExitCode> {
         let done = match section.name {
             "boot" => boot::measure(&setting, &mut findings),
             "service" => service::measure(&setting, &mut findings),
+            "idle" => idle::measure(&setting, &mut findings),
             "tunnel" => tunnel::measure(&setting, &mut findings),
             "io" => io::measure(&setting, &mut findings),
             name => Err(anyhow::anyhow!("no section {name}")),

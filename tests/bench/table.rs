@@ -105,6 +105,30 @@ pub const SECTIONS: &[Section] = &[
         ],
     },
     Section {
+        name: "idle",
+        lines: &[
+            line("idle-exits", "idle guest, VM exits", "1/s", None),
+            line(
+                "idle-exits-vs-firecracker",
+                "  against Firecracker",
+                "ratio",
+                Some(AtMost(1.0)),
+            ),
+            line(
+                "idle-vmm-cpu",
+                "idle guest, CPU of its VMM process",
+                "% of a core",
+                None,
+            ),
+            line(
+                "idle-vmm-cpu-vs-firecracker",
+                "  against Firecracker",
+                "ratio",
+                Some(AtMost(1.0)),
+            ),
+        ],
+    },
+    Section {
         name: "tunnel",
         lines: &[
             line("tunnel-in", "endpoint tunnel, host to guest", "MiB/s", None),
