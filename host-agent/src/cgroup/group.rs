@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::parent::{ParentCgroup, Preparation};
+use super::parent::{ParentCgroup, Preparation, cgroups_of};
 use super::{NEEDED, WANTED};
 
 /// Preparation part of the names of our cgroups.
@@ -103,7 +103,11 @@ impl DeploymentGroup {
         // One of an earlier boot would bring that boot's counts with it.
         let _ = fs::remove_dir(&path);
         make(&path)?;
-        let this = GuestGroup { path, limits };
+        let this = GuestGroup {
+            path,
+            memory: limits.memory,
+            adopted: false,
+        };
         this.set("memory.max", &limits.memory.to_string())?;
         this.set("memory.oom.group", "1")?;
         this.set("pids.max", &MOST_THREADS.to_string())?;
@@ -126,10 +130,32 @@ impl Drop for DeploymentGroup {
 #[derive(Debug)]
 pub struct GuestGroup {
     path: PathBuf,
-    limits: GuestLimits,
+    /// Bytes of memory that the process may use.
+    memory: u64,
+    /// A host agent that is gone made the cgroup around it.
+    adopted: bool,
 }
 
 impl GuestGroup {
+    /// The cgroup of a VMM process that another host agent started, if it is in one of
+    /// its own.
+    pub fn of_process(pid: u32) -> Option<Self> {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{file}")).ok();
+        let membership = read(&format!("{pid}/cgroup"))?;
+        let groups = cgroups_of(&read("self/mountinfo")?, &membership);
+        let (_, path) = groups.into_iter().next()?;
+        let of_host = path.parent()?.file_name()?.to_string_lossy();
+        if !of_host.starts_with(PREFIX) {
+            return None;
+        }
+        let memory = fs::read_to_string(path.join("memory.max")).ok()?;
+        Some(Self {
+            memory: memory.trim().parse().ok()?,
+            path,
+            adopted: true,
+        })
+    }
+
     /// Puts a process in.
     ///
     /// # Errors
@@ -148,7 +174,7 @@ impl GuestGroup {
         Some(if count > 0 {
             format!(
                 "out of memory at its limit of {} MiB (memory.max)",
-                self.limits.memory >> 20
+                self.memory >> 20
             )
         } else {
             "the host ran out of memory".into()
@@ -162,8 +188,13 @@ impl GuestGroup {
 
 impl Drop for GuestGroup {
     fn drop(&mut self) {
-        // A process that is still ending is left to the deployment's end.
+        // A process that is still ending is left to the host agent's end.
         let _ = fs::remove_dir(&self.path);
+        if self.adopted
+            && let Some(parent) = self.path.parent().and_then(Path::parent)
+        {
+            sweep(parent);
+        }
     }
 }
 

@@ -82,7 +82,7 @@ pub fn find_parent() -> Result<ParentCgroup, NotEnforced> {
         hint: "mount -t cgroup2 none /sys/fs/cgroup, or on a machine with systemd, ".to_owned()
             + BY_BOOT,
     });
-    for (mount, own) in own_cgroups(&read("/proc/self/mountinfo"), &membership) {
+    for (mount, own) in cgroups_of(&read("/proc/self/mountinfo"), &membership) {
         let parent = own
             .parent()
             .filter(|parent| parent.starts_with(&mount))
@@ -96,7 +96,7 @@ pub fn find_parent() -> Result<ParentCgroup, NotEnforced> {
 }
 
 /// Mount point and this process's cgroup below it, of every mounted tree.
-fn own_cgroups(mountinfo: &str, membership: &str) -> Vec<(PathBuf, PathBuf)> {
+pub(super) fn cgroups_of(mountinfo: &str, membership: &str) -> Vec<(PathBuf, PathBuf)> {
     let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::")) else {
         return Vec::new();
     };
@@ -197,14 +197,14 @@ mod tests {
 91 25 0:30 /system.slice /other rw - cgroup2 none rw\n";
         let membership = "4:memory:/x\n0::/user.slice/a.scope\n";
         assert_eq!(
-            own_cgroups(mountinfo, membership),
+            cgroups_of(mountinfo, membership),
             [
                 ("/sys/fs/cgroup", "/sys/fs/cgroup/user.slice/a.scope"),
                 ("/mnt", "/mnt/a.scope")
             ]
             .map(|(mount, own)| (mount.into(), own.into()))
         );
-        assert_eq!(own_cgroups(mountinfo, "4:memory:/x\n"), []);
+        assert_eq!(cgroups_of(mountinfo, "4:memory:/x\n"), []);
     }
 
     fn level(path: &str, change: impl FnOnce(&mut CgroupState)) -> CgroupState {

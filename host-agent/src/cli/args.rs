@@ -178,6 +178,9 @@ Examples:
   host-agent version
   host-agent version --json")]
     Version,
+    /// Adopt the guests that outlived a killed `run --outlive`
+    #[command(hide = true)]
+    Adopt,
     /// Pause the vCPUs of an instance, to test the heartbeat limit
     #[command(hide = true)]
     Freeze(InstanceArg),
@@ -208,6 +211,9 @@ pub struct RunArgs {
     /// Keep disks and logs at the end
     #[arg(long, env = "HOST_AGENT_KEEP", hide_env = true, value_parser = clap::builder::FalseyValueParser::new())]
     pub keep: bool,
+    /// Guests outlive this command when it is killed; `adopt` takes them over
+    #[arg(long, hide = true, conflicts_with = "keep")]
+    pub outlive: bool,
     /// Restart a guest that is silent this long [default: 10m]
     #[arg(long, value_name = "S", value_parser = duration)]
     pub heartbeat_limit: Option<Duration>,

@@ -30,10 +30,10 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     }
     output.progress(&format!("host-agent: {}", host.summary()));
     let options = deploy::options(&host, args.heartbeat_limit)?;
-    let retention = if args.keep {
-        Retention::Kept
-    } else {
-        Retention::Ephemeral
+    let retention = match (args.keep, args.outlive) {
+        (true, _) => Retention::Kept,
+        (false, true) => Retention::Durable,
+        (false, false) => Retention::Ephemeral,
     };
     let timeout = args.timeout.map(|timeout| host.scaled(timeout));
     let runtime = runtime()?;

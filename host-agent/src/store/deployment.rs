@@ -186,6 +186,16 @@ pub fn is_clean(data_dir: &Path, owner: &str) -> bool {
     })
 }
 
+/// Whether `data_dir` has a durable deployment of the host agent `owner`, whose guests
+/// outlive it.
+pub fn has_durable(data_dir: &Path, owner: &str) -> bool {
+    let found = list(&data_dir.join("deployments")).unwrap_or_default();
+    found.iter().any(|path| {
+        let of_owner = fs::read_to_string(path.join(OWNER)).is_ok_and(|found| found == owner);
+        of_owner && retention(path) == Retention::Durable
+    })
+}
+
 /// Takes over the durable deployments that no process owns, for `owner`.
 pub fn take_durable(data_dir: &Path, owner: &str) -> io::Result<Vec<DeploymentDir>> {
     let mut taken = Vec::new();
@@ -305,6 +315,10 @@ mod tests {
         assert!(!path.exists() && is_clean(dir.path(), "me"));
         for retention in [Retention::Kept, Retention::Durable] {
             let path = create(dir.path(), retention).path().to_owned();
+            assert_eq!(
+                has_durable(dir.path(), "me"),
+                retention == Retention::Durable
+            );
             sweep(dir.path()).unwrap();
             assert!(path.exists() && is_clean(dir.path(), "me"));
         }

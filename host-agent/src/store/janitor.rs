@@ -15,7 +15,7 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 use super::content::ContentStore;
-use super::deployment::{is_clean, sweep};
+use super::deployment::{has_durable, is_clean, sweep};
 use crate::cgroup;
 
 /// First argument of a janitor process.
@@ -139,7 +139,12 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
     }
     let _ = ContentStore::new(&data_dir).sweep();
     if let Some(group) = arguments.next() {
-        remove_group(&group, deadline);
+        if has_durable(&data_dir, &owner) {
+            // Guests that outlive the host agent stay in their cgroups.
+            cgroup::remove(&group);
+        } else {
+            remove_group(&group, deadline);
+        }
     }
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

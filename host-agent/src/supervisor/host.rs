@@ -1,6 +1,7 @@
 //! A host: runs instances of any number of deployments, with one event bus, one content
 //! store, one table of listeners, one cgroup and one janitor for all of them.
 
+mod adopt;
 mod create;
 mod error;
 

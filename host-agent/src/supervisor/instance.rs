@@ -5,13 +5,14 @@ mod boot;
 mod drain;
 mod handle;
 mod prepare;
+pub mod record;
 mod requests;
 mod space;
+mod start;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
-use std::io;
 use std::mem::discriminant;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,12 +36,15 @@ use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
-use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TIMELINE, TokenBucket};
+use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket};
 use crate::vmm::control::Command;
 use boot::{GuestBoot, next_vmm_event};
 pub use handle::{InstanceHandle, Request};
 use prepare::{Preparation, next_prepared};
+use record::{InstanceRecord, PendingRecord, Records};
 use space::{DiskSpace, HeldReports};
+use start::Origin;
+pub use start::PreparedInstance;
 
 /// Events of channels that may wait for the actor.
 const CHANNEL_BACKLOG: usize = 256;
@@ -84,12 +88,15 @@ pub struct InstanceParts {
     pub rotation: Rotation,
     /// The deployment's timeline.
     pub timeline: Timeline,
+    /// The guest outlives this process, and its state is recorded for the next.
+    pub durable: bool,
 }
 
 struct Instance {
     parts: InstanceParts,
     life: Lifecycle,
     liveness: Liveness,
+    records: Option<Records>,
     /// The next boot, until its VMM process can be started.
     preparation: Option<Preparation>,
     boot: Option<GuestBoot>,
@@ -107,76 +114,10 @@ struct Instance {
     status: watch::Sender<InstanceStatus>,
 }
 
-/// An instance whose logs are open: it can only be started now.
-#[derive(Debug)]
-pub struct PreparedInstance {
-    parts: InstanceParts,
-    role_log: QueuedWriter,
-    agent_log: QueuedWriter,
-}
-
-impl PreparedInstance {
-    /// Opens the logs. Blocking.
-    pub fn new(parts: InstanceParts) -> io::Result<Self> {
-        Ok(Self {
-            role_log: QueuedWriter::open_log(&parts.dir.join("role.log"))?,
-            agent_log: QueuedWriter::open_log(&parts.dir.join("agent.log"))?,
-            parts,
-        })
-    }
-
-    /// The actor, and a handle to it. The future ends when the instance is finished.
-    pub fn start(self) -> (InstanceHandle, impl Future<Output = ()> + Send + 'static) {
-        start(self)
-    }
-}
-
-fn start(
-    prepared: PreparedInstance,
-) -> (InstanceHandle, impl Future<Output = ()> + Send + 'static) {
-    let PreparedInstance {
-        parts,
-        role_log,
-        agent_log,
-    } = prepared;
-    let (requests, request_receiver) = mpsc::channel(16);
-    let (channel_sender, channel_receiver) = mpsc::channel(CHANNEL_BACKLOG);
-    let (incoming_sender, incoming_receiver) = mpsc::channel(INCOMING_BACKLOG);
-    let (status, status_receiver) = watch::channel(InstanceStatus::default());
-    let (role_log, agent_log) = (Arc::new(role_log), Arc::new(agent_log));
-    let handle = InstanceHandle::new(&parts.spec, &parts.dir, requests, status_receiver);
-    let instance = Instance {
-        life: Lifecycle::new(parts.limits),
-        liveness: Liveness::new(parts.rule, parts.probe_limit),
-        preparation: None,
-        boot: None,
-        wait: None,
-        // Another host agent may have asked the same VMM process before: its late
-        // answers match no id of ours.
-        last_id: u64::try_from(clock(ClockId::CLOCK_MONOTONIC).as_nanos()).unwrap_or(0),
-        last_health: None,
-        report_limit: TokenBucket::new(TIMELINE),
-        held_reports: HeldReports::default(),
-        role_log,
-        agent_log,
-        channel_sender,
-        incoming_sender,
-        goal: watch::channel(parts.spec.goal.clone()).0,
-        status,
-        parts,
-    };
-    let task = async move {
-        let instance = instance
-            .run(request_receiver, channel_receiver, incoming_receiver)
-            .await;
-        instance.flush_logs().await;
-    };
-    (handle, task)
-}
-
 impl Instance {
     async fn run(
         mut self,
+        origin: Origin,
         mut requests: mpsc::Receiver<Request>,
         mut channels: mpsc::Receiver<(u64, ChannelEvent)>,
         mut incoming: mpsc::Receiver<Incoming>,
@@ -185,7 +126,7 @@ impl Instance {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ping = tokio::time::interval(self.parts.ping_every);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut running = self.feed(Input::Start);
+        let mut running = self.begin(origin);
         while running {
             let wait = self.wait;
             running = tokio::select! {
@@ -248,14 +189,37 @@ impl Instance {
                 }
             }
         }
+        if let Some(record) = self.changed_record() {
+            let name = self.parts.spec.name().to_owned();
+            tokio::task::spawn_blocking(move || {
+                // A supervisor that adopts by an older record finds less, and the
+                // next change is recorded again.
+                if let Err(error) = record.write() {
+                    tracing::warn!(instance = name, %error, "cannot record the state");
+                }
+            });
+        }
         true
+    }
+
+    /// What is to be recorded of this instance, if that has changed.
+    fn changed_record(&mut self) -> Option<PendingRecord> {
+        let records = self.records.as_mut()?;
+        let mut spec = self.parts.spec.clone();
+        spec.goal = self.goal.borrow().clone();
+        records.update(InstanceRecord {
+            spec,
+            history: self.life.history(),
+            process: self.boot.as_ref().map(|boot| boot.process.id()),
+        })
     }
 
     fn perform(&mut self, effect: Effect) -> Performed {
         match effect {
             Effect::Spawn { generation } => {
                 self.wait = None;
-                self.preparation = Some(Preparation::start(generation, &self.parts));
+                let record = self.changed_record();
+                self.preparation = Some(Preparation::start(generation, &self.parts, record));
             }
             Effect::AskShutdown { then, deadline } => {
                 self.liveness.taken_down();

@@ -87,7 +87,8 @@ impl InstanceStatus {
     /// Takes in an event of the instance.
     pub fn apply(&mut self, event: &EventKind) {
         match event {
-            EventKind::GuestStarting { generation, pid } => {
+            EventKind::GuestStarting { generation, pid }
+            | EventKind::GuestAdopted { generation, pid } => {
                 *self = Self {
                     phase: Phase::Booting,
                     generation: *generation,

@@ -115,9 +115,7 @@ impl Host {
                 &self.0.options.data_dir,
             ))?;
         let dir = Arc::new(dir);
-        let prepared = self
-            .prepare_all(&new, &dir, hold, &published.rotations)
-            .await;
+        let prepared = self.prepare_all(&new, &dir, hold, &published).await;
         // The blocking steps have returned, and with them the other references.
         let dir = Arc::into_inner(dir);
         let dir = dir.ok_or_else(|| HostError::Internal("a disk is still being made".into()))?;
@@ -137,7 +135,7 @@ impl Host {
         new: &NewDeployment,
         dir: &Arc<DeploymentDir>,
         hold: &Arc<ContentHold>,
-        rotations: &Rotations,
+        published: &Published,
     ) -> Result<Vec<PreparedInstance>, HostError> {
         let timeline = self.0.timeline.of(&new.id);
         let mut prepared = Vec::new();
@@ -145,8 +143,9 @@ impl Host {
             let image = self.image(&spec.image).await?;
             let path = self.make_disks(spec, &image, dir, hold).await?;
             timeline.tell(Some(spec.name()), EventKind::DisksReady { kept: false });
-            let rotation = rotations.get(spec.role()).cloned().unwrap_or_default();
-            let parts = self.parts(spec.clone(), image, path, rotation);
+            let rotation = published.rotation(spec.role());
+            let mut parts = self.parts(spec.clone(), image, path, rotation);
+            parts.durable = new.retention == Retention::Durable;
             prepared.push(self.prepare(parts).await?);
         }
         Ok(prepared)
@@ -202,6 +201,7 @@ impl Host {
             probe_limit: options.scaled(3),
             ping_every: options.scaled(10),
             rotation,
+            durable: false,
         }
     }
 
@@ -272,6 +272,11 @@ impl Published {
         drop(listeners);
         self.rotations.insert(role.to_owned(), rotation);
         Ok(())
+    }
+
+    /// The rotation of `role`.
+    pub(super) fn rotation(&self, role: &str) -> Rotation {
+        self.rotations.get(role).cloned().unwrap_or_default()
     }
 
     fn keep(mut self) {

@@ -76,12 +76,13 @@ impl Instance {
             self.report_not_limited(&error);
             None
         });
+        let dir = self.parts.dir.clone();
         let launch = Launch {
             generation,
             guest,
             files,
             log,
-            outlive_in: None,
+            outlive_in: self.parts.durable.then_some(dir.as_path()),
         };
         let process = VmmProcess::spawn(launch, |pid| {
             if let Some(group) = &group
@@ -92,6 +93,19 @@ impl Instance {
         })
         .map_err(|error| chain(&error))?;
         let pid = process.pid();
+        self.begin_boot(generation, process, group, None);
+        self.liveness.spawned();
+        Ok(pid)
+    }
+
+    /// A VMM process runs, whose guest has ended if there is an `exit`.
+    pub(super) fn begin_boot(
+        &mut self,
+        generation: u64,
+        process: VmmProcess,
+        group: Option<GuestGroup>,
+        exit: Option<ExitReason>,
+    ) {
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let (alive, open) = mpsc::channel(1);
         let parts = &self.parts;
@@ -113,14 +127,12 @@ impl Instance {
             group,
             connections: Some(Connections { channels, open }),
             shutdown,
-            exit: None,
+            exit,
             no_space_reported: false,
             misbehaviour: HashMap::new(),
             execs: BTreeMap::new(),
             stats: VecDeque::new(),
         });
-        self.liveness.spawned();
-        Ok(pid)
     }
 
     fn report_not_limited(&mut self, error: &GroupError) {
@@ -215,16 +227,7 @@ impl Instance {
             Event::DeviceNeedsReset { device, reason } => {
                 self.report_limited(EventKind::DeviceNeedsReset { device, reason });
             }
-            Event::DiskFailed(control::DiskFailed { disk, error, full }) => {
-                let file = guest::disk_file(&disk).unwrap_or("disk");
-                let file = self.parts.dir.join(file);
-                self.report_limited(EventKind::DiskFailed {
-                    disk,
-                    file,
-                    error,
-                    full,
-                });
-            }
+            Event::DiskFailed(failed) => self.disk_failed(failed),
             Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
             // Answers to Attach alone, and events of another build.
             Event::Attached(_) | Event::Refused { .. } | Event::Unknown => {}
@@ -236,6 +239,19 @@ impl Instance {
             }
         }
         true
+    }
+
+    /// The host cannot serve the file behind a disk.
+    pub(super) fn disk_failed(&mut self, failed: control::DiskFailed) {
+        let control::DiskFailed { disk, error, full } = failed;
+        let file = guest::disk_file(&disk).unwrap_or("disk");
+        let file = self.parts.dir.join(file);
+        self.report_limited(EventKind::DiskFailed {
+            disk,
+            file,
+            error,
+            full,
+        });
     }
 
     /// The guest opened a connection to a channel.

@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 use vmbus::text::chain;
 
 use super::InstanceParts;
+use super::record::PendingRecord;
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::store::deployment::short_id;
 use crate::supervisor::guest;
@@ -32,10 +33,20 @@ pub(super) struct Preparation {
 }
 
 impl Preparation {
-    pub(super) fn start(generation: u64, parts: &InstanceParts) -> Self {
+    /// `record` is written first: a VMM process that runs is recorded, whatever ends
+    /// this process.
+    pub(super) fn start(
+        generation: u64,
+        parts: &InstanceParts,
+        record: Option<PendingRecord>,
+    ) -> Self {
         let (dir, spec, image) = (parts.dir.clone(), parts.spec.clone(), parts.image.clone());
         let (group, dial_limit) = (parts.group.clone(), parts.dial_limit);
         let task = tokio::task::spawn_blocking(move || {
+            if let Some(record) = record {
+                let written = record.write();
+                written.map_err(|error| format!("cannot record the boot: {error}"))?;
+            }
             let log = guest::vmm_log(&dir).map_err(|error| chain(&error))?;
             let prepared = guest::prepare(&dir, &spec, &image, dial_limit);
             let (guest, files) = prepared.map_err(|error| chain(&error))?;

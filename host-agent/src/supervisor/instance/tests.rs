@@ -69,6 +69,7 @@ fn started(change: impl FnOnce(&Path)) -> Started {
         ping_every: Duration::from_secs(10),
         rotation: Rotation::default(),
         timeline,
+        durable: false,
     };
     let (handle, task) = PreparedInstance::new(parts).unwrap().start();
     Started {
