@@ -1,35 +1,33 @@
-//! What a process that the host agent starts for itself does first: it is its
-//! own only in what it was given, and ends only by the end of that.
+//! Start of a helper process of the host agent: a VMM process or the janitor.
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Makes this process one that ends when its standard input does. To be called
-/// before it opens anything or has a second thread.
+/// Prepares a helper process, which ends when its standard input closes. Call
+/// this before the process opens a file or starts a thread.
 pub fn begin() {
-    close_strays();
-    leave_ends_to_parent();
+    close_inherited();
+    block_termination_signals();
 }
 
-/// Closes what the parent's own parent may have left open: a descriptor held
-/// here would outlive both.
+/// Closes descriptors that the host agent itself inherited. A copy here would
+/// keep their files open after the host agent has ended.
 #[allow(unsafe_code)]
-fn close_strays() {
-    // SAFETY: this is the first act of the process. Nothing in it has opened
-    // a descriptor besides the three standard ones, which are kept.
+fn close_inherited() {
+    // SAFETY: this is the first call of the process. No descriptor but the
+    // three standard ones, which are kept, has an owner in it.
     unsafe {
         libc::close_range(3, libc::c_uint::MAX, 0);
     }
 }
 
-/// A signal to a whole session or unit (its end, the host's shutdown) reaches
-/// this process too. It is the parent's to stop what runs here, or to end,
-/// which closes our standard input.
-fn leave_ends_to_parent() {
-    let mut ends = SigSet::empty();
+/// Blocks the signals that end a session or a service unit as a whole: the host
+/// agent receives them too, stops its guests first, and then closes the standard
+/// input of this process.
+fn block_termination_signals() {
+    let mut signals = SigSet::empty();
     for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
-        ends.add(signal);
+        signals.add(signal);
     }
-    // It fails for an argument that is none of the three. Every later thread
-    // is born with it.
-    let _ = ends.thread_block();
+    // Cannot fail: the arguments are valid. Later threads inherit the mask.
+    let _ = signals.thread_block();
 }

@@ -1,11 +1,11 @@
-//! How many files this process may have open.
+//! The limit of open descriptors of this process (`RLIMIT_NOFILE`).
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Raises the soft limit to the hard one. Each connection of a guest takes a
-/// descriptor of the VMM process and two of the supervisor, and the usual soft
-/// limit of 1,024 is there for programs that call `select`, which none of ours
-/// does. If it cannot be raised, connections are refused earlier.
+/// Raises the soft limit to the hard limit. Each connection of a guest takes one
+/// descriptor of the VMM process and two of the supervisor. The usual soft limit
+/// of 1,024 protects programs that call `select(2)`, and this one does not. If
+/// the limit cannot be raised, connections are refused earlier.
 pub fn raise_limit() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard

@@ -1,4 +1,4 @@
-//! SHA-256 of a content, and a reader that ends in an error on any other.
+//! SHA-256 digests, and a reader that checks one.
 
 use std::io::{self, Read};
 
@@ -88,7 +88,7 @@ pub fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// Passes a content through and ends in an error unless it has the digest.
+/// A reader that fails at its end unless the content has the expected digest.
 #[derive(Debug)]
 pub struct Verified<R> {
     inner: R,
@@ -97,7 +97,7 @@ pub struct Verified<R> {
 }
 
 impl<R: Read> Verified<R> {
-    /// `inner`, which must have the digest `expected`.
+    /// A reader of `inner`, whose content must have the digest `expected`.
     pub fn new(inner: R, expected: Digest) -> Self {
         Self {
             inner,
@@ -114,7 +114,7 @@ impl<R: Read> Read for Verified<R> {
         if read == 0 && !buffer.is_empty() {
             let found = Digest(self.hasher.clone().finalize().into());
             if found != self.expected {
-                let what = "the content has another SHA-256 than it should have";
+                let what = "the content does not have the expected SHA-256";
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
         }
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_digest_is_written_in_base64_and_read_back_in_no_other_form() {
+    fn only_canonical_base64_is_read() {
         let (digest, length) = Digest::of(&b"abc"[..]).unwrap();
         assert_eq!(length, 3);
         let text = "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0=";
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_content_with_another_digest_ends_in_an_error() {
+    fn content_with_another_digest_is_an_error() {
         let (digest, _) = Digest::of(&b"abc"[..]).unwrap();
         let read =
             |content: &'static [u8]| Verified::new(content, digest).read_to_end(&mut Vec::new());

@@ -1,4 +1,5 @@
-//! The one program: chooses the role of this process.
+//! The program's entry point: a VMM process, the janitor, or the command line.
+
 use std::process::ExitCode;
 
 use host_agent::child;
@@ -6,15 +7,13 @@ use host_agent::store::janitor;
 
 fn main() -> ExitCode {
     host_agent::descriptors::raise_limit();
-    // A VMM process has no argument parser and no asynchronous run-time.
-    if std::env::args_os().nth(1).is_some_and(|verb| verb == "vmm") {
+    let verb = std::env::args_os().nth(1).unwrap_or_default();
+    // Helper processes need no argument parser and no asynchronous run-time.
+    if verb == "vmm" {
         child::begin();
         return host_agent::vmm::process::main();
     }
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|verb| verb == janitor::VERB)
-    {
+    if verb == janitor::VERB {
         child::begin();
         let arguments = std::env::args_os().skip(2).map(Into::into);
         return janitor::main(arguments).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);

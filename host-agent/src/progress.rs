@@ -1,13 +1,12 @@
-//! How far a long blocking step is, as seen from another thread, and whether
-//! it shall go on.
+//! Progress and cancellation of a long blocking step, for another thread.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// ProgressState by the thread that works and the one that shows it. Cloning gives
-/// another handle to the same.
+/// A handle for the thread that works and the thread that shows its progress.
+/// Clones share one state.
 #[derive(Debug, Clone, Default)]
 pub struct Progress(Arc<ProgressState>);
 
@@ -25,29 +24,29 @@ struct RunningStep {
     started: Instant,
 }
 
-/// A step in the middle of its work.
+/// The progress of a step at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepSnapshot {
-    /// What is being done: "checking image minimal".
+    /// The activity, such as "checking image minimal".
     pub what: String,
     /// Bytes done.
     pub done: u64,
-    /// Bytes in all, when that is known.
+    /// All bytes of the step, if known.
     pub total: Option<u64>,
-    /// When it began.
+    /// Start of the step.
     pub started: Instant,
 }
 
 impl StepSnapshot {
-    /// Time since the step began.
+    /// Time since the start of the step.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 }
 
 impl Progress {
-    /// A step begins, of `total` bytes if that is known. It lasts until the
-    /// next one, or until the returned guard goes.
+    /// Starts a step of `total` bytes, if known. The step ends when the next one
+    /// starts or the guard is dropped.
     pub fn step(&self, what: impl Into<String>, total: Option<u64>) -> StepGuard<'_> {
         self.0.done.store(0, Ordering::Relaxed);
         *self.slot() = Some(RunningStep {
@@ -58,12 +57,12 @@ impl Progress {
         StepGuard(self)
     }
 
-    /// So many bytes more are done.
+    /// Adds `bytes` to the bytes done.
     pub fn advance(&self, bytes: u64) {
         self.0.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// The step, if there is one.
+    /// The current step, if there is one.
     pub fn now(&self) -> Option<StepSnapshot> {
         self.slot().clone().map(|step| StepSnapshot {
             what: step.what,
@@ -73,23 +72,23 @@ impl Progress {
         })
     }
 
-    /// Makes every step fail at its next [`Progress::check`].
+    /// Makes every later [`Progress::check`] fail.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::Relaxed);
     }
 
     /// # Errors
-    /// The work is to be given up.
+    /// The work was cancelled.
     pub fn check(&self) -> io::Result<()> {
         if self.0.cancelled.load(Ordering::Relaxed) {
-            // Not `Interrupted`, which readers try again.
-            return Err(io::Error::other("given up on request"));
+            // Not `Interrupted`: readers would try again.
+            return Err(io::Error::other("cancelled"));
         }
         Ok(())
     }
 
-    /// Counts what is read from `inner`, and ends it when the work is to be
-    /// given up.
+    /// A reader of `inner` that adds the bytes read to the bytes done, and fails
+    /// once the work is cancelled.
     pub fn watch<R: Read>(&self, inner: R) -> CountingReader<R> {
         CountingReader {
             inner,
@@ -102,9 +101,9 @@ impl Progress {
     }
 }
 
-/// Ends its step when it goes.
+/// Ends its step when dropped.
 #[derive(Debug)]
-#[must_use = "the step ends with it"]
+#[must_use = "the step ends when the guard is dropped"]
 pub struct StepGuard<'a>(&'a Progress);
 
 impl Drop for StepGuard<'_> {
@@ -113,7 +112,7 @@ impl Drop for StepGuard<'_> {
     }
 }
 
-/// A reader whose bytes are counted.
+/// Made by [`Progress::watch`].
 #[derive(Debug)]
 pub struct CountingReader<R> {
     inner: R,
@@ -134,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_counts_what_is_read_and_ends_with_its_guard() {
+    fn a_step_counts_bytes_read_until_its_guard_is_dropped() {
         let progress = Progress::default();
         assert_eq!(progress.now(), None);
         let step = progress.step("checking", Some(6));
@@ -150,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_step_ends_at_the_next_read() {
+    fn a_read_after_cancellation_fails() {
         let progress = Progress::default();
         let mut reader = progress.watch(io::repeat(7));
         reader.read_exact(&mut [0; 100]).unwrap();

@@ -1,4 +1,4 @@
-//! Cgroups that are made, filled, read and removed.
+//! The cgroups of a deployment and of its guests.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -7,26 +7,27 @@ use std::path::{Path, PathBuf};
 use super::parent::{ParentCgroup, Preparation, cgroups_of};
 use super::{NEEDED, WANTED};
 
-/// Preparation part of the names of our cgroups.
+/// Prefix of the names of deployments' cgroups.
 const PREFIX: &str = "host-agent-";
-/// The leaf for this process.
+/// Name of the child for this process.
 const SUPERVISOR: &str = "supervisor";
 
-/// Memory of a VMM process beside its guest's, in MiB: the process itself (8),
-/// buffers of 1,023 connections (64), and room for cached disk blocks, which
-/// the kernel takes back when it must.
+/// Memory of a VMM process besides the guest's RAM, in MiB: the process (8),
+/// buffers of 1,023 connections (64), and page cache, which the kernel reclaims
+/// under pressure.
 const OVERHEAD_MIB: u64 = 128;
-/// The kernel's own tables for a guest's memory are a part of it: 8 bytes for
-/// each page of 4 KiB twice, in shadow tables more.
+/// Part of the guest's RAM that the kernel needs for its page tables: 8 bytes
+/// for each 4 KiB page in the process's tables and again in the second-level
+/// tables (EPT, NPT), and more with shadow paging.
 const TABLES_PART: u64 = 64;
-/// Threads of a VMM process: 8 vCPUs, a few per device, and as many again.
+/// Threads of a VMM process: 8 vCPUs and the devices', twice over.
 const MOST_THREADS: u64 = 64;
-/// Period of the processor limit in microseconds (the kernel's default).
+/// Period of `cpu.max` in microseconds (the kernel's default).
 const PERIOD_US: u64 = 100_000;
-/// Processors that the devices of a guest may use beside its vCPUs.
+/// Host CPUs for the devices of a guest, besides one per vCPU.
 const DEVICE_CPUS: u64 = 1;
 
-/// What could not be done to a cgroup.
+/// An operation on a cgroup failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} {}", path.display())]
 pub struct GroupError {
@@ -36,18 +37,18 @@ pub struct GroupError {
     source: io::Error,
 }
 
-/// What the process of one guest may use.
+/// Limits of the VMM process of one guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestLimits {
-    /// Bytes of memory, of the guest and of the process around it.
+    /// Bytes of memory of the process, the guest's RAM included.
     pub memory: u64,
-    /// Microseconds of processor time in every [`PERIOD_US`].
+    /// Microseconds of CPU time in each [`PERIOD_US`].
     cpu_us: u64,
 }
 
 impl GuestLimits {
-    /// The limits of a guest of this size, whose disks are in memory with so
-    /// many bytes.
+    /// Limits for a guest of this size. `disks` is the size of its disks on
+    /// tmpfs, whose pages count as the process's memory.
     pub fn of(vcpus: u8, memory_mib: u32, disks: u64) -> Self {
         let guest = u64::from(memory_mib) << 20;
         let process = guest + guest / TABLES_PART + (OVERHEAD_MIB << 20);
@@ -58,23 +59,23 @@ impl GuestLimits {
     }
 }
 
-/// The cgroup of a deployment; dropping it removes it if no process is left.
+/// The cgroup of a deployment. Drop removes it if no process is left in it.
 #[derive(Debug)]
 pub struct DeploymentGroup {
     path: PathBuf,
 }
 
 impl DeploymentGroup {
-    /// Makes the cgroup of deployment `short_id` at `parent`, and removes what
-    /// processes that are gone have left there.
+    /// Creates the cgroup of deployment `short_id` in `parent`, and removes those
+    /// of supervisors that have ended.
     ///
     /// # Errors
-    /// The kernel refused; nothing is left.
+    /// The kernel refused. Nothing is left behind.
     pub fn create(parent: &ParentCgroup, short_id: &str) -> Result<Self, GroupError> {
-        sweep(&parent.parent);
+        sweep(&parent.path);
         let name = format!("{PREFIX}{short_id}.{}", std::process::id());
         let this = Self {
-            path: parent.parent.join(name),
+            path: parent.path.join(name),
         };
         make(&this.path)?;
         if parent.preparation == Preparation::MoveAndEnable {
@@ -83,24 +84,24 @@ impl DeploymentGroup {
             enter(&leaf, std::process::id())?;
         }
         if parent.preparation != Preparation::None {
-            enable(&parent.parent)?;
+            enable(&parent.path)?;
         }
         enable(&this.path)?;
         Ok(this)
     }
 
-    /// Where it is.
+    /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A cgroup with `limits` for the VMM process of `instance`.
+    /// Creates a cgroup with `limits` for the VMM process of `instance`.
     ///
     /// # Errors
-    /// The kernel refused; nothing is left.
+    /// The kernel refused. Nothing is left behind.
     pub fn guest(&self, instance: &str, limits: GuestLimits) -> Result<GuestGroup, GroupError> {
         let path = self.path.join(instance);
-        // One of an earlier boot would bring that boot's counts with it.
+        // A cgroup of an earlier boot has that boot's `memory.events`.
         let _ = fs::remove_dir(&path);
         make(&path)?;
         let this = GuestGroup {
@@ -120,13 +121,12 @@ impl DeploymentGroup {
 
 impl Drop for DeploymentGroup {
     fn drop(&mut self) {
-        // The janitor comes after us.
+        // On failure the janitor removes it.
         let _ = remove(&self.path);
     }
 }
 
-/// The cgroup of one boot of a guest; dropping it removes it if the process is
-/// gone.
+/// The cgroup of one boot of a guest. Drop removes it if the process has ended.
 #[derive(Debug)]
 pub struct GuestGroup {
     path: PathBuf,
@@ -137,8 +137,7 @@ pub struct GuestGroup {
 }
 
 impl GuestGroup {
-    /// The cgroup of a VMM process that another host agent started, if it is in one of
-    /// its own.
+    /// The cgroup of a VMM process that an earlier host agent started, if it has one.
     pub fn of_process(pid: u32) -> Option<Self> {
         let read = |file: &str| fs::read_to_string(format!("/proc/{file}")).ok();
         let membership = read(&format!("{pid}/cgroup"))?;
@@ -156,7 +155,7 @@ impl GuestGroup {
         })
     }
 
-    /// Puts a process in.
+    /// Moves a process into it.
     ///
     /// # Errors
     /// The kernel refused.
@@ -164,7 +163,7 @@ impl GuestGroup {
         enter(&self.path, pid)
     }
 
-    /// If the kernel killed the process for want of memory: why, in words.
+    /// Why the kernel's OOM killer ended the process, if it did.
     pub fn killed_for_memory(&self) -> Option<String> {
         let events = fs::read_to_string(self.path.join("memory.events")).ok()?;
         let (count, killed) = (event(&events, "oom"), event(&events, "oom_kill"));
@@ -188,7 +187,7 @@ impl GuestGroup {
 
 impl Drop for GuestGroup {
     fn drop(&mut self) {
-        // A process that is still ending is left to the host agent's end.
+        // If the process is still exiting, the deployment's Drop removes it.
         let _ = fs::remove_dir(&self.path);
         if self.adopted
             && let Some(parent) = self.path.parent().and_then(Path::parent)
@@ -198,17 +197,17 @@ impl Drop for GuestGroup {
     }
 }
 
-/// Removes the cgroup of a deployment with its children; whether nothing is
-/// left. Of this process it must not hold more than the supervisor's leaf.
+/// Removes the cgroup of a deployment with its children. False if it still
+/// exists. This process may be in its `supervisor` child only.
 pub fn remove(path: &Path) -> bool {
     let is_leaf = |path: &PathBuf| path.file_name().is_some_and(|name| name == SUPERVISOR);
     let (leaves, guests): (Vec<_>, Vec<_>) = children(path).into_iter().partition(is_leaf);
     let mut busy = false;
     for guest in guests {
-        // As long as a process is in it.
+        // EBUSY while a process is in it.
         busy |= fs::remove_dir(guest).is_err();
     }
-    // To leave is to give up the limits of what is still ending.
+    // Disabling controllers would lift the limits of guests that still exit.
     for leaf in leaves.iter().filter(|_| !busy) {
         leave(path, leaf);
         let _ = fs::remove_dir(leaf);
@@ -219,19 +218,19 @@ pub fn remove(path: &Path) -> bool {
     }
 }
 
-/// Kills every process in the children of a deployment's cgroup, beside the
-/// supervisor's leaf.
+/// Kills every process in the children of a deployment's cgroup, except in
+/// `supervisor`.
 pub fn kill(path: &Path) {
     for child in children(path) {
         if child.file_name().is_some_and(|name| name != SUPERVISOR) {
-            // Before Linux 5.14 there is no such file.
+            // The file exists since Linux 5.14.
             let _ = write(&child.join("cgroup.kill"), "1", "kill");
         }
     }
 }
 
-/// Takes this process back to where it was before it went to the leaf, which
-/// the kernel allows once the limits below are gone.
+/// Moves this process from `leaf` back to the parent of `path`, which the kernel
+/// allows once no controllers are enabled below the parent.
 fn leave(path: &Path, leaf: &Path) {
     let mine = std::process::id();
     let inside = fs::read_to_string(leaf.join("cgroup.procs")).unwrap_or_default();
@@ -241,7 +240,7 @@ fn leave(path: &Path, leaf: &Path) {
     }
     for directory in [path, parent] {
         for controller in NEEDED.iter().chain(&WANTED) {
-            // One that was not enabled cannot be disabled, and need not be.
+            // Fails for a controller that is not enabled.
             let file = directory.join("cgroup.subtree_control");
             let _ = write(&file, &format!("-{controller}"), "change");
         }
@@ -249,7 +248,7 @@ fn leave(path: &Path, leaf: &Path) {
     let _ = enter(parent, mine);
 }
 
-/// Removes empty cgroups of processes that are gone.
+/// Removes the cgroups of supervisors that have ended.
 fn sweep(parent: &Path) {
     for path in children(parent) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -271,7 +270,7 @@ fn children(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// One number of `memory.events`.
+/// The counter `name` of `memory.events`.
 fn event(events: &str, name: &str) -> u64 {
     let values = events.lines().filter_map(|line| line.split_once(' '));
     values
@@ -282,7 +281,7 @@ fn event(events: &str, name: &str) -> u64 {
 
 fn make(path: &Path) -> Result<(), GroupError> {
     match fs::create_dir(path) {
-        // The process of an earlier boot is still ending in it.
+        // The process of an earlier boot is still exiting in it.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other.map_err(|source| GroupError {
             what: "make cgroup",
@@ -298,7 +297,7 @@ fn enable(path: &Path) -> Result<(), GroupError> {
         write(&file, &format!("+{controller}"), "change")?;
     }
     for controller in WANTED {
-        // Worth having, not worth failing for.
+        // Optional, so errors are ignored.
         let _ = write(&file, &format!("+{controller}"), "change");
     }
     Ok(())
@@ -308,7 +307,7 @@ fn enter(path: &Path, pid: u32) -> Result<(), GroupError> {
     write(&path.join("cgroup.procs"), &pid.to_string(), "move into")
 }
 
-/// One write, as these files want it.
+/// Writes `value` by one `write(2)`, which these files require.
 fn write(path: &Path, value: &str, what: &'static str) -> Result<(), GroupError> {
     let written = OpenOptions::new()
         .write(true)
@@ -326,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_may_use_its_memory_its_processors_and_a_little_more() {
+    fn limits_cover_the_guest_and_its_vmm_process() {
         let limits = GuestLimits::of(1, 768, 0);
         assert_eq!(limits.memory >> 20, 768 + 12 + 128);
         assert_eq!(limits.cpu_us, 200_000);
@@ -337,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_read_by_their_whole_name() {
+    fn memory_events_are_read_by_their_full_name() {
         let events = "low 0\nhigh 0\nmax 31\noom 2\noom_kill 1\noom_group_kill 0\n";
         assert_eq!((event(events, "oom"), event(events, "oom_kill")), (2, 1));
         assert_eq!(event("", "oom"), 0);

@@ -1,10 +1,9 @@
-//! GuestLimits of what the process of one guest can use: a cgroup (version 2) per
-//! VMM process, made where this process may make any.
+//! Resource limits of VMM processes: one cgroup (version 2) per process.
 //!
 //! ```text
-//! <where we may>/host-agent-<deployment>.<our pid>/    one per deployment
+//! <parent>/host-agent-<deployment>.<pid of the supervisor>/
 //!     <instance>/       the VMM process of one boot, with its limits
-//!     supervisor/       this process, where the kernel wants it in a leaf
+//!     supervisor/       this process, if the parent must have no processes
 //! ```
 
 mod group;
@@ -13,7 +12,7 @@ mod parent;
 pub use group::{DeploymentGroup, GroupError, GuestGroup, GuestLimits, kill, remove};
 pub use parent::{NotEnforced, ParentCgroup, find_parent};
 
-/// Controllers without which a limit means nothing.
+/// Controllers that the limits need.
 const NEEDED: [&str; 2] = ["memory", "pids"];
-/// Controllers that are used where they are to be had.
+/// Controllers that are used if available.
 const WANTED: [&str; 1] = ["cpu"];

@@ -1,5 +1,5 @@
-//! Where in the tree of cgroups may this process make its own? Facts are
-//! gathered, then judged by a pure function.
+//! Finds the cgroup in which this process may create cgroups with limits.
+//! [`decide`] is pure; the rest gathers its input.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,41 +10,42 @@ use nix::unistd::{AccessFlags, access};
 
 use super::NEEDED;
 
-/// How a user gets a cgroup of their own from systemd.
+/// Command by which systemd delegates a cgroup to a user.
 const BY_SYSTEMD: &str = "systemd-run --user --scope -p Delegate=yes host-agent …";
 /// The same for root.
 const BY_SYSTEMD_ROOT: &str = "systemd-run --scope -p Delegate=yes host-agent …";
-/// Where version 1 has the controllers.
+/// For hosts on which cgroup version 1 has the controllers.
 const BY_BOOT: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
     kernel command line";
 
-/// Where cgroups can be made.
+/// A cgroup in which this process may create cgroups with limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParentCgroup {
-    /// The cgroup in which they are made.
-    pub parent: PathBuf,
-    /// What has to be done preparation.
+    /// Its directory.
+    pub path: PathBuf,
+    /// What must be done before the first cgroup is created.
     pub(super) preparation: Preparation,
 }
 
-/// What has to be done before cgroups with limits can be made.
+/// What must be done before children can have limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Preparation {
     /// Nothing.
     None,
-    /// Give the controllers to the children.
+    /// Enable the controllers for the children (`cgroup.subtree_control`).
     Enable,
-    /// The same, after this process has moved to a leaf: a cgroup cannot have
-    /// processes and children with limits.
+    /// Move this process to a child first: a cgroup other than the root cannot
+    /// have both processes and children with controllers (`cgroup-v2.rst`, "No
+    /// Internal Process Constraint").
     MoveAndEnable,
 }
 
-/// Why limits cannot be enforced, and what helps.
+/// Why limits cannot be enforced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotEnforced {
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// What to do.
+    /// The command or change that helps.
     pub hint: String,
 }
 
@@ -54,26 +55,27 @@ impl fmt::Display for NotEnforced {
     }
 }
 
-/// One cgroup, as far as the decision needs it.
+/// The facts about one cgroup that [`decide`] needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct CgroupState {
     path: PathBuf,
-    /// The root of the whole tree, which may have processes and children.
+    /// The root of the hierarchy: it may have processes and children with
+    /// controllers.
     is_root: bool,
-    /// Controllers that it can give to children.
+    /// `cgroup.controllers`: what can be enabled for its children.
     available: BTreeSet<String>,
-    /// Controllers that it gives to children.
+    /// `cgroup.subtree_control`: what is enabled for its children.
     enabled: BTreeSet<String>,
-    /// Whether this process may make children and move processes.
+    /// Whether this process may create children and move processes.
     writable: bool,
-    /// Whether processes other than this one are in it.
+    /// Whether it has processes other than this one.
     shared: bool,
 }
 
-/// Looks where this process may make cgroups. Changes nothing.
+/// Finds the parent for the cgroups of this process. Changes nothing.
 ///
 /// # Errors
-/// Nowhere.
+/// This process may create cgroups with limits nowhere.
 pub fn find_parent() -> Result<ParentCgroup, NotEnforced> {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let membership = read("/proc/self/cgroup");
@@ -95,23 +97,24 @@ pub fn find_parent() -> Result<ParentCgroup, NotEnforced> {
     found
 }
 
-/// Mount point and this process's cgroup below it, of every mounted tree.
+/// Mount point and cgroup below it of the process with the `membership`, for every
+/// mount of cgroup2.
 pub(super) fn cgroups_of(mountinfo: &str, membership: &str) -> Vec<(PathBuf, PathBuf)> {
     let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::")) else {
         return Vec::new();
     };
     let mounts = mountinfo.lines().filter_map(|line| {
-        // proc_pid_mountinfo(5): optional fields end with a hyphen.
+        // proc_pid_mountinfo(5): a hyphen ends the optional fields.
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        // A path with a space is written with a backslash; nobody has one.
+        // A path with a space is escaped with a backslash: not supported.
         if filesystem.split(' ').next() != Some("cgroup2") || point.contains('\\') {
             return None;
         }
         let below = Path::new(own).strip_prefix(root).ok()?;
         let point = PathBuf::from(point);
-        // Joining nothing would add a slash.
+        // `collect` removes the slash that joining an empty path adds.
         let own = point.join(below).components().collect();
         Some((point, own))
     });
@@ -125,7 +128,7 @@ fn level(path: &Path) -> CgroupState {
     let mine = std::process::id().to_string();
     CgroupState {
         path: path.to_owned(),
-        // The root alone has no such file.
+        // Only the root has no such file.
         is_root: !path.join("cgroup.events").exists(),
         available: words("cgroup.controllers"),
         enabled: words("cgroup.subtree_control"),
@@ -134,12 +137,12 @@ fn level(path: &Path) -> CgroupState {
     }
 }
 
-/// In our own cgroup if it is ours alone, else beside it.
+/// Chooses this process's own cgroup `own`, or `parent`, the cgroup above it.
 fn decide(own: &CgroupState, parent: Option<&CgroupState>) -> Result<ParentCgroup, NotEnforced> {
     let has = |set: &BTreeSet<String>| NEEDED.iter().all(|name| set.contains(*name));
     let at = |level: &CgroupState, preparation| {
         Ok(ParentCgroup {
-            parent: level.path.clone(),
+            path: level.path.clone(),
             preparation,
         })
     };
@@ -188,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_cgroup_is_found_below_every_mount_that_shows_it() {
+    fn own_cgroup_is_found_below_every_mount_that_has_it() {
         let mountinfo = "\
 25 30 0:23 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n\
 35 25 0:30 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n\
@@ -222,9 +225,9 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_of_our_own_is_taken_then_the_one_above_and_else_the_reason_says_why() {
+    fn own_cgroup_is_preferred_to_the_one_above_it() {
         let place = |own: &CgroupState, parent: Option<&CgroupState>| {
-            decide(own, parent).map(|place| (place.parent, place.preparation))
+            decide(own, parent).map(|parent| (parent.path, parent.preparation))
         };
         let full = |level: &mut CgroupState| level.enabled = level.available.clone();
         let above = level("/c/a", full);
@@ -260,9 +263,9 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_gives_a_place_or_a_reason() {
+    fn this_machine_has_a_parent_or_a_reason() {
         match find_parent() {
-            Ok(place) => assert!(place.parent.join("cgroup.procs").exists()),
+            Ok(parent) => assert!(parent.path.join("cgroup.procs").exists()),
             Err(why) => assert!(!why.reason.is_empty() && !why.hint.is_empty()),
         }
     }

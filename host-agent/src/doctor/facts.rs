@@ -1,4 +1,4 @@
-//! Looks at the host: the only part of the doctor that touches anything.
+//! Gathers the facts about the host; no other part of the doctor does I/O.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -13,7 +13,7 @@ use crate::cgroup;
 
 const KVM: &str = "/dev/kvm";
 
-/// Gathers every fact. Takes under a second on a sound machine.
+/// Gathers every fact. Takes less than a second on a healthy machine.
 pub fn gather(data_dir: PathBuf) -> Facts {
     let module = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
@@ -42,7 +42,7 @@ fn kvm() -> KvmFact {
         Err(error) => match error.kind() {
             ErrorKind::NotFound => KvmFact::Missing,
             ErrorKind::PermissionDenied => denied(),
-            // The node is there and the module behind it is not.
+            // The device node exists without the kernel module.
             _ if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
                 KvmFact::Missing
             }
@@ -79,7 +79,7 @@ fn free_space(directory: &Path) -> u64 {
         .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
 }
 
-/// The KVM module for the processor described by `/proc/cpuinfo`.
+/// The KVM module for the CPU that `/proc/cpuinfo` describes.
 fn module_of(cpuinfo: &str) -> Option<&'static str> {
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
     flags.split_whitespace().find_map(|flag| match flag {
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_tables_are_read() {
+    fn memory_and_cpu_facts_are_read_from_proc() {
         let memory = "MemTotal:  100 kB\nMemFree: 1 kB\nMemAvailable:    2048 kB\n";
         assert_eq!(available(memory), Some(2 << 20));
         assert_eq!(available("MemFree: 1 kB\n"), None);
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn free_space_is_that_of_the_nearest_directory_that_exists() {
+    fn free_space_is_that_of_the_nearest_existing_parent() {
         assert!(free_space(Path::new("/no/such/directory")) > 0);
     }
 }

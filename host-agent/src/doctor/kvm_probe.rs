@@ -1,8 +1,8 @@
-//! Runs a few hundred guest instructions in kernel mode and times exits.
+//! Probes `/dev/kvm`: runs some guest instructions in kernel mode and times exits.
 //!
-//! Some machines offer a `/dev/kvm` that opens, creates machines, and then
-//! cannot run an unmodified kernel: its first `XRSTOR` or `INT3` ends in
-//! `KVM_EXIT_INTERNAL_ERROR`. Only running such instructions tells.
+//! On some machines `/dev/kvm` opens and creates virtual machines that cannot run
+//! an unmodified kernel: the first `XRSTOR` or `INT3` ends in
+//! `KVM_EXIT_INTERNAL_ERROR`. Only execution of such instructions shows it.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
-/// Guest RAM: one 2 MiB page, so that one large page maps all of it.
+/// Guest RAM: 2 MiB, which one large page maps.
 const RAM_SIZE: usize = 2 << 20;
 const GDT: u64 = 0x500;
 const IDT: u64 = 0x800;
@@ -28,74 +28,75 @@ const STACK: u64 = 0x8000;
 
 const CODE_SELECTOR: u16 = 0x8;
 const DATA_SELECTOR: u16 = 0x10;
-/// Access byte and flags of a 64-bit code segment (AMD APM vol. 2, 4.8.1).
+/// Descriptor of a 64-bit code segment (Intel SDM volume 3, 3.4.5; AMD APM
+/// volume 2, 4.8.1).
 const GDT_CODE: u64 = 0x00af_9b00_0000_ffff;
-/// Access byte and flags of a flat data segment.
+/// Descriptor of a flat data segment (Intel SDM volume 3, 3.4.5).
 const GDT_DATA: u64 = 0x00cf_9300_0000_ffff;
 
-/// `CR0`: PE, MP, ET, NE, WP, PG (Intel SDM vol. 3, 2.5).
+/// `CR0`: PE, MP, ET, NE, WP, PG (Intel SDM volume 3, 2.5).
 const CR0: u64 = 0x8001_0033;
-/// `CR4`: PAE, OSFXSR, OSXMMEXCPT, OSXSAVE.
+/// `CR4`: PAE, OSFXSR, OSXMMEXCPT, OSXSAVE (Intel SDM volume 3, 2.5).
 const CR4: u64 = 0x0004_0620;
-/// `EFER`: LME, LMA.
+/// `IA32_EFER`: LME, LMA (Intel SDM volume 3, 2.2.1).
 const EFER: u64 = 0x500;
 
-/// Port of the program's progress marks.
+/// Port to which the program writes its progress marks.
 const MARK_PORT: u16 = 0xf0;
-/// Port of the exits that are timed.
+/// Port whose writes cause the timed exits.
 const EXIT_PORT: u16 = 0xf1;
-/// Rounds of the timed loop, two instructions each.
+/// Rounds of the timed loop of two instructions.
 const LOOP_ROUNDS: u32 = 50_000;
-/// Exits that are timed.
+/// Number of timed exits.
 const TIMED_EXITS: u32 = 500;
-/// Exits are timed in groups; the median of the groups' means is the cost.
+/// Exits timed together. The result is the median of the groups' means.
 const GROUP: u32 = 25;
-/// Marks of a whole run: start, after XSETBV, XRSTOR, INT3 and the loop.
+/// The last mark. The marks are: start, after XSETBV, XRSTOR, INT3 and the loop.
 const LAST_MARK: u8 = 5;
-/// Exits that the program can cause at most; more means it ran astray.
+/// Most exits that the program can cause: with more it runs other code.
 const MOST_EXITS: u32 = TIMED_EXITS + 64;
-/// A run takes under 100 ms, in an emulator under 500 ms.
+/// Limit of a run, which takes less than 100 ms, or 500 ms in an emulator.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// What the device could do.
+/// Result of a probe.
 #[derive(Debug, Clone, PartialEq)]
 pub enum KvmProbe {
     /// The program ran to its end.
     Ran(KvmFigures),
-    /// A machine could not be set up, or lacks something we need.
+    /// The virtual machine could not be created, or lacks a required feature.
     Lacking {
-        /// What.
+        /// The failed call or missing feature.
         what: String,
     },
-    /// The machine stopped in the middle of ordinary kernel code.
+    /// The virtual machine stopped at an instruction that kernels use.
     Stopped {
-        /// The instruction that the guest was about to run or running.
+        /// The instruction that the guest ran or was about to run.
         at: &'static str,
-        /// What KVM said.
+        /// The exit or error of `KVM_RUN`.
         how: String,
     },
-    /// The machine did not come back within the limit.
+    /// `KVM_RUN` did not return within the limit.
     Hung,
 }
 
-/// Figures of a run.
+/// Measurements of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct KvmFigures {
-    /// Microseconds from the guest to this process and back.
+    /// Microseconds for an exit to this process and back.
     pub exit_us: f64,
-    /// Millions of guest instructions per second, in a loop of two.
+    /// Millions of guest instructions per second, in a loop of two instructions.
     pub loop_mips: f64,
 }
 
 /// Probes the open device `kvm`. Takes at most [`LIMIT`].
 pub fn probe(kvm: File) -> KvmProbe {
-    // A hypervisor below us may never return: the thread is then left behind
-    // and ends with the process.
+    // The hypervisor of this machine may never return from `KVM_RUN`. Then the
+    // thread ends with the process.
     let (sender, receiver) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("kvm-probe".into());
     let started = thread.spawn(move || {
         let result = run(kvm).unwrap_or_else(|what| KvmProbe::Lacking { what });
-        // Nobody listens any more only after the limit.
+        // Fails only after the limit.
         let _ = sender.send(result);
     });
     match started {
@@ -158,7 +159,7 @@ fn run(kvm: File) -> Result<KvmProbe, String> {
     Ok(outcome)
 }
 
-/// The program: its instructions, and what each is. It ends in `hlt`.
+/// The machine code of the program, which ends with `hlt`.
 fn program() -> Vec<u8> {
     const MARK: u8 = MARK_PORT as u8;
     const EXIT: u8 = EXIT_PORT as u8;
@@ -201,7 +202,7 @@ fn program() -> Vec<u8> {
     bytes.copied().collect()
 }
 
-/// What the guest does after the progress mark `mark`.
+/// The instruction that follows the progress mark `mark`.
 fn stage(mark: u8) -> &'static str {
     match mark {
         0 => "the first instruction",
@@ -217,13 +218,13 @@ fn guest_memory() -> Result<GuestMemoryMmap, String> {
     let failed = |error: &dyn std::fmt::Display| format!("2 MiB of memory ({error})");
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), RAM_SIZE)])
         .map_err(|error| failed(&error))?;
-    // An interrupt gate of 64-bit mode: present, type 14 (SDM vol. 3, 6.14.1).
+    // A 64-bit interrupt gate: present, type 14 (Intel SDM volume 3, 6.14.1).
     let gate = (HANDLER & 0xffff) | (u64::from(CODE_SELECTOR) << 16) | (0x8e00 << 32);
     let words = [
         (GDT + 8, GDT_CODE),
         (GDT + 16, GDT_DATA),
         (IDT + 3 * 16, gate),
-        // Present and writable; the last one maps 2 MiB.
+        // Present and writable; the last entry maps 2 MiB (Intel SDM volume 3, 4.5).
         (PML4, PDPT | 3),
         (PDPT, PD | 3),
         (PD, 0x83),
@@ -342,7 +343,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cost_of_an_exit_is_not_moved_by_a_few_slow_groups() {
+    fn a_few_slow_groups_do_not_change_the_exit_time() {
         let mut groups = vec![Duration::from_micros(2); 18];
         groups.extend([Duration::from_millis(9), Duration::from_millis(70)]);
         let figures = measured(Duration::from_millis(1), groups);

@@ -1,4 +1,4 @@
-//! Can this machine run guests, and if not, what mends it?
+//! `host-agent doctor`: whether this machine can run guests, and what would help.
 
 mod facts;
 mod kvm_probe;
@@ -15,33 +15,33 @@ use verdict::{Facts, KvmFact};
 
 use kvm_probe::KvmProbe;
 
-/// What was found, and what follows from it.
+/// The result of all checks.
 #[derive(Debug, Clone, Serialize)]
 pub struct HostReport {
-    /// `host-agent.doctor/1`.
+    /// Always `host-agent.doctor/1`.
     schema: &'static str,
     /// Whether guests can run.
     pub verdict: Verdict,
-    /// Microseconds from a guest to this process and back, when measured.
+    /// Microseconds for an exit from a guest to this process and back, if measured.
     pub exit_us: Option<f64>,
-    /// Millions of guest instructions per second, when measured.
+    /// Millions of guest instructions per second, if measured.
     pub guest_mips: Option<f64>,
-    /// `bare metal`, `nested`, …, when measured.
+    /// `bare metal`, `nested`, …, if measured.
     pub kind: Option<&'static str>,
-    /// Factor of every timeout.
+    /// The factor of every timeout.
     pub timeout_scale: TimeoutScale,
-    /// Why the factor that the user set is none; then it is not relied on.
+    /// Why `HOST_AGENT_TIMEOUT_SCALE` is invalid and ignored.
     #[serde(skip)]
     pub scale_refused: Option<String>,
     /// Free memory in bytes.
     pub memory_bytes: u64,
-    /// Free disk space in bytes where the data directory is.
+    /// Free bytes of the data directory's file system.
     pub disk_bytes: u64,
-    /// Line by line.
+    /// The checks, one per line of the report.
     pub checks: Vec<Check>,
 }
 
-/// Looks at this host, with guests' files in `data_dir`.
+/// Checks this host. `data_dir` is the directory for guests' files.
 pub fn check(data_dir: &Path) -> HostReport {
     HostReport::from_facts(&facts::gather(data_dir.to_owned()))
 }
@@ -67,7 +67,7 @@ impl HostReport {
         }
     }
 
-    /// Whether guests can run here.
+    /// Whether guests can run.
     pub fn is_usable(&self) -> bool {
         self.verdict == Verdict::Usable
     }
@@ -77,7 +77,7 @@ impl HostReport {
         self.timeout_scale.factor
     }
 
-    /// `timeout` on this host.
+    /// `timeout` multiplied by the factor.
     pub fn scaled(&self, timeout: Duration) -> Duration {
         timeout.saturating_mul(self.timeout_scale.factor)
     }
@@ -87,7 +87,7 @@ impl HostReport {
         self.checks.iter().find(|check| check.level == Level::Fail)
     }
 
-    /// One line for the head of a run: the host, its exits, the timeouts.
+    /// One line about the kind of host, its exits and the timeouts.
     pub fn summary(&self) -> String {
         let scale = self.timeout_scale;
         let why = match (scale.from_environment, scale.factor) {

@@ -1,4 +1,4 @@
-//! From facts about the host to a verdict, and how to mend what is wrong. Pure.
+//! Turns facts about the host into checks, hints and a verdict. Pure.
 
 use std::path::PathBuf;
 
@@ -7,55 +7,55 @@ use serde::Serialize;
 use super::kvm_probe::{KvmFigures, KvmProbe};
 use crate::cgroup::{NotEnforced, ParentCgroup};
 
-/// Stands in a command for the service, which is not known here.
+/// Placeholder in a hint's command for the service, which the caller fills in.
 pub const SERVICE: &str = "SERVICE";
-/// Below this much free memory not even the smallest guest starts.
+/// With less free memory even the smallest guest does not start.
 const LEAST_MEMORY: u64 = 192 << 20;
-/// Below this, a guest of the usual sizes does not fit.
+/// With less, a guest of the usual sizes does not fit.
 const LOW_MEMORY: u64 = 1 << 30;
-/// Below this much free disk space a guest cannot write its first blocks.
+/// With less free disk space a guest cannot write its first blocks.
 const LEAST_DISK: u64 = 64 << 20;
-/// Below this, a few guests fill the disk.
+/// With less, a few guests fill the disk.
 const LOW_DISK: u64 = 2 << 30;
-/// An exit on bare metal takes 1 to 3 us; limits are set for that.
+/// Exit time for which the timeouts are chosen: 1 to 3 us on bare metal.
 const EXIT_US_PER_SCALE: f64 = 3.0;
-/// More patience than this hides faults.
+/// Largest factor by measurement: longer timeouts would hide faults.
 const MOST_SCALE: u32 = 20;
-/// Up to here an exit is as cheap as on bare metal.
+/// Longest exit time on bare metal.
 const BARE_METAL_US: f64 = 4.5;
-/// Up to here it is what a hardware-assisted nested guest pays.
+/// Longest exit time of a hardware-assisted nested hypervisor.
 const NESTED_US: f64 = 30.0;
 
-/// What was found on the host.
+/// Facts about the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
-    /// The device.
+    /// State of `/dev/kvm`.
     pub kvm: KvmFact,
     /// Whether this process is in a container.
     pub container: bool,
-    /// The kernel module that the processor wants (`kvm_intel`, `kvm_amd`), if
-    /// it has virtualization at all.
+    /// The kernel module for this CPU (`kvm_intel`, `kvm_amd`), if it has hardware
+    /// virtualization.
     pub module: Option<&'static str>,
-    /// The user's name, for commands.
+    /// The user's name, for the commands in hints.
     pub user: String,
     /// `MemAvailable` in bytes.
     pub memory: u64,
-    /// Free bytes where the data directory is or will be.
+    /// Free bytes of the data directory's file system.
     pub disk: u64,
     /// The data directory.
     pub data_dir: PathBuf,
-    /// Where cgroups for guests can be made.
+    /// The parent of guests' cgroups.
     pub cgroup: Result<ParentCgroup, NotEnforced>,
-    /// `HOST_AGENT_TIMEOUT_SCALE`, as given.
+    /// Value of `HOST_AGENT_TIMEOUT_SCALE`.
     pub scale_variable: Option<String>,
 }
 
-/// What became of `/dev/kvm`.
+/// State of `/dev/kvm`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum KvmFact {
-    /// There is none.
+    /// It does not exist.
     Missing,
-    /// It cannot be opened for lack of permission.
+    /// It cannot be opened: no permission.
     Denied {
         /// Group that owns it.
         group: Option<String>,
@@ -64,20 +64,20 @@ pub enum KvmFact {
     },
     /// It cannot be opened for another reason.
     Failed {
-        /// The system's words.
+        /// Text of the system's error.
         error: String,
     },
-    /// It was opened and tried.
+    /// It was opened and probed.
     Opened(KvmProbe),
 }
 
-/// How a line of the report is meant.
+/// Severity of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Works, with a drawback.
+    /// Guests run, with a drawback.
     Warn,
     /// Guests cannot run.
     Fail,
@@ -86,18 +86,18 @@ pub enum Level {
 /// One line of the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// How it is meant.
+    /// Its severity.
     pub level: Level,
-    /// What was looked at.
+    /// What was checked.
     pub name: &'static str,
     /// What was found.
     pub text: String,
-    /// The command or change that mends it.
+    /// The command or change that helps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-/// Whether guests can run here.
+/// Whether guests can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
@@ -107,7 +107,7 @@ pub enum Verdict {
     NoDevice,
     /// `/dev/kvm` may not be opened.
     NoPermission,
-    /// `/dev/kvm` opens and cannot run an unmodified kernel.
+    /// `/dev/kvm` opens but cannot run an unmodified kernel.
     CannotRunKernel,
     /// Not enough memory.
     NoMemory,
@@ -115,12 +115,12 @@ pub enum Verdict {
     NoDisk,
 }
 
-/// How patient to be, and why.
+/// The factor of every timeout, and its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct TimeoutScale {
-    /// Every timeout is multiplied by this; 1 to 20, or what the user set.
+    /// 1 to 20, or the value that the user set.
     pub factor: u32,
-    /// Set by `HOST_AGENT_TIMEOUT_SCALE` and not by measurement.
+    /// Set by `HOST_AGENT_TIMEOUT_SCALE`, not measured.
     pub from_environment: bool,
 }
 
@@ -141,7 +141,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     checks
 }
 
-/// Why the factor that the user set is none.
+/// Why `HOST_AGENT_TIMEOUT_SCALE` is invalid, if it is.
 pub fn scale_refused(facts: &Facts) -> Option<String> {
     let value = facts.scale_variable.as_deref()?;
     parse_scale(value)
@@ -149,7 +149,7 @@ pub fn scale_refused(facts: &Facts) -> Option<String> {
         .then(|| format!("HOST_AGENT_TIMEOUT_SCALE={value} is not a whole number from 1 to 1000"))
 }
 
-/// The verdict: the first thing that keeps guests from running.
+/// The first problem that keeps guests from running.
 pub fn verdict(facts: &Facts) -> Verdict {
     match &facts.kvm {
         KvmFact::Missing => Verdict::NoDevice,
@@ -185,7 +185,7 @@ fn scale_of(exit_us: f64) -> u32 {
     if exit_us <= BARE_METAL_US {
         return 1;
     }
-    // A cast from float saturates, so no cost is too high for it.
+    // The cast saturates, also for infinity.
     ((exit_us / EXIT_US_PER_SCALE).round() as u32).clamp(1, MOST_SCALE)
 }
 
@@ -193,7 +193,7 @@ fn parse_scale(value: &str) -> Option<u32> {
     value.trim().parse().ok().filter(|n| (1..=1000).contains(n))
 }
 
-/// What sort of host has exits this dear.
+/// The kind of host, judged by its exit time.
 pub fn kind_of_host(measured: &KvmFigures) -> &'static str {
     if measured.exit_us <= BARE_METAL_US {
         "bare metal"
@@ -235,61 +235,37 @@ fn kvm_checks(facts: &Facts) -> Vec<Check> {
             format!("/dev/kvm cannot be opened: {error}"),
             Some("dmesg | grep -i kvm".into()),
         )],
-        KvmFact::Opened(probe) => {
-            let opens = |text: &str| check(Level::Ok, "kvm", text.into(), None);
-            let (first, second) = match probe {
-                KvmProbe::Ran(measured) => {
-                    let scale = timeout_scale(facts);
-                    let text = format!(
-                        "64-bit guest ran; {:.1} us per exit: {} (timeouts x{}{})",
-                        measured.exit_us,
-                        kind_of_host(measured),
-                        scale.factor,
-                        if scale.from_environment {
-                            ", set by HOST_AGENT_TIMEOUT_SCALE"
-                        } else {
-                            ""
-                        }
-                    );
-                    (
-                        opens("/dev/kvm opens read-write, API 12"),
-                        check(Level::Ok, "vm probe", text, None),
-                    )
+        KvmFact::Opened(KvmProbe::Ran(measured)) => {
+            let scale = timeout_scale(facts);
+            let text = format!(
+                "64-bit guest ran; {:.1} us per exit: {} (timeouts x{}{})",
+                measured.exit_us,
+                kind_of_host(measured),
+                scale.factor,
+                if scale.from_environment {
+                    ", set by HOST_AGENT_TIMEOUT_SCALE"
+                } else {
+                    ""
                 }
-                KvmProbe::Lacking { what } => (
-                    opens("/dev/kvm opens read-write"),
-                    check(
-                        Level::Fail,
-                        "vm probe",
-                        format!("present, but cannot run an unmodified kernel: it lacks {what}"),
-                        Some(unusable_hint(facts)),
-                    ),
-                ),
-                KvmProbe::Stopped { at, how } => (
-                    opens("/dev/kvm opens read-write"),
-                    check(
-                        Level::Fail,
-                        "vm probe",
-                        format!(
-                            "present, but cannot run an unmodified kernel: \
-                             guest stopped at {at} ({how})"
-                        ),
-                        Some(unusable_hint(facts)),
-                    ),
-                ),
-                KvmProbe::Hung => (
-                    opens("/dev/kvm opens read-write"),
-                    check(
-                        Level::Fail,
-                        "vm probe",
-                        "present, but cannot run an unmodified kernel: \
-                         guest did not come back within 2 s"
-                            .into(),
-                        Some(unusable_hint(facts)),
-                    ),
-                ),
+            );
+            let opens = "/dev/kvm opens read-write, API 12".into();
+            vec![
+                check(Level::Ok, "kvm", opens, None),
+                check(Level::Ok, "vm probe", text, None),
+            ]
+        }
+        KvmFact::Opened(probe) => {
+            let why = match probe {
+                KvmProbe::Lacking { what } => format!("it lacks {what}"),
+                KvmProbe::Stopped { at, how } => format!("guest stopped at {at} ({how})"),
+                KvmProbe::Hung | KvmProbe::Ran(_) => "guest did not stop within 2 s".into(),
             };
-            vec![first, second]
+            let text = format!("present, but cannot run an unmodified kernel: {why}");
+            let hint = Some(unusable_hint(facts));
+            vec![
+                check(Level::Ok, "kvm", "/dev/kvm opens read-write".into(), None),
+                check(Level::Fail, "vm probe", text, hint),
+            ]
         }
     }
 }
@@ -311,7 +287,7 @@ fn denied_hint(facts: &Facts, group: Option<&str>, mode: u32) -> String {
             .into();
     }
     match group {
-        // Joining root's own group would grant far more than this device.
+        // Membership of group root would grant far more than this device.
         Some(group) if mode & 0o060 == 0o060 && group != "root" => format!(
             "sudo usermod -aG {group} {}   (then log in again)",
             facts.user
@@ -371,11 +347,11 @@ fn disk_check(facts: &Facts) -> Check {
     }
 }
 
-fn cgroup_check(place: &Result<ParentCgroup, NotEnforced>) -> Check {
-    let (level, text, hint) = match place {
-        Ok(place) => (
+fn cgroup_check(parent: &Result<ParentCgroup, NotEnforced>) -> Check {
+    let (level, text, hint) = match parent {
+        Ok(parent) => (
             Level::Ok,
-            format!("v2: limits of guests are set in {}", place.parent.display()),
+            format!("v2: limits of guests are set in {}", parent.path.display()),
             None,
         ),
         Err(why) => (
@@ -436,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn each_state_of_the_device_has_its_verdict_and_a_way_out() {
+    fn each_kvm_state_has_a_verdict_and_a_hint() {
         let denied = |group: &str, mode| KvmFact::Denied {
             group: Some(group.into()),
             mode,
@@ -480,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_or_memory_makes_a_good_device_unusable() {
+    fn a_lack_of_disk_or_memory_makes_a_host_unusable() {
         let mut host = facts(ran(2.0));
         host.disk = 1 << 20;
         assert_eq!(verdict(&host), Verdict::NoDisk);
@@ -489,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn patience_follows_the_cost_of_an_exit_and_the_user_has_the_last_word() {
+    fn timeouts_follow_the_exit_time_or_the_users_setting() {
         let scale = |us| timeout_scale(&facts(ran(us))).factor;
         assert_eq!([scale(0.9), scale(2.3), scale(4.4)], [1, 1, 1]);
         assert_eq!(scale(11.8), 4);

@@ -1,4 +1,4 @@
-//! ACPI tables: the one description of the machine that the guest gets.
+//! ACPI tables: the only description of the machine that the guest gets.
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate,
@@ -19,11 +19,12 @@ use super::layout;
 const OEM: [u8; 6] = *b"HOSTAG";
 const TABLE: [u8; 8] = *b"HAGENT01";
 
-/// FADT `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): no VGA, no CMOS clock.
+/// FADT `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): VGA not present, CMOS RTC not
+/// present.
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS: u16 = 1 << 5;
 
-/// One byte-wide I/O port.
+/// A byte-wide I/O port (ACPI 6.5, 5.2.3.2).
 fn port(number: u16) -> GAS {
     GAS::new(
         AddressSpace::SystemIo,
@@ -40,7 +41,7 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// All tables as one block for [`layout::ACPI_TABLES`]; the RSDP comes first.
+/// All tables as one block for [`layout::ACPI_TABLES`]; the RSDP is first.
 pub fn tables(vcpus: u8, virtio_devices: usize) -> Vec<u8> {
     let mut block = vec![0; Rsdp::len().next_multiple_of(16)];
     let mut place = |table: Vec<u8>| {
@@ -129,7 +130,7 @@ fn dsdt(virtio_devices: usize) -> Vec<u8> {
         ],
     )
     .to_aml_bytes(&mut aml);
-    // Power-off: sleep type 5 in the sleep control register.
+    // Sleep type 5 of the sleep control register powers off (ACPI 6.5, 7.4.2.6).
     Name::new(
         "_S5_".into(),
         &Package::new(vec![&5u8, &ZERO, &ZERO, &ZERO]),
@@ -167,7 +168,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn every_table_adds_up_to_zero_and_iasl_reads_the_dsdt_where_it_is_installed() {
+    fn tables_have_valid_checksums_and_iasl_reads_the_dsdt() {
         let block = tables(8, 6);
         assert_eq!(&block[..8], b"RSD PTR ");
         assert!(block.len() < 0x2_0000);

@@ -1,4 +1,5 @@
-//! Loads kernel, initrd and command line and fills Linux's zero page.
+//! Loads kernel, initrd and command line, and fills the zero page of the Linux
+//! boot protocol (`Documentation/arch/x86/boot.rst`).
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -15,32 +16,35 @@ use vm_memory::{
 
 use super::layout;
 
-/// Zero page constants (Linux `Documentation/arch/x86/boot.rst`).
+/// `boot_flag`, `header`, `type_of_loader` and `kernel_alignment` of the setup
+/// header (boot.rst, "The Real-Mode Kernel Header").
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_UNDEFINED: u8 = 0xff;
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
-/// 64-bit entry point, relative to the start of the protected-mode code.
+/// Offset of the 64-bit entry point from the load address (boot.rst, "64-bit Boot
+/// Protocol").
 const ENTRY_64: u64 = 0x200;
-/// First boot protocol with a 64-bit entry point.
+/// First version of the boot protocol with `xloadflags`.
 const PROTOCOL_64: u16 = 0x020c;
-/// Bit 0 of `xloadflags`: the 64-bit entry point exists.
+/// Bit 0 of `xloadflags`: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
+/// Types of the E820 map (ACPI 6.5, chapter 15).
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-/// Most bytes of an initrd copied at once.
+/// Bytes of an initrd that are copied at once.
 const COPY: usize = 1 << 20;
 
 /// Why a guest cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel image is of no known kind, or lacks a 64-bit entry.
+    /// The image is neither ELF nor bzImage, or has no 64-bit entry point.
     #[error("kernel: {0}")]
     Kernel(String),
     /// The initrd does not fit or cannot be read.
     #[error("initrd: {0}")]
     Initrd(String),
-    /// The command line is too long or has bytes that it cannot have.
+    /// The command line is too long or has invalid bytes.
     #[error("kernel command line: {0}")]
     CommandLine(String),
     /// Guest RAM is too small for the boot structures.
@@ -48,11 +52,11 @@ pub enum BootError {
     Structures(String),
 }
 
-/// Where the first processor starts.
+/// Address at which the boot vCPU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryPoint(pub GuestAddress);
 
-/// Puts everything in place and returns the entry point.
+/// Writes everything that the kernel needs and returns its entry point.
 pub fn load(
     memory: &GuestMemoryMmap,
     kernel: &mut File,
@@ -122,7 +126,7 @@ fn load_kernel(
             "boot protocol {version:#06x} has no 64-bit entry point"
         )));
     }
-    // A compressed kernel unpacks itself over `init_size` bytes.
+    // The kernel decompresses itself into `init_size` bytes (boot.rst).
     let end = loaded
         .kernel_end
         .max(loaded.kernel_load.raw_value() + u64::from(header.init_size))
@@ -131,7 +135,7 @@ fn load_kernel(
     Ok((EntryPoint(entry), header, end))
 }
 
-/// Copies the initrd to the end of low RAM, page-aligned.
+/// Copies the initrd to the end of low RAM, aligned to a page.
 fn load_initrd(
     memory: &GuestMemoryMmap,
     initrd: &mut File,

@@ -1,4 +1,4 @@
-//! Which device answers an address. Writes may have an effect on the machine.
+//! Routes accesses to ports and device registers to the devices.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,14 +9,14 @@ use super::virtio::mmio::Transport;
 
 /// `SLP_EN` in the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
-/// Sleep type field of the same.
+/// Position of `SLP_TYP` in the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_TYPE_SHIFT: u8 = 2;
-/// Sleep type that `_S5_` names.
+/// `SLP_TYP` of soft off, as the DSDT's `_S5_` declares it.
 const POWER_OFF: u8 = 5;
-/// The guest's kernel panicked (pvpanic, bit 0); bit 1: crash kernel loaded.
+/// pvpanic event bit 0 (QEMU `docs/specs/pvpanic.rst`): the guest's kernel panicked.
 const PANICKED: u8 = 1;
 
-/// What a write does to the machine.
+/// The effect of a write on the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Nothing.
@@ -25,11 +25,11 @@ pub enum Action {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest's kernel panicked; it goes on to reset.
+    /// The guest's kernel panicked; a reset follows.
     Panicked,
 }
 
-/// Everything that answers addresses.
+/// The devices.
 pub struct Bus {
     serial: Mutex<SerialPort>,
     virtio: Vec<Arc<Transport>>,
@@ -37,7 +37,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// A bus with these devices at the addresses of [`layout`].
+    /// A bus with these devices at their addresses in [`layout`].
     pub fn new(serial: SerialPort, virtio: Vec<Arc<Transport>>) -> Self {
         Self {
             serial: Mutex::new(serial),
@@ -46,12 +46,12 @@ impl Bus {
         }
     }
 
-    /// Whether the guest said that its kernel panicked.
+    /// Whether the guest reported a panic of its kernel.
     pub fn panicked(&self) -> bool {
         self.panicked.load(Ordering::Acquire)
     }
 
-    /// A read from a port. Nobody there reads as all ones.
+    /// Reads a port. Unassigned ports read as all ones.
     pub fn port_in(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         let [byte] = data else { return };
@@ -66,14 +66,13 @@ impl Bus {
         }
     }
 
-    /// A write to a port.
+    /// Writes a port.
     pub fn port_out(&self, port: u16, data: &[u8]) -> Action {
         let [byte] = *data else { return Action::None };
         match port {
             p if serial_register(p).is_some() => {
                 let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                // Output is buffered without error; a failed interrupt leaves
-                // a driver that polls.
+                // `SerialOutput` never fails. If the irqfd does, the driver polls.
                 let _ = serial.write(serial_register(p).unwrap_or_default(), byte);
                 Action::None
             }
@@ -89,7 +88,7 @@ impl Bus {
         }
     }
 
-    /// A read from device registers.
+    /// Reads device registers. Unassigned addresses read as all ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.transport(address) {
             Some((transport, offset)) => transport.read(offset, data),
@@ -97,14 +96,14 @@ impl Bus {
         }
     }
 
-    /// A write to device registers.
+    /// Writes device registers.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((transport, offset)) = self.transport(address) {
             transport.write(offset, data);
         }
     }
 
-    /// The virtio devices, in order.
+    /// The virtio devices in the order of their addresses.
     pub fn virtio(&self) -> &[Arc<Transport>] {
         &self.virtio
     }
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn every_port_answers_every_size_and_a_byte_alone_reaches_a_register() {
+    fn ports_answer_every_size_and_registers_only_bytes() {
         let bus = bus();
         for port in 0..=u16::MAX {
             for len in 0..=8 {
@@ -173,7 +172,7 @@ mod tests {
                 };
                 let expected = known.filter(|_| len == 1).unwrap_or(0xff);
                 assert_eq!(data, vec![expected; len], "port {port:#x}");
-                // Of the values that do something, each in every byte.
+                // Values that have an effect, in an access of every size.
                 for value in [layout::RESET_VALUE, 0x34, 0xff] {
                     let expected = match (port, value, len) {
                         (layout::SLEEP_CONTROL, 0x34, 1) => Action::PowerOff,
@@ -185,13 +184,12 @@ mod tests {
                     assert_eq!(action, expected, "{value:#x} to port {port:#x}");
                 }
             }
-            // The panic notifier lies behind the serial port and before the rest.
+            // The panic notifier's port is the first whose writes have an effect.
             assert_eq!(bus.panicked(), port >= layout::PANIC);
         }
     }
 
-    /// An access to a port or to device registers, and what is written if it
-    /// is no read.
+    /// An access to a port or to device registers; the last field is true for a read.
     #[derive(Debug, Clone)]
     enum Access {
         Port(u16, Vec<u8>, bool),
@@ -222,7 +220,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_sequence_of_accesses_panics_or_reads_what_nobody_answers(
+        fn no_access_sequence_panics_and_gaps_read_as_ones(
             accesses in prop::collection::vec(access(), 0..200),
         ) {
             let bus = bus();

@@ -1,89 +1,94 @@
-//! What the main thread makes of disks that the host cannot serve.
+//! Reports full and failing disks of the host to the supervisor.
 
 use super::control::{DiskFailed, Event, NoSpace};
 use super::machine::DiskState;
 use super::outbox::Outbox;
 use super::virtio::blk::Shortage;
 
-/// The disks of a guest, and what was told of them.
+/// The disks of a guest, and what the supervisor knows of them.
 #[derive(Debug)]
-pub struct DiskWatch(Vec<Watched>);
+pub struct DiskWatch(Vec<WatchedDisk>);
 
 #[derive(Debug)]
-struct Watched {
+struct WatchedDisk {
     disk: DiskState,
-    /// The first failure was told.
-    failed: bool,
-    /// What it was last seen to wait for.
+    /// The first failure is reported.
+    failure_reported: bool,
+    /// The shortage found by the last [`DiskWatch::check`].
     shortage: Option<Shortage>,
-    /// A wait was told, and not yet the end of all.
-    told: bool,
+    /// `NoSpace` is reported, and `SpaceBack` not yet.
+    shortage_reported: bool,
 }
 
 impl DiskWatch {
-    /// Nothing was told yet.
+    /// Nothing is reported yet.
     pub fn new(disks: &[DiskState]) -> Self {
-        let fresh = |disk: &DiskState| Watched {
+        let fresh = |disk: &DiskState| WatchedDisk {
             disk: disk.clone(),
-            failed: false,
+            failure_reported: false,
             shortage: None,
-            told: false,
+            shortage_reported: false,
         };
         Self(disks.iter().map(fresh).collect())
     }
 
-    /// Looks whether a disk waits for room. Until none does the guest stands
-    /// still.
-    pub fn look(&mut self) -> bool {
+    /// Whether a disk holds a request because the host's disk is full. The guest
+    /// is paused until none does.
+    pub fn check(&mut self) -> bool {
         for watched in &mut self.0 {
             watched.shortage = watched.disk.hold.shortage();
         }
-        self.lacks_room()
+        self.is_any_full()
     }
 
-    fn lacks_room(&self) -> bool {
+    fn is_any_full(&self) -> bool {
         self.0.iter().any(|watched| watched.shortage.is_some())
     }
 
-    /// Nothing waits for room any more: what is written without fails.
-    pub fn give_up(&self) {
+    /// From now on ENOSPC fails the request instead of holding it.
+    pub fn fail_when_full(&self) {
         for watched in &self.0 {
             watched.disk.hold.fail_when_full();
         }
     }
 
-    /// Tells of each disk that was seen to wait for room, and of the end of all
-    /// waits. What the supervisor did not take is told again: it counts no
-    /// silence until the end.
-    pub fn tell_room(&mut self, outbox: &Outbox) {
+    /// Reports each full disk, and later that none is full. A report that the outbox
+    /// did not take is repeated: after `NoSpace` the supervisor counts no silence
+    /// until it receives `SpaceBack`.
+    pub fn report_space(&mut self, outbox: &Outbox) {
         for watched in &mut self.0 {
-            if let (Some(shortage), false) = (watched.shortage, watched.told) {
+            if let (Some(shortage), false) = (watched.shortage, watched.shortage_reported) {
                 let event = Event::NoSpace(NoSpace {
                     disk: watched.disk.serial.clone(),
                     needed: shortage.needed,
                     quota: shortage.quota,
                 });
-                watched.told = outbox.send(&event, vec![]);
+                watched.shortage_reported = outbox.send(&event, vec![]);
             }
         }
-        let told = self.0.iter().any(|watched| watched.told);
-        if told && !self.lacks_room() && outbox.send(&Event::SpaceBack {}, vec![]) {
+        let reported = self.0.iter().any(|watched| watched.shortage_reported);
+        if reported && !self.is_any_full() && outbox.send(&Event::SpaceBack {}, vec![]) {
             for watched in &mut self.0 {
-                watched.told = false;
+                watched.shortage_reported = false;
             }
         }
     }
 
-    /// Tells of each disk that the host failed to serve, until it is heard.
-    pub fn tell_failures(&mut self, outbox: &Outbox) {
-        for Watched { disk, failed, .. } in &mut self.0 {
-            if let (Some(failure), false) = (disk.counters.first_failure.get(), *failed) {
+    /// Reports the first failure of each disk, until the outbox takes it.
+    pub fn report_failures(&mut self, outbox: &Outbox) {
+        for WatchedDisk {
+            disk,
+            failure_reported,
+            ..
+        } in &mut self.0
+        {
+            if let (Some(failure), false) = (disk.counters.first_failure.get(), *failure_reported) {
                 let event = Event::DiskFailed(DiskFailed {
                     disk: disk.serial.clone(),
                     error: failure.error.clone(),
                     full: failure.full,
                 });
-                *failed = outbox.send(&event, vec![]);
+                *failure_reported = outbox.send(&event, vec![]);
             }
         }
     }
@@ -124,7 +129,7 @@ mod tests {
         (holds, watch, outbox, theirs)
     }
 
-    fn told(theirs: &OwnedFd) -> Vec<Event> {
+    fn received(theirs: &OwnedFd) -> Vec<Event> {
         let next = || wire::recv::<Event>(theirs.as_fd()).ok().flatten();
         std::iter::from_fn(next).map(|(event, _)| event).collect()
     }
@@ -138,13 +143,13 @@ mod tests {
     }
 
     #[test]
-    fn each_disk_without_room_is_told_once_and_the_end_when_none_is_left() {
+    fn each_full_disk_is_reported_once_and_so_is_the_end() {
         let ([os, resource], mut watch, outbox, theirs) = watch();
         let quota = io::Error::from_raw_os_error(libc::EDQUOT);
         let mut look = || {
-            let lacks = watch.look();
-            watch.tell_room(&outbox);
-            (lacks, told(&theirs))
+            let lacks = watch.check();
+            watch.report_space(&outbox);
+            (lacks, received(&theirs))
         };
         assert_eq!(look(), (false, vec![]));
         for _ in 0..2 {
@@ -161,56 +166,56 @@ mod tests {
     }
 
     #[test]
-    fn a_supervisor_that_did_not_hear_of_it_hears_of_it_later_and_never_of_half() {
+    fn reports_that_the_outbox_refused_are_repeated() {
         let ([os, _], mut watch, outbox, theirs) = watch();
         let counters = Arc::clone(&watch.0[0].disk.counters);
         let quota = io::Error::from_raw_os_error(libc::EDQUOT);
         let stuff = || while outbox.send(&Event::Pong { id: 0 }, vec![]) {};
         let relieve = || {
-            let mut all = told(&theirs);
+            let mut all = received(&theirs);
             while outbox.is_behind() {
                 outbox.flush();
-                all.extend(told(&theirs));
+                all.extend(received(&theirs));
             }
             all.retain(|event| !matches!(event, Event::Pong { .. }));
             all
         };
-        // What begins and ends unheard is not told at all.
+        // A shortage that begins and ends before it can be reported is not reported.
         stuff();
         os.begin(512, &quota);
-        assert!(watch.look());
-        watch.tell_room(&outbox);
+        assert!(watch.check());
+        watch.report_space(&outbox);
         os.end();
-        watch.look();
+        watch.check();
         assert_eq!(relieve(), []);
-        watch.tell_room(&outbox);
+        watch.report_space(&outbox);
         assert_eq!(relieve(), []);
-        // The end of what was heard is told as soon as it can be.
+        // The end of a reported shortage is reported as soon as possible.
         os.begin(512, &quota);
-        watch.look();
-        watch.tell_room(&outbox);
+        watch.check();
+        watch.report_space(&outbox);
         assert_eq!(relieve(), [no_space("os")]);
         os.end();
         stuff();
-        watch.look();
-        watch.tell_room(&outbox);
+        watch.check();
+        watch.report_space(&outbox);
         assert_eq!(relieve(), []);
-        watch.tell_room(&outbox);
+        watch.report_space(&outbox);
         assert_eq!(relieve(), [Event::SpaceBack {}]);
-        // Nor is a failure lost, and it is told once.
+        // A failure is reported later too, and once.
         stuff();
         let failure = HostFailure::from(&io::Error::from_raw_os_error(libc::EIO));
         counters.first_failure.set(failure.clone()).unwrap();
-        watch.tell_failures(&outbox);
+        watch.report_failures(&outbox);
         assert_eq!(relieve(), []);
         let failed = Event::DiskFailed(DiskFailed {
             disk: "os".into(),
             error: failure.error,
             full: false,
         });
-        for told in [vec![failed], vec![]] {
-            watch.tell_failures(&outbox);
-            assert_eq!(relieve(), told);
+        for expected in [vec![failed], vec![]] {
+            watch.report_failures(&outbox);
+            assert_eq!(relieve(), expected);
         }
     }
 }

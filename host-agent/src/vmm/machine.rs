@@ -1,4 +1,4 @@
-//! The machine: built in one straight function, in hardware order.
+//! Builds the virtual machine of a guest from its parts, and stops it.
 
 use std::fs::File;
 use std::io;
@@ -29,16 +29,16 @@ use super::virtio::vsock::{self, Vsock, VsockEvent};
 use super::vm::{Vm, VmError};
 use super::{acpi, layout};
 
-/// Least guest RAM in MiB: kernel, initrd and a little to work with.
+/// Least guest RAM in MiB: room for kernel, initrd and a minimal user space.
 const LEAST_MEMORY: u32 = 64;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// The spec asks for what cannot be.
+    /// The specification is invalid.
     #[error("guest specification: {0}")]
     Spec(String),
-    /// A file that the spec names was not passed, or was used twice.
+    /// A file of the specification was not passed, or is used twice.
     #[error("file {0} of the guest specification was not passed")]
     NoFile(u8),
     /// Guest RAM.
@@ -47,13 +47,13 @@ pub enum MachineError {
     /// KVM.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// Boot tables.
+    /// Boot structures or registers.
     #[error("boot state")]
     Regs(#[from] RegsError),
     /// Kernel and initrd.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A disk.
+    /// A disk cannot be opened.
     #[error("disk {serial}")]
     Disk {
         /// Its serial number.
@@ -65,7 +65,7 @@ pub enum MachineError {
     /// The host lacks descriptors or threads.
     #[error("host resource: {what}")]
     Host {
-        /// What was tried.
+        /// The resource.
         what: &'static str,
         /// Why it failed.
         #[source]
@@ -73,7 +73,7 @@ pub enum MachineError {
     },
 }
 
-/// The files passed with a spec; each is taken once.
+/// The files that were passed with a specification; each is used once.
 #[derive(Debug)]
 pub struct Files(Vec<Option<OwnedFd>>);
 
@@ -83,7 +83,7 @@ impl Files {
         Self(files.into_iter().map(Some).collect())
     }
 
-    /// Takes one.
+    /// Takes the file `index`.
     pub fn take(&mut self, index: FileIndex) -> Result<OwnedFd, MachineError> {
         self.0
             .get_mut(usize::from(index.0))
@@ -92,14 +92,14 @@ impl Files {
     }
 }
 
-/// What can be seen of a disk.
+/// Counters and state of a disk.
 #[derive(Debug, Clone)]
 pub struct DiskState {
     /// Its serial number.
     pub serial: String,
-    /// What it has done.
+    /// Its counters.
     pub counters: Arc<DiskCounters>,
-    /// Whether it waits for room on the host.
+    /// Whether it holds a request because the host's disk is full.
     pub hold: Arc<EnospcHold>,
 }
 
@@ -127,16 +127,13 @@ impl Machine {
         check(spec)?;
         let host = |what| move |source| MachineError::Host { what, source };
 
-        // RAM and the virtual machine with its interrupt controllers.
         let memory = memory::allocate(spec.memory_mib)?;
         let vm = Vm::new(files.take(spec.kvm)?, &memory)?;
 
-        // The serial port.
-        let line = event().map_err(host("eventfd"))?;
-        vm.register_irqfd(&line, layout::SERIAL_GSI)?;
-        let port = SerialPort::new(SerialIrq(line), serial.clone());
+        let irq = new_eventfd().map_err(host("eventfd"))?;
+        vm.register_irqfd(&irq, layout::SERIAL_GSI)?;
+        let port = SerialPort::new(SerialIrq(irq), serial.clone());
 
-        // virtio devices, each with its registers, kicks and interrupt line.
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
         let mut disks = Vec::new();
         for (index, disk) in spec.disks.iter().enumerate() {
@@ -150,7 +147,7 @@ impl Machine {
             devices.push(Box::new(block));
         }
         let dial_limit = Duration::from_millis(u64::from(spec.dial_limit_ms));
-        let sink = tell_effects(outbox.clone());
+        let sink = send_effects(outbox.clone());
         let vsock =
             Vsock::new(u64::from(GUEST_CID), dial_limit, sink).map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
@@ -163,14 +160,13 @@ impl Machine {
         }
         let bus = Arc::new(Bus::new(port, transports));
 
-        // Firmware tables, kernel, initrd, command line.
         let tables = acpi::tables(spec.vcpus, bus.virtio().len());
         let mut kernel = File::from(files.take(spec.kernel)?);
         let mut initrd = File::from(files.take(spec.initrd)?);
         let entry = boot::load(&memory, &mut kernel, &mut initrd, &spec.cmdline, &tables)?;
         regs::write_tables(&memory)?;
 
-        // Vcpus, last: from here on the guest runs.
+        // Last, because the guest runs from here on.
         let vcpus = (0..spec.vcpus)
             .map(|id| vm.create_vcpu(id, spec.vcpus, entry))
             .collect::<Result<Vec<_>, _>>()?;
@@ -186,7 +182,7 @@ impl Machine {
         })
     }
 
-    /// The vcpus.
+    /// The vCPUs.
     pub const fn vcpus(&self) -> &Vcpus {
         &self.vcpus
     }
@@ -201,26 +197,27 @@ impl Machine {
         &self.disks
     }
 
-    /// SerialOutput of the serial port.
+    /// The serial port's output.
     pub const fn serial(&self) -> &SerialOutput {
         &self.serial
     }
 
-    /// Dials into the guest.
+    /// The vsock device, to dial into the guest.
     pub const fn vsock(&self) -> &vsock::Handle {
         &self.vsock
     }
 
-    /// Ends the vcpus, then the devices, which finish what they began and write
-    /// the last of it to their disks. Waits for the disks: not for the main thread.
+    /// Stops the vCPUs and then the devices, which complete their requests and
+    /// flush their disks. Blocks while a disk is slow, so do not call it on the main
+    /// thread.
     pub fn stop(self) -> Result<(), KickTimeout> {
         let mut stopped = self.vcpus.stop();
         for transport in self.bus.virtio() {
             transport.stop();
         }
         if stopped.is_err() {
-            // One may have waited for a disk that a device just let go of. While it
-            // runs it holds the bus, and with it the disks.
+            // A vCPU may have waited for a disk, in a reset of its device. Such a
+            // thread keeps the bus and the disks alive until it ends.
             stopped = self.vcpus.stop();
         }
         stopped
@@ -239,7 +236,7 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
         );
         return Err(MachineError::Spec(text));
     }
-    // Besides the disks there are vsock and the entropy device.
+    // Two more devices: vsock and entropy.
     if spec.disks.len() + 2 > layout::MAX_VIRTIO {
         let text = format!("{} disks are too many", spec.disks.len());
         return Err(MachineError::Spec(text));
@@ -247,9 +244,9 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// Passes what the vsock device does to the supervisor. If it is gone or too
-/// far behind, the guest sees its connection close.
-fn tell_effects(outbox: Outbox) -> vsock::EventSink {
+/// Sends effects of the vsock device to the supervisor. If the outbox does not
+/// take one, its descriptor is dropped and the guest's connection closes.
+fn send_effects(outbox: Outbox) -> vsock::EventSink {
     Box::new(move |effect| {
         match effect {
             VsockEvent::Opened {
@@ -295,9 +292,9 @@ fn plug(
     device: Box<dyn Device>,
 ) -> Result<Transport, MachineError> {
     let host = |what| move |source| MachineError::Host { what, source };
-    let line = event().map_err(host("eventfd"))?;
-    vm.register_irqfd(&line, layout::VIRTIO_GSI + number as u32)?;
-    let interrupt = Interrupt::new(line, device.name());
+    let irq = new_eventfd().map_err(host("eventfd"))?;
+    vm.register_irqfd(&irq, layout::VIRTIO_GSI + number as u32)?;
+    let interrupt = Interrupt::new(irq, device.name());
     let transport = Transport::new(device, memory.clone(), interrupt).map_err(host("eventfd"))?;
     let base = layout::MMIO_START + number as u64 * layout::VIRTIO_STRIDE;
     let kicks = transport.kicks().map_err(host("eventfd"))?;
@@ -307,6 +304,6 @@ fn plug(
     Ok(transport)
 }
 
-fn event() -> io::Result<EventFd> {
+fn new_eventfd() -> io::Result<EventFd> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
 }

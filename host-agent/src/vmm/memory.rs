@@ -1,11 +1,11 @@
-//! Guest RAM: demand-paged, around the hole for device registers.
+//! Guest RAM: mapped on demand, with a hole for device registers.
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::layout::{HIGH_RAM_START, MMIO_START};
 
-/// Why guest RAM cannot be had.
+/// Guest RAM cannot be mapped.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot map {mib} MiB of guest RAM: {reason}")]
 pub struct MemoryError {
@@ -13,7 +13,7 @@ pub struct MemoryError {
     reason: String,
 }
 
-/// The parts of `mib` MiB of RAM: guest address and length in bytes.
+/// The regions of `mib` MiB of RAM: guest-physical address and length in bytes.
 pub fn regions(mib: u32) -> Vec<(u64, u64)> {
     let total = u64::from(mib) << 20;
     let low = total.min(MMIO_START);
@@ -24,12 +24,12 @@ pub fn regions(mib: u32) -> Vec<(u64, u64)> {
     regions
 }
 
-/// Size and alignment of what a processor maps by one entry of a second-level
-/// page table (Intel SDM volume 3, section 29.3.2; AMD APM volume 2, 15.25).
+/// Size and alignment of a page that one level-2 entry of a second-level page
+/// table maps (Intel SDM volume 3, 29.3.2; AMD APM volume 2, 15.25).
 const HUGE: usize = 2 << 20;
 
-/// Maps RAM for as long as the process lives. Pages come into being when the
-/// guest touches them, and are left out of core dumps.
+/// Maps RAM for the lifetime of the process. Pages are allocated on first access
+/// and are not part of core dumps.
 pub fn allocate(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     let error = |reason: String| MemoryError { mib, reason };
     let mut mapped = Vec::new();
@@ -42,15 +42,15 @@ pub fn allocate(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     GuestMemoryMmap::from_regions(mapped).map_err(|e| error(e.to_string()))
 }
 
-/// Maps `length` bytes where KVM can map them into the guest in huge pages:
-/// host and guest addresses must agree in all bits below [`HUGE`]. A guest that
-/// boots touches tens of MiB, and every page costs an exit.
+/// Maps `length` bytes so that KVM can use huge pages, for which host and guest
+/// addresses must be equal modulo [`HUGE`]. Each page costs an exit on its first
+/// access, and a booting guest accesses tens of MiB.
 #[allow(unsafe_code)]
 fn map(length: usize) -> Result<MmapRegion, String> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice
-    // touches nothing that exists.
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses
+    // changes no existing mapping.
     let reserved = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -68,8 +68,8 @@ fn map(length: usize) -> Result<MmapRegion, String> {
     let skip = reserved.align_offset(HUGE);
     // SAFETY: the mapping is `length + HUGE` bytes long and `skip` < `HUGE`, so
     // `length` bytes from `start` lie within it. It is never unmapped, so no
-    // pointer into it outlives it. The advice changes how the pages are backed
-    // and what a core dump contains; its failure is harmless.
+    // pointer into it outlives it. `madvise` changes only the page size and the
+    // content of core dumps, and its failure is harmless.
     unsafe {
         let start = reserved.add(skip);
         libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE);
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ram_that_does_not_fit_below_the_device_hole_continues_at_4_gib() {
+    fn ram_above_the_device_hole_continues_at_4_gib() {
         assert_eq!(regions(128), [(0, 128 << 20)]);
         let hole = (MMIO_START >> 20) as u32;
         assert_eq!(regions(hole), [(0, MMIO_START)]);
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn ram_starts_where_huge_pages_can_and_can_be_used_to_its_last_byte() {
+    fn ram_is_aligned_to_huge_pages_and_usable_to_its_end() {
         let memory = allocate(3).unwrap();
         let region = memory.iter().next().unwrap();
         assert_eq!(region.as_ptr() as usize % HUGE, 0);

@@ -1,4 +1,4 @@
-//! Everything inside a VMM process: one guest, its devices, its exits.
+//! The VMM process: one guest and its devices.
 //!
 //! The process receives open file descriptors and a [`spec::GuestSpec`] on an
 //! inherited socket ([`control`]) and opens nothing itself.

@@ -274,7 +274,7 @@ impl Loop<'_> {
             note(&"the disks were not flushed in time");
         }
         // The last flush is part of the stop.
-        disks.tell_failures(outbox);
+        disks.report_failures(outbox);
         serial.finish(LAST_OUTPUT);
         match reason {
             ExitReason::Reboot if serial.shows_panic() => ExitReason::Panic,
@@ -350,7 +350,7 @@ impl Loop<'_> {
                 }
                 self.tell(&Event::Paused { paused: false });
             }
-            Command::FailWhenFull {} => self.disks.give_up(),
+            Command::FailWhenFull {} => self.disks.fail_when_full(),
             Command::Ping { id } => self.tell(&Event::Pong { id }),
             Command::Stats {} => self.tell(&Event::Stats(self.stats())),
             Command::Stop {} => return Some(ExitReason::Stopped),
@@ -395,7 +395,7 @@ impl Loop<'_> {
             }
             *told = violations;
         }
-        self.disks.tell_failures(self.outbox);
+        self.disks.report_failures(self.outbox);
     }
 
     /// Takes the processors out of the guest. One that is late is not in it: it
@@ -410,12 +410,12 @@ impl Loop<'_> {
     /// Takes the processors out of the guest while a disk waits for room, so
     /// that no time limit in the guest runs out over it.
     fn stand_still_without_room(&mut self) {
-        let before = std::mem::replace(&mut self.standing.no_space, self.disks.look());
+        let before = std::mem::replace(&mut self.standing.no_space, self.disks.check());
         match (before, self.standing.no_space) {
             (false, true) => self.stand_still(),
             (true, false) if !self.standing.ordered => self.machine.vcpus().resume(),
             _ => {}
         }
-        self.disks.tell_room(self.outbox);
+        self.disks.report_space(self.outbox);
     }
 }

@@ -1,5 +1,5 @@
-//! The end of a guest: its machine stops on a thread of its own, which may wait
-//! for the host's disks, while the main thread goes on answering pings.
+//! The end of a guest: a thread stops the machine, which may wait for the host's
+//! disks, while the main thread answers pings.
 
 use std::io;
 use std::sync::mpsc::{self, SendError, TryRecvError};
@@ -11,11 +11,11 @@ use super::control::{Command, DialOutcome, Event};
 use super::outbox::Outbox;
 use super::wire;
 
-/// Does `work` on `what` and waits for it, for at most `limit`; whether it was
-/// done. A supervisor that is there hears meanwhile that this process is not
-/// hung; it has no other say any more but to kill it.
+/// Does `work` on `target` in a thread and waits for it for at most `limit`.
+/// Meanwhile the supervisor, if there is one, learns by answered pings that this
+/// process does not hang. False if the work is not done.
 pub fn run_answering<T: Send + 'static>(
-    what: T,
+    target: T,
     work: fn(T),
     limit: Duration,
     (outbox, wake): (&Outbox, &EventFd),
@@ -25,21 +25,21 @@ pub fn run_answering<T: Send + 'static>(
     let (give, given) = mpsc::channel();
     let (working, done) = mpsc::channel::<()>();
     let waker = wake.try_clone();
-    // Without a thread nobody takes what is given.
+    // If the spawn fails, the `send` below fails and the work runs here.
     let _ = std::thread::Builder::new()
-        .name("ending".into())
+        .name("teardown".into())
         .spawn(move || {
-            if let Ok(what) = given.recv() {
-                work(what);
+            if let Ok(target) = given.recv() {
+                work(target);
             }
             drop(working);
             if let Ok(waker) = waker {
-                // A full counter means that the main thread is awake already.
+                // Fails only if the counter is full: the main thread is awake.
                 let _ = waker.write(1);
             }
         });
-    if let Err(SendError(what)) = give.send(what) {
-        work(what);
+    if let Err(SendError(target)) = give.send(target) {
+        work(target);
         return true;
     }
     while done.try_recv() != Err(TryRecvError::Disconnected) {
@@ -49,28 +49,28 @@ pub fn run_answering<T: Send + 'static>(
         match outbox.wait(wake, supervised) {
             Ok((command, woken)) => {
                 if woken {
-                    // Reset of a counter that may already be zero.
+                    // Fails if the counter is already 0.
                     let _ = wake.read();
                 }
                 if command {
                     supervised = answer(outbox);
                 }
             }
-            // Nothing can be waited for but the end of the work.
+            // `poll` failed: only wait for the work.
             Err(_) => return done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Disconnected),
         }
     }
     true
 }
 
-/// Answers one command; false when there will be no more.
+/// Answers one command. False if there are no more: the socket is closed.
 fn answer(outbox: &Outbox) -> bool {
     match wire::recv::<Command>(outbox.socket()) {
         Ok(Some((Command::Ping { id }, _))) => {
             outbox.send(&Event::Pong { id }, vec![]);
             true
         }
-        // The guest is gone: whoever asks for a connection need not wait.
+        // The guest is stopped, so it accepts no connection.
         Ok(Some((Command::Dial { id, .. } | Command::Probe { id, .. }, _))) => {
             let outcome = DialOutcome::Unavailable;
             outbox.send(&Event::Dialed { id, outcome }, vec![]);
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn pings_are_answered_while_a_disk_takes_its_time() {
+    fn pings_are_answered_while_a_disk_is_slow() {
         let (outbox, wake, theirs) = control();
         let (flushed, disk) = mpsc::channel::<()>();
         let supervisor = std::thread::spawn(move || {
@@ -117,7 +117,7 @@ mod tests {
                 let (event, _) = wire::recv::<Event>(theirs.as_fd()).unwrap().unwrap();
                 assert_eq!(event, Event::Pong { id: expected });
             }
-            // Gone, and the disk goes on.
+            // The disk is flushed after the supervisor has gone.
             drop(theirs);
             flushed.send(()).unwrap();
         });
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_stands_still_is_not_waited_for_longer_than_the_limit() {
+    fn a_stalled_disk_is_waited_for_up_to_the_limit() {
         let (outbox, wake, _theirs) = control();
         let (flushed, disk) = mpsc::channel::<()>();
         let flush = |disk: mpsc::Receiver<()>| assert!(disk.recv().is_err());

@@ -1,4 +1,4 @@
-//! Threads of the virtual vcpus: run, answer exits, stop when told.
+//! The vCPU threads: run the guest, handle exits, pause and stop.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,13 +14,13 @@ use super::bus::{Action, Bus};
 use super::control::ExitReason;
 use super::vcpu_pause::VcpuPause;
 
-/// Most time for a processor to leave the guest after a kick.
+/// Limit for a vCPU to leave the guest after a kick, in [`KickTimeout`]'s text too.
 const KICK_LIMIT: Duration = Duration::from_secs(5);
-/// Time between two kicks: the first may come just before the processor
-/// enters the guest.
-const KICK_AGAIN: Duration = Duration::from_millis(1);
+/// Time between two kicks. A signal that arrives just before `KVM_RUN` does not
+/// interrupt it, so one kick is not enough.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What a processor reports to the main thread.
+/// A report of a vCPU to the main thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VcpuReport {
     /// The machine ended.
@@ -29,7 +29,7 @@ pub enum VcpuReport {
     Panicked,
 }
 
-/// The vcpus of a guest.
+/// The vCPUs of a guest.
 #[derive(Debug)]
 pub struct Vcpus {
     shared: Arc<VcpuShared>,
@@ -42,17 +42,17 @@ struct VcpuShared {
     exits: Vec<AtomicU64>,
 }
 
-/// Vcpus that did not stop in time.
+/// vCPUs did not leave the guest in time.
 #[derive(Debug, thiserror::Error)]
-#[error("{running} of {all} vcpus did not leave the guest within 5 s")]
+#[error("{running} of {all} vCPUs did not leave the guest within 5 s")]
 pub struct KickTimeout {
     running: usize,
     all: usize,
 }
 
 impl Vcpus {
-    /// Starts a thread for each processor. Reports go to `reports`, each
-    /// followed by a signal of `wake`.
+    /// Starts a thread for each vCPU. A thread sends its reports to `reports` and
+    /// then signals `wake`.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         bus: &Arc<Bus>,
@@ -74,7 +74,7 @@ impl Vcpus {
                 .name(format!("vcpu-{id}"))
                 .spawn(move || {
                     let report = |report| {
-                        // The main thread outlives this one.
+                        // Fails only while the process ends.
                         let _ = reports.send(report);
                         let _ = wake.write(1);
                     };
@@ -87,31 +87,18 @@ impl Vcpus {
         Ok(Self { shared, threads })
     }
 
-    /// Takes every processor out of the guest until [`Vcpus::resume`].
+    /// Takes every vCPU out of the guest until [`Vcpus::resume`].
     pub fn pause(&self) -> Result<(), KickTimeout> {
-        self.shared.pause.close();
-        let all = self.threads.len();
-        let deadline = Instant::now() + KICK_LIMIT;
-        loop {
-            let ended = self.threads.iter().filter(|t| t.is_finished()).count();
-            let running = all.saturating_sub(self.shared.pause.parked() + ended);
-            if running == 0 {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(KickTimeout { running, all });
-            }
-            self.kick();
-            std::thread::sleep(KICK_AGAIN);
-        }
+        self.shared.pause.pause();
+        self.kick_until(|ended| self.shared.pause.paused() + ended)
     }
 
-    /// Lets the vcpus run again.
+    /// Lets the vCPUs run again.
     pub fn resume(&self) {
-        self.shared.pause.open();
+        self.shared.pause.resume();
     }
 
-    /// Exits of each processor that reached this process.
+    /// Exits of each vCPU that this process handled.
     pub fn exits(&self) -> Vec<u64> {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         self.shared.exits.iter().map(load).collect()
@@ -119,33 +106,34 @@ impl Vcpus {
 
     /// Ends every thread.
     pub fn stop(&self) -> Result<(), KickTimeout> {
-        self.shared.pause.shut_down();
+        self.shared.pause.stop();
+        self.kick_until(|ended| ended)
+    }
+
+    /// Kicks the vCPUs until `outside`, given the number of ended threads, counts
+    /// all of them as outside the guest.
+    fn kick_until(&self, outside: impl Fn(usize) -> usize) -> Result<(), KickTimeout> {
+        let all = self.threads.len();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
-            let running = self.threads.iter().filter(|t| !t.is_finished()).count();
+            let ended = self.threads.iter().filter(|t| t.is_finished()).count();
+            let running = all.saturating_sub(outside(ended));
             if running == 0 {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                let all = self.threads.len();
                 return Err(KickTimeout { running, all });
             }
-            self.kick();
-            std::thread::sleep(KICK_AGAIN);
-        }
-    }
-
-    fn kick(&self) {
-        for thread in &self.threads {
-            if !thread.is_finished() {
-                // It fails only for a thread that just ended.
+            for thread in self.threads.iter().filter(|t| !t.is_finished()) {
+                // Fails only for a thread that has just ended.
                 let _ = thread.kill(SIGRTMIN());
             }
+            std::thread::sleep(KICK_INTERVAL);
         }
     }
 }
 
-/// Runs one processor; the reason if it ended the machine.
+/// Runs one vCPU. Returns the reason if the vCPU ended the machine.
 fn run(
     id: usize,
     mut vcpu: VcpuFd,
@@ -154,12 +142,13 @@ fn run(
     report: &impl Fn(VcpuReport),
 ) -> Option<ExitReason> {
     loop {
-        let goes_on = shared.pause.pass(|| {
-            // Or the guest's watchdogs take the gap for a hang. It fails when
-            // the guest does not use the clock of KVM, and hears of nothing.
+        let enter = shared.pause.enter(|| {
+            // Sets the pause flag of kvmclock, so that the guest's watchdogs do not
+            // take the pause for a hang (`KVM_KVMCLOCK_CTRL`). Fails if the guest does
+            // not use kvmclock.
             let _ = vcpu.kvmclock_ctrl();
         });
-        if !goes_on {
+        if !enter {
             return None;
         }
         let exit = vcpu.run();
@@ -178,12 +167,12 @@ fn run(
             Ok(VcpuExit::Shutdown) => return Some(ExitReason::TripleFault),
             Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
             Ok(other) => {
-                let detail = format!("processor {id}: KVM exit {other:?}");
+                let detail = format!("vCPU {id}: KVM exit {other:?}");
                 return Some(ExitReason::Failed { detail });
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => {
-                let detail = format!("processor {id}: KVM_RUN: {error}");
+                let detail = format!("vCPU {id}: KVM_RUN: {error}");
                 return Some(ExitReason::Failed { detail });
             }
         }

@@ -1,5 +1,4 @@
-//! The pause that a processor's thread passes each time before it enters the
-//! guest: open, closed for a pause, or shut down.
+//! Pauses and stops vCPU threads before they enter the guest.
 
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -8,35 +7,36 @@ const RUN: u8 = 0;
 const PAUSE: u8 = 1;
 const STOP: u8 = 2;
 
-/// One pause for all processors of a guest; open at first.
+/// What the vCPUs of a guest shall do; at first they run.
 #[derive(Debug, Default)]
 pub struct VcpuPause {
-    /// Changes under the lock; read without it by threads that go through.
+    /// Written under `lock`, so that no wait misses a change; a running vCPU reads
+    /// it without the lock.
     wanted: AtomicU8,
-    parked: AtomicUsize,
+    paused: AtomicUsize,
     changed: Condvar,
     lock: Mutex<()>,
 }
 
 impl VcpuPause {
-    /// Threads park here until the pause is opened.
-    pub fn close(&self) {
+    /// Makes threads wait in [`VcpuPause::enter`].
+    pub fn pause(&self) {
         self.set(PAUSE);
     }
 
-    /// Threads go through.
-    pub fn open(&self) {
+    /// Lets threads continue.
+    pub fn resume(&self) {
         self.set(RUN);
     }
 
-    /// Threads end, for good.
-    pub fn shut_down(&self) {
+    /// Makes threads end.
+    pub fn stop(&self) {
         self.set(STOP);
     }
 
-    /// Threads that are parked.
-    pub fn parked(&self) -> usize {
-        self.parked.load(Ordering::Acquire)
+    /// Number of threads that wait.
+    pub fn paused(&self) -> usize {
+        self.paused.load(Ordering::Acquire)
     }
 
     fn set(&self, wanted: u8) {
@@ -45,33 +45,31 @@ impl VcpuPause {
         self.changed.notify_all();
     }
 
-    /// Waits while the pause is closed, `before` each wait with a word to the
-    /// processor. False when the thread shall end.
-    pub fn pass(&self, before: impl Fn()) -> bool {
-        // Each decision is made of one look: what is wanted may change between
-        // two.
+    /// Called before each entry into the guest. Calls `on_pause` and waits while
+    /// the vCPUs are paused. False if the thread must end.
+    pub fn enter(&self, on_pause: impl Fn()) -> bool {
+        // One load per decision: `wanted` may change between two loads.
         loop {
             match self.wanted.load(Ordering::Acquire) {
                 RUN => return true,
                 STOP => return false,
                 _ => {
-                    before();
-                    self.park();
+                    on_pause();
+                    self.wait();
                 }
             }
         }
     }
 
-    fn park(&self) {
-        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        self.parked.fetch_add(1, Ordering::AcqRel);
-        while self.wanted.load(Ordering::Acquire) == PAUSE {
-            guard = self
-                .changed
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        self.parked.fetch_sub(1, Ordering::AcqRel);
+    fn wait(&self) {
+        let guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.paused.fetch_add(1, Ordering::AcqRel);
+        let paused = |(): &mut ()| self.wanted.load(Ordering::Acquire) == PAUSE;
+        let _guard = self
+            .changed
+            .wait_while(guard, paused)
+            .unwrap_or_else(PoisonError::into_inner);
+        self.paused.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -80,32 +78,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_passes_while_the_gate_opens_and_closes_ends_only_when_told() {
+    fn vcpus_survive_quick_pauses_and_end_only_when_stopped() {
         let pause = VcpuPause::default();
-        let told = AtomicU8::new(0);
+        let stopped = AtomicU8::new(0);
         std::thread::scope(|scope| {
-            let processors = [(); 2].map(|()| {
+            let vcpus = [(); 2].map(|()| {
                 scope.spawn(|| {
-                    while pause.pass(|| {}) {}
-                    told.load(Ordering::Acquire)
+                    while pause.enter(|| {}) {}
+                    stopped.load(Ordering::Acquire)
                 })
             });
-            let ended = || processors.iter().any(|thread| thread.is_finished());
+            let ended = || vcpus.iter().any(|thread| thread.is_finished());
             for round in 0..50_000 {
-                pause.close();
-                // Now and then for long enough that both park.
-                while round % 100 == 0 && pause.parked() < 2 && !ended() {
+                pause.pause();
+                // In some rounds until both threads wait.
+                while round % 100 == 0 && pause.paused() < 2 && !ended() {
                     std::thread::yield_now();
                 }
-                pause.open();
+                pause.resume();
             }
-            told.store(1, Ordering::Release);
-            pause.close();
-            pause.shut_down();
-            for thread in processors {
+            stopped.store(1, Ordering::Release);
+            pause.pause();
+            pause.stop();
+            for thread in vcpus {
                 assert_eq!(thread.join().unwrap(), 1);
             }
         });
-        assert_eq!(pause.parked(), 0);
+        assert_eq!(pause.paused(), 0);
     }
 }

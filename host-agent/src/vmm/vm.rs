@@ -11,30 +11,30 @@ use super::boot::EntryPoint;
 use super::cpu::{cpuid, regs};
 use super::layout;
 
-/// The one version of the KVM interface.
+/// The only version of the KVM API (KVM API, 4.1).
 const KVM_API_VERSION: i32 = 12;
 
-/// What KVM would not do.
+/// KVM failed or lacks a feature.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// A call failed.
+    /// An ioctl failed.
     #[error("KVM: {what}")]
     Kvm {
-        /// What was asked.
+        /// The operation.
         what: &'static str,
-        /// Why not.
+        /// The error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// The host's KVM lacks something.
+    /// The host's KVM lacks a feature.
     #[error("KVM lacks {0}")]
     Missing(&'static str),
-    /// The initial state of a processor.
-    #[error("processor {id}")]
-    Processor {
-        /// Which.
+    /// The initial state of a vCPU cannot be set.
+    #[error("vCPU {id}")]
+    Vcpu {
+        /// Its number.
         id: u8,
-        /// Why.
+        /// The error.
         #[source]
         source: regs::RegsError,
     },
@@ -44,7 +44,7 @@ fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     move |source| VmError::Kvm { what, source }
 }
 
-/// A virtual machine without processors.
+/// A virtual machine.
 #[derive(Debug)]
 pub struct Vm {
     kvm: Kvm,
@@ -52,8 +52,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes a machine on the open `/dev/kvm` with `memory` as its RAM and
-    /// KVM's own interrupt controllers.
+    /// Creates a machine without vCPUs on the open `/dev/kvm`, with `memory` as its
+    /// RAM and KVM's in-kernel interrupt controllers.
     pub fn new(device: OwnedFd, memory: &GuestMemoryMmap) -> Result<Self, VmError> {
         let kvm_device = open(device);
         if kvm_device.get_api_version() != KVM_API_VERSION {
@@ -83,14 +83,15 @@ impl Vm {
         })
     }
 
-    /// Interrupt line `gsi` rises with each signal of `event`.
+    /// Makes each signal of `event` raise the interrupt line `gsi` (`KVM_IRQFD`).
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
         self.fd
             .register_irqfd(event, gsi)
             .map_err(kvm("register an irqfd"))
     }
 
-    /// A write of `value` to `address` signals `event` and does not leave KVM.
+    /// Makes a write of `value` to `address` signal `event` without an exit to this
+    /// process (`KVM_IOEVENTFD`).
     pub fn register_ioeventfd(
         &self,
         event: &EventFd,
@@ -102,19 +103,19 @@ impl Vm {
             .map_err(kvm("register an ioeventfd"))
     }
 
-    /// Makes processor `id` of `count` in its state after power-on.
+    /// Creates vCPU `id` of `count` in its initial state.
     pub fn create_vcpu(&self, id: u8, count: u8, entry: EntryPoint) -> Result<VcpuFd, VmError> {
         let vcpu = self
             .fd
             .create_vcpu(u64::from(id))
-            .map_err(kvm("create a processor"))?;
+            .map_err(kvm("create a vCPU"))?;
         let mut cpuid = self
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("get CPUID"))?;
         cpuid::adapt(&mut cpuid, id, count).map_err(|_| VmError::Missing("room for CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
-        regs::set(&vcpu, id == 0, entry).map_err(|source| VmError::Processor { id, source })?;
+        regs::set(&vcpu, id == 0, entry).map_err(|source| VmError::Vcpu { id, source })?;
         Ok(vcpu)
     }
 }
@@ -122,7 +123,7 @@ impl Vm {
 #[allow(unsafe_code)]
 fn open(device: OwnedFd) -> Kvm {
     use std::os::fd::FromRawFd;
-    // SAFETY: the descriptor is owned, and its ownership moves into `Kvm`.
+    // SAFETY: `into_raw_fd` gives up the ownership, which `Kvm` takes.
     unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
 }
 
@@ -139,8 +140,8 @@ fn map(fd: &VmFd, memory: &GuestMemoryMmap) -> Result<(), VmError> {
             memory_size: region.len(),
             userspace_addr: address as u64,
         };
-        // SAFETY: the range is guest RAM as `memory::allocate` mapped it, which
-        // is never unmapped: it is there for as long as the machine can be.
+        // SAFETY: the range is guest RAM of `memory::allocate`, which stays mapped
+        // for the lifetime of the process and so of the machine.
         unsafe { fd.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))?;
     }
     Ok(())

@@ -1,24 +1,26 @@
-//! CPUID leaves of each processor: what KVM supports, with the topology of
-//! this machine: one socket, one thread per core.
+//! CPUID leaves of each vCPU: what KVM supports, with the topology of this
+//! machine: one socket, one thread per core.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// Leaf 1: features and initial APIC id (Intel SDM 2A, CPUID).
+/// Leaf 1: features and initial APIC id (Intel SDM volume 2A, CPUID).
 const FEATURES: u32 = 1;
+/// ECX bits 31 (reserved for hypervisors) and 24, EDX bit 28 of leaf 1.
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HTT: u32 = 1 << 28;
-/// Leaves of the extended topology, and their parts: threads, cores, the end.
+/// Leaves of the extended topology, and their subleaves: threads, cores, the end
+/// (Intel SDM volume 2A, CPUID).
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
-const TOPOLOGY_PARTS: u32 = 3;
+const TOPOLOGY_SUBLEAVES: u32 = 3;
 
-/// KVM takes no more entries.
+/// The table has more than `KVM_MAX_CPUID_ENTRIES` entries.
 #[derive(Debug, thiserror::Error)]
-#[error("no room for the topology in CPUID")]
-pub struct NoRoom;
+#[error("too many CPUID entries")]
+pub struct CpuidFull;
 
-/// Adapts `cpuid` to processor `id` of `count`.
-pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) -> Result<(), NoRoom> {
+/// Adapts `cpuid` to vCPU `id` of `count`.
+pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) -> Result<(), CpuidFull> {
     add_topology(cpuid)?;
     let id = u32::from(id);
     let count = u32::from(count);
@@ -34,16 +36,17 @@ pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) -> Result<(), NoRoom> {
                     entry.edx &= !HTT;
                 }
             }
-            // Deterministic cache parameters: cores in the package.
+            // Deterministic cache parameters: cores per package, and the vCPUs that
+            // share a level-3 cache (Intel SDM volume 2A, CPUID leaf 4).
             (4, _) if entry.eax & 0x1f != 0 => {
                 entry.eax = (entry.eax & 0x03ff_ffff & !(0xfff << 14)) | ((count - 1) << 26);
                 if (entry.eax >> 5) & 7 == 3 {
                     entry.eax |= (count - 1) << 14;
                 }
             }
-            // Extended topology: one thread per core, `count` cores.
             (0xb | 0x1f, index) => topology(entry, index, id, count, bits),
-            // AMD: cores per package and width of the APIC id.
+            // Cores per package and width of the APIC id, then the extended APIC id,
+            // core and node (AMD APM volume 3, E.4).
             (0x8000_0008, _) => entry.ecx = (count - 1) | (bits << 12),
             (0x8000_001e, _) => {
                 entry.eax = id;
@@ -56,25 +59,26 @@ pub fn adapt(cpuid: &mut CpuId, id: u8, count: u8) -> Result<(), NoRoom> {
     Ok(())
 }
 
-/// Since Linux 6.2 KVM has no topology to offer, not to tell of the host's: of
-/// each leaf there is the first part alone, and all cores would be one.
-fn add_topology(cpuid: &mut CpuId) -> Result<(), NoRoom> {
+/// Adds missing subleaves of the topology. Since Linux 6.2 KVM returns only
+/// subleaf 0 of each leaf, so as not to expose the host's topology; with it alone,
+/// the guest would see a single core.
+fn add_topology(cpuid: &mut CpuId) -> Result<(), CpuidFull> {
     for function in TOPOLOGY {
-        let is_there = |cpuid: &CpuId, index| {
+        let has_entry = |cpuid: &CpuId, index| {
             let entries = cpuid.as_slice();
             entries
                 .iter()
                 .any(|entry| (entry.function, entry.index) == (function, index))
         };
-        for index in 1..TOPOLOGY_PARTS {
-            if is_there(cpuid, 0) && !is_there(cpuid, index) {
+        for index in 1..TOPOLOGY_SUBLEAVES {
+            if has_entry(cpuid, 0) && !has_entry(cpuid, index) {
                 let entry = kvm_cpuid_entry2 {
                     function,
                     index,
                     flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
                     ..kvm_cpuid_entry2::default()
                 };
-                cpuid.push(entry).map_err(|_| NoRoom)?;
+                cpuid.push(entry).map_err(|_| CpuidFull)?;
             }
         }
     }
@@ -101,7 +105,7 @@ mod tests {
         kvm_cpuid_entry2 {
             function,
             index,
-            // Of the host, and none of the guest's business.
+            // Values of the host, which the guest must not see.
             eax: 7,
             ebx: 0x7777_7777,
             ecx: 0x7777,
@@ -117,7 +121,7 @@ mod tests {
         cpuid
     }
 
-    /// Registers of the one entry for this leaf, if there is one.
+    /// Registers of the only entry for this leaf, if there is one.
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<[u32; 4]> {
         let mut found = cpuid
             .as_slice()
@@ -131,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn every_processor_is_a_core_of_its_own_whatever_kvm_tells_of_the_host() {
+    fn every_vcpu_is_a_core_whatever_topology_kvm_returns() {
         let before_6_2 = [(0, 0), (1, 0), (0xb, 0), (0xb, 1), (0xb, 2), (0x1f, 0)];
         let since_6_2 = [(0, 0), (1, 0), (0xb, 0), (0x1f, 0)];
         for entries in [&before_6_2[..], &since_6_2[..]] {
@@ -154,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_extended_topology_gives_its_guest_none() {
+    fn leaves_that_the_host_lacks_are_not_added() {
         let cpuid = adapted(&[(0, 0), (1, 0)], 1, 2);
         assert_eq!(cpuid.as_slice().len(), 2);
     }
 
     #[test]
-    fn added_parts_are_found_by_their_index() {
+    fn added_subleaves_are_found_by_their_index() {
         let cpuid = adapted(&[(0xb, 0)], 0, 2);
         let added = &cpuid.as_slice()[1..];
         assert_eq!(added.len(), 2);

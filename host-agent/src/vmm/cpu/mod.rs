@@ -1,5 +1,4 @@
-//! State of a virtual processor at power-on, as Linux's 64-bit boot protocol
-//! wants it.
+//! Initial state of a vCPU, as the 64-bit boot protocol of Linux requires.
 
 pub mod cpuid;
 pub mod regs;

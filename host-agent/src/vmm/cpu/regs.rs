@@ -1,5 +1,5 @@
-//! Registers of a virtual processor at the 64-bit entry point of Linux
-//! (`Documentation/arch/x86/boot.rst`, "64-bit boot protocol").
+//! Registers of a vCPU at the 64-bit entry point of Linux
+//! (`Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol").
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -8,35 +8,41 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::vmm::boot::EntryPoint;
 use crate::vmm::layout;
 
-/// Code, data and task segments of the boot GDT.
+/// Selector and descriptor of the code, data and task segments of the boot GDT
+/// (Intel SDM volume 3, 3.4.5 and 8.2.2).
 const SELECTORS: [(u16, u64); 3] = [
     (0x08, 0x00af_9b00_0000_ffff),
     (0x10, 0x00cf_9300_0000_ffff),
     (0x18, 0x008f_8b00_0000_ffff),
 ];
+/// Bits of `CR0` and `CR4` (Intel SDM volume 3, 2.5) and `IA32_EFER` (2.2.1).
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// x87 and SSE control words after reset.
+/// x87 control word after `FNINIT`, and `MXCSR` after reset (Intel SDM volume 1,
+/// 8.1.5 and 10.2.3).
 const FPU_CONTROL: u16 = 0x37f;
 const MXCSR: u32 = 0x1f80;
-/// Memory type range registers: on, write-back by default.
+/// `IA32_MTRR_DEF_TYPE`: MTRRs enabled, write-back by default (Intel SDM volume 3,
+/// 12.11.2.1).
 const MSR_MTRR_DEFAULT: u32 = 0x2ff;
 const MTRR_ON_WRITE_BACK: u64 = (1 << 11) | 6;
-/// Fast string operations.
+/// `IA32_MISC_ENABLE` bit 0: fast string operations (Intel SDM volume 4, 2.1).
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRING: u64 = 1;
-/// Local vector table registers of the local APIC (Intel SDM 3A, 10.5.1).
-const APIC_LVT0: usize = 0x350;
-const APIC_LVT1: usize = 0x360;
+/// Registers `LINT0` and `LINT1` of the local vector table, and their delivery
+/// modes (Intel SDM volume 3, 11.5.1).
+const APIC_LINT0: usize = 0x350;
+const APIC_LINT1: usize = 0x360;
 const MODE_EXTINT: u32 = 7 << 8;
 const MODE_NMI: u32 = 4 << 8;
-/// Page table entry bits.
+/// Page table entry bits: present and writable, and page size (Intel SDM volume 3,
+/// 4.5).
 const PRESENT_WRITABLE: u64 = 3;
-const LARGE: u64 = 1 << 7;
+const PAGE_SIZE: u64 = 1 << 7;
 
 /// Why the initial state cannot be set.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +50,7 @@ pub enum RegsError {
     /// The boot structures do not fit in guest RAM.
     #[error("boot structures in guest RAM")]
     Memory(#[from] vm_memory::GuestMemoryError),
-    /// KVM refused.
+    /// An ioctl failed.
     #[error("set {what}")]
     Kvm {
         /// Which registers.
@@ -55,8 +61,8 @@ pub enum RegsError {
     },
 }
 
-/// Writes the GDT, an empty IDT, and page tables that map the first GiB to
-/// itself. Once per guest.
+/// Writes the GDT, an empty IDT, and page tables with an identity mapping of the
+/// first GiB.
 pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), RegsError> {
     for (selector, descriptor) in SELECTORS {
         memory.write_obj(descriptor, GuestAddress(layout::GDT + u64::from(selector)))?;
@@ -71,21 +77,21 @@ pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), RegsError> {
     memory.write_obj(level3 | PRESENT_WRITABLE, GuestAddress(level4))?;
     memory.write_obj(level2 | PRESENT_WRITABLE, GuestAddress(level3))?;
     for page in 0..512u64 {
-        let entry = (page << 21) | PRESENT_WRITABLE | LARGE;
+        let entry = (page << 21) | PRESENT_WRITABLE | PAGE_SIZE;
         memory.write_obj(entry, GuestAddress(level2 + page * 8))?;
     }
     Ok(())
 }
 
-/// Sets the state of one processor. Only the first starts at `entry`; the
-/// others wait for the guest's start-up interrupt.
+/// Sets the state of one vCPU. Only the first starts at `entry`; the others wait
+/// for a start-up IPI of the guest (Intel SDM volume 3, 9.4).
 pub fn set(vcpu: &VcpuFd, first: bool, entry: EntryPoint) -> Result<(), RegsError> {
     let kvm = |what| move |source| RegsError::Kvm { what, source };
     let msrs = Msrs::from_entries(&[
         msr(MSR_MISC_ENABLE, FAST_STRING),
         msr(MSR_MTRR_DEFAULT, MTRR_ON_WRITE_BACK),
     ])
-    .expect("two entries are fewer than the most");
+    .expect("two entries are fewer than KVM_MAX_MSR_ENTRIES");
     vcpu.set_msrs(&msrs).map_err(kvm("MSRs"))?;
     let fpu = kvm_fpu {
         fcw: FPU_CONTROL,
@@ -94,7 +100,7 @@ pub fn set(vcpu: &VcpuFd, first: bool, entry: EntryPoint) -> Result<(), RegsErro
     };
     vcpu.set_fpu(&fpu).map_err(kvm("FPU"))?;
     let mut lapic = vcpu.get_lapic().map_err(kvm("local APIC"))?;
-    for (register, mode) in [(APIC_LVT0, MODE_EXTINT), (APIC_LVT1, MODE_NMI)] {
+    for (register, mode) in [(APIC_LINT0, MODE_EXTINT), (APIC_LINT1, MODE_NMI)] {
         for (offset, byte) in mode.to_le_bytes().into_iter().enumerate() {
             lapic.regs[register + offset] = byte as std::ffi::c_char;
         }
@@ -136,7 +142,7 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-/// A segment register from its selector and descriptor.
+/// A segment register from its selector and descriptor (Intel SDM volume 3, 3.4.5).
 fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     let bit = |shift: u32, width: u32| ((descriptor >> shift) & ((1 << width) - 1)) as u8;
     kvm_segment {

@@ -1,4 +1,4 @@
-//! Making a fresh diff.
+//! Creates an empty diff.
 
 use std::fs::File;
 
@@ -6,12 +6,12 @@ use super::diff::layout::Layout;
 use super::storage::{Storage, write_bytes};
 use super::{Access, DiskError, lock_as};
 
-/// Makes `file`, which must be empty and open for writing, a diff of
-/// `virtual_size` bytes (a multiple of 512, at least the size of the base) in
-/// which everything still comes from the base. Durable on return.
+/// Writes an empty diff of `virtual_size` bytes to `file`, which must be empty and
+/// open for writing. The size is a multiple of 512 and at least that of the base.
+/// The diff is on stable storage on return.
 ///
-/// `base_name` is recorded for `qemu-img`, which opens it relative to the
-/// diff's directory; this program never does.
+/// `base_name` is for `qemu-img`, which opens it relative to the directory of the
+/// diff. This program never opens it.
 pub fn create_diff(mut file: File, virtual_size: u64, base_name: &str) -> Result<(), DiskError> {
     lock_as("the diff disk", &file, Access::Exclusive)?;
     let io = |source| DiskError::Io {
@@ -28,7 +28,7 @@ pub fn create_diff(mut file: File, virtual_size: u64, base_name: &str) -> Result
     file.sync_all().map_err(io)
 }
 
-/// Writes all metadata of an empty diff; what it does not write is zero.
+/// Writes the metadata of an empty diff. The rest of the file must be zero.
 pub(super) fn write_metadata(
     storage: &mut impl Storage,
     layout: &Layout,

@@ -1,4 +1,4 @@
-//! Positioned reads and writes between a file and guest memory, in place.
+//! Positioned reads and writes between a file and guest memory, without copies.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -9,14 +9,13 @@ use vm_memory::VolatileSlice;
 
 use super::storage::Storage;
 
-/// Buffers per system call. More are served by more calls; the kernel's own
-/// limit is 1024 (`IOV_MAX`).
+/// Buffers per system call. The kernel's limit is 1024 (`IOV_MAX`).
 const BATCH: usize = 64;
 
 type Transfer = unsafe extern "C" fn(RawFd, *const libc::iovec, i32, libc::off_t) -> isize;
 
-/// Runs `transfer` until all of `slices` went through it.
-fn all(
+/// Repeats `transfer` until all of `slices` is transferred.
+fn transfer_all(
     file: &File,
     transfer: Transfer,
     at_end: io::ErrorKind,
@@ -51,15 +50,15 @@ fn all(
             let position = libc::off_t::try_from(offset)
                 .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
             // SAFETY: the first `count` elements of `batch` describe memory of
-            // `slices`, which is mapped for the slices' lifetime, and which
-            // nobody holds a Rust reference to: that the guest may change it
-            // at any time is what a `VolatileSlice` stands for. The kernel
-            // touches nothing else.
+            // `slices`, which is mapped for the slices' lifetime. A
+            // `VolatileSlice` guarantees that no Rust reference to it exists,
+            // because the guest may change it at any time. The kernel accesses
+            // nothing else.
             let result = unsafe {
                 transfer(
                     file.as_raw_fd(),
                     batch.as_ptr(),
-                    i32::try_from(count).expect("at most BATCH"),
+                    i32::try_from(count).expect("count is at most BATCH"),
                     position,
                 )
             };
@@ -76,7 +75,7 @@ fn all(
             done = result as usize;
         }
         offset += done as u64;
-        // Go to the first byte that was not transferred.
+        // Advance to the first byte that was not transferred.
         skip += done;
         while first < slices.len() && skip >= slices[first].len() {
             skip -= slices[first].len();
@@ -91,11 +90,11 @@ impl Storage for File {
     }
 
     fn read_at(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
-        all(self, libc::preadv, io::ErrorKind::UnexpectedEof, offset, to)
+        transfer_all(self, libc::preadv, io::ErrorKind::UnexpectedEof, offset, to)
     }
 
     fn write_at(&mut self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()> {
-        all(self, libc::pwritev, io::ErrorKind::WriteZero, offset, from)
+        transfer_all(self, libc::pwritev, io::ErrorKind::WriteZero, offset, from)
     }
 
     fn sync(&mut self) -> io::Result<()> {

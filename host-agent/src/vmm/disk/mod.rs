@@ -1,8 +1,7 @@
-//! What backs a virtual disk: a raw file, or a qcow2 diff over a raw base.
+//! Backing of a virtual disk: a raw file, or a qcow2 diff over a raw base.
 //!
-//! Disks are made of open files only. Nothing named inside an image is ever
-//! opened, and a base is only ever read, through a descriptor that cannot
-//! write.
+//! Disks use only files that are already open: a name inside an image is never
+//! opened. A base has a read-only descriptor.
 
 mod create;
 mod diff;
@@ -27,31 +26,31 @@ pub use storage::Storage;
 /// Unit of addressing on a virtio disk (virtio 1.2, 5.2.4).
 pub const SECTOR: u64 = 512;
 
-/// A disk in the hands of one thread. Offsets and lengths are in bytes.
+/// A disk that one thread uses. Offsets and lengths are in bytes.
 ///
-/// A completed write is visible to later reads at once and is on stable storage
-/// after the next successful [`Disk::flush`]. When a write fails, the range
-/// holds old or new bytes, sector by sector. A write or flush that fails for want
-/// of room ([`is_full`]) has lost nothing: it can be made again.
+/// A completed write is visible to later reads at once, and is on stable storage
+/// after the next successful [`Disk::flush`]. After a failed write each sector of
+/// the range has old or new content. A write or flush that fails because the host's
+/// disk is full ([`is_full`]) loses nothing and can be repeated.
 pub trait Disk: Send {
-    /// Size in bytes, a multiple of [`SECTOR`]. Never changes.
+    /// Constant size in bytes, a multiple of [`SECTOR`].
     fn size(&self) -> u64;
 
-    /// Whether every write is refused.
+    /// Whether every write fails.
     fn read_only(&self) -> bool;
 
-    /// Fills `to` from `offset` on. The range must lie in the disk.
+    /// Fills `to` with the content from `offset` on. The range must be in the disk.
     fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()>;
 
-    /// Writes all of `from` at `offset`. The range must lie in the disk.
+    /// Writes all of `from` at `offset`. The range must be in the disk.
     fn write(&mut self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()>;
 
-    /// Returns when everything written before is on stable storage. After the
-    /// host failed to make something durable, no flush succeeds any more.
+    /// Returns when everything written before is on stable storage. After a failed
+    /// `fdatasync` every flush fails.
     fn flush(&mut self) -> io::Result<()>;
 }
 
-/// Whether the host had no room for what was tried.
+/// Whether the operation failed because the host's disk or quota is full.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -66,10 +65,10 @@ pub enum Backing {
     Raw {
         /// The file; open for writing unless `read_only`.
         file: File,
-        /// Refuse every write.
+        /// Every write fails.
         read_only: bool,
     },
-    /// A qcow2 diff made by [`create_diff`], over a raw base.
+    /// A qcow2 diff that [`create_diff`] created, over a raw base.
     Diff {
         /// The diff, open for reading and writing.
         diff: File,
@@ -81,7 +80,7 @@ pub enum Backing {
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The file cannot be used as a disk, or somebody else uses it.
+    /// The file is not a regular file, or is in use.
     #[error("{what} is not available")]
     Lock {
         /// Which file of the disk.
@@ -93,13 +92,13 @@ pub enum DiskError {
     /// A file could not be read, written or measured.
     #[error("cannot {action}")]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
         /// Why it failed.
         #[source]
         source: io::Error,
     },
-    /// The size is not one that a disk can have.
+    /// The size is not a positive multiple of [`SECTOR`].
     #[error("a disk of {bytes} bytes: the size must be a positive multiple of {SECTOR}")]
     Size {
         /// The size.
@@ -108,14 +107,13 @@ pub enum DiskError {
     /// The base is open for writing.
     #[error("the base image is open for writing; open it read-only")]
     WritableBase,
-    /// The diff is not one that [`create_diff`] makes.
+    /// The diff differs from those that [`create_diff`] creates.
     #[error("the diff disk cannot be used; re-create it, or inspect it with qemu-img")]
     Layout(#[from] LayoutError),
 }
 
-/// Locks the files of `backing` ([`lock()`]), checks them, and makes a disk of
-/// them. The locks live as long as the files are open, here or in the process
-/// that passed them.
+/// Locks the files of `backing` ([`lock()`]), checks them, and opens the disk. The
+/// locks last as long as the files are open in any process.
 pub fn open(backing: Backing) -> Result<Box<dyn Disk>, DiskError> {
     match backing {
         Backing::Raw { file, read_only } => {

@@ -1,4 +1,4 @@
-//! A raw file as a disk: what the guest sees is what the file holds.
+//! A raw disk: the content of the disk is the content of the file.
 
 use std::io;
 
@@ -7,8 +7,8 @@ use vm_memory::VolatileSlice;
 use super::storage::Storage;
 use super::{Disk, DiskError, SECTOR, slices};
 
-/// A raw disk. What the guest writes is never looked at: a qcow2 header in
-/// sector 0 is data like any other.
+/// A raw disk. The content is never interpreted: a qcow2 header that the guest
+/// writes to sector 0 is data.
 #[derive(Debug)]
 pub struct Raw<S> {
     storage: S,
@@ -18,7 +18,7 @@ pub struct Raw<S> {
 }
 
 impl<S: Storage> Raw<S> {
-    /// Takes the length of `storage` as the size of the disk.
+    /// A disk whose size is the length of `storage`.
     pub fn new(storage: S, read_only: bool) -> Result<Self, DiskError> {
         let size = storage.len().map_err(|source| DiskError::Io {
             action: "measure the raw file",
@@ -72,19 +72,20 @@ impl<S: Storage> Disk for Raw<S> {
     }
 }
 
-/// A failed sync, which is never [`super::is_full`]: what has no room then was
-/// acknowledged before and may be gone, and a second try does not bring it back.
+/// The error of a failed sync. It is never [`super::is_full`], even for ENOSPC: the
+/// lost writes were acknowledged before, and a second sync cannot restore them.
 pub(super) fn sync_failed(error: &io::Error) -> io::Error {
     io::Error::other(format!("flush failed, data may be lost: {error}"))
 }
 
-/// After a failed `fdatasync` the kernel forgets which pages did not reach the
-/// disk, and the next call succeeds without them. So the first failure is final.
+/// The error of every flush after a failed one. The kernel marks the pages of a
+/// failed `fdatasync` clean, so the next call would succeed without them.
 pub(super) fn earlier_sync_failed() -> io::Error {
     io::Error::other("an earlier flush failed, data may be lost")
 }
 
-/// The device checks ranges too, against the same size; nothing here relies on it.
+/// Checks that `part` at `offset` is in the disk, independently of the device's own
+/// check.
 pub(super) fn check_range(size: u64, offset: u64, part: &[VolatileSlice<'_>]) -> io::Result<()> {
     match offset.checked_add(slices::total(part)) {
         Some(end) if end <= size => Ok(()),

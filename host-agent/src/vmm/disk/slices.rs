@@ -1,14 +1,14 @@
-//! Cutting lists of buffers without copying what they hold.
+//! Operations on lists of buffers, without copies.
 
 use vm_memory::VolatileSlice;
 
-/// Bytes in all of `slices`.
+/// Total length of `slices` in bytes.
 pub fn total(slices: &[VolatileSlice<'_>]) -> u64 {
     slices.iter().map(|slice| slice.len() as u64).sum()
 }
 
-/// Appends to `into` the `len` bytes of `slices` from `skip` on, or as many as
-/// there are.
+/// Appends to `into` the `len` bytes of `slices` from `skip` on, or fewer if
+/// `slices` is shorter.
 pub fn push_part<'a>(
     into: &mut Vec<VolatileSlice<'a>>,
     slices: &[VolatileSlice<'a>],
@@ -27,7 +27,7 @@ pub fn push_part<'a>(
         let count = (size - skip).min(len);
         let part = slice
             .subslice(skip as usize, count as usize)
-            .expect("the part lies in the slice");
+            .expect("the part is within the slice");
         into.push(part);
         skip = 0;
         len -= count;
@@ -43,7 +43,7 @@ pub fn zero(slices: &[VolatileSlice<'_>]) {
             let count = (slice.len() - at).min(ZEROS.len());
             slice
                 .subslice(at, count)
-                .expect("the part lies in the slice")
+                .expect("the part is within the slice")
                 .copy_from(&ZEROS[..count]);
             at += count;
         }

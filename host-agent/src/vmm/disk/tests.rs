@@ -1,4 +1,4 @@
-//! Disks on real files: locks, kinds of files, what a guest writes.
+//! Tests of disks on real files: locks, file types, content.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -23,7 +23,7 @@ fn raw(file: File, read_only: bool) -> Result<Box<dyn Disk>, DiskError> {
 }
 
 #[test]
-fn a_writable_file_has_one_user_and_a_read_only_one_many() {
+fn a_disk_has_one_writer_or_many_readers() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     fs::write(&path, [0; 4096]).unwrap();
@@ -45,7 +45,7 @@ fn a_writable_file_has_one_user_and_a_read_only_one_many() {
 }
 
 #[test]
-fn the_lock_lives_as_long_as_any_copy_of_the_descriptor() {
+fn the_lock_lasts_until_the_last_descriptor_is_closed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     fs::write(&path, [0; 4096]).unwrap();
@@ -58,7 +58,7 @@ fn the_lock_lives_as_long_as_any_copy_of_the_descriptor() {
 }
 
 #[test]
-fn what_is_not_a_regular_file_is_refused() {
+fn only_regular_files_are_accepted() {
     let (socket, _other) = UnixStream::pair().unwrap();
     let files = [
         File::open("/dev/null").unwrap(),
@@ -79,7 +79,7 @@ fn what_is_not_a_regular_file_is_refused() {
 }
 
 #[test]
-fn a_base_that_could_be_written_is_refused() {
+fn a_writable_base_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base");
     fs::write(&base, [0; 4096]).unwrap();
@@ -94,7 +94,7 @@ fn a_base_that_could_be_written_is_refused() {
 }
 
 #[test]
-fn sizes_that_no_disk_has_are_refused() {
+fn sizes_that_are_no_multiple_of_512_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for bytes in [0, 1, 511, 513] {
         let path = dir.path().join(bytes.to_string());
@@ -131,7 +131,7 @@ fn a_qcow2_header_written_by_a_guest_is_data() {
 }
 
 #[test]
-fn transfers_of_many_buffers_and_beyond_the_end() {
+fn transfers_take_many_buffers_and_stay_in_the_disk() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("raw");
     let len = 512 * 1024;
@@ -144,7 +144,7 @@ fn transfers_of_many_buffers_and_beyond_the_end() {
         .unwrap();
     let mut found = vec![0; len];
     let mut rest = &mut found[..];
-    // Many buffers, some empty: more than one system call.
+    // Many buffers, some of them empty, need more than one system call.
     let mut parts = Vec::new();
     let mut sizes = [0, 512, 1, 511].into_iter().cycle();
     while !rest.is_empty() {

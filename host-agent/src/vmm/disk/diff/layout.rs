@@ -1,93 +1,96 @@
-//! Where everything lies in a diff: a subset of qcow2 that leaves nothing open.
+//! The fixed layout of a diff: a subset of qcow2.
 //!
 //! The file is qcow2 version 3 with 64 KiB clusters, 16-bit reference counts and
-//! no feature bits (qemu's `docs/interop/qcow2.txt`). All metadata has a place
-//! computed from the virtual size and is complete, though sparse, from the
-//! start:
+//! no feature bits (QEMU's `docs/interop/qcow2.txt`, below qcow2.txt). The virtual
+//! size determines the position of all metadata, which is complete, though sparse,
+//! from the start:
 //!
 //! ```text
 //! header | L1 table | refcount table | refcount blocks | L2 tables | data …
 //! ```
 //!
-//! So no table is ever allocated, moved or grown. An image that differs is
-//! refused, whoever made it.
+//! So no table is allocated, moved or extended later. An image with another layout
+//! is refused.
 
-/// log2 of the cluster size.
+/// `cluster_bits`: log2 of the cluster size (qcow2.txt, header).
 const CLUSTER_BITS: u32 = 16;
-/// Bytes in a cluster, the unit of allocation and of every table.
+/// Bytes of a cluster, the unit of allocation and of tables.
 pub const CLUSTER: u64 = 1 << CLUSTER_BITS;
-/// Entries of an L2 table, which describes 512 MiB.
+/// Entries of an L2 table, which maps 512 MiB.
 pub const L2_ENTRIES: u64 = CLUSTER / 8;
-/// Reference counts in a refcount block, which describes 2 GiB of the file.
+/// Reference counts in a refcount block, which covers 2 GiB of the file.
 const REFCOUNTS: u64 = CLUSTER / 2;
-/// Largest virtual size in bytes: 256 GiB. Bounds the time to open a diff and
+/// Largest virtual size in bytes: 256 GiB. It bounds the time to open a diff and
 /// the memory of its map.
 pub const MAX_VIRTUAL_SIZE: u64 = 256 << 30;
 /// Longest backing file name (qcow2.txt, `backing_file_size`).
 pub const MAX_NAME: usize = 1023;
 
-/// Entry bit 63: the cluster's reference count is exactly 1.
+/// Bit 63 of L1 and L2 entries: the reference count is exactly 1 (qcow2.txt, cluster
+/// mapping).
 pub const COPIED: u64 = 1 << 63;
 
+/// Values of header fields (qcow2.txt, header).
 const MAGIC: u32 = 0x5146_49fb; // "QFI\xfb"
 const VERSION: u32 = 3;
 const HEADER_LENGTH: u32 = 104;
 const REFCOUNT_ORDER: u32 = 4;
-/// Header extension: format of the backing file.
+/// Header extension type "backing file format name" (qcow2.txt, header extensions).
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-/// Header extension: names of feature bits, written by qemu; informative.
+/// Header extension type "feature name table", which QEMU writes and this program
+/// ignores.
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const RAW: &[u8] = b"raw";
 
-/// Bytes of the file that hold the header, its extensions and the backing name.
+/// Bytes of the file with the header, its extensions and the backing file name.
 pub const HEAD: usize = 4096;
 
-/// Why an image is not a diff that we write.
+/// How an image differs from a diff that this program creates.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
-    /// A header field has a value that we never write.
+    /// A header field has another value.
     #[error("header field {field} is {found:#x}, expected {expected:#x}")]
     Field {
-        /// Name in qcow2.txt.
+        /// Its name in qcow2.txt.
         field: &'static str,
-        /// What it holds.
+        /// Its value.
         found: u64,
-        /// What it must hold.
+        /// The only accepted value.
         expected: u64,
     },
-    /// The virtual size is not possible.
-    #[error("virtual size of {0} bytes; possible are multiples of 512 up to {MAX_VIRTUAL_SIZE}")]
+    /// The virtual size is not supported.
+    #[error("virtual size of {0} bytes; supported are multiples of 512 up to {MAX_VIRTUAL_SIZE}")]
     VirtualSize(u64),
-    /// A header extension that we never write.
+    /// An unsupported header extension.
     #[error("header extension {0:#010x}")]
     Extension(u32),
-    /// The backing file is not declared as raw.
+    /// The format of the backing file is not raw.
     #[error("the backing file has another format than raw")]
     BackingFormat,
-    /// The name of the base is empty, too long, or has a control character.
+    /// The name of the base is empty, too long, or contains a control character.
     #[error("the name of the base image is not usable")]
     BackingName,
-    /// The file ends inside of its metadata, or before a cluster it refers to.
+    /// The file ends before the end of its metadata, or of a cluster in use.
     #[error("the file has {found} bytes and refers to {expected}")]
     Truncated {
         /// Length of the file.
         found: u64,
-        /// Length it needs at least.
+        /// Its least length.
         expected: u64,
     },
-    /// A table entry that we never write.
+    /// A table entry has an invalid value.
     #[error("entry {index} of the {table} is {found:#x}")]
     Entry {
         /// Which table.
         table: &'static str,
-        /// Index of the entry; for L2 tables the cluster of the virtual disk.
+        /// Index of the entry: in L2 tables the cluster of the virtual disk.
         index: u64,
-        /// What it holds.
+        /// Its value.
         found: u64,
     },
 }
 
-/// Positions of all parts, in clusters from the start of the file.
+/// Positions of all parts of the file, in clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
     /// Size of the virtual disk in bytes.
@@ -100,13 +103,13 @@ pub struct Layout {
     refcount_table_clusters: u64,
     first_refcount_block: u64,
     first_l2: u64,
-    /// First cluster for data.
+    /// The first data cluster.
     pub first_data: u32,
-    /// Cluster after the last that can be needed.
+    /// The cluster after the last possible data cluster.
     pub end: u32,
 }
 
-/// The L1 table follows the header.
+/// Cluster of the L1 table, which follows the header.
 const L1_TABLE: u64 = 1;
 
 impl Layout {
@@ -121,7 +124,8 @@ impl Layout {
         let data = virtual_size.div_ceil(CLUSTER);
         let l2_tables = data.div_ceil(L2_ENTRIES);
         let l1_clusters = (l2_tables * 8).div_ceil(CLUSTER);
-        // The refcount blocks count themselves: grow them until they suffice.
+        // Refcount blocks also count themselves: increase their number until they
+        // cover the whole file.
         let mut refcount_blocks = 1_u64;
         loop {
             let refcount_table_clusters = (refcount_blocks * 8).div_ceil(CLUSTER);
@@ -149,36 +153,36 @@ impl Layout {
         }
     }
 
-    /// Bytes of metadata; data begins here.
+    /// Bytes of metadata; data follows.
     pub fn metadata_bytes(&self) -> u64 {
         u64::from(self.first_data) * CLUSTER
     }
 
-    /// Byte position of L2 table `table`.
+    /// Position in bytes of L2 table `table`.
     pub fn l2_offset(&self, table: u64) -> u64 {
         (self.first_l2 + table) * CLUSTER
     }
 
-    /// Byte position of the reference count of `cluster`. The blocks follow
-    /// each other, so all counts are one array.
+    /// Position in bytes of the reference count of `cluster`. The blocks are
+    /// contiguous, so all counts are one array.
     pub fn refcount_offset(&self, cluster: u32) -> u64 {
         self.first_refcount_block * CLUSTER + 2 * u64::from(cluster)
     }
 
-    /// Byte position and contents of the L1 table.
+    /// Position in bytes and content of the L1 table.
     pub fn l1(&self) -> (u64, Vec<u8>) {
         let entries = (0..self.l2_tables).map(|table| self.l2_offset(table) | COPIED);
         (L1_TABLE * CLUSTER, big_endian(entries))
     }
 
-    /// Byte position and contents of the refcount table.
+    /// Position in bytes and content of the refcount table.
     pub fn refcounts(&self) -> (u64, Vec<u8>) {
         let blocks = 0..self.refcount_blocks;
         let entries = blocks.map(|block| (self.first_refcount_block + block) * CLUSTER);
         (self.refcount_table * CLUSTER, big_endian(entries))
     }
 
-    /// The start of the file, [`HEAD`] bytes, for a raw base called `base_name`.
+    /// The first [`HEAD`] bytes of the file, with `base_name` as the raw base's name.
     pub fn head(&self, base_name: &str) -> Result<Vec<u8>, LayoutError> {
         if base_name.is_empty()
             || base_name.len() > MAX_NAME
@@ -205,7 +209,7 @@ impl Layout {
         Ok(head)
     }
 
-    /// The header's fields in order, with the values they must have.
+    /// The header's fields in order, with their only accepted values.
     fn fields(&self) -> [HeaderField; 18] {
         let field = |name, bytes, value| HeaderField { name, bytes, value };
         [
@@ -230,11 +234,10 @@ impl Layout {
         ]
     }
 
-    /// Reads the layout from the first bytes of a file, and refuses every
-    /// image that is not laid out like that. The backing name is not returned:
-    /// nothing may ever be opened by it.
+    /// Reads the layout from the first bytes of a file and refuses any other layout.
+    /// The backing file name is not returned: no file may be opened by it.
     pub fn parse(head: &[u8; HEAD]) -> Result<Self, LayoutError> {
-        // Before anything else is believed.
+        // Checked first, because the other fields depend on them.
         for (field, at, expected) in [("magic", 0, MAGIC), ("version", 4, VERSION)] {
             let found = be32(head, at);
             if found != expected {
@@ -255,7 +258,8 @@ impl Layout {
             match field.name {
                 BACKING_OFFSET => name_at = found,
                 BACKING_SIZE => name_len = found,
-                // Newer tools add the compression type (8 bytes, all zero).
+                // Since version 5.1 QEMU writes the compression type too (one byte
+                // and padding; 0 is the default).
                 LENGTH if found == 112 => {
                     length = 112;
                     if be64(head, 104) != 0 {
@@ -300,7 +304,7 @@ const LENGTH: &str = "header_length";
 fn parse_extensions(head: &[u8; HEAD], start: usize) -> Result<(), LayoutError> {
     let mut at = start;
     let mut raw = false;
-    // Every extension takes at least 8 bytes, so this ends.
+    // Terminates: every extension has at least 8 bytes.
     while at + 8 <= HEAD {
         let (kind, len) = (be32(head, at), be32(head, at + 4) as usize);
         let data = head.get(at + 8..(at + 8).saturating_add(len));
@@ -321,14 +325,22 @@ fn parse_extensions(head: &[u8; HEAD], start: usize) -> Result<(), LayoutError> 
 }
 
 fn be32(head: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(head[at..at + 4].try_into().expect("four bytes"))
+    u32::from_be_bytes(
+        head[at..at + 4]
+            .try_into()
+            .expect("the range has four bytes"),
+    )
 }
 
 fn be64(head: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(head[at..at + 8].try_into().expect("eight bytes"))
+    u64::from_be_bytes(
+        head[at..at + 8]
+            .try_into()
+            .expect("the range has eight bytes"),
+    )
 }
 
-/// L2Table entries as they lie in the file.
+/// Table entries in the byte order of the file.
 pub fn big_endian(entries: impl Iterator<Item = u64>) -> Vec<u8> {
     entries.flat_map(u64::to_be_bytes).collect()
 }

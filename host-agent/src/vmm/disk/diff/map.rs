@@ -1,64 +1,64 @@
-//! Which cluster of the file holds which cluster of the virtual disk. Pure.
+//! Maps clusters of the virtual disk to clusters of the file. Pure.
 
 use std::ops::Range;
 
 use super::layout::{CLUSTER, COPIED, L2_ENTRIES, Layout, LayoutError};
 
-/// L2 entries per disk sector: the least that is ever written.
+/// L2 entries per sector, the unit in which tables are written.
 const ENTRIES_PER_SECTOR: usize = 64;
 
-/// A stretch of virtual clusters that one read or write can serve.
+/// Consecutive clusters of the virtual disk that one read or write serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Run {
-    /// `clusters` that still come from the base.
+    /// Clusters of the base.
     Base {
-        /// Length of the stretch.
+        /// Their number.
         clusters: u64,
     },
-    /// `clusters` that follow each other in the file too.
+    /// Clusters that are consecutive in the file too.
     Allocated {
-        /// Cluster of the file that holds the first.
+        /// Cluster of the file for the first of them.
         first: u32,
-        /// Length of the stretch.
+        /// Their number.
         clusters: u64,
     },
 }
 
-/// The mapping, as the tables in the file are going to say after a flush.
+/// The mapping as the tables in the file will be after the next flush.
 #[derive(Debug)]
 pub struct ClusterMap {
-    /// L2 tables that have entries.
+    /// The L2 tables; `None` for one without entries.
     tables: Vec<Option<L2Table>>,
 }
 
 #[derive(Debug)]
 struct L2Table {
-    /// Cluster of the file by cluster of the virtual disk; 0 (the header) for
-    /// those that come from the base.
-    own: Box<[u32]>,
-    /// Entries that may differ from the file.
+    /// Cluster of the file for each cluster of the virtual disk; 0, which is the
+    /// header, for a cluster of the base.
+    clusters: Box<[u32]>,
+    /// Entries that may differ from those in the file.
     dirty: Range<usize>,
 }
 
 impl L2Table {
     fn new() -> Self {
         Self {
-            own: vec![0; L2_ENTRIES as usize].into_boxed_slice(),
+            clusters: vec![0; L2_ENTRIES as usize].into_boxed_slice(),
             dirty: 0..0,
         }
     }
 }
 
 impl ClusterMap {
-    /// A map in which everything comes from the base.
+    /// A map of a disk that has only clusters of the base.
     pub fn new(layout: &Layout) -> Self {
         Self {
             tables: (0..layout.l2_tables).map(|_| None).collect(),
         }
     }
 
-    /// Takes over the contents of L2 table `table` as they are in the file,
-    /// marking each cluster it refers to in `used`.
+    /// Loads L2 table `table` from its content in the file, and marks the clusters
+    /// of its entries in `used`.
     pub fn load(
         &mut self,
         layout: &Layout,
@@ -72,26 +72,26 @@ impl ClusterMap {
         let clusters = layout.virtual_size.div_ceil(CLUSTER);
         let mut new = L2Table::new();
         for (entry, bytes) in bytes.chunks_exact(8).enumerate() {
-            let found = u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
+            let found = u64::from_be_bytes(bytes.try_into().expect("the chunk has eight bytes"));
             if found == 0 {
                 continue;
             }
             let index = table as u64 * L2_ENTRIES + entry as u64;
             let offset = found & !COPIED;
             let cluster = u32::try_from(offset / CLUSTER).unwrap_or(u32::MAX);
-            let known = found & COPIED != 0
+            let valid = found & COPIED != 0
                 && offset.is_multiple_of(CLUSTER)
                 && index < clusters
                 && (layout.first_data..layout.end).contains(&cluster)
                 && used.mark(cluster);
-            if !known {
+            if !valid {
                 return Err(LayoutError::Entry {
                     table: "L2 tables",
                     index,
                     found,
                 });
             }
-            new.own[entry] = cluster;
+            new.clusters[entry] = cluster;
         }
         self.tables[table] = Some(new);
         Ok(())
@@ -101,10 +101,10 @@ impl ClusterMap {
         let (table, entry) = split(cluster);
         self.tables[table]
             .as_ref()
-            .map_or(0, |table| table.own[entry])
+            .map_or(0, |table| table.clusters[entry])
     }
 
-    /// The longest stretch from `cluster` on, at most `max` clusters.
+    /// The longest run from `cluster` on, at most `max` clusters.
     pub fn run(&self, cluster: u64, max: u64) -> Run {
         let first = self.get(cluster);
         let mut clusters = 1;
@@ -127,12 +127,12 @@ impl ClusterMap {
         }
     }
 
-    /// From now on `cluster` of the virtual disk is in cluster `own` of the file.
-    pub fn set(&mut self, cluster: u64, own: u32) {
+    /// Maps `cluster` of the virtual disk to cluster `allocated` of the file.
+    pub fn set(&mut self, cluster: u64, allocated: u32) {
         let (table, entry) = split(cluster);
         let table = self.tables[table].get_or_insert_with(L2Table::new);
-        debug_assert_eq!(table.own[entry], 0, "a mapping never changes");
-        table.own[entry] = own;
+        debug_assert_eq!(table.clusters[entry], 0, "a cluster is mapped once");
+        table.clusters[entry] = allocated;
         table.dirty = if table.dirty.is_empty() {
             entry..entry + 1
         } else {
@@ -140,15 +140,14 @@ impl ClusterMap {
         };
     }
 
-    /// Whether the tables in the file lack an entry.
+    /// Whether an entry is not yet in the file.
     pub fn is_dirty(&self) -> bool {
         let mut tables = self.tables.iter().flatten();
         tables.any(|table| !table.dirty.is_empty())
     }
 
-    /// Calls `write` with index of the table, byte offset in the table, and
-    /// bytes, for each table with new entries. A table stays dirty when its
-    /// write fails.
+    /// Calls `write` for each table with new entries, with the table's index, the
+    /// offset in the table, and the bytes. A table whose write fails stays dirty.
     pub fn write_back<E>(
         &mut self,
         mut write: impl FnMut(u64, u64, &mut [u8]) -> Result<(), E>,
@@ -160,12 +159,12 @@ impl ClusterMap {
             }
             let start = table.dirty.start / ENTRIES_PER_SECTOR * ENTRIES_PER_SECTOR;
             let end = table.dirty.end.next_multiple_of(ENTRIES_PER_SECTOR);
-            let mut bytes: Vec<u8> = table.own[start..end]
+            let mut bytes: Vec<u8> = table.clusters[start..end]
                 .iter()
-                .flat_map(|own| {
-                    match own {
+                .flat_map(|cluster| {
+                    match cluster {
                         0 => 0,
-                        own => (u64::from(*own) * CLUSTER) | COPIED,
+                        cluster => (u64::from(*cluster) * CLUSTER) | COPIED,
                     }
                     .to_be_bytes()
                 })
@@ -184,7 +183,7 @@ fn split(cluster: u64) -> (usize, usize) {
     )
 }
 
-/// Clusters of a file that its tables refer to.
+/// The clusters of a file that its tables use.
 #[derive(Debug)]
 pub struct UsedClusters {
     bits: Vec<u64>,
@@ -192,7 +191,7 @@ pub struct UsedClusters {
 }
 
 impl UsedClusters {
-    /// None yet.
+    /// No cluster is used.
     pub fn new(layout: &Layout) -> Self {
         Self {
             bits: vec![0; (layout.end as usize).div_ceil(64)],
@@ -200,7 +199,7 @@ impl UsedClusters {
         }
     }
 
-    /// `false` if `cluster` was marked before.
+    /// Marks `cluster`. False if it was marked before.
     fn mark(&mut self, cluster: u32) -> bool {
         let (word, bit) = (cluster as usize / 64, 1 << (cluster % 64));
         let new = self.bits[word] & bit == 0;
@@ -209,24 +208,23 @@ impl UsedClusters {
         new
     }
 
-    /// The cluster after the last that is used.
+    /// The cluster after the last used one.
     pub fn end(&self) -> u32 {
         self.end
     }
 }
 
-/// Clusters that no table has ever referred to. What was given out and came
-/// into use is never given out again: nothing is freed.
+/// Unused clusters. A cluster in use is never freed, so it is allocated once.
 #[derive(Debug)]
 pub struct FreeClusters {
-    /// Left over by a crash or a failed write; the last is given out first.
+    /// Left by a crash or a failed write; the last is allocated first.
     holes: Vec<u32>,
-    /// Never given out.
+    /// Never allocated.
     rest: Range<u32>,
 }
 
 impl FreeClusters {
-    /// What `used` leaves.
+    /// The clusters that are not in `used`.
     pub fn new(layout: &Layout, used: &UsedClusters) -> Self {
         let is_free = |cluster: &u32| used.bits[*cluster as usize / 64] >> (cluster % 64) & 1 == 0;
         Self {
@@ -238,8 +236,9 @@ impl FreeClusters {
         }
     }
 
-    /// Takes up to `want` clusters that follow each other: first, count.
-    pub fn take(&mut self, want: u32) -> Option<(u32, u32)> {
+    /// Allocates up to `want` consecutive clusters. Returns the first and their
+    /// number.
+    pub fn allocate(&mut self, want: u32) -> Option<(u32, u32)> {
         if let Some(first) = self.holes.pop() {
             let mut count = 1;
             while count < want && self.holes.last() == Some(&(first + count)) {
@@ -254,7 +253,7 @@ impl FreeClusters {
         (count > 0).then_some((first, count))
     }
 
-    /// Gives back what came from [`FreeClusters::take`] and no table refers to.
+    /// Undoes [`FreeClusters::allocate`] for clusters that no table uses.
     pub fn give_back(&mut self, first: u32, count: u32) {
         self.holes.extend((first..first + count).rev());
     }

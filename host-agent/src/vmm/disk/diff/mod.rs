@@ -1,14 +1,11 @@
-//! A qcow2 diff over a raw base, written so that a power cut at any moment
-//! costs nothing that was flushed.
+//! A qcow2 diff over a raw base. A power cut at any time loses no flushed data.
 //!
-//! The order of writes carries the whole promise. An entry of an L2 table is
-//! written only after a sync that made the cluster's data (all 64 KiB of it) and
-//! its reference count durable; until then it exists in memory only. So on
-//! stable storage every entry points to a complete cluster that is counted, in
-//! every order in which the host may have written what was not synced. A
-//! cluster that is in use is never freed or given to another part of the disk.
-//! What a crash can leave behind are counted clusters without an entry
-//! (`qemu-img check` calls them leaked); they are used again.
+//! The order of writes guarantees this. An L2 entry stays in memory until a sync
+//! has made the cluster's data (all 64 KiB) and its reference count durable. So on
+//! stable storage every entry points to a complete and counted cluster, in whatever
+//! order the host wrote the rest. A cluster in use is never freed or moved. A crash
+//! can leave counted clusters without an entry (`qemu-img check` calls them leaked),
+//! which are allocated again.
 
 pub mod layout;
 mod map;
@@ -23,7 +20,7 @@ use super::{Disk, DiskError, slices};
 use layout::{CLUSTER, HEAD, Layout, LayoutError};
 use map::{ClusterMap, FreeClusters, Run, UsedClusters};
 
-/// A diff disk. `S` holds the diff, `B` the base.
+/// A diff disk: `S` is the file of the diff, `B` the base.
 #[derive(Debug)]
 pub struct Diff<S: Storage, B: Storage> {
     storage: S,
@@ -32,15 +29,15 @@ pub struct Diff<S: Storage, B: Storage> {
     layout: Layout,
     map: ClusterMap,
     free: FreeClusters,
-    /// Clusters in use whose reference counts are not in the file: first, count.
+    /// Clusters in use whose reference counts are not in the file yet: first, count.
     uncounted: Vec<(u32, u32)>,
     sync_failed: bool,
-    /// Two clusters, for the parts of a first write that come from the base.
+    /// Buffer of two clusters, for the parts of a new cluster that come from the base.
     scratch: Vec<u8>,
 }
 
 impl<S: Storage, B: Storage> Diff<S, B> {
-    /// Opens a diff made by [`super::create_diff`]; reads all of its tables and
+    /// Opens a diff that [`super::create_diff`] created: reads all of its tables and
     /// writes nothing.
     pub fn open(storage: S, base: B) -> Result<Self, DiskError> {
         let diff_io = |source| DiskError::Io {
@@ -52,23 +49,11 @@ impl<S: Storage, B: Storage> Diff<S, B> {
             source,
         })?;
         let len = storage.len().map_err(diff_io)?;
-        if len < HEAD as u64 {
-            return Err(LayoutError::Truncated {
-                found: len,
-                expected: HEAD as u64,
-            }
-            .into());
-        }
+        check_length(len, HEAD as u64)?;
         let mut head = [0; HEAD];
         read_bytes(&storage, 0, &mut head).map_err(diff_io)?;
         let layout = Layout::parse(&head)?;
-        if len < layout.metadata_bytes() {
-            return Err(LayoutError::Truncated {
-                found: len,
-                expected: layout.metadata_bytes(),
-            }
-            .into());
-        }
+        check_length(len, layout.metadata_bytes())?;
         check_table(&storage, "L1 table", layout.l1())?;
         check_table(&storage, "refcount table", layout.refcounts())?;
 
@@ -79,14 +64,7 @@ impl<S: Storage, B: Storage> Diff<S, B> {
             read_bytes(&storage, layout.l2_offset(table), bytes).map_err(diff_io)?;
             map.load(&layout, &mut used, table as usize, bytes)?;
         }
-        let needed = u64::from(used.end()) * CLUSTER;
-        if len < needed {
-            return Err(LayoutError::Truncated {
-                found: len,
-                expected: needed,
-            }
-            .into());
-        }
+        check_length(len, u64::from(used.end()) * CLUSTER)?;
         Ok(Self {
             storage,
             base,
@@ -100,18 +78,25 @@ impl<S: Storage, B: Storage> Diff<S, B> {
         })
     }
 
-    fn read_base(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
-        read_padded(&self.base, self.base_len, offset, to)
+    /// The run at byte `at` of the virtual disk, and how many of the next `left`
+    /// bytes are in it.
+    fn run_at(&self, at: u64, left: u64) -> (Run, u64) {
+        let inside = at % CLUSTER;
+        let run = self
+            .map
+            .run(at / CLUSTER, (inside + left).div_ceil(CLUSTER));
+        let (Run::Base { clusters } | Run::Allocated { clusters, .. }) = run;
+        (run, (clusters * CLUSTER - inside).min(left))
     }
 
-    /// Writes `from` at `offset`, where nothing is in the diff yet, or a part
-    /// of it; returns how many bytes.
+    /// Writes the first part of `from` to new clusters for `offset`. Returns the
+    /// number of bytes written.
     fn write_new(&mut self, offset: u64, from: &[VolatileSlice<'_>], len: u64) -> io::Result<u64> {
         let inside = offset % CLUSTER;
         let want = (inside + len).div_ceil(CLUSTER);
         let want = u32::try_from(want).unwrap_or(u32::MAX);
-        let Some((first, count)) = self.free.take(want) else {
-            // Not for want of room on the host: waiting would not help.
+        let Some((first, count)) = self.free.allocate(want) else {
+            // Not `is_full`: waiting would not help.
             return Err(io::Error::other("no cluster is left in the diff"));
         };
         let end = (u64::from(count) * CLUSTER - inside).min(len);
@@ -132,8 +117,8 @@ impl<S: Storage, B: Storage> Diff<S, B> {
         Ok(end)
     }
 
-    /// Fills whole clusters of the file from `first` on: `head` bytes of the
-    /// base, `body` bytes of `from`, `tail` bytes of the base.
+    /// Writes whole clusters of the file from `first` on: `head` bytes of the base,
+    /// `body` bytes of `from`, `tail` bytes of the base.
     fn write_clusters(
         &mut self,
         offset: u64,
@@ -165,7 +150,7 @@ impl<S: Storage, B: Storage> Diff<S, B> {
     }
 }
 
-/// Reads from a base of `len` bytes, behind which everything is zero.
+/// Reads from a base of `len` bytes, after which the disk reads as zero.
 fn read_padded(
     base: &impl Storage,
     len: u64,
@@ -188,6 +173,13 @@ fn read_padded(
     Ok(())
 }
 
+fn check_length(found: u64, expected: u64) -> Result<(), LayoutError> {
+    if found < expected {
+        return Err(LayoutError::Truncated { found, expected });
+    }
+    Ok(())
+}
+
 fn check_table(
     storage: &impl Storage,
     table: &'static str,
@@ -204,7 +196,7 @@ fn check_table(
             return Err(LayoutError::Entry {
                 table,
                 index: index as u64,
-                found: u64::from_be_bytes(found.try_into().expect("eight bytes")),
+                found: u64::from_be_bytes(found.try_into().expect("the chunk has eight bytes")),
             }
             .into());
         }
@@ -228,11 +220,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
         let mut done = 0;
         while done < len {
             let at = offset + done;
-            let inside = at % CLUSTER;
-            let want = (inside + len - done).div_ceil(CLUSTER);
-            let run = self.map.run(at / CLUSTER, want);
-            let (Run::Base { clusters } | Run::Allocated { clusters, .. }) = run;
-            let count = (clusters * CLUSTER - inside).min(len - done);
+            let (run, count) = self.run_at(at, len - done);
             let to = if count == len {
                 to
             } else {
@@ -241,9 +229,9 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
                 &parts
             };
             match run {
-                Run::Base { .. } => self.read_base(at, to)?,
+                Run::Base { .. } => read_padded(&self.base, self.base_len, at, to)?,
                 Run::Allocated { first, .. } => {
-                    let at = u64::from(first) * CLUSTER + inside;
+                    let at = u64::from(first) * CLUSTER + at % CLUSTER;
                     self.storage.read_at(at, to)?;
                 }
             }
@@ -262,11 +250,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
         let mut done = 0;
         while done < len {
             let at = offset + done;
-            let inside = at % CLUSTER;
-            let want = (inside + len - done).div_ceil(CLUSTER);
-            let run = self.map.run(at / CLUSTER, want);
-            let (Run::Base { clusters } | Run::Allocated { clusters, .. }) = run;
-            let count = (clusters * CLUSTER - inside).min(len - done);
+            let (run, count) = self.run_at(at, len - done);
             let from = if count == len {
                 from
             } else {
@@ -277,7 +261,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             done += match run {
                 Run::Base { .. } => self.write_new(at, from, count)?,
                 Run::Allocated { first, .. } => {
-                    let at = u64::from(first) * CLUSTER + inside;
+                    let at = u64::from(first) * CLUSTER + at % CLUSTER;
                     self.storage.write_at(at, from)?;
                     count
                 }
@@ -296,7 +280,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
             write_bytes(&mut self.storage, at, &mut ones)?;
             self.uncounted.pop();
         }
-        // What the new entries will point to, before the entries.
+        // Data and reference counts first, then the entries that point to them.
         self.sync()?;
         if self.map.is_dirty() {
             let (storage, layout) = (&mut self.storage, &self.layout);
@@ -310,7 +294,7 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
 }
 
 impl<S: Storage, B: Storage> Drop for Diff<S, B> {
-    /// An orderly end keeps what the guest did not flush, if it can.
+    /// Flushes the tables, so that a regular end loses no completed write.
     fn drop(&mut self) {
         if self.map.is_dirty() && !self.sync_failed {
             let _ = self.flush();

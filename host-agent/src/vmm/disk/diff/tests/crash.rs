@@ -1,21 +1,21 @@
-//! What is left after a power cut, and after the host failed.
+//! Content of a diff after a power cut, and after failed operations of the host.
 
 use super::host::{Fault, Op, apply};
 use super::*;
 use crate::vmm::disk::is_full;
 
-/// What the guest did, with the number of host operations before or after it.
+/// An operation of the guest, with the number of host operations before or after it.
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Write { write: Write, from: usize },
     Flushed { until: usize },
 }
 
-/// Each hot sector: what it must be, or may be.
+/// The allowed tags of each hot sector.
 struct Allowed(Vec<Vec<u64>>);
 
 impl Allowed {
-    /// After a cut behind `cut` operations.
+    /// After a power cut that follows `cut` host operations.
     fn after(start: &[u64], events: &[Event], cut: usize) -> Self {
         let flushed = events
             .iter()
@@ -47,7 +47,7 @@ impl Allowed {
     }
 }
 
-/// Writes and flushes, and records what happened.
+/// Writes and flushes at random, and returns the operations.
 fn work(disk: &mut Tested, memory: &Memory, random: &mut Random, steps: u64) -> Vec<Event> {
     let mut events = Vec::new();
     for step in 0..steps {
@@ -65,8 +65,8 @@ fn work(disk: &mut Tested, memory: &Memory, random: &mut Random, steps: u64) -> 
     events
 }
 
-/// The image after a cut behind `cut` operations, of which those after the
-/// last sync reached the disk as `pick` says, whole or sector by sector.
+/// The image after a power cut that follows `cut` operations. `pick` selects the
+/// unsynced ones that reached the disk, whole or sector by sector if `torn`.
 fn crashed(
     start: &[u8],
     log: &[Op],
@@ -98,11 +98,11 @@ fn crashed(
     image
 }
 
-/// Most states per cut; all of them if that covers all subsets.
+/// Most states per cut; all subsets of the unsynced writes if there are fewer.
 const STATES: u64 = 48;
 
 #[test]
-fn crash_states() {
+fn flushed_data_survives_every_power_cut() {
     let dir = image_dir();
     let mut states = 0_u64;
     for seed in [1, 2] {
@@ -120,7 +120,7 @@ fn crash_states() {
                 .count();
             let subsets = 1_u64.checked_shl(unsynced as u32).unwrap_or(u64::MAX);
             for state in 0..subsets.min(STATES) {
-                // The first 2 of many: nothing and everything arrived.
+                // The first two of many states: nothing and everything arrived.
                 let torn = subsets > STATES && state >= 2 && state % 2 == 0;
                 let image = crashed(&start, &log, cut, torn, |index| match state {
                     0 => false,
@@ -136,7 +136,7 @@ fn crash_states() {
                 states += 1;
                 if states.is_multiple_of(97) {
                     check(dir.path(), &crashed.bytes(), true);
-                    goes_on(&crashed, &mut random, &context);
+                    crash_again(&crashed, &mut random, &context);
                     check(dir.path(), &crashed.bytes(), true);
                 }
             }
@@ -144,14 +144,11 @@ fn crash_states() {
         disk.flush().unwrap();
         check(dir.path(), &memory.bytes(), false);
     }
-    assert!(
-        states > 5_000,
-        "{states} states are too few to mean anything"
-    );
+    assert!(states > 5_000, "only {states} states");
 }
 
-/// A disk after a crash is used again, and again only flushed data is sure.
-fn goes_on(memory: &Memory, random: &mut Random, context: &str) {
+/// Uses the disk again after a crash, until a second power cut.
+fn crash_again(memory: &Memory, random: &mut Random, context: &str) {
     let before = read_all(&mut open(memory));
     let start = memory.bytes();
     let mut disk = open(memory);
@@ -168,7 +165,7 @@ fn goes_on(memory: &Memory, random: &mut Random, context: &str) {
 }
 
 #[test]
-fn enospc_every_write() {
+fn an_error_of_any_operation_loses_no_flushed_data() {
     let dir = image_dir();
     let total = run_with(Fault::None, false, None);
     for n in 0..total {
@@ -180,10 +177,10 @@ fn enospc_every_write() {
     }
 }
 
-/// Runs a fixed workload on a host with `fault`; nothing that was acknowledged
-/// and flushed may be missing, before and after opening again. A `patient` one
-/// makes room and tries again what failed for want of it, which then must
-/// succeed. Returns the number of host operations.
+/// Runs a fixed workload on a host with `fault`. No completed write may be missing
+/// while the disk is open, and no flushed one after it is opened again. If `patient`,
+/// frees space after ENOSPC and repeats the operation, which must succeed. Returns
+/// the number of host operations.
 fn run_with(fault: Fault, patient: bool, check_in: Option<&Path>) -> usize {
     let mut random = Random(77);
     let memory = fresh();
@@ -221,21 +218,21 @@ fn run_with(fault: Fault, patient: bool, check_in: Option<&Path>) -> usize {
         }
     }
     let context = format!("{fault:?}");
-    // In the running guest: acknowledged is there, flushed or not.
+    // While the disk is open, completed writes are visible, flushed or not.
     Allowed(now).check(&read_all(&mut disk), &context);
     drop(disk);
     memory.fail(Fault::None);
     Allowed(flushed).check(&read_all(&mut open(&memory)), &context);
     if let Some(dir) = check_in {
         check(dir, &memory.bytes(), true);
-        goes_on(&memory, &mut random, &context);
+        crash_again(&memory, &mut random, &context);
         check(dir, &memory.bytes(), true);
     }
     memory.ops()
 }
 
 #[test]
-fn after_a_failed_sync_nothing_is_promised_any_more() {
+fn after_a_failed_sync_every_flush_and_write_fails() {
     let memory = fresh();
     let mut disk = open(&memory);
     let mut random = Random(5);
@@ -246,9 +243,9 @@ fn after_a_failed_sync_nothing_is_promised_any_more() {
     };
     write(&mut disk, one, &mut random).unwrap();
     memory.fail(Fault::Once(memory.ops() + 1)); // the count, then the sync
-    // Though it was for want of room, waiting for room would bring nothing back.
+    // Not `is_full` despite ENOSPC: free space does not restore the lost data.
     assert!(disk.flush().is_err_and(|error| !is_full(&error)));
-    assert!(disk.flush().is_err(), "the host forgot, we must not");
+    assert!(disk.flush().is_err(), "the next fdatasync would succeed");
     assert!(write(&mut disk, one, &mut random).is_err());
     assert_eq!(read_all(&mut disk)[0], 7);
 }

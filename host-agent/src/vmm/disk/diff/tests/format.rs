@@ -1,4 +1,4 @@
-//! The file as qemu sees it, and files that somebody damaged.
+//! The file as QEMU reads it, and damaged files.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -23,15 +23,15 @@ fn pseudo_random(len: usize, seed: u64) -> Vec<u8> {
         .collect()
 }
 
-/// Waits until nobody holds a lock on a file: another test's child has copies
-/// of our descriptors until it runs its program, and with them the locks.
+/// Waits until no process has a lock on the file: between fork and exec, a child of
+/// another test has copies of all descriptors.
 fn wait_unlocked(path: &Path) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let start = Instant::now();
     while let Err(error) = lock(&file, Access::Exclusive) {
         assert!(start.elapsed() < Duration::from_secs(20), "{error}");
     }
-    // By name, as a child may have a copy of this one, too.
+    // Opened by name, because a child may have a copy of this descriptor too.
     let all = libc::flock {
         l_type: libc::F_UNLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -43,7 +43,7 @@ fn wait_unlocked(path: &Path) {
 }
 
 #[test]
-fn qemu_reads_what_was_written_and_the_base_is_untouched() {
+fn qemu_reads_the_same_content_and_the_base_is_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let base_len = 40 * CLUSTER as usize + 1024;
@@ -119,7 +119,7 @@ fn qemu_reads_what_was_written_and_the_base_is_untouched() {
 }
 
 #[test]
-fn size_bound() {
+fn the_file_is_bounded_by_the_written_clusters() {
     let memory = fresh();
     let mut random = Random(3);
     let mut bytes = [9; 512];
@@ -134,17 +134,17 @@ fn size_bound() {
             }
         }
     }
-    // 10 clusters in 3 stretches that can be in use, one of them cut in two.
+    // The three hot ranges touch at most 11 clusters.
     let layout = Layout::new(SIZE).unwrap();
     let most = layout.metadata_bytes() + 11 * CLUSTER;
     assert!(memory.bytes().len() as u64 <= most);
-    // All of the metadata, at the largest size, is below 1 %.
+    // At the largest size, the metadata is less than 1 %.
     let largest = Layout::new(MAX_VIRTUAL_SIZE).unwrap();
     assert!(largest.metadata_bytes() <= MAX_VIRTUAL_SIZE / 100);
 }
 
 #[test]
-fn every_possible_size_has_a_layout_that_counts_itself() {
+fn refcount_blocks_cover_the_file_at_every_size() {
     let sizes = [
         512,
         CLUSTER,
@@ -173,7 +173,7 @@ fn every_possible_size_has_a_layout_that_counts_itself() {
     }
 }
 
-/// Byte offset and new value of header fields and table entries.
+/// Offsets and new values of header fields and table entries.
 fn mutations() -> Vec<(usize, Vec<u8>)> {
     let mut list = Vec::new();
     let field = |at: usize, len: usize| {
@@ -210,7 +210,7 @@ fn mutations() -> Vec<(usize, Vec<u8>)> {
 }
 
 #[test]
-fn a_damaged_image_is_refused_or_read_but_never_trusted() {
+fn a_damaged_image_is_refused_or_read_safely() {
     let good = {
         let memory = fresh();
         let mut disk = open(&memory);
@@ -230,7 +230,7 @@ fn a_damaged_image_is_refused_or_read_but_never_trusted() {
     assert!(mutations.len() >= 60);
     let mut refused = 0;
     let mut try_open = |image: Vec<u8>, what: &str| {
-        // Time of this thread alone: other tests may have the processor.
+        // CPU time of this thread: other tests run at the same time.
         let clock = || Duration::from(ClockId::CLOCK_THREAD_CPUTIME_ID.now().unwrap());
         let started = clock();
         let result = Diff::open(Memory::new(image), Computed { len: BASE_LEN });
@@ -304,7 +304,7 @@ fn two_entries_for_one_cluster_are_refused() {
 }
 
 #[test]
-fn images_of_other_tools_are_refused_with_the_field_that_differs() {
+fn images_of_other_tools_are_refused() {
     let dir = image_dir();
     let path = dir.path().join("foreign.qcow2");
     let path = path.to_str().unwrap();
@@ -318,7 +318,7 @@ fn images_of_other_tools_are_refused_with_the_field_that_differs() {
 }
 
 #[test]
-fn repaired_by_qemu_it_still_opens() {
+fn an_image_repaired_by_qemu_opens() {
     let dir = image_dir();
     let memory = fresh();
     let mut disk = open(&memory);
@@ -332,7 +332,7 @@ fn repaired_by_qemu_it_still_opens() {
     }
     disk.flush().unwrap();
     let expected = read_all(&mut disk);
-    // A leak, as a crash leaves it.
+    // A leaked cluster, as after a crash.
     let layout = Layout::new(SIZE).unwrap();
     let mut image = memory.bytes();
     let count = layout.refcount_offset(layout.first_data + 50) as usize;

@@ -1,4 +1,4 @@
-//! A host that remembers what was written and synced, and fails on demand.
+//! A file in memory that records writes and syncs, and fails on demand.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,21 +7,21 @@ use vm_memory::VolatileSlice;
 
 use super::super::super::storage::Storage;
 
-/// A change of a file, in the order in which it was made.
+/// A recorded operation on a file.
 #[derive(Debug, Clone)]
 pub enum Op {
     Write { offset: u64, bytes: Vec<u8> },
     Sync,
 }
 
-/// What the host does from now on.
+/// Which of the next operations fail.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Fault {
     #[default]
     None,
-    /// Operation number n (from 0) fails; a write leaves its first half behind.
+    /// Operation n (from 0) fails; of a write, the first half is written.
     Once(usize),
-    /// Operation number n and all after it fail like that.
+    /// Operation n and all later ones fail like that.
     From(usize),
 }
 
@@ -107,7 +107,7 @@ impl Storage for Memory {
         let mut state = self.0.lock().unwrap();
         let faulty = state.faulty();
         if faulty {
-            // Sectors arrive whole or not at all.
+            // A sector is written completely or not at all.
             bytes.truncate(bytes.len() / 2 / 512 * 512);
         }
         apply(&mut state.bytes, offset, &bytes);
@@ -145,7 +145,7 @@ impl Storage for Computed {
     fn read_at(&self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
         let mut at = offset;
         for slice in to {
-            // Sector by sector, from any position in one.
+            // Sector by sector; the first may be partial.
             let mut done = 0;
             while done < slice.len() {
                 let inside = (at % 512) as usize;

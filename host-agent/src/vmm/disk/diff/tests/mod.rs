@@ -1,4 +1,4 @@
-//! A diff against a model of what may be lost, on hosts that crash and fail.
+//! Tests of a diff on hosts that crash and fail, against a model of what may be lost.
 
 mod crash;
 mod format;
@@ -16,7 +16,7 @@ use super::Diff;
 use super::layout::{CLUSTER, Layout};
 use host::{BASE, Computed, Memory};
 
-/// A sector that says which write it came from.
+/// A sector filled with the tag of its write.
 pub fn tagged(tag: u64) -> [u8; 512] {
     let mut sector = [0; 512];
     for word in sector.chunks_exact_mut(8) {
@@ -25,14 +25,14 @@ pub fn tagged(tag: u64) -> [u8; 512] {
     sector
 }
 
-/// The tag of a sector that was written whole.
+/// The tag of a sector, which must come from one write.
 fn tag(sector: &[u8]) -> u64 {
     let tag = u64::from_le_bytes(sector[..8].try_into().unwrap());
     assert_eq!(sector, tagged(tag), "a sector mixes two writes");
     tag
 }
 
-/// Repeatable randomness (xorshift64*).
+/// A reproducible random generator (xorshift64*).
 #[derive(Debug, Clone)]
 pub struct Random(pub u64);
 
@@ -45,13 +45,13 @@ impl Random {
     }
 }
 
-/// The virtual disk: a bit over 1 GiB, so three L2 tables, ending in the middle
-/// of a cluster.
+/// Size of the virtual disk: a little over 1 GiB, so three L2 tables. It ends in the
+/// middle of a cluster.
 const SIZE: u64 = (1 << 30) + 5 * CLUSTER + 3 * SECTOR;
-/// The base ends in the middle of a cluster too.
+/// Size of the base, which ends in the middle of a cluster too.
 const BASE_LEN: u64 = (512 << 20) + CLUSTER + 7 * SECTOR;
-/// The stretches that tests write to: the start, across two L2 tables and the
-/// end of the base, and the end.
+/// The ranges that tests write: the start, a range across two L2 tables and the end
+/// of the base, and the end.
 const HOT: [(u64, u64); 3] = [
     (0, 3 * CLUSTER),
     ((512 << 20) - 2 * CLUSTER, 4 * CLUSTER),
@@ -76,7 +76,7 @@ fn fresh_tags() -> Vec<u64> {
         .collect()
 }
 
-/// A write of the test: where in the hot sectors, and what.
+/// A write of the test: index of the first hot sector, number of sectors, tag.
 #[derive(Debug, Clone, Copy)]
 struct Write {
     first: usize,
@@ -84,11 +84,11 @@ struct Write {
     tag: u64,
 }
 
-/// A random write within one hot stretch; often small, sometimes all of it.
+/// A random write within one hot range: often small, sometimes all of it.
 fn random_write(random: &mut Random, tag: u64) -> Write {
-    let stretch = random.below(3) as usize;
-    let before: u64 = HOT[..stretch].iter().map(|(_, len)| len / SECTOR).sum();
-    let sectors = HOT[stretch].1 / SECTOR;
+    let range = random.below(3) as usize;
+    let before: u64 = HOT[..range].iter().map(|(_, len)| len / SECTOR).sum();
+    let sectors = HOT[range].1 / SECTOR;
     let start = random.below(sectors);
     let most = match random.below(8) {
         0 => sectors,
@@ -117,7 +117,7 @@ type Tested = Diff<Memory, Computed>;
 
 fn write(disk: &mut Tested, write: Write, random: &mut Random) -> std::io::Result<()> {
     let mut bytes = tagged(write.tag).repeat(write.count);
-    // Cut into buffers like a guest's, at any byte.
+    // Two buffers, split at any byte.
     let cut = random.below(bytes.len() as u64 + 1) as usize;
     let (left, right) = bytes.split_at_mut(cut);
     let parts = [VolatileSlice::from(left), VolatileSlice::from(right)];
@@ -159,12 +159,12 @@ fn image_dir() -> tempfile::TempDir {
     dir
 }
 
-/// Fails unless `qemu-img check` finds nothing but leaked clusters.
+/// Fails if `qemu-img check` finds errors, or leaked clusters that are not allowed.
 fn check(dir: &Path, image: &[u8], leaks_allowed: bool) {
     let path = dir.join("diff.qcow2");
     fs::write(&path, image).unwrap();
     let output = qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
-    // 3: only leaked clusters (qemu-img(1)).
+    // Exit code 3: only leaked clusters (qemu-img(1)).
     let fine = match output.status.code() {
         Some(0) => true,
         Some(3) => leaks_allowed,
