@@ -1,7 +1,7 @@
 //! One boot of an instance's guest: the start of its VMM process and that
 //! process's events.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::mem::Discriminant;
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use vmbus::text::chain;
 
 use super::super::event::EventKind;
@@ -23,7 +23,7 @@ use super::{DRAIN_LIMIT, Instance, MAX_CONNECTIONS};
 use crate::cgroup::{GroupError, GuestGroup};
 use crate::channels::{ChannelEvent, GuestChannels, ShutdownRequest};
 use crate::token_bucket::LogLimit;
-use crate::vmm::control::{self, Event, ExitReason, Stats};
+use crate::vmm::control::{self, Event, ExitReason};
 
 /// One boot of the guest, from the start of its VMM process to the end of it.
 #[derive(Debug)]
@@ -39,7 +39,6 @@ pub(super) struct GuestBoot {
     pub(super) no_space_reported: bool,
     pub(super) misbehaviour: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
     pub(super) execs: BTreeMap<u64, PendingExec>,
-    pub(super) stats: VecDeque<oneshot::Sender<Result<Stats, String>>>,
 }
 
 /// The guest's connections to the channels.
@@ -131,7 +130,6 @@ impl Instance {
             no_space_reported: false,
             misbehaviour: HashMap::new(),
             execs: BTreeMap::new(),
-            stats: VecDeque::new(),
         });
     }
 
@@ -219,18 +217,13 @@ impl Instance {
             }) => return self.no_space(disk, needed, quota),
             Event::SpaceBack {} => return self.space_back(),
             Event::Pong { .. } => self.liveness.pong(),
-            Event::Stats(stats) => {
-                if let Some(answer) = boot.stats.pop_front() {
-                    let _ = answer.send(Ok(stats));
-                }
-            }
             Event::DeviceNeedsReset { device, reason } => {
                 self.report_limited(EventKind::DeviceNeedsReset { device, reason });
             }
             Event::DiskFailed(failed) => self.disk_failed(failed),
             Event::GuestPanicked {} => boot.exit = Some(ExitReason::Panic),
-            // Answers to Attach alone, and events of another build.
-            Event::Attached(_) | Event::Refused { .. } | Event::Unknown => {}
+            // Answers to commands that an instance does not send, and events of another build.
+            Event::Stats(_) | Event::Attached(_) | Event::Refused { .. } | Event::Unknown => {}
             Event::Exited(reason) => {
                 let panicked = boot.exit == Some(ExitReason::Panic);
                 if !(panicked && reason == ExitReason::Reboot) {

@@ -10,7 +10,6 @@ use vmbus::message::Goal;
 
 use super::super::spec::InstanceSpec;
 use super::super::status::InstanceStatus;
-use crate::vmm::control::Stats;
 
 /// Most time for an answer. A VMM process that takes longer is hung: its pings end
 /// it.
@@ -29,8 +28,6 @@ pub enum Request {
     Pause(bool, oneshot::Sender<Result<(), String>>),
     /// A connection to the guest agent's exec service.
     Exec(oneshot::Sender<Result<UnixStream, String>>),
-    /// Counters of the VMM process.
-    Stats(oneshot::Sender<Result<Stats, String>>),
 }
 
 /// A handle to a running actor.
@@ -91,11 +88,6 @@ impl InstanceHandle {
     /// Stops or resumes the vCPUs.
     pub async fn pause(&self, paused: bool) -> Result<(), String> {
         self.ask(|answer| Request::Pause(paused, answer)).await
-    }
-
-    /// Counters of the VMM process.
-    pub async fn stats(&self) -> Result<Stats, String> {
-        self.ask(Request::Stats).await
     }
 
     async fn ask<T>(

@@ -51,23 +51,10 @@ impl Instance {
             Request::Exec(answer) if self.is_busy() => {
                 let _ = answer.send(Err(BUSY.into()));
             }
-            Request::Stats(answer) if self.is_busy() => {
-                let _ = answer.send(Err(BUSY.into()));
-            }
             Request::Exec(answer) if self.liveness.is_paused_for_space() => {
                 let _ = answer.send(Err(NO_SPACE.into()));
             }
             Request::Exec(answer) => self.exec(answer),
-            Request::Stats(answer) => match self.command(&Command::Stats {}, Vec::new()) {
-                Ok(()) => {
-                    if let Some(boot) = &mut self.boot {
-                        boot.stats.push_back(answer);
-                    }
-                }
-                Err(error) => {
-                    let _ = answer.send(Err(error.to_string()));
-                }
-            },
         }
         true
     }
@@ -75,8 +62,7 @@ impl Instance {
     /// Whether no more requests that wait for an answer are taken.
     fn is_busy(&self) -> bool {
         let boot = self.boot.as_ref();
-        self.is_behind()
-            || boot.is_some_and(|boot| boot.execs.len() + boot.stats.len() >= MAX_OPEN_REQUESTS)
+        self.is_behind() || boot.is_some_and(|boot| boot.execs.len() >= MAX_OPEN_REQUESTS)
     }
 
     /// Whether the VMM process does not keep up with the commands sent to it.
