@@ -1,6 +1,6 @@
-//! The guest agent: takes goals, sets the guest up, has the bootstrapper run
-//! the role, serves its tunnels. One that finds a bootstrapper at work goes on
-//! where the guest agent before it ended.
+//! The guest agent: takes goals from the host and performs what the planner names: sets
+//! the guest up, serves tunnels, has the bootstrapper run the role. A guest agent that
+//! finds a bootstrapper of an earlier one adopts it.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -13,176 +13,185 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmbus::channel::Channel;
-use vmbus::message::{ExpectedState, Goal, LogRecord, LogSource, RoleState, Status};
-use vmbus::message::{ToGuest, ToHost};
+use vmbus::message::{Goal, LogRecord, LogSource, RoleState, Status, ToGuest, ToHost};
 use vmbus::stream::send;
-use vmbus::text::chain;
 
-use crate::bootstrapper::stack::{self, Found, Stack};
-use crate::bootstrapper::{Role, Said};
+use crate::bootstrapper::client::{self, Bootstrapper, Found};
+use crate::bootstrapper::{BootstrapperEvent, Role};
 use crate::exec::{self, Environment};
+use crate::failure::Failure;
 use crate::log::Logger;
+use crate::planner::{Effect, Next, Planner};
 use crate::report::{self, Report};
 use crate::setup::{self, Launch};
 use crate::{bus, tunnel};
 
 const NAME: &str = "guest-agent";
-/// Wait before a bootstrapper that died is started again.
-const BOOTSTRAPPER_WAIT: Duration = Duration::from_secs(5);
 /// Time beyond the role's own for the bootstrapper to end.
 const STOP_MARGIN: Duration = Duration::from_secs(5);
-/// Time for the last log lines to leave.
-const FAREWELL: Duration = Duration::from_secs(1);
+/// Most time at the end for the last log lines to be sent.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Runs until told to end by SIGTERM, which stops the role.
+/// Runs until SIGTERM, which stops the role.
 pub async fn run() -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let logger = Logger::start(NAME);
     logger.agent(NAME, format!("{} starts", crate::name(NAME)));
-    let (status, seen) = watch::channel(status(0, Role::unknown()));
+    let planner = Planner::new();
+    let role = Role::unknown();
+    let (status, reported) = watch::channel(planner.status(&role));
     let mut agent = Agent {
         logger,
+        planner,
+        role,
         status,
         environment: Environment::new(RwLock::new(Vec::new())),
         tunnels: BTreeMap::new(),
-        stack: None,
-        applied: None,
-        start_at: None,
+        bootstrapper: None,
+        set_up: None,
     };
-    // Before anything is told to anyone: what is adopted never was unknown.
-    if let Some(found) = Stack::find().await {
+    // Before the first report: a running role is never reported as Unknown.
+    if let Some(found) = Bootstrapper::find().await {
         agent.adopt(found).await;
     }
-    tokio::spawn(report_to_app_agent(seen.clone()));
-    tokio::spawn(report_to_host(seen));
+    tokio::spawn(report_to_app_agent(reported.clone()));
+    tokio::spawn(report_to_host(reported));
     let (goals, mut wanted) = mpsc::channel(1);
     tokio::spawn(receive_goals(goals));
     exec::serve(Arc::clone(&agent.environment)).await?;
     loop {
+        let wait = match agent.planner.next(std::time::Instant::now()) {
+            Next::Do(effect, goal) => {
+                agent.perform(effect, *goal).await;
+                continue;
+            }
+            Next::Wait(until) => until,
+        };
         tokio::select! {
-            Some(goal) = wanted.recv() => agent.apply(goal).await,
-            said = said(&mut agent.stack) => match said {
-                Some(said) => agent.heard(said),
+            Some(goal) = wanted.recv() => agent.take_goal(goal),
+            result = set_up_result(&mut agent.set_up) => {
+                agent.set_up = None;
+                agent.finished(result);
+            }
+            event = next_event(&mut agent.bootstrapper) => match event {
+                Some(event) => agent.bootstrapper_event(event),
                 None => agent.bootstrapper_ended().await,
             },
-            () = due(agent.start_at) => agent.start_stack().await,
+            () = until(wait) => {}
             _ = terminate.recv() => {
-                agent.stop_stack().await;
-                agent.logger.flush(FAREWELL).await;
+                if let Err(failure) = agent.stop().await {
+                    agent.log(failure.detail);
+                }
+                agent.logger.flush(LAST_LINES).await;
                 return Ok(());
             }
         }
     }
 }
 
-/// What the bootstrapper says next, `None` when it is gone.
-async fn said(stack: &mut Option<Stack>) -> Option<Said> {
-    match stack {
-        Some(stack) => stack.said().await,
+/// The bootstrapper's next event, `None` when it is gone; never if there is none.
+async fn next_event(bootstrapper: &mut Option<Bootstrapper>) -> Option<BootstrapperEvent> {
+    match bootstrapper {
+        Some(bootstrapper) => bootstrapper.next_event().await,
         None => std::future::pending().await,
     }
 }
 
-async fn due(at: Option<Instant>) {
+/// The result of the set-up in progress; never if there is none.
+async fn set_up_result(task: &mut Option<SetUpTask>) -> Result<(), Failure> {
+    match task {
+        Some(task) => match task.await {
+            Ok(result) => result,
+            Err(error) => Err(Failure::passing(error.to_string())),
+        },
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<std::time::Instant>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+        Some(at) => tokio::time::sleep_until(Instant::from_std(at)).await,
         None => std::future::pending().await,
     }
 }
 
-/// What a goal asks of a guest agent. Pure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// It is applied already, or older than what is.
-    Nothing,
-    /// The role shall not run.
-    Stop,
-    /// The role shall run as this goal says: one that runs is replaced.
-    Replace,
-}
-
-fn step(applied: u64, goal: &Goal) -> Step {
-    match goal.expected {
-        _ if goal.incarnation <= applied => Step::Nothing,
-        ExpectedState::Stopped => Step::Stop,
-        ExpectedState::Started => Step::Replace,
-    }
-}
+type SetUpTask = JoinHandle<Result<(), Failure>>;
 
 struct Agent {
     logger: Logger,
+    planner: Planner,
+    /// What the bootstrapper reported last.
+    role: Role,
     status: watch::Sender<Status>,
     environment: Environment,
     tunnels: BTreeMap<u16, JoinHandle<()>>,
-    stack: Option<Stack>,
-    applied: Option<Goal>,
-    /// When a bootstrapper is started again.
-    start_at: Option<Instant>,
+    bootstrapper: Option<Bootstrapper>,
+    /// The set-up in progress: it may wait for a disk.
+    set_up: Option<SetUpTask>,
 }
 
 impl Agent {
-    /// Goes on with a bootstrapper that an earlier guest agent started.
+    /// Continues with a bootstrapper that an earlier guest agent started.
     async fn adopt(&mut self, found: Found) {
-        let Found { stack, goal, role } = found;
+        let Found {
+            bootstrapper,
+            goal,
+            role,
+        } = found;
         let Some(goal) = goal else {
-            // The guest agent before died between the start and the order.
-            if let Err(error) = stack.stop(STOP_MARGIN, drop).await {
-                self.log(format!("an idle bootstrapper: {error}"));
+            // The earlier guest agent died between start and order.
+            if let Err(error) = bootstrapper.stop(STOP_MARGIN, drop).await {
+                self.log(format!("stop an idle bootstrapper: {error}"));
             }
             return;
         };
-        let incarnation = goal.incarnation;
         self.log(format!(
-            "found the bootstrapper at work on goal {incarnation}, role {:?}",
-            role.state
+            "adopted the bootstrapper of goal {}, role {:?}",
+            goal.incarnation, role.state
         ));
-        self.status.send_replace(status(incarnation, role));
-        self.stack = Some(stack);
-        if let Err(detail) = self.serve(&goal) {
-            self.fail(detail);
-        }
-        self.applied = Some(*goal);
+        self.role = role;
+        self.bootstrapper = Some(bootstrapper);
+        self.planner.adopted(goal, std::time::Instant::now());
+        self.publish();
     }
 
-    async fn apply(&mut self, goal: Goal) {
-        let step = step(self.status.borrow().incarnation, &goal);
-        if step == Step::Nothing {
-            return;
+    fn take_goal(&mut self, goal: Goal) {
+        let incarnation = goal.incarnation;
+        if self.planner.goal(goal) {
+            self.log(format!("goal {incarnation} received"));
+            self.publish();
         }
-        self.log(format!("goal {} received", goal.incarnation));
-        self.status
-            .send_modify(|status| status.incarnation = goal.incarnation);
-        self.stop_stack().await;
-        self.start_at = None;
-        self.applied = None;
-        if step == Step::Stop {
-            if self.status.borrow().state != RoleState::Stopped {
-                self.set(RoleState::Stopped, String::new());
+    }
+
+    async fn perform(&mut self, effect: Effect, goal: Goal) {
+        let result = match effect {
+            Effect::Stop => self.stop().await,
+            Effect::SetUp => {
+                let logger = self.logger.clone();
+                // `finished` follows when the task ends.
+                self.set_up = Some(tokio::task::spawn_blocking(move || {
+                    setup::prepare(&goal, |stage| logger.agent(NAME, stage))
+                        .map_err(|error| error.failure())
+                }));
+                return;
             }
-            return;
-        }
-        self.set(RoleState::Creating, String::new());
-        let for_setup = goal.clone();
-        let logger = self.logger.clone();
-        let prepared = tokio::task::spawn_blocking(move || {
-            setup::prepare(&for_setup, |stage| logger.agent(NAME, stage))
-        })
-        .await;
-        match prepared {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return self.fail(chain(&error)),
-            Err(error) => return self.fail(error.to_string()),
-        }
-        if let Err(detail) = self.serve(&goal) {
-            return self.fail(detail);
-        }
-        self.applied = Some(goal);
-        self.start_stack().await;
+            Effect::Serve => self.serve(&goal),
+            Effect::Start => self.start(goal).await,
+        };
+        self.finished(result);
     }
 
-    /// What this process itself serves of a goal: the environment of exec and
-    /// the tunnels, of which those no longer wanted end.
-    fn serve(&mut self, goal: &Goal) -> Result<(), String> {
+    fn finished(&mut self, result: Result<(), Failure>) {
+        self.planner.finished(result, std::time::Instant::now());
+        if let Some(detail) = self.planner.failure() {
+            self.log(detail.to_owned());
+        }
+        self.publish();
+    }
+
+    /// What this process itself serves of a goal: the environment of exec and the
+    /// tunnels. Tunnels that the goal does not have end.
+    fn serve(&mut self, goal: &Goal) -> Result<(), Failure> {
         let endpoints = &goal.role.endpoints;
         if let Ok(mut environment) = self.environment.write() {
             *environment = Launch::of(goal).environment.into_iter().collect();
@@ -196,75 +205,84 @@ impl Agent {
         });
         for endpoint in endpoints {
             if let Entry::Vacant(free) = self.tunnels.entry(endpoint.local_port) {
-                let task = tunnel::serve(endpoint.local_port)
-                    .map_err(|error| format!("tunnel {}: {error}", endpoint.name))?;
+                let task = tunnel::serve(endpoint.local_port).map_err(|error| {
+                    Failure::passing(format!("tunnel {}: {error}", endpoint.name))
+                })?;
                 free.insert(task);
             }
         }
         Ok(())
     }
 
-    async fn start_stack(&mut self) {
-        self.start_at = None;
-        let Some(applied) = self.applied.clone() else {
-            return;
+    async fn start(&mut self, goal: Goal) -> Result<(), Failure> {
+        let started = Bootstrapper::start(goal).await;
+        self.bootstrapper =
+            Some(started.map_err(|error| Failure::passing(format!("bootstrapper: {error}")))?);
+        self.log("bootstrapper started".into());
+        // What an earlier bootstrapper reported is not true of this one.
+        self.role = Role {
+            state: RoleState::Starting,
+            ..Role::unknown()
         };
-        match Stack::start(applied).await {
-            Ok(stack) => {
-                self.log("bootstrapper started".into());
-                self.stack = Some(stack);
-            }
-            Err(error) => self.start_later(format!("bootstrapper: {error}")),
-        }
+        Ok(())
     }
 
-    fn start_later(&mut self, detail: String) {
-        self.log(detail.clone());
-        self.set(RoleState::Recycling, detail);
-        self.status.send_modify(|status| {
-            status.retry_in_ms = u64::try_from(BOOTSTRAPPER_WAIT.as_millis()).ok();
-        });
-        self.start_at = Some(Instant::now() + BOOTSTRAPPER_WAIT);
-    }
-
-    /// It died: the role, if it still runs, is watched by nobody and ends.
+    /// Its role, if it still runs, has nobody who watches it, and is ended.
     async fn bootstrapper_ended(&mut self) {
-        self.stack = None;
-        if let Err(error) = stack::clear().await {
-            self.log(format!("after the bootstrapper: {error}"));
+        self.bootstrapper = None;
+        if let Err(error) = client::clear().await {
+            self.log(format!("after the end of the bootstrapper: {error}"));
         }
-        self.start_later("bootstrapper ended by itself".into());
+        self.planner.bootstrapper_ended(std::time::Instant::now());
+        if let Some(detail) = self.planner.failure() {
+            self.log(detail.to_owned());
+        }
+        self.publish();
     }
 
-    async fn stop_stack(&mut self) {
-        let Some(stack) = self.stack.take() else {
-            return;
+    /// Stops bootstrapper and role.
+    async fn stop(&mut self) -> Result<(), Failure> {
+        let failed = |error| Failure::passing(format!("stop the role: {error}"));
+        let Some(bootstrapper) = self.bootstrapper.take() else {
+            return match self.planner.running() {
+                // An earlier attempt asked the bootstrapper already.
+                Some(_) => client::clear().await.map_err(failed),
+                None => Ok(()),
+            };
         };
-        self.set(RoleState::Stopping, String::new());
-        let limit = self.applied.as_ref().map_or(0, |goal| goal.stop_timeout_ms);
+        let limit = self
+            .planner
+            .running()
+            .map_or(0, |goal| goal.stop_timeout_ms);
         let limit = Duration::from_millis(limit) + STOP_MARGIN;
-        let stopped = stack.stop(limit, |said| self.heard(said)).await;
-        if let Err(error) = stopped {
-            self.log(format!("stop: {error}"));
+        self.role.state = RoleState::Stopping;
+        self.role.detail.clear();
+        self.role.retry_in_ms = None;
+        self.publish();
+        let stopped = bootstrapper
+            .stop(limit, |event| self.bootstrapper_event(event))
+            .await;
+        // The last state that the bootstrapper reports is how the role stopped.
+        if self.role.state != RoleState::Stopped {
+            self.role.state = RoleState::Stopped;
+            self.role.detail = "killed with its bootstrapper".into();
+            self.role.killed = true;
+            self.publish();
         }
-        // The bootstrapper's last word is how the role stopped.
-        if self.status.borrow().state != RoleState::Stopped {
-            self.set(RoleState::Stopped, "killed with its bootstrapper".into());
-            self.status.send_modify(|status| status.killed = true);
-        }
+        stopped.map_err(failed)
     }
 
-    fn heard(&self, said: Said) {
-        match said {
-            Said::State(role) => {
+    fn bootstrapper_event(&mut self, event: BootstrapperEvent) {
+        match event {
+            BootstrapperEvent::State(role) => {
                 self.logger.agent(
                     "bootstrapper",
                     format!("role {:?} {}", role.state, role.detail),
                 );
-                let incarnation = self.status.borrow().incarnation;
-                self.status.send_replace(status(incarnation, role));
+                self.role = role;
+                self.publish();
             }
-            Said::Line {
+            BootstrapperEvent::Line {
                 stream,
                 uptime_ms,
                 dropped,
@@ -276,39 +294,23 @@ impl Agent {
                 dropped,
                 text,
             }),
-            // Only the first message is one.
-            Said::Hello { .. } => {}
+            // Only the first message of a connection is one.
+            BootstrapperEvent::Hello { .. } => {}
         }
     }
 
-    fn set(&self, state: RoleState, detail: String) {
-        self.status.send_modify(|status| {
-            status.state = state;
-            status.detail = detail;
-            status.retry_in_ms = None;
-            status.killed = false;
+    /// Reports the status if it changed.
+    fn publish(&self) {
+        let new = self.planner.status(&self.role);
+        self.status.send_if_modified(|status| {
+            let changed = *status != new;
+            *status = new;
+            changed
         });
-    }
-
-    fn fail(&self, detail: String) {
-        self.log(detail.clone());
-        self.set(RoleState::Failed, detail);
     }
 
     fn log(&self, text: String) {
         self.logger.agent(NAME, text);
-    }
-}
-
-fn status(incarnation: u64, role: Role) -> Status {
-    Status {
-        incarnation,
-        state: role.state,
-        detail: role.detail,
-        recycles: role.recycles,
-        last_exit: role.last_exit,
-        retry_in_ms: role.retry_in_ms,
-        killed: role.killed,
     }
 }
 
@@ -347,14 +349,8 @@ async fn report_to_app_agent(mut status: watch::Receiver<Status>) {
     loop {
         if let Ok(mut socket) = tokio::net::UnixStream::connect(report::SOCKET).await {
             loop {
-                let report = {
-                    let status = status.borrow_and_update();
-                    Report {
-                        incarnation: status.incarnation,
-                        role: status.state,
-                    }
-                };
-                if send(&mut socket, &report).await.is_err() {
+                let role = status.borrow_and_update().state;
+                if send(&mut socket, &Report { role }).await.is_err() {
                     break;
                 }
                 // Repeated when nothing changes: see `report::EVERY`.
@@ -364,45 +360,5 @@ async fn report_to_app_agent(mut status: watch::Receiver<Status>) {
             }
         }
         tokio::time::sleep(report::EVERY).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use vmbus::role::{EntryPoint, RoleDefinition};
-
-    #[test]
-    fn only_a_newer_goal_stops_or_replaces_what_runs() {
-        let goal = |incarnation, expected| Goal {
-            incarnation,
-            expected,
-            deployment_id: String::new(),
-            instance: String::new(),
-            update_domain: 0,
-            fault_domain: 0,
-            role: RoleDefinition {
-                name: String::new(),
-                entry_point: EntryPoint::Program {
-                    command: Vec::new(),
-                    ready_on_start: true,
-                },
-                elevated: false,
-                settings: BTreeMap::new(),
-                environment: Vec::new(),
-                local_storage: Vec::new(),
-                endpoints: Vec::new(),
-            },
-            application_disk: String::new(),
-            resource_disk: String::new(),
-            stop_timeout_ms: 0,
-        };
-        use ExpectedState::*;
-        assert_eq!(step(0, &goal(1, Started)), Step::Replace);
-        assert_eq!(step(7, &goal(7, Started)), Step::Nothing);
-        assert_eq!(step(7, &goal(7, Stopped)), Step::Nothing);
-        assert_eq!(step(7, &goal(6, Stopped)), Step::Nothing);
-        assert_eq!(step(7, &goal(8, Started)), Step::Replace);
-        assert_eq!(step(7, &goal(8, Stopped)), Step::Stop);
     }
 }

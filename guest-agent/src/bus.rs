@@ -12,20 +12,20 @@ use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
 use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::version::{Hello, SUPPORTED, Welcome};
 
+use crate::backoff::Backoff;
+
 /// Bind to whatever context id the guest has.
 const ANY_CID: u32 = u32::MAX;
-/// First wait before another attempt to get something from the host.
-pub const FIRST_WAIT: Duration = Duration::from_secs(1);
-/// The longest.
-pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// Waits between attempts to get something from the host.
+pub const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
 /// Why a channel is not open.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// The bus is not there, or the host does not answer.
+    /// There is no bus, or the host does not answer.
     #[error("dial channel {0:?}")]
     Connect(Channel, #[source] io::Error),
-    /// The conversation broke.
+    /// The connection broke, or the host's answer is not valid.
     #[error("channel {0:?}")]
     Stream(Channel, #[source] StreamError),
     /// The host closed or refused.
@@ -38,10 +38,8 @@ pub enum DialError {
 pub struct Open {
     /// Frames from the host.
     pub reader: FrameReader<OwnedReadHalf>,
-    /// The way to the host.
+    /// Frames to the host.
     pub writer: OwnedWriteHalf,
-    /// Number of this boot, from the host.
-    pub generation: u64,
 }
 
 /// The kernel's random id of this boot.
@@ -68,11 +66,7 @@ pub async fn dial(channel: Channel, program: &str) -> Result<Open, DialError> {
     let stream = |error| DialError::Stream(channel, error);
     send(&mut writer, &hello).await.map_err(stream)?;
     match reader.next::<Welcome>().await.map_err(stream)? {
-        Some(Welcome::Accepted { generation, .. }) => Ok(Open {
-            reader,
-            writer,
-            generation,
-        }),
+        Some(Welcome::Accepted { .. }) => Ok(Open { reader, writer }),
         Some(Welcome::Refused { reason }) => Err(DialError::Refused(channel, reason)),
         None => Err(DialError::Refused(channel, "closed".into())),
     }
@@ -80,23 +74,22 @@ pub async fn dial(channel: Channel, program: &str) -> Result<Open, DialError> {
 
 /// Dials until it works, with growing waits.
 pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
-    let mut wait = FIRST_WAIT;
+    let mut backoff = RETRY;
     loop {
         match dial(channel, program).await {
             Ok(open) => return open,
             Err(error) => eprintln!("{program}: {}", vmbus::text::chain(&error)),
         }
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(LONGEST_WAIT);
+        tokio::time::sleep(backoff.failed()).await;
     }
 }
 
-/// Connections that may wait to be accepted: as many as a device carries. With
-/// fewer, a crowd of clients would be refused by the guest's kernel.
+/// Connections that may wait to be accepted: as many as the device carries. With fewer,
+/// the guest's kernel would refuse connections of many simultaneous clients.
 const BACKLOG: i32 = 1023;
 
-/// Wait after a failed accept: it fails when the guest has no memory or no file
-/// descriptors left, and would fail again at once.
+/// Wait after a failed accept: it fails when the guest has no memory or no file descriptors
+/// left, and would fail again at once.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens on `port` for connections of the host.

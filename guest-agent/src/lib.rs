@@ -2,13 +2,16 @@
 //! bootstrapper.
 
 pub mod agent;
+pub mod agent_monitor;
+pub mod backoff;
 pub mod bootstrapper;
 pub mod bus;
 pub mod delivery;
 pub mod exec;
-pub mod keeper;
+pub mod failure;
 pub mod log;
 pub mod os;
+pub mod planner;
 pub mod report;
 pub mod setup;
 pub mod tunnel;

@@ -1,5 +1,5 @@
-//! What the guest agent tells the app agent, for its heartbeats: frames on a
-//! socket that only root can reach.
+//! Reports of the guest agent to the app agent: frames on a socket that only root can
+//! reach. They show the app agent that the guest agent works.
 
 use std::time::Duration;
 
@@ -10,15 +10,12 @@ use vmbus::message::RoleState;
 /// Path of the app agent's socket.
 pub const SOCKET: &str = "/run/host-agent/app-agent.sock";
 
-/// How often a guest agent that has nothing new repeats its report: so its age
-/// tells how long the guest agent has been silent.
+/// A report is sent at every change of state, and repeated this often.
 pub const EVERY: Duration = Duration::from_secs(5);
 
-/// Sent at every change of state, and every [`EVERY`].
+/// One report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Highest goal incarnation applied.
-    pub incarnation: u64,
     /// State of the role.
     pub role: RoleState,
 }

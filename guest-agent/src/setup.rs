@@ -5,11 +5,14 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::mount::MsFlags;
 use vmbus::message::Goal;
 use vmbus::role::{EntryPoint, InstanceValue, VariableValue};
+use vmbus::text::chain;
 
+use crate::failure::Failure;
 use crate::os::disk::{self, DiskError};
 use crate::os::{quota, user};
 
@@ -23,10 +26,12 @@ const RESOURCES: &str = "/mnt/resource/Resources";
 pub const ROLE_ROOT: &str = "/mnt/e";
 /// Quota of the role's temporary directory in MiB (role model, section 3.4).
 const TEMP_MIB: u64 = 100;
+/// Most time to wait for a disk before the set-up fails, to be tried again.
+const DISK_LIMIT: Duration = Duration::from_secs(5);
 /// Quota project of the temporary directory; those of local storage follow.
 const FIRST_PROJECT: u32 = 999;
 
-/// What kept the guest from being ready.
+/// Why the guest could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// A disk.
@@ -45,9 +50,19 @@ pub enum SetupError {
     },
 }
 
+impl SetupError {
+    /// Whether another attempt may succeed.
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::Disk(error) => error.failure(),
+            Self::File { source, .. } => Failure::of_setup(chain(self), source),
+        }
+    }
+}
+
 /// How a goal's role is started, and the directories that it has. Follows from the goal
 /// alone, so that guest agent and bootstrapper agree without telling each other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Launch {
     /// Program and arguments; the program is an absolute path.
     pub command: Vec<String>,
@@ -56,7 +71,7 @@ pub struct Launch {
     /// Directories to empty before each start.
     pub clean: Vec<PathBuf>,
     /// Every directory of the role with its quota in MiB.
-    directories: Vec<(PathBuf, u64)>,
+    pub directories: Vec<(PathBuf, u64)>,
 }
 
 impl Launch {
@@ -90,11 +105,11 @@ impl Launch {
 /// Performs the set-up. Blocking. What is done already is left. `done` is called with the
 /// name of each stage at its end, so that the log shows where the time went.
 pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<(), SetupError> {
-    let resource = disk::by_serial(&goal.resource_disk)?;
+    let resource = disk::by_serial(&goal.resource_disk, DISK_LIMIT)?;
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
     disk::mount_resource(&resource, RESOURCE, safe)?;
     done("resource disk is mounted");
-    let application = disk::by_serial(&goal.application_disk)?;
+    let application = disk::by_serial(&goal.application_disk, DISK_LIMIT)?;
     let read_only = safe | MsFlags::MS_RDONLY;
     disk::mount_at(&application, ROLE_ROOT, "squashfs", read_only, None)?;
     done("disks mounted");

@@ -24,7 +24,7 @@ pub const EXEC_PORT: u32 = 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Channel {
-    /// Hello, version, offers. Opened by the app agent, stays open.
+    /// The app agent reports its boot; stays open.
     Control,
     /// The host asks, the app agent answers.
     Heartbeat,

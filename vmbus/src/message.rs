@@ -39,8 +39,6 @@ pub enum ToHost {
     Booted {
         /// Milliseconds from kernel start until PID 1 ran (`CLOCK_BOOTTIME`).
         init_ms: u64,
-        /// Milliseconds from kernel start until this message.
-        now_ms: u64,
     },
 }
 
@@ -92,12 +90,6 @@ pub struct Beat {
     pub boot_id: String,
     /// How the app agent sees the guest.
     pub health: Health,
-    /// Highest goal incarnation that the guest agent applied, 0 before one.
-    pub applied_incarnation: u64,
-    /// The guest agent's last state, absent before its first.
-    pub agent: Option<AgentState>,
-    /// Milliseconds since the guest agent gave that state.
-    pub agent_age_ms: u64,
 }
 
 /// Health of a guest in its own words (Hyper-V heartbeat's four states).
@@ -114,20 +106,11 @@ pub enum Health {
     Stopped,
 }
 
-/// What the app agent knows of the guest agent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AgentState {
-    /// Role state that the guest agent last reported.
-    pub role: RoleState,
-    /// How often the app agent has started the guest agent in this boot.
-    pub starts: u32,
-}
-
 /// State of the role inside the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RoleState {
-    /// No goal applied yet.
+    /// No goal received yet.
     Unknown,
     /// Disks, user, local storage are being set up.
     Creating,
@@ -145,15 +128,20 @@ pub enum RoleState {
     Stopping,
     /// Down by request.
     Stopped,
-    /// Cannot be started as described; no retry.
+    /// Cannot be started as described: another attempt in this boot would fail too.
     Failed,
 }
 
-/// Channel `status`: sent on every change, and repeated after a reconnect.
+/// Channel `status`: sent on every change, and repeated after a reconnect. A failure that
+/// may pass leaves the state at Creating or Recycling, with the cause and the next attempt
+/// in `detail`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// Goal incarnation that this state belongs to.
+    /// Incarnation of the goal that this state belongs to, 0 before one.
     pub incarnation: u64,
+    /// Highest incarnation that was applied whole, 0 before one: its role was started, or
+    /// stopped if that is the goal.
+    pub applied: u64,
     /// The state.
     pub state: RoleState,
     /// For people: which step, which cause. At most 2,000 characters.
@@ -162,9 +150,9 @@ pub struct Status {
     pub recycles: u32,
     /// How the role last ended, if it did.
     pub last_exit: Option<ExitCause>,
-    /// Milliseconds until the next start, while recycling.
+    /// Milliseconds until the next attempt, if the last one failed or the role ended.
     pub retry_in_ms: Option<u64>,
-    /// The role did not stop in its time, or could not be asked to, and was
+    /// The role did not stop in its time, or its bootstrapper did not answer, and it was
     /// killed.
     #[serde(default)]
     pub killed: bool,
@@ -206,7 +194,7 @@ pub struct LogRecord {
     pub text: String,
 }
 
-/// Desired state of a role instance, whole: level, not edge.
+/// Desired state of a role instance, whole: each goal replaces every earlier one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Goal {
     /// Rises with every change.

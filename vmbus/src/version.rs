@@ -34,10 +34,6 @@ pub enum Welcome {
     Accepted {
         /// The version both sides speak from here on.
         version: u32,
-        /// Number of this boot of the guest, from the supervisor.
-        generation: u64,
-        /// Channels that the host serves.
-        offers: Vec<Channel>,
     },
     /// The channel is not opened; the host closes after this frame.
     Refused {

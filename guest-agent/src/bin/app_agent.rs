@@ -7,9 +7,9 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use guest_agent::bootstrapper::stack::Stack;
+use guest_agent::agent_monitor::{AgentMonitor, TICK};
+use guest_agent::bootstrapper::client::Bootstrapper;
 use guest_agent::bus::Open;
-use guest_agent::keeper::{Keeper, TICK};
 use guest_agent::log::uptime_ms;
 use guest_agent::os::{boot, disk, loopback, power};
 use guest_agent::report::{self, Report};
@@ -30,17 +30,19 @@ const NAME: &str = "app-agent";
 const PROGRAM: &str = "/run/host-agent/guest-agent";
 /// Serial number of the OS disk.
 const OS_DISK: &str = "os";
-/// Time beyond the role's own for the guest agent to tell that it had to kill it.
-/// With the last steps (`power`) it is less than the host waits.
-const TELL_MARGIN: Duration = Duration::from_secs(3);
-/// Time in which most roles are Ready.
-const HURRY: Duration = Duration::from_secs(30);
+/// Most time for the OS disk to appear.
+const OS_DISK_LIMIT: Duration = Duration::from_secs(60);
+/// Time beyond the role's own for the guest agent to report that it killed the role.
+/// Together with the last steps (`power`) it is less than the host waits.
+const REPORT_MARGIN: Duration = Duration::from_secs(3);
+/// RCU is expedited for this long: most roles are Ready by then.
+const EXPEDITE_RCU_FOR: Duration = Duration::from_secs(30);
 
-type Shared = Arc<Mutex<Keeper>>;
+type SharedMonitor = Arc<Mutex<AgentMonitor>>;
 
-/// The guest agent's process. Who starts it, who reaps it and who signals it
-/// run on one thread and do not wait in between: a process id that is `Running`
-/// is of a process that was not reaped.
+/// The guest agent's process. The tasks that start it, reap it and signal it run on one
+/// thread and do not wait in between, so the process id in `Running` is of a process that
+/// was not reaped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Process {
     None,
@@ -54,8 +56,8 @@ fn main() {
     if let Err(error) = boot::mount_kernel_file_systems().and_then(|()| boot::load_modules()) {
         die(&chain(&error));
     }
-    boot::hurry(true);
-    // The line by which boot times of any VMM can be compared.
+    boot::expedite_rcu(true);
+    // Benchmarks read this line, and compare boot times of VMMs by it.
     kernel_log(&format!("{NAME}: init at {init_ms} ms"));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -66,8 +68,8 @@ fn main() {
     }
 }
 
-/// Without a root there is nothing to go on with: the kernel panics when PID 1
-/// ends, which the host sees and reports.
+/// Ends PID 1, since the guest is of no use without its root file system: the kernel
+/// panics, which the host sees and reports.
 fn die(reason: &str) -> ! {
     kernel_log(&format!("{NAME}: {reason}"));
     eprintln!("{NAME}: {reason}");
@@ -79,18 +81,18 @@ fn kernel_log(line: &str) {
 }
 
 async fn init(init_ms: u64) {
-    let shared = Shared::default();
+    let shared = SharedMonitor::default();
     tokio::spawn(control(init_ms));
     tokio::spawn(heartbeat(Arc::clone(&shared)));
     tokio::spawn(async {
-        tokio::time::sleep(HURRY).await;
-        boot::hurry(false);
+        tokio::time::sleep(EXPEDITE_RCU_FOR).await;
+        boot::expedite_rcu(false);
     });
     let (power, mut powered) = mpsc::channel(1);
     tokio::spawn(shutdown_channel(power));
 
     let rooted = tokio::task::spawn_blocking(|| {
-        let device = disk::by_serial(OS_DISK).map_err(|error| chain(&error))?;
+        let device = disk::by_serial(OS_DISK, OS_DISK_LIMIT).map_err(|error| chain(&error))?;
         boot::switch_root(&device).map_err(|error| chain(&error))
     });
     match rooted.await {
@@ -107,7 +109,7 @@ async fn init(init_ms: u64) {
         Ok(()) => {
             tokio::spawn(watch_agent(Arc::clone(&shared), Arc::clone(&agent)));
         }
-        // A guest agent that nobody can hear must not be taken for silent.
+        // Without reports every guest agent would be taken for hung and killed.
         Err(error) => eprintln!("{NAME}: {}: {error}", report::SOCKET),
     }
     tokio::spawn(reap(Arc::clone(&agent)));
@@ -117,31 +119,30 @@ async fn init(init_ms: u64) {
     }
 }
 
-fn with<T>(shared: &Shared, act: impl FnOnce(&mut Keeper) -> T) -> T {
+fn with<T>(shared: &SharedMonitor, act: impl FnOnce(&mut AgentMonitor) -> T) -> T {
     act(&mut shared.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 async fn control(init_ms: u64) {
     loop {
         let mut open = bus::dial_until_open(Channel::Control, NAME).await;
-        let booted = ToHost::Booted {
-            init_ms,
-            now_ms: uptime_ms(),
-        };
-        if send(&mut open.writer, &booted).await.is_ok() {
-            // The host says nothing here; the end of the channel is news.
+        if send(&mut open.writer, &ToHost::Booted { init_ms })
+            .await
+            .is_ok()
+        {
+            // The host sends nothing here: this waits for the end of the channel.
             let _ = open.reader.next::<ToGuest>().await;
         }
     }
 }
 
-async fn heartbeat(shared: Shared) {
+async fn heartbeat(shared: SharedMonitor) {
     let boot_id = bus::boot_id();
     loop {
         let mut open = bus::dial_until_open(Channel::Heartbeat, NAME).await;
         while let Ok(Some(ToGuest::Ask { sequence })) = open.reader.next().await {
-            let beat = with(&shared, |keeper| {
-                keeper.beat(sequence, boot_id.clone(), Instant::now())
+            let beat = with(&shared, |monitor| {
+                monitor.beat(sequence, boot_id.clone(), Instant::now())
             });
             if send(&mut open.writer, &ToHost::Beat(beat)).await.is_err() {
                 break;
@@ -162,7 +163,7 @@ async fn shutdown_channel(power: mpsc::Sender<(PowerAction, Duration)>) {
     }
 }
 
-fn listen_for_reports(shared: Shared) -> std::io::Result<()> {
+fn listen_for_reports(shared: SharedMonitor) -> std::io::Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
@@ -179,7 +180,7 @@ fn listen_for_reports(shared: Shared) -> std::io::Result<()> {
             tokio::spawn(async move {
                 let mut reader = FrameReader::new(socket);
                 while let Ok(Some(report)) = reader.next::<Report>().await {
-                    with(&shared, |keeper| keeper.reported(report, Instant::now()));
+                    with(&shared, |monitor| monitor.reported(report.role));
                 }
             });
         }
@@ -212,12 +213,12 @@ async fn reap(agent: Arc<watch::Sender<Process>>) {
     }
 }
 
-/// Ends a guest agent that hangs: its death is noticed, by this process and by
-/// the clients of its tunnels, and what it had at work goes on.
-async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
+/// Kills a guest agent that hangs: this process then starts another, clients of its tunnels
+/// see their connections close, and the role goes on.
+async fn watch_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
     loop {
         tokio::time::sleep(TICK).await;
-        if with(&shared, Keeper::tick)
+        if with(&shared, AgentMonitor::tick)
             && let Process::Running(pid) = *agent.borrow()
         {
             let _ = kill(pid, Signal::SIGKILL);
@@ -225,16 +226,16 @@ async fn watch_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
     }
 }
 
-/// Takes the guest agent over the bus, runs it, and runs it again. What the
-/// guest agent before it had at work goes on meanwhile.
-async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
+/// Takes the guest agent over the bus, runs it, and runs it again when it ends. The role of
+/// an earlier guest agent goes on meanwhile.
+async fn keep_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
     let mut open = take_program().await;
     let mut process = agent.subscribe();
-    while !with(&shared, |keeper| keeper.leaving()) {
+    while !with(&shared, |monitor| monitor.leaving()) {
         let end = match start_agent(&shared, &agent) {
             Err(error) => format!("cannot start: {error}"),
             Ok(()) => {
-                tell(&mut open, None).await;
+                report_agent(&mut open, None).await;
                 let ended = process.wait_for(|it| matches!(it, Process::Ended(_))).await;
                 match ended.as_deref() {
                     Ok(Process::Ended(how)) => how.clone(),
@@ -242,12 +243,12 @@ async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
                 }
             }
         };
-        let (hung, wait, leaving) = with(&shared, |keeper| {
-            let hung = keeper.hung();
-            (hung, keeper.ended(Instant::now()), keeper.leaving())
+        let (hung, wait, leaving) = with(&shared, |monitor| {
+            let hung = monitor.hung();
+            (hung, monitor.ended(Instant::now()), monitor.leaving())
         });
         let end = if hung {
-            format!("said nothing for a minute and {end}")
+            format!("sent no report for a minute and {end}")
         } else {
             end
         };
@@ -255,15 +256,15 @@ async fn keep_agent(shared: Shared, agent: Arc<watch::Sender<Process>>) {
             return;
         }
         eprintln!("{NAME}: guest agent {end}");
-        tell(&mut open, Some(end)).await;
+        report_agent(&mut open, Some(end)).await;
         tokio::time::sleep(wait).await;
     }
 }
 
-/// Takes the program, with growing waits after attempts that fail; the channel
-/// on which it came.
+/// Takes the program, with growing waits after attempts that fail; the channel on which it
+/// came.
 async fn take_program() -> Open {
-    let mut wait = bus::FIRST_WAIT;
+    let mut backoff = bus::RETRY;
     loop {
         let mut open = bus::dial_until_open(Channel::Agent, NAME).await;
         let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await else {
@@ -273,25 +274,24 @@ async fn take_program() -> Open {
         eprintln!("{NAME}: guest agent not delivered: {error}");
         let error = Some(error);
         let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(bus::LONGEST_WAIT);
+        tokio::time::sleep(backoff.failed()).await;
     }
 }
 
 /// Does not wait: see [`Process`].
-fn start_agent(shared: &Shared, agent: &watch::Sender<Process>) -> std::io::Result<()> {
+fn start_agent(shared: &SharedMonitor, agent: &watch::Sender<Process>) -> std::io::Result<()> {
     let child = Command::new(PROGRAM)
         .env_clear()
         .env("PATH", guest_agent::setup::PATH)
         .spawn()?;
     let pid = i32::try_from(child.id()).expect("a process id is a positive i32");
     agent.send_replace(Process::Running(Pid::from_raw(pid)));
-    with(shared, Keeper::started);
+    with(shared, AgentMonitor::started);
     Ok(())
 }
 
-/// Tells the host that the guest agent runs, or what became of it.
-async fn tell(open: &mut Open, error: Option<String>) {
+/// Reports to the host that the guest agent runs, or why it does not.
+async fn report_agent(open: &mut Open, error: Option<String>) {
     let message = ToHost::AgentResult { error };
     if send(&mut open.writer, &message).await.is_err()
         && let Ok(again) = bus::dial(Channel::Agent, NAME).await
@@ -302,25 +302,25 @@ async fn tell(open: &mut Open, error: Option<String>) {
 }
 
 async fn shut_down(
-    shared: &Shared,
+    shared: &SharedMonitor,
     mut agent: watch::Receiver<Process>,
     then: PowerAction,
     deadline: Duration,
 ) {
-    with(shared, Keeper::leave);
+    with(shared, AgentMonitor::leave);
     let end = Instant::now() + deadline;
     let process = agent.borrow().clone();
     if let Process::Running(pid) = process {
-        // The guest agent stops the role within this limit, and tells how.
+        // The guest agent stops the role within this limit, and reports how.
         let _ = kill(pid, Signal::SIGTERM);
         let gone = agent.wait_for(|it| matches!(it, Process::Ended(_)));
-        let _ = tokio::time::timeout(deadline + TELL_MARGIN, gone).await;
+        let _ = tokio::time::timeout(deadline + REPORT_MARGIN, gone).await;
     }
-    // A role whose guest agent died is stopped all the same.
+    // A role whose guest agent died is stopped too.
     let left = end.saturating_duration_since(Instant::now());
     let orphan = async {
-        if let Some(found) = Stack::find().await {
-            let _ = found.stack.stop(left, drop).await;
+        if let Some(found) = Bootstrapper::find().await {
+            let _ = found.bootstrapper.stop(left, drop).await;
         }
     };
     let _ = tokio::time::timeout(left, orphan).await;

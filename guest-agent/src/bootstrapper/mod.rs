@@ -1,15 +1,15 @@
 //! Starts the role, watches it, and starts it again when it ends.
 //!
-//! A process of its own, so that the role outlives the guest agent: it serves
-//! one guest agent after the other on a socket. Its standard input is that
-//! socket, listening already, so that whoever can connect has found a
-//! bootstrapper that runs, and a file that an earlier one left refuses.
+//! A process of its own, so that the role outlives the guest agent: it serves one guest
+//! agent after the other on a Unix socket. The guest agent that starts it binds the socket
+//! and passes it as standard input, listening already. So a connection succeeds only while
+//! a bootstrapper runs: the socket file of one that ended refuses.
 
+pub mod client;
 pub mod outbox;
 pub mod recycle;
 pub mod role;
 pub mod serve;
-pub mod stack;
 
 use serde::{Deserialize, Serialize};
 use vmbus::frame::Message;
@@ -23,18 +23,18 @@ pub const SOCKET: &str = "/run/host-agent/bootstrapper.sock";
 pub enum Order {
     /// Run this goal's role; the first order.
     Run(Box<Goal>),
-    /// Stop the role and end.
+    /// Stop the role and exit.
     Stop,
 }
 
 /// Bootstrapper to guest agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Said {
+pub enum BootstrapperEvent {
     /// The first on every connection: what is running, if an order came yet.
     Hello {
-        /// What was ordered.
+        /// The goal of the order.
         goal: Option<Box<Goal>>,
-        /// How the role is now.
+        /// The role now.
         role: Role,
     },
     /// The role's state changed.
@@ -53,7 +53,7 @@ pub enum Said {
 }
 
 impl Message for Order {}
-impl Message for Said {}
+impl Message for BootstrapperEvent {}
 
 /// State of the role.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

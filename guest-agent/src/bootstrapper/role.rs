@@ -4,7 +4,6 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -21,117 +20,136 @@ use vmbus::message::{ExitCause, Goal, RoleState};
 use vmbus::role::EntryPoint;
 
 use super::recycle::Recycling;
-use super::serve::{Desk, serve};
+use super::serve::{SharedOutbox, serve};
 use super::{Order, Role};
+use crate::backoff::Backoff;
+use crate::failure::Failure;
 use crate::log::lines;
 use crate::os::cgroup::{self, Group};
 use crate::os::child;
 use crate::os::user::ROLE_ID;
 use crate::setup::{Launch, ROLE_ROOT};
 
-/// Where a role says `READY=1` (sd_notify).
+/// Socket on which a role reports `READY=1` (sd_notify).
 const NOTIFY: &str = "/run/host-agent/role-notify";
-/// Time for the last state and lines to reach the guest agent.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// Time for what is left in the pipes of a role that ended.
+/// Most time for the last state and lines to reach the guest agent.
+const LAST_SEND: Duration = Duration::from_secs(1);
+/// Most time to read what is left in the pipes of a role that ended.
 const LAST_LINES: Duration = Duration::from_millis(500);
-/// Time for killed processes to be gone.
+/// Most time for killed processes to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
+/// Delay after a start that failed, and the longest.
+const FIRST_DELAY: Duration = Duration::from_secs(1);
+const LONGEST_DELAY: Duration = Duration::from_secs(60);
 
-/// What ended one run of the role.
-enum Over {
-    /// It ended by itself.
-    Exit(ExitStatus, Option<Duration>),
-    /// It cannot be started.
-    Impossible(String),
-    /// The guest agent wanted it down, and it is; whether it stopped in time.
-    Told(bool),
+/// How one run of the role ended.
+enum RunEnd {
+    /// The role ended by itself; how long it was Ready.
+    Exited(ExitStatus, Option<Duration>),
+    /// It was not started.
+    NotStarted(Failure),
+    /// The guest agent ordered the stop; whether the role ended in its time.
+    Stopped(bool),
 }
 
-/// Runs until told to stop.
+/// Runs until the order to stop.
 pub async fn main() -> io::Result<()> {
     nix::sys::prctl::set_name(c"bootstrapper")?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     let socket = std::os::unix::net::UnixListener::from(socket);
     socket.set_nonblocking(true)?;
     let listener = UnixListener::from_std(socket)?;
-    let desk = Arc::new(Desk::new());
+    let outbox = Arc::new(SharedOutbox::new());
     let (order, mut orders) = mpsc::channel(1);
     let work = async {
         if let Some(Order::Run(goal)) = orders.recv().await {
-            desk.ordered(Goal::clone(&goal));
+            outbox.ordered(Goal::clone(&goal));
             let group = Group::at(cgroup::ROLE)?;
             if !goal.role.elevated {
                 nix::sys::prctl::set_no_new_privs()?;
             }
-            run(&goal, &group, &desk, &mut orders).await;
+            run(&goal, &group, &outbox, &mut orders).await;
         }
-        desk.told(FAREWELL).await;
+        outbox.flush(LAST_SEND).await;
         Ok(())
     };
     tokio::select! {
         result = work => result,
-        () = serve(listener, &desk, order) => Ok(()),
+        () = serve(listener, &outbox, order) => Ok(()),
     }
 }
 
 /// Runs the role again and again, until any further order, which means stop.
-async fn run(goal: &Goal, group: &Group, desk: &Arc<Desk>, orders: &mut mpsc::Receiver<Order>) {
-    let mut watch = Watch {
+async fn run(
+    goal: &Goal,
+    group: &Group,
+    outbox: &Arc<SharedOutbox>,
+    orders: &mut mpsc::Receiver<Order>,
+) {
+    let mut runner = RoleRunner {
         goal,
         launch: Launch::of(goal),
         group,
-        desk,
+        outbox,
         recycling: Recycling::default(),
         last_exit: None,
         killed: false,
     };
-    let mut detail = String::new();
+    let mut not_started = Backoff::new(FIRST_DELAY, LONGEST_DELAY);
+    let mut last_detail = String::new();
     loop {
-        let (state, why, delay) = match watch.run_once(orders).await {
-            Over::Told(in_time) => {
+        let (state, detail, delay) = match runner.run_once(orders).await {
+            RunEnd::Stopped(in_time) => {
                 if !in_time {
-                    detail = format!("killed: not stopped within {} ms", goal.stop_timeout_ms);
+                    let limit = goal.stop_timeout_ms;
+                    last_detail = format!("killed: not stopped within {limit} ms");
                 }
-                watch.killed = !in_time;
+                runner.killed = !in_time;
                 break;
             }
-            Over::Impossible(detail) => {
-                watch.say(RoleState::Failed, detail, None);
+            RunEnd::NotStarted(failure) if failure.permanent => {
+                runner.report(RoleState::Failed, failure.detail, None);
                 orders.recv().await;
                 break;
             }
-            Over::Exit(status, ready_for) => {
-                let cause = cause(status);
-                watch.last_exit = Some(cause);
-                let (delay, state) = watch.recycling.ended(ready_for);
-                let why = format!("{} {}", watch.launch.command.join(" "), words(cause));
-                (state, why, delay)
+            RunEnd::NotStarted(failure) => {
+                let delay = not_started.failed();
+                let seconds = delay.as_secs();
+                let detail = format!("{}; next attempt in {seconds} s", failure.detail);
+                (RoleState::Recycling, detail, delay)
+            }
+            RunEnd::Exited(status, ready_for) => {
+                not_started.reset();
+                let cause = child::exit_cause(status);
+                runner.last_exit = Some(cause);
+                let (delay, state) = runner.recycling.ended(ready_for);
+                let command = runner.launch.command.join(" ");
+                (state, format!("{command} {}", describe(cause)), delay)
             }
         };
-        watch.say(state, why, Some(delay));
+        runner.report(state, detail, Some(delay));
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             _ = orders.recv() => break,
         }
     }
-    watch.say(RoleState::Stopped, detail, None);
+    runner.report(RoleState::Stopped, last_detail, None);
 }
 
 /// A role and its record.
-struct Watch<'a> {
+struct RoleRunner<'a> {
     goal: &'a Goal,
     launch: Launch,
     group: &'a Group,
-    desk: &'a Arc<Desk>,
+    outbox: &'a Arc<SharedOutbox>,
     recycling: Recycling,
     last_exit: Option<ExitCause>,
     killed: bool,
 }
 
-impl Watch<'_> {
-    fn say(&self, state: RoleState, detail: String, retry: Option<Duration>) {
-        self.desk.state(Role {
+impl RoleRunner<'_> {
+    fn report(&self, state: RoleState, detail: String, retry: Option<Duration>) {
+        self.outbox.state(Role {
             state,
             detail,
             recycles: self.recycling.total(),
@@ -143,53 +161,47 @@ impl Watch<'_> {
 
     /// The role is Ready, from the returned time on.
     fn ready(&self) -> Instant {
-        self.say(RoleState::Ready, String::new(), None);
+        self.report(RoleState::Ready, String::new(), None);
         Instant::now()
     }
 
-    async fn run_once(&self, orders: &mut mpsc::Receiver<Order>) -> Over {
+    async fn run_once(&self, orders: &mut mpsc::Receiver<Order>) -> RunEnd {
         let EntryPoint::Program { ready_on_start, .. } = self.goal.role.entry_point;
-        self.say(RoleState::Starting, String::new(), None);
-        for directory in &self.launch.clean {
-            if let Err(error) = empty(directory) {
-                return Over::Impossible(format!("cannot empty {}: {error}", directory.display()));
-            }
-        }
-        let notify = match UnixDatagram::bind(fresh(NOTIFY)) {
-            Ok(socket) => socket,
-            Err(error) => return Over::Impossible(format!("{NOTIFY}: {error}")),
-        };
-        let _ = fs::set_permissions(NOTIFY, fs::Permissions::from_mode(0o666));
-        let mut child = match start(&self.launch, self.goal.role.elevated, self.group) {
-            Ok(child) => child,
-            Err(reason) => return Over::Impossible(reason),
+        self.report(RoleState::Starting, String::new(), None);
+        let (mut child, notify) = match self.start().await {
+            Ok(started) => started,
+            Err(failure) => return RunEnd::NotStarted(failure),
         };
         let mut output = JoinSet::new();
         if let Some(stream) = child.stdout.take() {
-            let desk = Arc::clone(self.desk);
-            output.spawn(lines(stream, move |text| desk.line("out", text)));
+            let outbox = Arc::clone(self.outbox);
+            output.spawn(lines(stream, move |text| outbox.line("out", text)));
         }
         if let Some(stream) = child.stderr.take() {
-            let desk = Arc::clone(self.desk);
-            output.spawn(lines(stream, move |text| desk.line("err", text)));
+            let outbox = Arc::clone(self.outbox);
+            output.spawn(lines(stream, move |text| outbox.line("err", text)));
         }
-        // The program runs: had the kernel refused it, `start` would have failed.
-        // Should it end soon, it is started again like one that ends late.
+        // `start` fails when the kernel refuses the program, so it runs now. If it ends
+        // soon it is started again like one that ends late.
         let mut ready_since = ready_on_start.then(|| self.ready());
         let mut message = [0; 256];
-        let over = loop {
+        let end = loop {
             let becomes_ready = tokio::select! {
                 status = child.wait() => break match status {
-                    Ok(status) => Over::Exit(status, ready_since.map(|since: Instant| since.elapsed())),
-                    Err(error) => Over::Impossible(format!("cannot wait for the role: {error}")),
+                    Ok(status) => {
+                        RunEnd::Exited(status, ready_since.map(|since: Instant| since.elapsed()))
+                    }
+                    Err(error) => {
+                        let detail = format!("cannot wait for the role: {error}");
+                        RunEnd::NotStarted(Failure::passing(detail))
+                    }
                 },
                 _ = orders.recv() => {
-                    self.say(RoleState::Stopping, String::new(), None);
+                    self.report(RoleState::Stopping, String::new(), None);
                     let limit = Duration::from_millis(self.goal.stop_timeout_ms);
-                    break Over::Told(stop(&mut child, &notify, limit).await);
+                    break RunEnd::Stopped(stop(&mut child, &notify, limit).await);
                 }
-                // Taken whatever it says, then and later: a role would wait for
-                // ever to send one more than the kernel keeps.
+                // Read on after READY=1: a full datagram socket would block the role.
                 Ok(count) = notify.recv(&mut message) => {
                     message[..count].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
                 }
@@ -198,26 +210,53 @@ impl Watch<'_> {
                 ready_since = Some(self.ready());
             }
         };
-        // Everything that the role started goes with it.
-        match self.group.clear(KILL_LIMIT).await {
-            Ok(true) => {}
-            Ok(false) => return Over::Impossible("processes of the role do not die".into()),
-            Err(error) => return Over::Impossible(format!("cannot end the role: {error}")),
-        }
-        // The last words are in the pipes, whose other ends are closed.
+        // Every process that the role started ends too. Where one does not, the next start
+        // fails and tries again; after a stop the guest agent does.
+        let _ = self.clear().await;
+        // Their ends of the pipes are closed now: what is left to read is the last output.
         let _ = tokio::time::timeout(LAST_LINES, output.join_all()).await;
-        over
+        end
+    }
+
+    /// Ends every process of the role.
+    async fn clear(&self) -> Result<(), Failure> {
+        match self.group.clear(KILL_LIMIT).await {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                let detail = "processes of the role do not end";
+                Err(Failure::passing(detail.into()))
+            }
+            Err(error) => Err(Failure::passing(format!("cannot end the role: {error}"))),
+        }
+    }
+
+    /// Starts the role's program in a clean state; the program and its notify socket.
+    async fn start(&self) -> Result<(Child, UnixDatagram), Failure> {
+        self.clear().await?;
+        for directory in &self.launch.clean {
+            empty(directory).map_err(|error| {
+                Failure::passing(format!("cannot empty {}: {error}", directory.display()))
+            })?;
+        }
+        // The socket of an earlier run.
+        let _ = fs::remove_file(NOTIFY);
+        let notify = UnixDatagram::bind(NOTIFY)
+            .map_err(|error| Failure::passing(format!("{NOTIFY}: {error}")))?;
+        let _ = fs::set_permissions(NOTIFY, fs::Permissions::from_mode(0o666));
+        let child = spawn(&self.launch, self.goal.role.elevated, self.group)?;
+        Ok((child, notify))
     }
 }
 
-fn start(launch: &Launch, elevated: bool, group: &Group) -> Result<Child, String> {
-    let (program, arguments) = launch
-        .command
-        .split_first()
-        .ok_or("the entry point has no command")?;
-    let metadata = fs::metadata(program).map_err(|error| format!("{program}: {error}"))?;
+fn spawn(launch: &Launch, elevated: bool, group: &Group) -> Result<Child, Failure> {
+    let Some((program, arguments)) = launch.command.split_first() else {
+        return Err(Failure::permanent("the entry point has no command".into()));
+    };
+    let metadata = fs::metadata(program)
+        .map_err(|error| Failure::of_program(format!("{program}: {error}"), &error))?;
     if !metadata.is_file() || metadata.permissions().mode() & 0o111 == 0 {
-        return Err(format!("{program} is not an executable file: chmod +x it"));
+        let detail = format!("{program} is not an executable file: chmod +x it");
+        return Err(Failure::permanent(detail));
     }
     let mut command = Command::new(program);
     command
@@ -232,16 +271,16 @@ fn start(launch: &Launch, elevated: bool, group: &Group) -> Result<Child, String
         .process_group(0)
         .kill_on_drop(true);
     child::join(&mut command, group)
-        .map_err(|error| format!("{program} has no control group: {error}"))?;
-    child::ordinary(&mut command, (!elevated).then_some(ROLE_ID));
-    command
-        .spawn()
-        .map_err(|error| format!("{program} cannot be started: {error}"))
+        .map_err(|error| Failure::passing(format!("{program} has no control group: {error}")))?;
+    child::drop_agent_privileges(&mut command, (!elevated).then_some(ROLE_ID));
+    command.spawn().map_err(|error| {
+        Failure::of_program(format!("{program} cannot be started: {error}"), &error)
+    })
 }
 
-/// Asks the role's process group to end and waits for its first process, for
-/// at most `limit`; whether it ended. What is left then is the caller's to kill.
-/// What it has to say meanwhile is taken from `notify`.
+/// Sends SIGTERM to the role's process group and waits for its first process, for at most
+/// `limit`; whether it ended. The caller kills what is left. Messages on `notify` are read
+/// meanwhile, since a full socket would block the role.
 async fn stop(child: &mut Child, notify: &UnixDatagram, limit: Duration) -> bool {
     // A child that was not waited for keeps its process id, and so the group.
     if let Some(id) = child.id().and_then(|id| i32::try_from(id).ok()) {
@@ -271,20 +310,7 @@ fn empty(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn fresh(path: &str) -> &str {
-    // Left by an earlier run of the role.
-    let _ = fs::remove_file(path);
-    path
-}
-
-fn cause(status: ExitStatus) -> ExitCause {
-    match status.signal() {
-        Some(signal) => ExitCause::Signal(signal),
-        None => ExitCause::Code(status.code().unwrap_or(-1)),
-    }
-}
-
-fn words(cause: ExitCause) -> String {
+fn describe(cause: ExitCause) -> String {
     match cause {
         ExitCause::Code(code) => format!("exited with code {code}"),
         ExitCause::Signal(signal) => format!("was ended by signal {signal}"),
@@ -296,7 +322,7 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncBufReadExt, BufReader};
 
-    /// A process in a group of its own that runs `script` and said that it does.
+    /// A process in a group of its own that runs `script`, which has printed `runs`.
     async fn running(script: &str) -> Child {
         let mut child = Command::new("sh")
             .args(["-c", script])
@@ -306,13 +332,13 @@ mod tests {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert_eq!(said.next_line().await.unwrap().as_deref(), Some("runs"));
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("runs"));
         child
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_role_that_does_not_stop_in_its_time_is_told_from_one_that_does() {
+    async fn a_stop_tells_whether_the_role_ended_in_its_time() {
         let notify = UnixDatagram::unbound().unwrap();
         let mut polite = running("trap 'exit 3' TERM; echo runs; sleep 60 & wait").await;
         assert!(stop(&mut polite, &notify, Duration::from_secs(60)).await);
@@ -321,17 +347,37 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_role_that_has_much_to_say_while_it_stops_does_not_wait_for_ever() {
+    async fn a_missing_or_plain_file_is_a_permanent_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("cgroup.procs"), "").unwrap();
+        let group = Group::at(directory.path().to_str().unwrap()).unwrap();
+        let spawn = |path: &Path| {
+            let launch = Launch {
+                command: vec![path.to_str().unwrap().to_owned()],
+                ..Launch::default()
+            };
+            spawn(&launch, true, &group).unwrap_err()
+        };
+        let program = directory.path().join("program");
+        assert!(spawn(&program).permanent);
+        fs::write(&program, "").unwrap();
+        let failure = spawn(&program);
+        assert!(failure.permanent && failure.detail.contains("chmod +x"));
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_full_notify_socket_does_not_block_a_role_that_stops() {
         let (notify, role) = UnixDatagram::pair().unwrap();
         let mut child = running("trap '' TERM; echo runs; read line").await;
         let end = child.stdin.take();
-        let says = async {
+        let notifies = async {
             for _ in 0..1000 {
                 role.send(b"STATUS=on its way down").await.unwrap();
             }
             drop(end);
         };
-        let ((), in_time) = tokio::join!(says, stop(&mut child, &notify, Duration::from_secs(60)));
+        let ((), in_time) =
+            tokio::join!(notifies, stop(&mut child, &notify, Duration::from_secs(60)));
         assert!(in_time);
     }
 }

@@ -14,17 +14,17 @@ use super::{Order, Role};
 use crate::bus::ACCEPT_PAUSE;
 use crate::log::uptime_ms;
 
-/// Where the role's watcher puts what it has to say.
+/// The [`Outbox`], shared by the task that watches the role and the one that sends.
 #[derive(Debug)]
-pub struct Desk {
+pub struct SharedOutbox {
     outbox: Mutex<Outbox>,
-    /// Something was put in, or taken out and sent.
+    /// Something was added, or a guest agent was attached.
     changed: Notify,
-    /// As `changed`, for who waits for the end.
+    /// Everything was sent, or the guest agent is gone.
     sent: Notify,
 }
 
-impl Desk {
+impl SharedOutbox {
     /// An empty one.
     pub fn new() -> Self {
         Self {
@@ -34,7 +34,7 @@ impl Desk {
         }
     }
 
-    /// This is what runs from now on.
+    /// The order to run this goal's role came.
     pub fn ordered(&self, goal: Goal) {
         self.with(|outbox| outbox.ordered(goal));
     }
@@ -51,27 +51,27 @@ impl Desk {
         self.changed.notify_one();
     }
 
-    /// Waits until a guest agent that listens has been told everything, or for
-    /// `limit`.
-    pub async fn told(&self, limit: Duration) {
-        let told = async {
-            while self.with(|outbox| outbox.owes()) {
+    /// Waits until everything is sent to the guest agent that is attached, if one is, or
+    /// for `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let sent = async {
+            while self.with(|outbox| outbox.has_unsent()) {
                 self.sent.notified().await;
             }
         };
-        let _ = tokio::time::timeout(limit, told).await;
+        let _ = tokio::time::timeout(limit, sent).await;
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Outbox) -> T) -> T {
         act(&mut self.outbox.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    async fn tell(&self, mut writer: OwnedWriteHalf) -> Result<(), StreamError> {
+    async fn send_all(&self, mut writer: OwnedWriteHalf) -> Result<(), StreamError> {
         let hello = self.with(|outbox| outbox.attach(Instant::now()));
         send(&mut writer, &hello).await?;
         loop {
             match self.with(Outbox::pop) {
-                Some(said) => send(&mut writer, &said).await?,
+                Some(event) => send(&mut writer, &event).await?,
                 None => {
                     self.sent.notify_one();
                     self.changed.notified().await;
@@ -81,22 +81,22 @@ impl Desk {
     }
 }
 
-impl Default for Desk {
+impl Default for SharedOutbox {
     fn default() -> Self {
         Self::new()
     }
 }
 
-/// Serves guest agents for ever; what they order goes to `orders`. One that
-/// goes away is no order: the role runs on, and the next one is waited for.
-pub async fn serve(listener: UnixListener, desk: &Desk, orders: mpsc::Sender<Order>) {
+/// Serves guest agents for the life of the process; their orders go to `orders`. The end
+/// of a connection is no order: the role goes on, and the next guest agent is waited for.
+pub async fn serve(listener: UnixListener, outbox: &SharedOutbox, orders: mpsc::Sender<Order>) {
     loop {
         let Ok((socket, _)) = listener.accept().await else {
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
         let (reader, writer) = socket.into_split();
-        let hear = async {
+        let receive = async {
             let mut reader = FrameReader::new(reader);
             while let Ok(Some(order)) = reader.next::<Order>().await {
                 if orders.send(order).await.is_err() {
@@ -105,10 +105,10 @@ pub async fn serve(listener: UnixListener, desk: &Desk, orders: mpsc::Sender<Ord
             }
         };
         tokio::select! {
-            () = hear => {}
-            _ = desk.tell(writer) => {}
+            () = receive => {}
+            _ = outbox.send_all(writer) => {}
         }
-        desk.with(Outbox::detach);
-        desk.sent.notify_one();
+        outbox.with(Outbox::detach);
+        outbox.sent.notify_one();
     }
 }

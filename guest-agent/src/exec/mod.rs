@@ -3,19 +3,18 @@
 mod program;
 
 use std::io;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_vsock::{OwnedReadHalf, VsockStream};
 use vmbus::channel::{EXEC_PORT, HOST_CID};
-use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
+use vmbus::message::{ExecInput, ExecOutput, ExecRequest};
 use vmbus::stream::{FrameReader, StreamError, send};
 
 use crate::bus;
 use crate::os::cgroup::{self, Group};
+use crate::os::child;
 use program::Program;
 
 /// Frames of output that wait for the host.
@@ -112,7 +111,7 @@ async fn attend(
     program.drain().await;
     let last = match status {
         Ok(status) => ExecOutput::Exited {
-            cause: cause(status),
+            cause: child::exit_cause(status),
         },
         Err(error) => ExecOutput::NotStarted {
             reason: format!("cannot wait for the command: {error}"),
@@ -121,11 +120,4 @@ async fn attend(
     };
     // Fails when the host has gone.
     let _ = frames.send(last).await;
-}
-
-fn cause(status: ExitStatus) -> ExitCause {
-    match status.signal() {
-        Some(signal) => ExitCause::Signal(signal),
-        None => ExitCause::Code(status.code().unwrap_or(-1)),
-    }
 }

@@ -60,7 +60,7 @@ impl Program {
             .kill_on_drop(true);
         let host_side = |error: io::Error| refuse(error.to_string(), 125);
         child::join(&mut command, group).map_err(host_side)?;
-        child::ordinary(&mut command, None);
+        child::drop_agent_privileges(&mut command, None);
         let terminal = match request.terminal {
             Some(size) => Some(give_terminal(&mut command, size).map_err(host_side)?),
             None => {

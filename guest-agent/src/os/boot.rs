@@ -13,11 +13,11 @@ const NEW_ROOT: &str = "/newroot";
 /// Kernel modules in the initial RAM file system, and their order.
 const MODULES: &str = "/modules";
 
-/// File systems in memory that everyone writes: what the kernel would allow them
-/// is half of the memory each, and together all of it.
+/// File systems in memory that every user can write. The kernel's default of half of the
+/// memory for each would allow them all of it together.
 const SHARED: &str = "mode=1777,size=20%,nr_inodes=16k";
 
-/// What kept the guest from booting.
+/// Why the guest cannot boot.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what}")]
 pub struct BootError {
@@ -63,11 +63,11 @@ pub fn mount_kernel_file_systems() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Has the kernel wait less where it waits for its other processors, at the cost
-/// of interrupting them. Each move into a control group is such a wait, of some
-/// ticks of its clock, and a guest that starts has nothing to interrupt.
-pub fn hurry(yes: bool) {
-    // A kernel that has no such switch takes its time.
+/// Makes RCU grace periods short, at the cost of interrupts to the other processors, or
+/// normal again. Each move into a control group waits for one, which takes some ticks, and a
+/// guest that starts has no work to interrupt.
+pub fn expedite_rcu(yes: bool) {
+    // Without the file grace periods are of normal length.
     let _ = fs::write("/sys/kernel/rcu_expedited", if yes { "1" } else { "0" });
 }
 
@@ -89,8 +89,8 @@ pub fn load_modules() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Makes the OS disk the root file system of every thread of this process. What
-/// other threads find below /proc, /sys, /dev and /run stays where it is.
+/// Makes the OS disk the root file system of every thread of this process. Other threads
+/// keep finding /proc, /sys, /dev and /run at their paths.
 pub fn switch_root(device: &Path) -> Result<(), BootError> {
     fs::create_dir_all(NEW_ROOT).map_err(io_failed("make the mount point of the root"))?;
     mount(
@@ -113,7 +113,7 @@ pub fn switch_root(device: &Path) -> Result<(), BootError> {
         )
         .map_err(failed(format!("bind {dir}")))?;
     }
-    // What the RAM file system holds is never needed again.
+    // Frees the memory of files that are not needed any more.
     let _ = fs::remove_dir_all(MODULES);
     let _ = fs::remove_file("/init");
     chdir(NEW_ROOT).map_err(failed("enter the new root"))?;

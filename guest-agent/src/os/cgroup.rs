@@ -1,6 +1,5 @@
-//! Control groups: processes that are ended together, whatever they forked and
-//! whoever their parent is now. No process id is involved, so none can be of
-//! another process by the time it is used.
+//! Control groups: processes that are ended together, whatever they forked and whoever
+//! their parent is now. No process id is involved, so a reused id does no harm.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,8 +13,8 @@ pub const ROLE: &str = "/sys/fs/cgroup/stack/role";
 /// Commands of operators.
 pub const EXEC: &str = "/sys/fs/cgroup/exec";
 
-/// Between two looks at a group whose processes are ending.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Time between two reads of `cgroup.events` while processes end.
+const POLL_EVERY: Duration = Duration::from_millis(5);
 
 /// A control group of version 2.
 #[derive(Debug, Clone)]
@@ -28,26 +27,26 @@ impl Group {
         Ok(Self(path.into()))
     }
 
-    /// A process that writes `0` to this file joins the group.
-    pub fn door(&self) -> io::Result<File> {
+    /// `cgroup.procs`: a process that writes `0` to it joins the group.
+    pub fn procs_file(&self) -> io::Result<File> {
         OpenOptions::new()
             .write(true)
             .open(self.0.join("cgroup.procs"))
     }
 
-    /// Kills every process of the group and of the groups below it. Those that
-    /// are being forked meanwhile die too.
+    /// Kills every process of the group and of the groups below it, also those that are
+    /// being forked.
     pub fn kill(&self) -> io::Result<()> {
         fs::write(self.0.join("cgroup.kill"), "1")
     }
 
-    /// Kills like [`Group::kill`] and waits until no process is left, or for
-    /// `limit`; says which.
+    /// Kills like [`Group::kill`] and waits until no process is left, for at most `limit`;
+    /// whether none is left.
     pub async fn clear(&self, limit: Duration) -> io::Result<bool> {
         self.kill()?;
         let empty = async {
             while populated(&self.0)? {
-                tokio::time::sleep(LOOK_AGAIN).await;
+                tokio::time::sleep(POLL_EVERY).await;
             }
             Ok(())
         };

@@ -1,9 +1,12 @@
-//! What a child does between fork and exec that the standard library has no
-//! word for: join a control group, be no agent any more, take a terminal.
+//! What a child does between fork and exec beyond what the standard library offers: join a
+//! control group, drop the privileges of an agent, take a controlling terminal. And how a
+//! child ended, in the words of the protocol.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -11,28 +14,29 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 use tokio::process::Command;
+use vmbus::message::ExitCause;
 
 use super::cgroup::Group;
 use super::limits::{self, USUAL_FILES};
 
 /// The child starts in `group`.
 pub fn join(command: &mut Command, group: &Group) -> io::Result<()> {
-    let door = group.door()?;
+    let procs = group.procs_file()?;
     // SAFETY: between fork and exec the closure only writes to a file that is
     // open already, and allocates nothing.
     unsafe {
         command.pre_exec(move || {
-            nix::unistd::write(&door, b"0")?;
+            nix::unistd::write(&procs, b"0")?;
             Ok(())
         });
     }
     Ok(())
 }
 
-/// The child has nothing of an agent's share (`limits`) and runs as `user`, or as
-/// this process does. Only root can give up its place at the end of the OOM
-/// killer's list in a way that cannot be taken back, so the user comes last.
-pub fn ordinary(command: &mut Command, user: Option<u32>) {
+/// The child gives up the agents' limits (`limits`) and runs as `user`, or as the user of
+/// this process. The user is set last: a value of oom_score_adj that root wrote is also the
+/// least that a process without privileges may set later.
+pub fn drop_agent_privileges(command: &mut Command, user: Option<u32>) {
     let favoured = limits::favoured();
     // SAFETY: between fork and exec the closure makes system calls and allocates
     // nothing.
@@ -52,6 +56,14 @@ pub fn ordinary(command: &mut Command, user: Option<u32>) {
             }
             Ok(())
         });
+    }
+}
+
+/// How a process ended.
+pub fn exit_cause(status: ExitStatus) -> ExitCause {
+    match status.signal() {
+        Some(signal) => ExitCause::Signal(signal),
+        None => ExitCause::Code(status.code().unwrap_or(-1)),
     }
 }
 

@@ -1,5 +1,4 @@
 //! Disks by serial number; file systems on them.
-
 #![allow(unsafe_code)]
 
 use std::fs::{self, File};
@@ -10,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
+use vmbus::text::chain;
+
+use crate::failure::Failure;
 
 /// `EXT4_IOC_RESIZE_FS` (Linux `fs/ext4/ext4.h`), and the size of the blocks in
 /// which it counts: that of the file system, which an image gives 4 KiB.
@@ -19,9 +21,8 @@ const EXT4_BLOCK: u64 = 4096;
 const EXT4_GROUP: u64 = 8 * EXT4_BLOCK;
 const EXT4_SUPERBLOCK_AT: u64 = 1024;
 const EXT4_SUPERBLOCK_BYTES: usize = 1024;
-/// Time for a disk to appear, and between two looks.
-const APPEAR_LIMIT: Duration = Duration::from_secs(60);
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// Time between two looks for a disk.
+const POLL_EVERY: Duration = Duration::from_millis(2);
 
 /// What went wrong with a disk.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +38,9 @@ pub enum DiskError {
     Mount(PathBuf, String, #[source] io::Error),
 }
 
-/// The device of the disk with this serial number; waits for it to appear.
-pub fn by_serial(serial: &str) -> Result<PathBuf, DiskError> {
-    let deadline = Instant::now() + APPEAR_LIMIT;
+/// The device of the disk with this serial number; waits at most `limit` for it to appear.
+pub fn by_serial(serial: &str, limit: Duration) -> Result<PathBuf, DiskError> {
+    let deadline = Instant::now() + limit;
     loop {
         for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
             let found = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
@@ -51,11 +52,22 @@ pub fn by_serial(serial: &str) -> Result<PathBuf, DiskError> {
         if Instant::now() > deadline {
             return Err(DiskError::Missing(serial.to_owned()));
         }
-        std::thread::sleep(LOOK_AGAIN);
+        std::thread::sleep(POLL_EVERY);
     }
 }
 
-/// Mounts a disk; one that is mounted there already is fine.
+impl DiskError {
+    /// Whether another attempt may succeed.
+    pub fn failure(&self) -> Failure {
+        let detail = chain(self);
+        match self {
+            Self::Missing(_) => Failure::passing(detail),
+            Self::Grow(_, error) | Self::Mount(_, _, error) => Failure::of_setup(detail, error),
+        }
+    }
+}
+
+/// Mounts a disk. Does nothing where a disk is mounted at `target` already.
 pub fn mount_at(
     device: &Path,
     target: &str,
@@ -75,16 +87,16 @@ pub fn mount_at(
     mount(Some(device), target, Some(kind), flags, data).map_err(|errno| failed(errno.into()))
 }
 
-/// Mounts the resource disk, an ext4 file system with project quotas that the
-/// host copied from the image, and lets it fill its disk. The kernel does that by
-/// its journal: a guest that ends half-way goes on at its next boot.
+/// Mounts the resource disk, an ext4 file system with project quotas that the host copied
+/// from the image, and grows it to the size of the disk. The kernel journals each step of
+/// the growth, so a guest that ends half-way continues at its next boot.
 pub fn mount_resource(device: &Path, target: &str, flags: MsFlags) -> Result<(), DiskError> {
     let quotas = "prjquota";
     mount_at(device, target, "ext4", flags, Some(quotas))?;
     grow(device, Path::new(target)).map_err(|error| DiskError::Grow(device.to_owned(), error))?;
-    // A fresh disk reads as zeros: the kernel need not write its inode tables full
-    // of them, which kept an idle guest busy for minutes and filled the sparse file.
-    // Said only now, as otherwise it would do so while it grows.
+    // A fresh disk reads as zeros, so the kernel need not zero its inode tables, which
+    // kept an idle guest busy for minutes and filled the sparse file. The option is set only
+    // now: with it the growth would zero the tables itself.
     let options = format!("{quotas},noinit_itable");
     let again = flags | MsFlags::MS_REMOUNT;
     mount(
@@ -97,14 +109,14 @@ pub fn mount_resource(device: &Path, target: &str, flags: MsFlags) -> Result<(),
     .map_err(|errno| DiskError::Mount(device.to_owned(), target.to_owned(), errno.into()))
 }
 
-/// A file system that fills its disk is left alone: the kernel would grow none that
-/// had an error once, though there were nothing to do.
+/// Grows the file system to the size of its disk. One that fills the disk is left alone,
+/// since the kernel refuses to resize a file system that had an error, even to its size.
 fn grow(device: &Path, mounted: &Path) -> io::Result<()> {
     let mut disk = File::open(device)?;
     let blocks = disk.seek(SeekFrom::End(0))? / EXT4_BLOCK;
     let mut superblock = [0; EXT4_SUPERBLOCK_BYTES];
     disk.read_exact_at(&mut superblock, EXT4_SUPERBLOCK_AT)?;
-    // A last group that is too small for its own tables is not made.
+    // The kernel adds no last group that is too small for its own tables.
     if blocks.saturating_sub(ext4_blocks(&superblock)) < EXT4_GROUP {
         return Ok(());
     }
@@ -133,7 +145,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn the_size_of_a_file_system_is_what_the_program_that_made_it_says() {
+    fn the_size_of_a_file_system_is_read_from_its_superblock() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(64 << 20).unwrap();

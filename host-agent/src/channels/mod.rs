@@ -1,8 +1,7 @@
 //! The host end of each VMBus channel: bytes of one connection to typed events.
 //!
-//! A connection is a task. It learns which channel it serves from the port
-//! that the guest dialed, never from what the guest says, and everything it
-//! hears is a claim that the instance's actor checks.
+//! A connection is a task. The port that the guest dialed determines the channel, whatever
+//! the guest's hello claims, and the instance's actor checks everything that a guest reports.
 
 mod serve;
 #[cfg(test)]
@@ -26,23 +25,23 @@ use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::AgentProgram;
 
-/// What a guest's channels tell the instance's actor.
+/// What a guest reports on its channels, for the instance's actor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ChannelEvent {
-    /// PID 1 spoke on the control channel.
+    /// PID 1 sent its hello on the control channel.
     Booted {
         /// Milliseconds from the guest kernel's start until PID 1 ran.
         init_ms: u64,
         /// What the agent calls itself, at most 100 characters.
         agent: String,
     },
-    /// A heartbeat question was put.
+    /// A heartbeat question was sent.
     Asked(u64),
     /// A heartbeat answer.
     Beat(Beat),
     /// The role's status.
     Status(Status),
-    /// What became of the guest agent's delivery.
+    /// Whether the guest agent runs.
     AgentResult {
         /// Why it does not run, if so.
         error: Option<String>,
@@ -67,7 +66,7 @@ pub struct ShutdownRequest {
     pub deadline: Duration,
 }
 
-/// What all connections of one boot of a guest share.
+/// State of all channel connections of one boot of a guest.
 #[derive(Debug)]
 pub struct GuestChannels {
     /// Number of this boot.
@@ -78,7 +77,7 @@ pub struct GuestChannels {
     pub hello_limit: Duration,
     /// Where events go, with the generation they belong to.
     pub events: mpsc::Sender<(u64, ChannelEvent)>,
-    /// The goal to be at.
+    /// The goal.
     pub goal: watch::Receiver<Goal>,
     /// Set when the guest shall shut down.
     pub shutdown: watch::Receiver<Option<ShutdownRequest>>,
@@ -104,8 +103,8 @@ enum ChannelError {
 }
 
 impl GuestChannels {
-    /// Serves a connection that the guest opened to host port `port`. Returns
-    /// at once; a port that is no channel is closed.
+    /// Serves a connection that the guest opened to host port `port`. Returns at once.
+    /// Closes a connection to a port that is not a channel's, or from an unprivileged port.
     pub fn accept(self: &Arc<Self>, port: u32, source_port: u32, socket: OwnedFd) {
         let Some(channel) = Channel::from_port(port) else {
             return;
@@ -148,12 +147,7 @@ impl GuestChannels {
         };
         match answer {
             Ok(version) => {
-                let welcome = Welcome::Accepted {
-                    version,
-                    generation: self.generation,
-                    offers: Channel::ALL.to_vec(),
-                };
-                send(&mut writer, &welcome).await?;
+                send(&mut writer, &Welcome::Accepted { version }).await?;
             }
             Err(reason) => {
                 let refused = Welcome::Refused {

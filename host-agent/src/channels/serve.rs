@@ -1,4 +1,4 @@
-//! The conversation of each channel after its hello.
+//! The messages of each channel after its hello.
 
 use std::time::Duration;
 
@@ -207,7 +207,7 @@ fn jitter(sequence: u64) -> f64 {
     0.8 + 0.4 * f64::from(spread) / f64::from(u32::MAX)
 }
 
-/// Text that may quote the guest, as an event may hold it.
+/// Text that may quote the guest, short enough for an event.
 pub(super) fn bounded(text: &str) -> String {
     clean(text, MAX_TEXT)
 }
@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_spread_over_a_fifth_each_way() {
+    fn questions_spread_by_a_fifth_each_way() {
         let all: Vec<f64> = (0..1000).map(jitter).collect();
         assert!(all.iter().all(|f| (0.8..=1.2).contains(f)));
         assert!(all.iter().any(|f| *f < 0.85) && all.iter().any(|f| *f > 1.15));

@@ -1,6 +1,6 @@
 //! From a role of the model to the goal state of one of its instances. Pure.
 
-use vmbus::message::{ExpectedState, Goal};
+use vmbus::message::{ExpectedState, Goal, RoleState, Status};
 
 use crate::service::model::Role;
 
@@ -40,5 +40,57 @@ pub fn goal(
         application_disk: APPLICATION_DISK.into(),
         resource_disk: RESOURCE_DISK.into(),
         stop_timeout_ms,
+    }
+}
+
+/// Whether `status` is a Ready of an earlier goal than `goal`: it must not bring the
+/// instance into rotation. Other states of an earlier goal only take it out.
+pub fn is_outdated(status: &Status, goal: &Goal) -> bool {
+    status.state == RoleState::Ready && status.incarnation < goal.incarnation
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Progress;
+    use crate::service;
+    use std::path::Path;
+
+    const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+
+    #[test]
+    fn an_old_ready_is_outdated_and_nothing_else() {
+        let service = service::load(Path::new(REDIS), None, &Progress::default()).unwrap();
+        let goal = goal(&service.roles[0], 0, "d", 7, 1);
+        let outdated = |incarnation, state| {
+            let status = Status {
+                incarnation,
+                applied: incarnation,
+                state,
+                detail: String::new(),
+                recycles: 0,
+                last_exit: None,
+                retry_in_ms: None,
+                killed: false,
+            };
+            is_outdated(&status, &goal)
+        };
+        assert!(outdated(6, RoleState::Ready) && outdated(0, RoleState::Ready));
+        assert!(!outdated(7, RoleState::Ready) && !outdated(8, RoleState::Ready));
+        for state in [RoleState::Stopped, RoleState::Busy, RoleState::Unknown] {
+            assert!(!outdated(6, state), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn instances_are_spread_over_update_and_fault_domains() {
+        let service = service::load(Path::new(REDIS), None, &Progress::default()).unwrap();
+        let role = &service.roles[0];
+        let domains = |number| {
+            let goal = goal(role, number, "d", 1, 1);
+            (goal.update_domain, goal.fault_domain)
+        };
+        let all: Vec<_> = (0..6).map(domains).collect();
+        assert_eq!(all, [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0), (0, 1)]);
     }
 }

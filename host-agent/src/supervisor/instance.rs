@@ -25,6 +25,7 @@ use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health, RoleState};
 
 use super::event::EventKind;
+use super::goal::is_outdated;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
 use super::liveness::{Liveness, LivenessEffect};
@@ -294,13 +295,14 @@ impl Instance {
                 }
                 !fresh || self.feed(Input::Beat)
             }
+            ChannelEvent::Status(status) if is_outdated(&status, &self.goal.borrow()) => true,
             ChannelEvent::Status(status) => {
                 self.status.send_modify(|known| {
                     if status.state != RoleState::Unknown {
                         known.phase = Phase::Role(status.state);
                     }
                     known.recycles = status.recycles;
-                    known.applied = status.incarnation;
+                    known.applied = status.applied;
                 });
                 self.feed(Input::Status(status))
             }

@@ -50,17 +50,11 @@ fn beat() -> impl Strategy<Value = Beat> {
         Health::Critical,
         Health::Stopped,
     ]);
-    let agent = (role_state(), any::<u32>()).prop_map(|(role, starts)| AgentState { role, starts });
-    (any::<[u64; 3]>(), text(), health, option::of(agent)).prop_map(
-        |(numbers, boot_id, health, agent)| Beat {
-            sequence: numbers[0],
-            boot_id,
-            health,
-            applied_incarnation: numbers[1],
-            agent,
-            agent_age_ms: numbers[2],
-        },
-    )
+    (any::<u64>(), text(), health).prop_map(|(sequence, boot_id, health)| Beat {
+        sequence,
+        boot_id,
+        health,
+    })
 }
 
 fn status() -> impl Strategy<Value = Status> {
@@ -69,9 +63,10 @@ fn status() -> impl Strategy<Value = Status> {
         option::of(any::<u64>()),
         any::<bool>(),
     );
-    (any::<u64>(), role_state(), text(), any::<u32>(), rest).prop_map(
-        |(incarnation, state, detail, recycles, (last_exit, retry_in_ms, killed))| Status {
-            incarnation,
+    (any::<[u64; 2]>(), role_state(), text(), any::<u32>(), rest).prop_map(
+        |(incarnations, state, detail, recycles, (last_exit, retry_in_ms, killed))| Status {
+            incarnation: incarnations[0],
+            applied: incarnations[1],
             state,
             detail,
             recycles,
@@ -103,7 +98,7 @@ fn to_host() -> impl Strategy<Value = ToHost> {
         option::of(text()).prop_map(|error| ToHost::AgentResult { error }),
         log_record().prop_map(ToHost::Log),
         Just(ToHost::ShutdownBegun {}),
-        any::<(u64, u64)>().prop_map(|(init_ms, now_ms)| ToHost::Booted { init_ms, now_ms }),
+        any::<u64>().prop_map(|init_ms| ToHost::Booted { init_ms }),
     ]
 }
 

@@ -175,6 +175,7 @@ fn guest() -> Guest {
 fn status(killed: bool) -> Status {
     Status {
         incarnation: 1,
+        applied: 1,
         state: RoleState::Stopped,
         detail: String::new(),
         recycles: 0,

@@ -17,6 +17,7 @@ const KILLED: [Effect; 2] = [Effect::KillVmm, Effect::Wait(Wait::Death, LIMITS.d
 fn status(state: RoleState) -> Status {
     Status {
         incarnation: 1,
+        applied: 1,
         state,
         detail: String::new(),
         recycles: 0,

@@ -1,5 +1,5 @@
-//! The guest agent's end: finds the bootstrapper that runs, or starts one, and
-//! ends it with everything that it started.
+//! The guest agent's end: finds the bootstrapper that runs, or starts one, and ends it
+//! with everything that it started.
 
 use std::fs;
 use std::io;
@@ -16,44 +16,44 @@ use tokio::time::{Instant, timeout, timeout_at};
 use vmbus::message::Goal;
 use vmbus::stream::{FrameReader, send};
 
-use super::{Order, Role, SOCKET, Said};
+use super::{BootstrapperEvent, Order, Role, SOCKET};
 use crate::os::cgroup::{Group, STACK};
 use crate::os::child;
 
-/// Time for a bootstrapper to say hello: one that does not is not adopted.
+/// Most time for a bootstrapper's hello: one that sends none is not adopted.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
-/// Time for killed processes to be gone.
+/// Most time for killed processes to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
-/// A bootstrapper that runs.
+/// A connection to a bootstrapper that runs.
 #[derive(Debug)]
-pub struct Stack {
+pub struct Bootstrapper {
     reader: FrameReader<OwnedReadHalf>,
     orders: OwnedWriteHalf,
 }
 
-/// A bootstrapper and what it said first.
+/// A bootstrapper and its hello.
 #[derive(Debug)]
 pub struct Found {
     /// The bootstrapper.
-    pub stack: Stack,
-    /// What it was ordered, if it was.
+    pub bootstrapper: Bootstrapper,
+    /// The goal that it was ordered to run, if it was.
     pub goal: Option<Box<Goal>>,
-    /// How the role is.
+    /// State of the role.
     pub role: Role,
 }
 
-impl Stack {
+impl Bootstrapper {
     /// The bootstrapper that an earlier guest agent started, if one answers.
     pub async fn find() -> Option<Found> {
-        // The listening socket lives in the bootstrapper alone: when nothing
-        // is there, or what is there refuses, none runs.
+        // Only the bootstrapper holds the listening socket: without a bootstrapper the
+        // connection is refused or the file does not exist.
         let socket = UnixStream::connect(SOCKET).await.ok()?;
         let (reader, orders) = socket.into_split();
         let mut reader = FrameReader::new(reader);
         match timeout(HELLO_LIMIT, reader.next()).await {
-            Ok(Ok(Some(Said::Hello { goal, role }))) => Some(Found {
-                stack: Self { reader, orders },
+            Ok(Ok(Some(BootstrapperEvent::Hello { goal, role }))) => Some(Found {
+                bootstrapper: Self { reader, orders },
                 goal,
                 role,
             }),
@@ -61,12 +61,12 @@ impl Stack {
         }
     }
 
-    /// Starts a bootstrapper that runs the role of `goal`. Whatever is left of an
-    /// earlier one is killed first.
+    /// Starts a bootstrapper that runs the role of `goal`. What is left of an earlier one
+    /// is killed first.
     pub async fn start(goal: Goal) -> io::Result<Self> {
         let group = Group::at(STACK)?;
         if !group.clear(KILL_LIMIT).await? {
-            return Err(io::Error::other("what runs does not die"));
+            return Err(io::Error::other("processes of the role do not end"));
         }
         let mut command = Command::new("/proc/self/exe");
         command
@@ -74,44 +74,48 @@ impl Stack {
             .stdin(Stdio::from(OwnedFd::from(listen()?)))
             .process_group(0);
         child::join(&mut command, &group)?;
-        // It is not killed with this process, and reaped when it ends.
+        // Dropped, not killed: the bootstrapper outlives this process.
         drop(command.spawn()?);
+        // With the command goes this process's copy of the listening socket.
         drop(command);
         let Some(mut found) = Self::find().await else {
             return Err(io::Error::other("does not answer"));
         };
-        send(&mut found.stack.orders, &Order::Run(Box::new(goal)))
+        send(&mut found.bootstrapper.orders, &Order::Run(Box::new(goal)))
             .await
             .map_err(io::Error::other)?;
-        Ok(found.stack)
+        Ok(found.bootstrapper)
     }
 
-    /// What it says next; `None` when it is gone. Cancelling loses nothing.
-    pub async fn said(&mut self) -> Option<Said> {
-        // A bootstrapper that breaks the framing is of no more use than one
-        // that ended.
+    /// The next event; `None` when the bootstrapper is gone. Cancelling loses nothing.
+    pub async fn next_event(&mut self) -> Option<BootstrapperEvent> {
+        // One that breaks the framing counts as gone.
         self.reader.next().await.ok().flatten()
     }
 
-    /// Has it stop the role and end, for at most `limit`, then ends what is
-    /// left by force. What it says meanwhile goes to `hear`.
-    pub async fn stop(mut self, limit: Duration, mut hear: impl FnMut(Said)) -> io::Result<()> {
+    /// Orders it to stop the role and to exit, waits at most `limit`, then kills what is
+    /// left. Events meanwhile go to `on_event`.
+    pub async fn stop(
+        mut self,
+        limit: Duration,
+        mut on_event: impl FnMut(BootstrapperEvent),
+    ) -> io::Result<()> {
         let deadline = Instant::now() + limit;
-        // It fails when the bootstrapper is gone, which is what is wanted.
+        // Fails when the bootstrapper is gone already.
         let _ = timeout_at(deadline, send(&mut self.orders, &Order::Stop)).await;
-        while let Ok(Some(said)) = timeout_at(deadline, self.said()).await {
-            hear(said);
+        while let Ok(Some(event)) = timeout_at(deadline, self.next_event()).await {
+            on_event(event);
         }
         clear().await
     }
 }
 
-/// Ends bootstrapper and role by force, whether or not they can be talked to.
+/// Kills bootstrapper and role, whether or not they answer.
 pub async fn clear() -> io::Result<()> {
     if Group::at(STACK)?.clear(KILL_LIMIT).await? {
         Ok(())
     } else {
-        Err(io::Error::other("processes of the role do not die"))
+        Err(io::Error::other("processes of the role do not end"))
     }
 }
 
