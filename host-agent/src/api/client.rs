@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use vmbus::stream::{FrameReader, StreamError, send};
 
-use super::types::{DeploymentInfo, Failure, Request, Response};
+use super::types::{DeploymentInfo, RefusalKind, Request, Response};
 use crate::store::paths;
 
 /// A deployment that does not answer within this is passed over. It is a local
@@ -57,7 +57,7 @@ pub enum ClientError {
     #[error("{message}")]
     Refused {
         /// What sort of failure.
-        kind: Failure,
+        kind: RefusalKind,
         /// The error chain of the other side.
         message: String,
     },
@@ -65,7 +65,7 @@ pub enum ClientError {
 
 /// A deployment that runs, and the socket to reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Running {
+pub struct RunningDeployment {
     /// The socket.
     pub socket: PathBuf,
     /// What it says of itself.
@@ -74,7 +74,7 @@ pub struct Running {
 
 /// An instance by its deployment's socket and its full name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
+pub struct InstanceTarget {
     /// The deployment's socket.
     pub socket: PathBuf,
     /// Instance name within the deployment.
@@ -83,7 +83,7 @@ pub struct Target {
 
 /// Every deployment of this user that answers, sorted by its id. Sockets
 /// that nobody serves any more are passed over.
-pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
+pub async fn list(runtime: &Path) -> Result<Vec<RunningDeployment>, ClientError> {
     let failed = |source| ClientError::List {
         directory: runtime.to_owned(),
         source,
@@ -105,7 +105,7 @@ pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
         }
         let asked = tokio::time::timeout(ANSWER_LIMIT, ask_ps(&socket)).await;
         match asked {
-            Ok(Ok(found)) => running.extend(found.into_iter().map(|info| Running {
+            Ok(Ok(found)) => running.extend(found.into_iter().map(|info| RunningDeployment {
                 socket: socket.clone(),
                 info,
             })),
@@ -122,7 +122,7 @@ pub async fn list(runtime: &Path) -> Result<Vec<Running>, ClientError> {
 }
 
 /// Finds `name`: an instance, or `<deployment prefix>/<instance>`.
-pub fn find(running: &[Running], name: &str) -> Result<Target, ClientError> {
+pub fn find(running: &[RunningDeployment], name: &str) -> Result<InstanceTarget, ClientError> {
     let (prefix, instance) = name.split_once('/').unwrap_or(("", name));
     let all = || {
         running.iter().flat_map(|deployment| {
@@ -130,7 +130,7 @@ pub fn find(running: &[Running], name: &str) -> Result<Target, ClientError> {
             instances.map(move |instance| (deployment, instance.name.as_str()))
         })
     };
-    let label = |(deployment, instance): (&Running, &str)| {
+    let label = |(deployment, instance): (&RunningDeployment, &str)| {
         let id = &deployment.info.deployment;
         format!("{}/{instance}", id.get(..8).unwrap_or(id))
     };
@@ -140,7 +140,7 @@ pub fn find(running: &[Running], name: &str) -> Result<Target, ClientError> {
         })
         .collect();
     match matches.as_slice() {
-        [(deployment, instance)] => Ok(Target {
+        [(deployment, instance)] => Ok(InstanceTarget {
             socket: deployment.socket.clone(),
             instance: (*instance).to_owned(),
         }),
@@ -233,7 +233,7 @@ mod tests {
     use crate::api::types::InstanceInfo;
     use crate::supervisor::status::InstanceStatus;
 
-    fn running(deployment: &str, instances: &[&str]) -> Running {
+    fn running(deployment: &str, instances: &[&str]) -> RunningDeployment {
         let instances = instances.iter().map(|name| InstanceInfo {
             status: InstanceStatus::default(),
             name: (*name).into(),
@@ -243,7 +243,7 @@ mod tests {
             vmm_pid: None,
             endpoints: Vec::new(),
         });
-        Running {
+        RunningDeployment {
             socket: format!("/run/{deployment}.sock").into(),
             info: DeploymentInfo {
                 deployment: deployment.into(),

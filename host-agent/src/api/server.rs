@@ -16,7 +16,7 @@ use vmbus::message::ExecRequest;
 use vmbus::stream::{FrameReader, StreamError, join, send};
 
 use super::types::{
-    DeploymentInfo, EndpointInfo, Failure, InstanceInfo, MAX_CHUNK, Request, Response,
+    DeploymentInfo, EndpointInfo, InstanceInfo, MAX_CHUNK, RefusalKind, Request, Response,
 };
 use crate::store::log_tail::LogTail;
 use crate::store::paths;
@@ -57,7 +57,7 @@ pub fn serve(host: &Host) -> io::Result<Server> {
     let directory = runtime_dir.clone();
     tokio::spawn(async move { sweep(&directory, SETTLED).await });
     let ended = Arc::new(watch::Sender::new(false));
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(Api {
         host: host.clone(),
         ended: Arc::clone(&ended),
         started: Instant::now(),
@@ -120,14 +120,14 @@ impl Drop for Server {
     }
 }
 
-struct Shared {
+struct Api {
     host: Host,
     /// Whether the deployment has ended; each log that is sent has a receiver.
     ended: Arc<watch::Sender<bool>>,
     started: Instant,
 }
 
-impl Shared {
+impl Api {
     async fn answer(&self, mut stream: UnixStream) -> Result<(), StreamError> {
         let mut reader = FrameReader::new(&mut stream);
         let Some(request) = reader.next::<Request>().await? else {
@@ -163,7 +163,7 @@ impl Shared {
                     Box::pin(async move {
                         let response = match it.pause(paused).await {
                             Ok(()) => Response::Ok {},
-                            Err(message) => failed(Failure::Unreachable, message),
+                            Err(message) => failed(RefusalKind::Unreachable, message),
                         };
                         send(stream, &response).await
                     })
@@ -187,7 +187,7 @@ impl Shared {
             Some(instance) => work(instance.clone(), stream).await,
             None => {
                 let message = format!("no instance {name} on this host");
-                send(stream, &failed(Failure::NotFound, message)).await
+                send(stream, &failed(RefusalKind::NotFound, message)).await
             }
         }
     }
@@ -219,7 +219,7 @@ impl Shared {
     }
 }
 
-fn failed(kind: Failure, message: impl Into<String>) -> Response {
+fn failed(kind: RefusalKind, message: impl Into<String>) -> Response {
     Response::Error {
         kind,
         message: message.into(),
@@ -234,7 +234,7 @@ async fn exec_in(
 ) -> Result<(), StreamError> {
     let mut guest = match instance.exec().await {
         Ok(guest) => guest,
-        Err(message) => return send(stream, &failed(Failure::Unreachable, message)).await,
+        Err(message) => return send(stream, &failed(RefusalKind::Unreachable, message)).await,
     };
     send(&mut guest, &request).await?;
     guest.write_all(&early).await?;

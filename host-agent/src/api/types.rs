@@ -83,7 +83,7 @@ pub enum Response {
     /// The request was not carried out; the last frame.
     Error {
         /// What sort of failure.
-        kind: Failure,
+        kind: RefusalKind,
         /// The error chain.
         message: String,
     },
@@ -123,7 +123,7 @@ impl Message for Response {
 /// Sorts of failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Failure {
+pub enum RefusalKind {
     /// No such instance in this deployment.
     NotFound,
     /// The instance or its agent cannot be reached now.
@@ -226,7 +226,7 @@ mod tests {
             r#"{"request":"logs","instance":"Cache_IN_0","source":"serial","follow":true}"#
         );
         let answer = Response::Error {
-            kind: Failure::NotFound,
+            kind: RefusalKind::NotFound,
             message: "no".into(),
         };
         assert_eq!(

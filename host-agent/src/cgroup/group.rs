@@ -59,15 +59,15 @@ impl GuestLimits {
     }
 }
 
-/// The cgroup of a deployment. Drop removes it if no process is left in it.
+/// The cgroup of a host's guests. Drop removes it if no process is left in it.
 #[derive(Debug)]
-pub struct DeploymentGroup {
+pub struct HostGroup {
     path: PathBuf,
 }
 
-impl DeploymentGroup {
-    /// Creates the cgroup of deployment `short_id` in `parent`, and removes those
-    /// of supervisors that have ended.
+impl HostGroup {
+    /// Creates the cgroup of the host `short_id` in `parent`, and removes those of
+    /// host agents that have ended.
     ///
     /// # Errors
     /// The kernel refused. Nothing is left behind.
@@ -119,7 +119,7 @@ impl DeploymentGroup {
     }
 }
 
-impl Drop for DeploymentGroup {
+impl Drop for HostGroup {
     fn drop(&mut self) {
         // On failure the janitor removes it.
         let _ = remove(&self.path);
@@ -132,7 +132,7 @@ pub struct GuestGroup {
     path: PathBuf,
     /// Bytes of memory that the process may use.
     memory: u64,
-    /// A host agent that is gone made the cgroup around it.
+    /// The cgroup around it is that of an earlier host agent.
     adopted: bool,
 }
 
@@ -187,7 +187,7 @@ impl GuestGroup {
 
 impl Drop for GuestGroup {
     fn drop(&mut self) {
-        // If the process is still exiting, the deployment's Drop removes it.
+        // If the process is still exiting, the Drop of `HostGroup` removes it.
         let _ = fs::remove_dir(&self.path);
         if self.adopted
             && let Some(parent) = self.path.parent().and_then(Path::parent)
@@ -197,8 +197,7 @@ impl Drop for GuestGroup {
     }
 }
 
-/// Removes the cgroup of a deployment with its children. False if it still
-/// exists. This process may be in its `supervisor` child only.
+/// Removes the cgroup of a host with its children. False if it still exists. This process may be in its `supervisor` child only.
 pub fn remove(path: &Path) -> bool {
     let is_leaf = |path: &PathBuf| path.file_name().is_some_and(|name| name == SUPERVISOR);
     let (leaves, guests): (Vec<_>, Vec<_>) = children(path).into_iter().partition(is_leaf);
@@ -218,7 +217,7 @@ pub fn remove(path: &Path) -> bool {
     }
 }
 
-/// Kills every process in the children of a deployment's cgroup, except in
+/// Kills every process in the children of a host's cgroup, except in
 /// `supervisor`.
 pub fn kill(path: &Path) {
     for child in children(path) {
@@ -248,7 +247,7 @@ fn leave(path: &Path, leaf: &Path) {
     let _ = enter(parent, mine);
 }
 
-/// Removes the cgroups of supervisors that have ended.
+/// Removes the cgroups of host agents that have ended.
 fn sweep(parent: &Path) {
     for path in children(parent) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();

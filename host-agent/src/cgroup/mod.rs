@@ -1,15 +1,15 @@
 //! Resource limits of VMM processes: one cgroup (version 2) per process.
 //!
 //! ```text
-//! <parent>/host-agent-<deployment>.<pid of the supervisor>/
-//!     <instance>/       the VMM process of one boot, with its limits
-//!     supervisor/       this process, if the parent must have no processes
+//! <parent>/host-agent-<host>.<pid of the host agent>/
+//!     <deployment>.<instance>/  the VMM process of one boot, with its limits
+//!     supervisor/               this process, if the parent must have no processes
 //! ```
 
 mod group;
 mod parent;
 
-pub use group::{DeploymentGroup, GroupError, GuestGroup, GuestLimits, kill, remove};
+pub use group::{GroupError, GuestGroup, GuestLimits, HostGroup, kill, remove};
 pub use parent::{NotEnforced, ParentCgroup, find_parent};
 
 /// Controllers that the limits need.

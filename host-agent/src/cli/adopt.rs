@@ -42,7 +42,7 @@ pub fn run(output: &Output) -> Result<Exit, CliError> {
         loop {
             tokio::select! {
                 biased;
-                Some(event) = events.next() => tell(output, &event)?,
+                Some(event) = events.next() => show(output, &event)?,
                 _ = interrupts.next() => {
                     signals += 1;
                     for deployment in &adopted {
@@ -68,7 +68,7 @@ pub fn run(output: &Output) -> Result<Exit, CliError> {
     result
 }
 
-fn tell(output: &Output, event: &TimelineEvent) -> Result<(), CliError> {
+fn show(output: &Output, event: &TimelineEvent) -> Result<(), CliError> {
     let width = event.instance.as_ref().map_or(0, String::len);
     let line = timeline_line(event, width);
     output.line(&line, || event.json(), |count| missed(event.at, count))

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::exit::Exit;
 use super::printable::{printable, printable_code, printable_lines};
 use crate::api::client::ClientError;
-use crate::api::types::Failure;
+use crate::api::types::RefusalKind;
 use crate::doctor::{self, HostReport, Verdict};
 use crate::service::{Blame, Position, ServiceError, SourceLocation};
 use crate::shell::quoted;
@@ -398,17 +398,17 @@ impl From<ClientError> for CliError {
         let code = match &error {
             ClientError::NotFound { .. }
             | ClientError::Refused {
-                kind: Failure::NotFound,
+                kind: RefusalKind::NotFound,
                 ..
             } => Code::NoInstance,
             ClientError::Ambiguous { .. } => Code::Ambiguous,
             ClientError::Unreachable { .. }
             | ClientError::Refused {
-                kind: Failure::Unreachable,
+                kind: RefusalKind::Unreachable,
                 ..
             } => Code::Unreachable,
             ClientError::Refused {
-                kind: Failure::Invalid,
+                kind: RefusalKind::Invalid,
                 ..
             } => Code::Usage,
             ClientError::List { .. } => Code::RuntimeDirectory,

@@ -17,7 +17,7 @@ use super::exit::Exit;
 use super::lossless_output::{LosslessOutput, Slot};
 use super::terminal::{RawMode, window_size};
 use super::{instances, runtime};
-use crate::api::client::{Connection, Target};
+use crate::api::client::{Connection, InstanceTarget};
 use crate::api::types::Request;
 use keys::{Keys, Signals};
 
@@ -104,7 +104,7 @@ enum Last {
     Signal(u8),
 }
 
-async fn session(target: &Target, args: &ExecArgs, mode: Mode) -> Result<Last, CliError> {
+async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result<Last, CliError> {
     let request = Request::Exec {
         instance: target.instance.clone(),
         exec: ExecRequest {

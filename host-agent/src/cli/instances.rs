@@ -9,7 +9,7 @@ use super::error::CliError;
 use super::exit::Exit;
 use super::output::Output;
 use super::runtime;
-use crate::api::client::{self, Connection, Running, Target};
+use crate::api::client::{self, Connection, InstanceTarget, RunningDeployment};
 use crate::api::types::Request;
 use crate::store::paths;
 
@@ -42,12 +42,12 @@ pub fn pause(args: &InstanceArg, paused: bool, output: &Output) -> Result<Exit, 
 }
 
 /// The running instance called `name`.
-pub async fn find(name: &str) -> Result<Target, CliError> {
+pub async fn find(name: &str) -> Result<InstanceTarget, CliError> {
     let running = client::list(&paths::runtime_dir()).await?;
     Ok(client::find(&running, name)?)
 }
 
-fn table(running: &[Running]) -> String {
+fn table(running: &[RunningDeployment]) -> String {
     let mut rows = vec![
         [
             "DEPLOYMENT",
@@ -60,7 +60,7 @@ fn table(running: &[Running]) -> String {
         ]
         .map(str::to_owned),
     ];
-    for Running { info, .. } in running {
+    for RunningDeployment { info, .. } in running {
         for instance in &info.instances {
             let endpoints = instance.endpoints.iter();
             let endpoints: Vec<_> = endpoints
@@ -140,7 +140,7 @@ mod tests {
                 }],
             }],
         };
-        let running = Running {
+        let running = RunningDeployment {
             socket: "/x.sock".into(),
             info,
         };

@@ -12,7 +12,7 @@ use super::instances;
 use super::interrupt::Interrupts;
 use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
-use crate::api::client::{Connection, Target};
+use crate::api::client::{Connection, InstanceTarget};
 use crate::api::types::{Request, Response};
 use crate::queued_writer::previous;
 use crate::store::paths;
@@ -28,7 +28,7 @@ pub fn run(args: &LogsArgs) -> Result<Exit, CliError> {
     })
 }
 
-async fn stream(target: &Target, args: &LogsArgs) -> Result<Exit, CliError> {
+async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliError> {
     let mut interrupts = Interrupts::listen()?;
     let request = Request::Logs {
         instance: target.instance.clone(),

@@ -10,8 +10,8 @@ use super::error::{CliError, Code};
 use super::evidence;
 use super::exit::Exit;
 use super::output::Output;
-use super::running::{Ended, Running, STEADY, interrupted};
-use super::watch::{News, Trouble};
+use super::running::{Running, STEADY, WaitEnd, interrupted};
+use super::watch::RunError;
 use super::{deploy, runtime};
 use crate::store::deployment::Retention;
 use crate::supervisor::event::{TimelineEvent, missed};
@@ -39,28 +39,26 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let tell = |event: &TimelineEvent, line| tell(output, event, line);
-        let mut running = Running::start(model, options, retention, output, tell).await?;
+        let show = |event: &TimelineEvent, line| show(output, event, line);
+        let mut running = Running::start(model, options, retention, output, show).await?;
         let steady = host.scaled(STEADY);
         let result = follow(&mut running, args, deadline, steady, output).await;
-        // What a failure left is looked at before the files go.
-        let result = result.map_err(|error| with_logs(error, &running, args.keep));
+        // Before the logs are removed.
+        let result = result.map_err(|failed| with_logs(failed, &running, args.keep));
         if args.keep {
             let place = running.deployment().directory().display();
             output.progress(&format!("disks and logs are kept in {place}"));
         }
         running.finish(output).await;
-        result.map_err(|(error, _)| error)
+        result
     });
     runtime.shutdown_background();
     result
 }
 
-fn tell(output: &Output, event: &TimelineEvent, line: String) -> Result<(), CliError> {
+fn show(output: &Output, event: &TimelineEvent, line: String) -> Result<(), CliError> {
     output.line(&line, || event.json(), |count| missed(event.at, count))
 }
-
-type Failure = (CliError, Option<String>);
 
 async fn follow(
     running: &mut Running,
@@ -68,19 +66,18 @@ async fn follow(
     deadline: Option<Instant>,
     steady: Duration,
     output: &Output,
-) -> Result<Exit, Failure> {
-    let tell = |event: &TimelineEvent, line| tell(output, event, line);
-    let plain = |error: CliError| (error, None);
+) -> Result<Exit, RunError> {
+    let show = |event: &TimelineEvent, line| show(output, event, line);
     let mut deadline = deadline;
     let mut last = None;
     let mut hint = Some("Ready. Ctrl-C stops it");
     let outcome = loop {
         let ended = match args.until {
-            Until::Ready => running.steady(steady, deadline, tell).await,
-            Until::Stopped => running.wait(deadline, tell).await,
+            Until::Ready => running.steady(steady, deadline, show).await,
+            Until::Stopped => running.wait(deadline, show).await,
         };
-        match ended.map_err(plain)? {
-            Ended::News(News::Ready) => {
+        match ended? {
+            WaitEnd::Ready => {
                 deadline = None;
                 if args.until == Until::Ready {
                     break Ok(Exit::Success);
@@ -92,67 +89,66 @@ async fn follow(
                     ));
                 }
             }
-            Ended::News(News::Trouble(trouble)) => {
+            WaitEnd::Failed(error) => {
                 if args.until == Until::Ready {
-                    break Err(failure(trouble));
+                    break Err(error);
                 }
-                // The supervisor goes on; if this was the end, it is the cause.
-                last = Some(trouble);
+                // The supervisor restarts the instance. If every instance ends instead,
+                // this is why.
+                last = Some(error);
             }
-            Ended::News(News::Nothing) => {}
-            Ended::Finished => {
-                return match last {
-                    Some(trouble) => Err(failure(trouble)),
-                    None => Ok(Exit::Success),
-                };
-            }
-            Ended::Deadline => break Err((not_ready(running), running.idle().cloned())),
-            Ended::Signal(number) => {
+            WaitEnd::Finished => return last.map_or(Ok(Exit::Success), Err),
+            WaitEnd::Deadline => break Err(not_ready(running)),
+            WaitEnd::Signal(number) => {
                 output.progress("stopping; once more kills");
-                running.stop(output, tell).await.map_err(plain)?;
+                running.stop(output, show).await?;
                 return if running.was_killed() || args.until == Until::Ready {
-                    Err(plain(interrupted(number)))
+                    Err(interrupted(number).into())
                 } else {
                     unclean(running)
                 };
             }
         }
     };
-    running.stop(output, tell).await.map_err(plain)?;
+    running.stop(output, show).await?;
     outcome?;
     unclean(running)
 }
 
-fn unclean(running: &Running) -> Result<Exit, Failure> {
+fn unclean(running: &Running) -> Result<Exit, RunError> {
     let left = running.watch.unclean();
     let Some(first) = left.first() else {
         return Ok(Exit::Success);
     };
     let what = format!("{} had to be stopped by force", left.join(", "));
-    Err((CliError::new(Code::Unclean, what), Some(first.clone())))
+    Err(RunError {
+        error: CliError::new(Code::Unclean, what),
+        instance: Some(first.clone()),
+    })
 }
 
-fn failure(trouble: Trouble) -> Failure {
-    let instance = trouble.instance.clone();
-    (trouble.into(), Some(instance))
-}
-
-/// The time is up before every instance is Ready.
-pub fn not_ready(running: &Running) -> CliError {
+/// The error of a service that was not Ready at the deadline.
+pub fn not_ready(running: &Running) -> RunError {
     let mut error = CliError::new(Code::Timeout, "the service was not Ready in time");
     for waiting in running.watch.waiting() {
         error = error.cause(waiting);
     }
-    if running.watch.lacks_space() {
-        return error.hint(MORE_SPACE);
+    let hint = if running.watch.lacks_space() {
+        MORE_SPACE
+    } else {
+        "give it longer: --timeout S"
+    };
+    RunError {
+        error: error.hint(hint),
+        instance: running.not_ready().cloned(),
     }
-    error.hint("give it longer: --timeout S")
 }
 
-/// Adds the end of the logs of the instance at fault.
-fn with_logs((error, instance): Failure, running: &Running, keep: bool) -> Failure {
+/// Adds the end of the logs of the instance that failed.
+fn with_logs(failed: RunError, running: &Running, keep: bool) -> CliError {
+    let RunError { error, instance } = failed;
     let Some(name) = instance else {
-        return (error, None);
+        return error;
     };
     let directory = running.deployment().directory().join(&name);
     let mut error = tails(error, &directory, &name);
@@ -161,7 +157,7 @@ fn with_logs((error, instance): Failure, running: &Running, keep: bool) -> Failu
     } else if error.hint_text().is_none() {
         error = error.hint("the same with --keep leaves disks and logs to look at");
     }
-    (error, Some(name))
+    error
 }
 
 /// The last lines of the role's log and of the serial console in `directory`.

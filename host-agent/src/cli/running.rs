@@ -1,5 +1,4 @@
-//! A deployment while a command owns it: its events, its socket, and the
-//! signals that end it.
+//! The deployment of a command: its events, its socket, and the signals that end it.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use super::interrupt::Interrupts;
 use super::meter::Meter;
 use super::output::Output;
 use super::ticker::Ticker;
-use super::watch::{News, Watch};
+use super::watch::{Decision, RunError, Watch};
 use crate::api::server::{self, Server};
 use crate::service::model::ServiceModel;
 use crate::store::deployment::Retention;
@@ -25,7 +24,7 @@ use crate::supervisor::instance::InstanceHandle;
 use crate::supervisor::plan::instance_names;
 use crate::supervisor::timeline::{Events, Timeline};
 
-/// A deployment in the hands of this command.
+/// The deployment that this command runs.
 #[derive(Debug)]
 pub struct Running {
     host: Host,
@@ -36,53 +35,54 @@ pub struct Running {
     ended: bool,
     abandoned: bool,
     interrupts: Interrupts,
-    /// What the events say so far.
+    /// State of the instances, from the events so far.
     pub watch: Watch,
     /// Names of the instances, in the order of the definition.
     pub names: Vec<String>,
-    /// Every event so far.
+    /// The first [`MAX_EVENTS`] events.
     pub seen: Vec<TimelineEvent>,
     /// When every instance became Ready.
     ready_at: Option<Instant>,
     width: usize,
     stops: u32,
-    /// Tells of the wait, until the service is Ready or cannot be, and again
-    /// while it is stopped.
+    /// Shows the wait until the service is Ready or has failed, and during the stop.
     ticker: Option<Ticker>,
 }
 
-/// What a wait ended with.
+/// Why a wait ended.
 #[derive(Debug)]
-pub enum Ended {
-    /// By news of the service.
-    News(News),
+pub enum WaitEnd {
+    /// Every instance became Ready.
+    Ready,
+    /// An instance failed.
+    Failed(RunError),
     /// Every instance has ended.
     Finished,
-    /// The time is up.
+    /// The deadline passed.
     Deadline,
-    /// By this signal.
+    /// This signal arrived.
     Signal(u8),
 }
 
-/// A role is Ready when its process runs. One that stays so for this long, times
-/// the slowness of the host, did not fail at once.
+/// A role may be Ready as soon as its process runs. One that stays Ready for this
+/// long, times the slowness of the host, did not fail at once.
 pub const STEADY: Duration = Duration::from_secs(1);
 
-/// Time for the step in hand to give up when the command is interrupted.
+/// Most time for the current step to return after the command was interrupted.
 const GIVE_UP: Duration = Duration::from_secs(5);
 
-/// Events that are remembered for the report of a test.
-const MOST_EVENTS: usize = 10_000;
+/// Events that are kept for the report of a test.
+const MAX_EVENTS: usize = 10_000;
 
 impl Running {
-    /// Deploys `model` on a host of its own, passing events to `tell`. A signal meanwhile
-    /// ends it.
+    /// Deploys `model` on a new host and passes events to `show`. A signal ends it with
+    /// an error.
     pub async fn start(
         model: ServiceModel,
         options: HostOptions,
         retention: Retention,
         output: &Output,
-        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+        mut show: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
     ) -> Result<Self, CliError> {
         let mut interrupts = Interrupts::listen()?;
         let names = instance_names(&model);
@@ -115,8 +115,8 @@ impl Running {
                 biased;
                 number = interrupts.next() => break interrupted(number),
                 Some(event) = events.next() => {
-                    watch.take(&event);
-                    if let Err(error) = tell(&event, timeline_line(&event, width)) {
+                    watch.apply(&event);
+                    if let Err(error) = show(&event, timeline_line(&event, width)) {
                         break error;
                     }
                     seen.push(event);
@@ -144,8 +144,8 @@ impl Running {
                 }
             }
         };
-        // What the step in hand has made goes when it gives up. What is not
-        // gone in time is left to the janitor.
+        // The current step returns early and removes what the deployment has made. The
+        // janitor removes what is left after the limit.
         meter.progress().cancel();
         let _ = tokio::time::timeout(GIVE_UP, deploying).await;
         Err(stopped)
@@ -165,142 +165,143 @@ impl Running {
         Some(found.address)
     }
 
-    /// Passes every event to `tell` until something decides. The first signal
-    /// asks for a stop, the next one for a quick one; both end the wait.
+    /// Passes every event to `show` until one of the reasons of [`WaitEnd`].
     pub async fn wait(
         &mut self,
         deadline: Option<Instant>,
-        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
-    ) -> Result<Ended, CliError> {
+        mut show: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+    ) -> Result<WaitEnd, CliError> {
         loop {
             let event = tokio::select! {
                 biased;
                 event = self.events.next() => event,
-                // After the last event.
+                // Biased: only when every event has been read.
                 () = self.deployment.ended() => None,
                 () = due(self.ticker.as_ref()) => {
-                    self.tell_of_wait();
+                    self.show_waiting();
                     continue;
                 }
-                number = self.interrupts.next() => return Ok(Ended::Signal(number)),
-                () = until(deadline) => return Ok(Ended::Deadline),
+                number = self.interrupts.next() => return Ok(WaitEnd::Signal(number)),
+                () = until(deadline) => return Ok(WaitEnd::Deadline),
             };
             let Some(event) = event else {
                 self.ticker = None;
                 self.ended = true;
-                return Ok(Ended::Finished);
+                return Ok(WaitEnd::Finished);
             };
             if let Some(ticker) = &mut self.ticker {
                 ticker.postpone();
             }
-            let news = self.watch.take(&event);
-            if news != News::Nothing {
+            let decision = self.watch.apply(&event);
+            if decision.is_some() {
                 self.ticker = None;
             }
-            if news == News::Ready {
-                self.ready_at = Some(Instant::now());
-            }
-            tell(&event, timeline_line(&event, self.width))?;
-            if self.seen.len() < MOST_EVENTS {
+            show(&event, timeline_line(&event, self.width))?;
+            if self.seen.len() < MAX_EVENTS {
                 self.seen.push(event);
             }
-            if news != News::Nothing {
-                return Ok(Ended::News(news));
+            match decision {
+                None => {}
+                Some(Decision::Ready) => {
+                    self.ready_at = Some(Instant::now());
+                    return Ok(WaitEnd::Ready);
+                }
+                Some(Decision::Failed(error)) => return Ok(WaitEnd::Failed(error)),
             }
         }
     }
 
-    fn tell_of_wait(&mut self) {
+    fn show_waiting(&mut self) {
         let waiting = self.watch.waiting().join(", ");
         if let Some(ticker) = &mut self.ticker {
             ticker.show(&format!("waiting: {waiting}"));
         }
     }
 
-    /// The instance to look at when an endpoint of `role` does not answer: one
-    /// that does not serve, or else the first.
-    pub fn behind(&self, role: &str) -> Option<&String> {
+    /// The instance whose logs may explain why an endpoint of `role` does not answer:
+    /// one that is not Ready, or else the first.
+    pub fn suspect(&self, role: &str) -> Option<&String> {
         let of_role = |name: &&String| {
             let split = name.rsplit_once("_IN_");
             split.is_some_and(|(of, _)| of == role)
         };
         let instances = || self.names.iter().filter(of_role);
         instances()
-            .find(|name| !self.watch.serves(name))
+            .find(|name| !self.watch.is_ready(name))
             .or_else(|| instances().next())
     }
 
-    /// The first instance that does not serve.
-    pub fn idle(&self) -> Option<&String> {
-        self.names.iter().find(|name| !self.watch.serves(name))
+    /// The first instance that is not Ready.
+    pub fn not_ready(&self) -> Option<&String> {
+        self.names.iter().find(|name| !self.watch.is_ready(name))
     }
 
-    /// As [`Running::wait`], but Ready is news only when every instance has been
-    /// so for `steady` without a break, be it before this call.
+    /// Like [`Running::wait`], but returns Ready only when every instance has been Ready
+    /// for `steady` without a break. The time before this call counts.
     pub async fn steady(
         &mut self,
         steady: Duration,
         deadline: Option<Instant>,
-        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
-    ) -> Result<Ended, CliError> {
+        mut show: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+    ) -> Result<WaitEnd, CliError> {
         loop {
             let steady_at = self
                 .ready_at
-                .filter(|_| self.watch.is_ready())
+                .filter(|_| self.watch.all_ready())
                 .map(|ready| ready + steady);
             let limit = [steady_at, deadline].into_iter().flatten().min();
-            let ended = self.wait(limit, &mut tell).await?;
+            let ended = self.wait(limit, &mut show).await?;
             let passed = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());
             match ended {
-                Ended::News(News::Ready) => {}
-                Ended::Deadline if self.watch.is_ready() && passed(steady_at) => {
-                    return Ok(Ended::News(News::Ready));
+                WaitEnd::Ready => {}
+                WaitEnd::Deadline if self.watch.all_ready() && passed(steady_at) => {
+                    return Ok(WaitEnd::Ready);
                 }
-                Ended::Deadline if !passed(deadline) => {}
+                WaitEnd::Deadline if !passed(deadline) => {}
                 other => return Ok(other),
             }
         }
     }
 
-    /// Stops the service; waits until it is down. A signal from here on kills,
-    /// and one more waits no longer; but a hang-up, which a closing terminal
-    /// sends twice, only ever asks. Returns how long it took.
+    /// Stops the service and waits until it has ended. A signal meanwhile kills the
+    /// guests, and the next one ends the wait; SIGHUP does not, because a closing
+    /// terminal sends it twice. Returns how long the stop took.
     pub async fn stop(
         &mut self,
         output: &Output,
-        mut tell: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
+        mut show: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
     ) -> Result<Duration, CliError> {
         let started = Instant::now();
         self.ask_to_stop().await;
         self.ticker = Some(Ticker::start(output));
         let mut result = Ok(());
         loop {
-            // A reader that went away keeps no guest running.
-            let told = |event: &TimelineEvent, line: String| match &result {
-                Ok(()) => tell(event, line),
+            // The stop goes on if the output cannot be written.
+            let show_event = |event: &TimelineEvent, line: String| match &result {
+                Ok(()) => show(event, line),
                 Err(_) => Ok(()),
             };
-            match self.wait(None, told).await {
-                Ok(Ended::Finished) => return result.map(|()| started.elapsed()),
-                Ok(Ended::Signal(number)) if i32::from(number) == libc::SIGHUP => {}
-                Ok(Ended::Signal(number)) if self.was_killed() => {
-                    // A killed process that does not end hangs in the kernel.
+            match self.wait(None, show_event).await {
+                Ok(WaitEnd::Finished) => return result.map(|()| started.elapsed()),
+                Ok(WaitEnd::Signal(number)) if i32::from(number) == libc::SIGHUP => {}
+                Ok(WaitEnd::Signal(number)) if self.was_killed() => {
+                    // A killed process that does not end is blocked in the kernel.
                     output.warn("not waiting any longer; what is left is removed later");
                     self.ended = true;
                     self.abandoned = true;
                     return Err(interrupted(number));
                 }
-                Ok(Ended::Signal(_)) => {
+                Ok(WaitEnd::Signal(_)) => {
                     output.progress("killing the guests; once more does not wait for them");
                     self.ask_to_stop().await;
                 }
-                Ok(Ended::News(_) | Ended::Deadline) => {}
+                Ok(WaitEnd::Ready | WaitEnd::Failed(_) | WaitEnd::Deadline) => {}
                 Err(error) => result = Err(error),
             }
         }
     }
 
-    /// The first time cleanly, then by force.
+    /// The first call stops cleanly, the next ones by force.
     async fn ask_to_stop(&mut self) {
         self.watch.stopping();
         self.stops += 1;
@@ -316,14 +317,14 @@ impl Running {
         self.stops > 1
     }
 
-    /// The end, whatever came before: stops what still runs and waits for the
-    /// last tasks. Files go unless they are kept.
+    /// Stops what still runs, waits for the last tasks, and removes the files unless
+    /// they are kept.
     pub async fn finish(mut self, output: &Output) {
         if !self.ended {
-            // Whatever made this necessary has been told already.
+            // The error that led here has been reported.
             let _ = self.stop(output, |_, _| Ok(())).await;
         }
-        // While the logs are there to be read.
+        // Before the logs are removed, which clients may follow.
         if let Some(server) = self.server {
             server.close().await;
         }
@@ -335,7 +336,7 @@ impl Running {
     }
 }
 
-/// The socket of `host`; without it only other commands are worse off.
+/// Serves the API of `host`. Without it only `ps`, `exec`, `logs` and the like do not work.
 fn serve(host: &Host, output: &Output) -> Option<Server> {
     match server::serve(host) {
         Ok(server) => Some(server),
@@ -356,7 +357,7 @@ async fn due(ticker: Option<&Ticker>) {
     }
 }
 
-/// The command was ended by a signal.
+/// The error of a command that a signal ended.
 pub fn interrupted(number: u8) -> CliError {
     CliError::new(Code::Interrupted, "interrupted").exit_with(Exit::Signal(number))
 }

@@ -18,9 +18,9 @@ use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, StepReport, TestReport, rfc3339, stages,
 };
 use super::run::{not_ready, tails};
-use super::running::{Ended, Running, STEADY, interrupted};
+use super::running::{Running, STEADY, WaitEnd, interrupted};
 use super::ticker::Ticker;
-use super::watch::{News, Trouble};
+use super::watch::RunError;
 use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
 use crate::service::model::ServiceModel;
@@ -31,8 +31,7 @@ use crate::supervisor::event::TimelineEvent;
 /// Lines of the serial console in a report.
 const SERIAL_TAIL: usize = 20;
 
-/// Runs the test, writes the reports whatever came of it, and prints the
-/// verdict.
+/// Runs the test, writes the reports even if it failed, and prints the result.
 pub fn run(args: &TestArgs, output: &Output) -> Exit {
     let started = (SystemTime::now(), Instant::now());
     let mut report = blank(args, started.0);
@@ -49,7 +48,7 @@ pub fn run(args: &TestArgs, output: &Output) -> Exit {
         _ => Outcome::Fail,
     };
     report.error = result.as_ref().err().map(CliError::json);
-    // A report that cannot be written hides neither the others nor the verdict.
+    // After an error the other reports and the result are written all the same.
     let mut unwritten = None;
     for file in &args.reports {
         if let Err(error) = write_report(file, &report) {
@@ -61,7 +60,7 @@ pub fn run(args: &TestArgs, output: &Output) -> Exit {
         output.error(&error);
     }
     if let Err(error) = output.answer(&report.verdict(), || report.json()) {
-        // A reader that went away does not want to hear about it.
+        // SIGPIPE: the reader of the output has exited.
         if error.exit() != Exit::Signal(13) {
             output.error(&error);
         }
@@ -121,7 +120,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
     };
     if !host.is_usable() {
         let error = CliError::host(&host, &args.service.service);
-        // Memory and disk can be freed: that is no machine without KVM.
+        // A machine without free memory or disk space does have KVM.
         let no_kvm = !matches!(host.verdict, Verdict::NoMemory | Verdict::NoDisk);
         return Err(match on_no_kvm {
             OnNoKvm::Skip if no_kvm => error.exit_with(Exit::Skipped),
@@ -144,37 +143,20 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         describe(&running, &mut result, report);
         result = preserve(&running, args, &data_dir, result, report);
         running.finish(output).await;
-        result.map_err(|failure| failure.error)
+        result.map_err(|failed| failed.error)
     });
     runtime.shutdown_background();
     result
 }
 
-/// Why the test failed.
-struct Failure {
-    error: CliError,
-    /// The instance at fault.
-    instance: Option<String>,
-}
+/// A probe with the names of its role and endpoint.
+type ResolvedProbe<'a> = (&'a EndpointProbe, (String, String));
 
-impl From<CliError> for Failure {
-    fn from(error: CliError) -> Self {
-        Self {
-            error,
-            instance: None,
-        }
-    }
-}
-
-/// A probe with the names of a role and an endpoint.
-type Target<'a> = (&'a EndpointProbe, (String, String));
-
-/// A probe that does not name one endpoint of the service is bad usage, told
-/// before anything is started.
+/// Finds the endpoint of each probe. A probe that does not name one is a usage error.
 fn resolve<'a>(
     probes: &'a [EndpointProbe],
     model: &ServiceModel,
-) -> Result<Vec<Target<'a>>, CliError> {
+) -> Result<Vec<ResolvedProbe<'a>>, CliError> {
     let mut targets = Vec::new();
     for probe in probes {
         let error = match probe.resolve(model) {
@@ -206,17 +188,17 @@ fn resolve<'a>(
 /// Ready, probes, still Ready, clean stop.
 async fn drive(
     running: &mut Running,
-    probes: &[Target<'_>],
+    probes: &[ResolvedProbe<'_>],
     host: &HostReport,
     deadline: Instant,
     output: &Output,
     report: &mut TestReport,
-) -> Result<(), Failure> {
-    let tell = |_: &TimelineEvent, line: String| {
+) -> Result<(), RunError> {
+    let show = |_: &TimelineEvent, line: String| {
         output.progress(&line);
         Ok(())
     };
-    let ended = running.wait(Some(deadline), tell).await?;
+    let ended = running.wait(Some(deadline), show).await?;
     let mut result = ready(running, ended);
     for target in probes {
         let name = target.0.to_string();
@@ -227,9 +209,9 @@ async fn drive(
         let step = run_probe(running, target, host.timeout_scale(), deadline, output).await;
         let step = match step {
             Ok(step) => step,
-            Err(failure) => {
+            Err(failed) => {
                 report.probes.push(StepReport::new(name, Outcome::Fail, 0));
-                result = Err(failure);
+                result = Err(failed);
                 continue;
             }
         };
@@ -246,19 +228,19 @@ async fn drive(
                     .cause(running.watch.waiting().join("; "))
                     .hint(MORE_SPACE);
             }
-            result = Err(Failure {
+            result = Err(RunError {
                 error,
-                instance: running.behind(&target.1.0).cloned(),
+                instance: running.suspect(&target.1.0).cloned(),
             });
         }
         report.probes.push(step);
     }
     if result.is_ok() {
         let steady = host.scaled(STEADY);
-        let ended = running.steady(steady, Some(deadline), tell).await?;
+        let ended = running.steady(steady, Some(deadline), show).await?;
         result = ready(running, ended);
     }
-    let took = running.stop(output, tell).await?;
+    let took = running.stop(output, show).await?;
     let left = running.watch.unclean();
     let mut stop = StepReport::new("stop", Outcome::Ok, millis(took));
     if let Some(first) = left.first() {
@@ -267,7 +249,7 @@ async fn drive(
         stop.code = Some(Code::Unclean.name());
         stop.detail = Some(what.clone());
         if result.is_ok() {
-            result = Err(Failure {
+            result = Err(RunError {
                 error: CliError::new(Code::Unclean, what),
                 instance: Some(first.clone()),
             });
@@ -277,31 +259,28 @@ async fn drive(
     result
 }
 
-/// Whether a wait for Ready ended with that.
-fn ready(running: &Running, ended: Ended) -> Result<(), Failure> {
+/// An error unless a wait ended with Ready.
+fn ready(running: &Running, ended: WaitEnd) -> Result<(), RunError> {
     match ended {
-        Ended::News(News::Ready) => Ok(()),
-        Ended::News(News::Trouble(trouble)) => Err(failed(trouble)),
-        Ended::Deadline => Err(Failure {
-            error: not_ready(running),
-            instance: running.idle().cloned(),
-        }),
-        Ended::Signal(number) => Err(interrupted(number).into()),
-        Ended::Finished | Ended::News(News::Nothing) => {
+        WaitEnd::Ready => Ok(()),
+        WaitEnd::Failed(error) => Err(error),
+        WaitEnd::Deadline => Err(not_ready(running)),
+        WaitEnd::Signal(number) => Err(interrupted(number).into()),
+        WaitEnd::Finished => {
             Err(CliError::new(Code::Start, "the service ended before it was Ready").into())
         }
     }
 }
 
-/// Probes while the service is watched: if it breaks, the probe need not wait.
+/// Runs a probe and ends it early if the service fails meanwhile.
 async fn run_probe(
     running: &mut Running,
-    (probe, endpoint): &Target<'_>,
+    (probe, endpoint): &ResolvedProbe<'_>,
     scale: u32,
     deadline: Instant,
     output: &Output,
-) -> Result<StepReport, Failure> {
-    let tell = |_: &TimelineEvent, line: String| {
+) -> Result<StepReport, RunError> {
+    let show = |_: &TimelineEvent, line: String| {
         output.progress(&line);
         Ok(())
     };
@@ -310,8 +289,8 @@ async fn run_probe(
         .expect("probes were resolved by the definition");
     let broken = async {
         loop {
-            match running.wait(None, tell).await {
-                Ok(Ended::News(News::Ready)) => {}
+            match running.wait(None, show).await {
+                Ok(WaitEnd::Ready) => {}
                 ended => return ended,
             }
         }
@@ -328,8 +307,8 @@ async fn run_probe(
             outcome = &mut probing => break outcome,
             ended = &mut broken => {
                 return Err(match ended? {
-                    Ended::News(News::Trouble(trouble)) => failed(trouble),
-                    Ended::Signal(number) => interrupted(number).into(),
+                    WaitEnd::Failed(error) => error,
+                    WaitEnd::Signal(number) => interrupted(number).into(),
                     _ => CliError::new(Code::Role, "the service ended while it was probed").into(),
                 });
             }
@@ -352,24 +331,18 @@ async fn run_probe(
     })
 }
 
-fn failed(trouble: Trouble) -> Failure {
-    Failure {
-        instance: Some(trouble.instance.clone()),
-        error: trouble.into(),
-    }
-}
-
-/// The instances and their steps, and the last lines of the one at fault.
-fn describe(running: &Running, result: &mut Result<(), Failure>, report: &mut TestReport) {
+/// Adds each instance with its steps to the report, and the end of its logs to the error
+/// of the one that failed.
+fn describe(running: &Running, result: &mut Result<(), RunError>, report: &mut TestReport) {
     let directory = running.deployment().directory();
-    let failure = result.as_ref().err();
-    let at_fault = failure.and_then(|failure| failure.instance.clone());
+    let failed = result.as_ref().err();
+    let of_instance = failed.and_then(|failed| failed.instance.clone());
     for name in &running.names {
-        let mine = failure
-            .filter(|failure| failure.instance.as_ref() == Some(name))
-            .map(|failure| report::StageFailure {
-                detail: failure.error.what().to_owned(),
-                code: failure.error.code().name(),
+        let mine = failed
+            .filter(|failed| failed.instance.as_ref() == Some(name))
+            .map(|failed| report::StageFailure {
+                detail: failed.error.what().to_owned(),
+                code: failed.error.code().name(),
             });
         let serial = directory.join(name).join("serial.log");
         report.instances.push(InstanceReport {
@@ -383,54 +356,54 @@ fn describe(running: &Running, result: &mut Result<(), Failure>, report: &mut Te
             },
         });
     }
-    if let (Err(failure), Some(name)) = (result, at_fault) {
-        let error = std::mem::replace(&mut failure.error, CliError::new(Code::Unclassified, ""));
-        failure.error = tails(error, &directory.join(&name), &name);
+    if let (Err(failed), Some(name)) = (result, of_instance) {
+        let error = std::mem::replace(&mut failed.error, CliError::new(Code::Unclassified, ""));
+        failed.error = tails(error, &directory.join(&name), &name);
     }
 }
 
-/// Copies the logs to where they outlive the deployment: the user's directory,
-/// or after a failure one of our own.
+/// Copies the logs before they are removed: to the directory that the user gave, or after
+/// a failure to one in the data directory.
 fn preserve(
     running: &Running,
     args: &TestArgs,
     data_dir: &Path,
-    result: Result<(), Failure>,
+    result: Result<(), RunError>,
     report: &mut TestReport,
-) -> Result<(), Failure> {
+) -> Result<(), RunError> {
     let deployment = running.deployment();
     let target: PathBuf = match (&args.artifacts, &result) {
         (Some(directory), _) => directory.clone(),
         (None, Ok(())) => return result,
         (None, Err(_)) => evidence::failed_dir(data_dir, deployment.id()),
     };
-    let mut trouble = None;
+    let mut copy_error = None;
     for instance in &mut report.instances {
         let from = deployment.directory().join(&instance.name);
         match evidence::copy_logs(&from, &target.join(&instance.name)) {
             Ok(copies) => instance.logs = copies,
-            Err(error) => trouble = Some(error),
+            Err(error) => copy_error = Some(error),
         }
     }
-    match (result, trouble) {
+    match (result, copy_error) {
         (Ok(()), None) => Ok(()),
         (Ok(()), Some(error)) => Err(deploy::cannot_write(&target, &error).into()),
-        (Err(mut failure), trouble) => {
-            let mut error = failure.error.logs(target.display().to_string());
-            if let Some(trouble) = trouble {
-                error = error.cause(format!("not all logs could be copied: {trouble}"));
+        (Err(mut failed), copy_error) => {
+            let mut error = failed.error.logs(target.display().to_string());
+            if let Some(why) = copy_error {
+                error = error.cause(format!("not all logs could be copied: {why}"));
             }
             if error.hint_text().is_none() {
-                error = error.hint(again(&args.service));
+                error = error.hint(run_and_keep(&args.service));
             }
-            failure.error = error;
-            Err(failure)
+            failed.error = error;
+            Err(failed)
         }
     }
 }
 
-/// The command that leaves disks and logs to look at.
-fn again(service: &ServiceArgs) -> String {
+/// The command that runs the service and keeps disks and logs.
+fn run_and_keep(service: &ServiceArgs) -> String {
     let mut command = format!("host-agent run {}", quoted(&service.service));
     if let Some(config) = &service.config {
         command.push_str(&format!(" --config {}", quoted(config)));
@@ -458,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_that_is_not_there_still_gives_reports() {
+    fn a_missing_service_still_gives_reports() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let json = format!("json={}", path("new/a.json").display());
@@ -475,14 +448,14 @@ mod tests {
     }
 
     #[test]
-    fn the_hint_after_a_failure_is_a_command_with_the_same_service() {
+    fn the_hint_after_a_failure_runs_the_same_service() {
         let args = args(&["my service", "--config", "a's.cscfg"]);
         let wanted = r"host-agent run 'my service' --config 'a'\''s.cscfg' --keep";
-        assert_eq!(again(&args.service), wanted);
+        assert_eq!(run_and_keep(&args.service), wanted);
     }
 
     #[test]
-    fn a_report_is_blank_until_something_is_known() {
+    fn a_report_begins_as_failed() {
         let report: TestReport = blank(&args(&["x"]), SystemTime::UNIX_EPOCH);
         assert_eq!(report.started, "1970-01-01T00:00:00Z");
         assert_eq!(report.result, Outcome::Fail);

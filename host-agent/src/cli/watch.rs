@@ -1,5 +1,4 @@
-//! From the timeline to a judgement: is the service Ready, or can it not be?
-//! Pure.
+//! Decides from the timeline whether a service is Ready or has failed. Pure.
 
 use std::collections::BTreeMap;
 
@@ -11,40 +10,28 @@ use crate::supervisor::event::{EventKind, TimelineEvent, Verdict, exit_text};
 use crate::supervisor::status::{InstanceStatus, Phase};
 use crate::vmm::control::ExitReason;
 
-/// What an event means for the whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum News {
-    /// Nothing is decided.
-    Nothing,
-    /// Every instance is Ready, which they were not before, or not without a break.
+/// What an event decides about a service.
+#[derive(Debug)]
+pub enum Decision {
+    /// Every instance is Ready, and at least one of them was not since the last time.
     Ready,
-    /// Not on the way to Ready, or no longer Ready.
-    Trouble(Trouble),
+    /// An instance failed before or after it was Ready.
+    Failed(RunError),
 }
 
-/// Why a service is not as it should be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
-    /// The instance.
-    pub instance: String,
-    /// Class.
-    pub code: Code,
-    /// What happened.
-    pub what: String,
-    /// Why, as far as it is known.
-    pub cause: Option<String>,
+/// An error of a service that was deployed.
+#[derive(Debug)]
+pub struct RunError {
+    /// The error.
+    pub error: CliError,
+    /// The instance whose logs may explain it.
+    pub instance: Option<String>,
 }
 
-impl From<Trouble> for CliError {
-    fn from(trouble: Trouble) -> Self {
-        let mut error = Self::new(trouble.code, trouble.what);
-        if let Some(cause) = trouble.cause {
-            error = error.cause(cause);
-        }
-        if trouble.code == Code::HostFull {
-            error = error.hint(MORE_SPACE);
-        }
-        error
+impl From<CliError> for RunError {
+    fn from(error: CliError) -> Self {
+        let instance = None;
+        Self { error, instance }
     }
 }
 
@@ -65,7 +52,7 @@ struct Instance {
 }
 
 impl Watch {
-    /// Nothing has happened yet to the instances called `names`.
+    /// Expects events of the instances called `names`.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         let fresh = |name| (name, Instance::default());
         Self {
@@ -75,7 +62,7 @@ impl Watch {
         }
     }
 
-    /// From here on the service is being stopped: what ends, ends on request.
+    /// The service is being stopped: from now on no event is a failure.
     pub fn stopping(&mut self) {
         self.stopping = true;
         for instance in self.instances.values_mut() {
@@ -83,7 +70,7 @@ impl Watch {
         }
     }
 
-    /// State of an instance in a word, the last one before the stop.
+    /// State of an instance in one word; after a stop, its last state before it.
     pub fn state(&self, name: &str) -> &'static str {
         self.instances.get(name).map_or("Unknown", |instance| {
             let phase = instance.before_stop.unwrap_or(instance.status.phase);
@@ -92,18 +79,18 @@ impl Watch {
     }
 
     /// Whether an instance is Ready.
-    pub fn serves(&self, name: &str) -> bool {
+    pub fn is_ready(&self, name: &str) -> bool {
         let instance = self.instances.get(name);
         instance.is_some_and(|instance| instance.status.is_ready())
     }
 
     /// Whether every instance is Ready.
-    pub const fn is_ready(&self) -> bool {
+    pub const fn all_ready(&self) -> bool {
         self.ready
     }
 
-    /// Instances that are not Ready, with their state; during the stop those
-    /// that are not down.
+    /// Instances that are not Ready, with their state; during a stop those that have
+    /// not stopped.
     pub fn waiting(&self) -> Vec<String> {
         let instances = self.instances.iter();
         if self.stopping {
@@ -125,51 +112,39 @@ impl Watch {
         instances.any(|instance| instance.status.no_space.is_some())
     }
 
-    /// Instances that did not end by themselves when they were stopped.
+    /// Instances that did not stop cleanly.
     pub fn unclean(&self) -> Vec<String> {
         let instances = self.instances.iter();
         let unclean = instances.filter(|(_, instance)| instance.clean() != Some(true));
         unclean.map(|(name, _)| name.clone()).collect()
     }
 
-    /// Takes one event.
-    pub fn take(&mut self, event: &TimelineEvent) -> News {
-        let Some((name, instance)) = event
-            .instance
-            .as_ref()
-            .and_then(|name| self.instances.get_mut(name).map(|found| (name, found)))
-        else {
-            return News::Nothing;
-        };
+    /// Takes in one event; returns what it decides.
+    pub fn apply(&mut self, event: &TimelineEvent) -> Option<Decision> {
+        let name = event.instance.as_ref()?;
+        let instance = self.instances.get_mut(name)?;
         let recycles = instance.status.recycles;
         instance.status.apply(&event.kind);
         if instance.status.recycles > recycles {
-            // The role ended in between, whether or not the guest reported it.
+            // The role ended and started again between two reports.
             self.ready = false;
         }
         if self.stopping {
-            return News::Nothing;
+            return None;
         }
-        if let Some((code, what, cause)) = trouble(name, &event.kind) {
-            return News::Trouble(Trouble {
-                instance: name.clone(),
-                code,
-                what,
-                cause,
-            });
+        if let Some(error) = failure(name, &event.kind) {
+            let instance = Some(name.clone());
+            return Some(Decision::Failed(RunError { error, instance }));
         }
         let was_ready = self.ready;
         let mut instances = self.instances.values();
         self.ready = instances.all(|instance| instance.status.is_ready());
-        if self.ready && !was_ready {
-            return News::Ready;
-        }
-        News::Nothing
+        (self.ready && !was_ready).then_some(Decision::Ready)
     }
 }
 
 impl Instance {
-    /// Whether it ended by itself when it was stopped, once it has ended.
+    /// Whether it stopped cleanly, once it has stopped.
     const fn clean(&self) -> Option<bool> {
         match self.status.phase {
             Phase::Stopped { clean } => Some(clean),
@@ -178,9 +153,9 @@ impl Instance {
     }
 }
 
-/// What is wrong with `name` after an event that a sound service never has.
-fn trouble(name: &str, kind: &EventKind) -> Option<(Code, String, Option<String>)> {
-    Some(match kind {
+/// The error of instance `name` for an event that is a failure.
+fn failure(name: &str, kind: &EventKind) -> Option<CliError> {
+    let (code, what, cause) = match kind {
         EventKind::Role {
             state: state @ (RoleState::Failed | RoleState::Cycling),
             detail,
@@ -241,7 +216,15 @@ fn trouble(name: &str, kind: &EventKind) -> Option<(Code, String, Option<String>
             some(error),
         ),
         _ => return None,
-    })
+    };
+    let mut failure = CliError::new(code, what);
+    if let Some(cause) = cause {
+        failure = failure.cause(cause);
+    }
+    if code == Code::HostFull {
+        failure = failure.hint(MORE_SPACE);
+    }
+    Some(failure)
 }
 
 fn exit_cause(exit: ExitCause) -> String {
@@ -283,51 +266,54 @@ mod tests {
         }
     }
 
-    #[test]
-    fn ready_is_said_when_all_are_and_again_only_after_one_was_not() {
-        let mut watch = watch();
-        let mut take = |name, state| watch.take(&event(name, role(state)));
-        assert_eq!(take("A_IN_0", RoleState::Ready), News::Nothing);
-        assert_eq!(take("A_IN_0", RoleState::Ready), News::Nothing);
-        assert_eq!(take("A_IN_1", RoleState::Ready), News::Ready);
-        assert_eq!(take("A_IN_1", RoleState::Ready), News::Nothing);
-        assert_eq!(take("A_IN_0", RoleState::Recycling), News::Nothing);
-        assert_eq!(take("A_IN_1", RoleState::Ready), News::Nothing);
-        assert_eq!(take("A_IN_0", RoleState::Ready), News::Ready);
-        assert!(watch.waiting().is_empty() && watch.is_ready());
+    fn becomes_ready(watch: &mut Watch, instance: &str, kind: EventKind) -> bool {
+        let decision = watch.apply(&event(instance, kind));
+        matches!(decision, Some(Decision::Ready))
     }
 
     #[test]
-    fn a_role_that_ended_and_was_ready_again_before_that_was_told_is_news() {
+    fn a_service_is_ready_each_time_that_all_instances_become_so() {
+        let mut watch = watch();
+        for (name, state, ready) in [
+            ("A_IN_0", RoleState::Ready, false),
+            ("A_IN_0", RoleState::Ready, false),
+            ("A_IN_1", RoleState::Ready, true),
+            ("A_IN_1", RoleState::Ready, false),
+            ("A_IN_0", RoleState::Recycling, false),
+            ("A_IN_1", RoleState::Ready, false),
+            ("A_IN_0", RoleState::Ready, true),
+        ] {
+            assert_eq!(becomes_ready(&mut watch, name, role(state)), ready);
+        }
+        assert!(watch.waiting().is_empty() && watch.all_ready());
+    }
+
+    #[test]
+    fn a_role_that_ended_between_two_reports_becomes_ready_again() {
         let mut watch = Watch::new(["A_IN_0".into()]);
-        let mut take = |recycles| {
-            watch.take(&event(
-                "A_IN_0",
-                EventKind::Role {
-                    state: RoleState::Ready,
-                    detail: String::new(),
-                    recycles,
-                    last_exit: None,
-                    retry_in_ms: None,
-                },
-            ))
-        };
-        assert_eq!(take(0), News::Ready);
-        assert_eq!(take(0), News::Nothing);
-        assert_eq!(take(1), News::Ready);
+        for (recycles, ready) in [(0, true), (0, false), (1, true)] {
+            let role = EventKind::Role {
+                state: RoleState::Ready,
+                detail: String::new(),
+                recycles,
+                last_exit: None,
+                retry_in_ms: None,
+            };
+            assert_eq!(becomes_ready(&mut watch, "A_IN_0", role), ready);
+        }
     }
 
     #[test]
-    fn an_instance_that_restarts_is_not_ready_any_more() {
+    fn an_instance_that_restarts_is_no_longer_ready() {
         let mut watch = watch();
-        watch.take(&event("A_IN_0", role(RoleState::Ready)));
+        watch.apply(&event("A_IN_0", role(RoleState::Ready)));
         let starting = EventKind::GuestStarting {
             generation: 2,
             pid: 1,
         };
-        watch.take(&event("A_IN_0", starting));
-        let last = watch.take(&event("A_IN_1", role(RoleState::Ready)));
-        assert_eq!(last, News::Nothing);
+        watch.apply(&event("A_IN_0", starting));
+        let ready = role(RoleState::Ready);
+        assert!(!becomes_ready(&mut watch, "A_IN_1", ready));
         assert_eq!(watch.waiting(), ["A_IN_0 is Booting"]);
     }
 
@@ -341,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_the_way_to_ready_is_told_at_once_with_its_class() {
+    fn each_failure_has_its_code_and_its_instance() {
         let exited = |reason| EventKind::GuestExited {
             reason,
             because: None,
@@ -366,18 +352,19 @@ mod tests {
             (disk_failed(false), Code::Start, "disk os of A_IN_1"),
         ];
         for (kind, code, words) in cases {
-            let News::Trouble(trouble) = watch().take(&event("A_IN_1", kind.clone())) else {
-                panic!("no trouble: {kind:?}");
+            let decision = watch().apply(&event("A_IN_1", kind.clone()));
+            let Some(Decision::Failed(RunError { error, instance })) = decision else {
+                panic!("no failure: {kind:?}");
             };
-            assert_eq!((trouble.code, trouble.instance.as_str()), (code, "A_IN_1"));
-            assert!(trouble.what.contains(words), "{}", trouble.what);
+            assert_eq!((error.code(), instance.as_deref()), (code, Some("A_IN_1")));
+            assert!(error.what().contains(words), "{}", error.what());
         }
-        let once = watch().take(&event("A_IN_0", role(RoleState::Recycling)));
-        assert_eq!(once, News::Nothing);
+        let once = watch().apply(&event("A_IN_0", role(RoleState::Recycling)));
+        assert!(once.is_none());
     }
 
     #[test]
-    fn an_instance_without_space_is_no_trouble_but_not_ready_until_it_goes_on() {
+    fn a_guest_paused_for_space_is_not_ready_but_has_not_failed() {
         let no_space = || EventKind::NoSpace {
             disk: "os".into(),
             file: "/data/diff.qcow2".into(),
@@ -387,39 +374,37 @@ mod tests {
             quota: false,
         };
         let mut watch = Watch::new(["A_IN_0".into()]);
-        assert_eq!(
-            watch.take(&event("A_IN_0", role(RoleState::Ready))),
-            News::Ready
-        );
-        assert_eq!(watch.take(&event("A_IN_0", no_space())), News::Nothing);
-        assert!(!watch.is_ready() && !watch.serves("A_IN_0") && watch.lacks_space());
+        let ready = role(RoleState::Ready);
+        assert!(becomes_ready(&mut watch, "A_IN_0", ready));
+        assert!(watch.apply(&event("A_IN_0", no_space())).is_none());
+        assert!(!watch.all_ready() && !watch.is_ready("A_IN_0") && watch.lacks_space());
         let waiting = watch.waiting();
         let wanted = "A_IN_0: guest paused: no space for disk os (/data/diff.qcow2); \
                       free at least 3 MiB on /data (0 B free): it goes on by itself";
         assert_eq!(waiting, [wanted]);
         let back = EventKind::SpaceBack { paused_ms: 10 };
-        assert_eq!(watch.take(&event("A_IN_0", back)), News::Ready);
-        watch.take(&event("A_IN_0", no_space()));
+        assert!(becomes_ready(&mut watch, "A_IN_0", back));
+        watch.apply(&event("A_IN_0", no_space()));
         let ended = EventKind::GuestExited {
             reason: ExitReason::Stopped,
             because: None,
         };
-        watch.take(&event("A_IN_0", ended));
+        watch.apply(&event("A_IN_0", ended));
         assert!(!watch.lacks_space());
     }
 
     #[test]
-    fn a_guest_that_ends_on_request_is_no_trouble_and_force_is_remembered() {
+    fn a_stopped_service_has_no_failures_but_unclean_instances() {
         let mut watch = watch();
         watch.stopping();
         let ended = EventKind::GuestExited {
             reason: ExitReason::PowerOff,
             because: None,
         };
-        assert_eq!(watch.take(&event("A_IN_0", ended)), News::Nothing);
-        watch.take(&event("A_IN_0", EventKind::Stopped { clean: true }));
+        assert!(watch.apply(&event("A_IN_0", ended)).is_none());
+        watch.apply(&event("A_IN_0", EventKind::Stopped { clean: true }));
         assert_eq!(watch.waiting(), ["A_IN_1 is stopping"]);
-        watch.take(&event("A_IN_1", EventKind::Stopped { clean: false }));
+        watch.apply(&event("A_IN_1", EventKind::Stopped { clean: false }));
         assert_eq!(watch.unclean(), ["A_IN_1"]);
         assert!(watch.waiting().is_empty());
     }

@@ -49,7 +49,7 @@ pub struct Remains {
 }
 
 /// A janitor process, and the pipe whose end it waits for.
-type Process = (Child, OwnedFd);
+type JanitorProcess = (Child, OwnedFd);
 
 /// Starts a janitor. One that ends early is replaced.
 pub fn start(remains: Remains) -> io::Result<Janitor> {
@@ -75,7 +75,7 @@ impl Drop for Janitor {
     }
 }
 
-fn spawn(arguments: &[PathBuf]) -> io::Result<Process> {
+fn spawn(arguments: &[PathBuf]) -> io::Result<JanitorProcess> {
     let (reader, writer) = io::pipe()?;
     let child = Command::new("/proc/self/exe")
         .args(arguments)
@@ -89,7 +89,7 @@ fn spawn(arguments: &[PathBuf]) -> io::Result<Process> {
 }
 
 /// Reaps the janitor that runs, and starts another in its place.
-async fn respawn(first: Process, spawn: impl Fn() -> io::Result<Process>) {
+async fn respawn(first: JanitorProcess, spawn: impl Fn() -> io::Result<JanitorProcess>) {
     let mut running = Some(first);
     loop {
         if let Some((mut child, _alive)) = running {

@@ -19,7 +19,7 @@ use super::lifecycle::Limits;
 use super::liveness::heartbeat::HeartbeatRule;
 use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
 use super::timeline::Timeline;
-use crate::cgroup::{self, DeploymentGroup};
+use crate::cgroup::{self, HostGroup};
 use crate::endpoints::Listeners;
 use crate::progress::Progress;
 use crate::store::content::ContentStore;
@@ -67,15 +67,15 @@ impl HostOptions {
 /// A host. A clone is another handle to the same host, whose instances end with the last
 /// handle.
 #[derive(Debug, Clone)]
-pub struct Host(Arc<Shared>);
+pub struct Host(Arc<HostState>);
 
 #[derive(Debug)]
-struct Shared {
+struct HostState {
     id: String,
     options: HostOptions,
     content: ContentStore,
     timeline: Timeline,
-    group: Option<Arc<DeploymentGroup>>,
+    group: Option<Arc<HostGroup>>,
     listeners: Mutex<Listeners>,
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
@@ -112,13 +112,13 @@ impl Host {
             let group = cgroup::find_parent()
                 .map_err(|why| why.to_string())
                 .and_then(|place| {
-                    DeploymentGroup::create(&place, short_id(&id)).map_err(|error| chain(&error))
+                    HostGroup::create(&place, short_id(&id)).map_err(|error| chain(&error))
                 });
             Ok((id, swept.and(unused), group))
         })
         .await?
         .map_err(HostError::directory("a host", &options.data_dir))?;
-        let warn = |text| timeline.tell(None, EventKind::Warning { text });
+        let warn = |text| timeline.report(None, EventKind::Warning { text });
         if let Err(text) = swept {
             // What is left takes space but does not prevent a start.
             warn(text);
@@ -138,7 +138,7 @@ impl Host {
         };
         let janitor = janitor::start(remains)
             .map_err(HostError::directory("a janitor", &options.data_dir))?;
-        Ok(Self(Arc::new(Shared {
+        Ok(Self(Arc::new(HostState {
             id,
             options,
             content,
@@ -187,7 +187,7 @@ impl Host {
             image: name.to_owned(),
             cached: image.cached,
         };
-        self.0.timeline.tell(None, verified);
+        self.0.timeline.report(None, verified);
         lock(&self.0.images).insert(reference.clone(), Arc::new(image));
         Ok(reference)
     }
@@ -307,7 +307,7 @@ fn announce(timeline: &Timeline, specs: &[InstanceSpec]) {
                 address: endpoint.address,
                 local_port: endpoint.local_port,
             };
-            timeline.tell(None, published);
+            timeline.report(None, published);
         }
     }
 }

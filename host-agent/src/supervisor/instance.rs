@@ -32,7 +32,7 @@ use super::liveness::{Liveness, LivenessEffect};
 use super::spec::InstanceSpec;
 use super::status::{InstanceStatus, Phase};
 use super::timeline::Timeline;
-use crate::cgroup::DeploymentGroup;
+use crate::cgroup::HostGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::queued_writer::QueuedWriter;
@@ -76,7 +76,7 @@ pub struct InstanceParts {
     /// Limits of its shutdown.
     pub limits: Limits,
     /// The host's cgroup, if guests can be limited.
-    pub group: Option<Arc<DeploymentGroup>>,
+    pub group: Option<Arc<HostGroup>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
     /// Most time for the guest's kernel to answer a dial.
@@ -254,7 +254,7 @@ impl Instance {
                     self.report(EventKind::OutOfRotation);
                 }
             }
-            Effect::Tell(kind) => self.report(kind),
+            Effect::Report(kind) => self.report(kind),
             Effect::Finish => {
                 self.release_reports(None);
                 return Performed::Finished;
@@ -396,7 +396,9 @@ impl Instance {
     fn report(&mut self, kind: EventKind) {
         self.observe(&kind);
         if let Some(kind) = self.held_reports.pass(kind) {
-            self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
+            self.parts
+                .timeline
+                .report(Some(self.parts.spec.name()), kind);
         }
     }
 
@@ -405,7 +407,9 @@ impl Instance {
             if matches!(kind, EventKind::NoSpace { .. }) && self.liveness.is_paused_for_space() {
                 self.observe(&kind);
             }
-            self.parts.timeline.tell(Some(self.parts.spec.name()), kind);
+            self.parts
+                .timeline
+                .report(Some(self.parts.spec.name()), kind);
         }
     }
 }

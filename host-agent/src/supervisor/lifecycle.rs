@@ -107,7 +107,7 @@ pub enum Effect {
     /// Put the instance in or out of its endpoints' rotation.
     Rotation(bool),
     /// Report this in the timeline.
-    Tell(EventKind),
+    Report(EventKind),
     /// The instance is finished.
     Finish,
 }
@@ -277,7 +277,7 @@ impl Lifecycle {
                 },
                 State::Idle,
             ) => self.adopt(generation, pid, no_space, &mut effects),
-            (Input::Spawned { pid }, _) => effects.push(Effect::Tell(EventKind::GuestStarting {
+            (Input::Spawned { pid }, _) => effects.push(Effect::Report(EventKind::GuestStarting {
                 generation: self.generation,
                 pid,
             })),
@@ -285,7 +285,7 @@ impl Lifecycle {
                 self.finish(false, Some(error), &mut effects);
             }
             (Input::SpawnFailed(error), _) => {
-                effects.push(Effect::Tell(EventKind::Failed {
+                effects.push(Effect::Report(EventKind::Failed {
                     error: error.clone(),
                 }));
                 self.plan_restart(error, now, jitter, &mut effects);
@@ -318,7 +318,7 @@ impl Lifecycle {
             ) => {
                 self.rotate(false, &mut effects);
                 let because = verdict.to_string();
-                effects.push(Effect::Tell(EventKind::Verdict { verdict, evidence }));
+                effects.push(Effect::Report(EventKind::Verdict { verdict, evidence }));
                 let asked = kernel_alive && self.connected;
                 self.state = State::Ending { because, asked };
                 if asked {
@@ -365,7 +365,7 @@ impl Lifecycle {
             }
             (Input::Stop, State::Running | State::Ending { .. }) => {
                 self.rotate(false, &mut effects);
-                effects.push(Effect::Tell(EventKind::Stopping));
+                effects.push(Effect::Report(EventKind::Stopping));
                 self.state = State::Stopping;
                 if self.connected {
                     effects.push(Effect::AskShutdown {
@@ -400,7 +400,7 @@ impl Lifecycle {
                 let text = "the VMM process was killed and does not end: it hangs in the \
                             kernel, most likely on a disk"
                     .into();
-                effects.push(Effect::Tell(EventKind::Warning { text }));
+                effects.push(Effect::Report(EventKind::Warning { text }));
                 effects.push(Effect::KillVmm);
                 effects.push(Effect::Wait(Wait::Death, REMIND));
             }
@@ -435,7 +435,7 @@ impl Lifecycle {
         self.state = State::Running;
         self.restart_at = None;
         self.no_space = no_space;
-        effects.push(Effect::Tell(EventKind::GuestAdopted { generation, pid }));
+        effects.push(Effect::Report(EventKind::GuestAdopted { generation, pid }));
     }
 
     fn status(&mut self, status: Status, state: &State, now: Duration, effects: &mut Vec<Effect>) {
@@ -467,7 +467,7 @@ impl Lifecycle {
             return;
         }
         self.unreported = false;
-        effects.push(Effect::Tell(EventKind::Role {
+        effects.push(Effect::Report(EventKind::Role {
             state: status.state,
             detail: status.detail.clone(),
             recycles: status.recycles,
@@ -505,7 +505,7 @@ impl Lifecycle {
         self.state = State::Waiting;
         let delay = match self.budget.boot_ended(healthy, jitter) {
             Decision::After(delay) => {
-                effects.push(Effect::Tell(EventKind::Restarting {
+                effects.push(Effect::Report(EventKind::Restarting {
                     because,
                     generation: self.generation + 1,
                     delay_ms: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
@@ -513,7 +513,7 @@ impl Lifecycle {
                 delay
             }
             Decision::Faulted(delay) => {
-                effects.push(Effect::Tell(EventKind::Faulted {
+                effects.push(Effect::Report(EventKind::Faulted {
                     because,
                     retry_in_ms: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
                 }));
@@ -527,10 +527,10 @@ impl Lifecycle {
     fn finish(&mut self, clean: bool, error: Option<String>, effects: &mut Vec<Effect>) {
         self.rotate(false, effects);
         if let Some(error) = error {
-            effects.push(Effect::Tell(EventKind::Failed { error }));
+            effects.push(Effect::Report(EventKind::Failed { error }));
         }
         self.state = State::Finished;
-        effects.push(Effect::Tell(EventKind::Stopped { clean }));
+        effects.push(Effect::Report(EventKind::Stopped { clean }));
         effects.push(Effect::Finish);
     }
 }
@@ -539,7 +539,7 @@ impl Lifecycle {
 fn exited(reason: ExitReason, because: Option<&String>) -> Effect {
     let ours = matches!(reason, ExitReason::Killed | ExitReason::Stopped);
     let because = because.filter(|_| ours).cloned();
-    Effect::Tell(EventKind::GuestExited { reason, because })
+    Effect::Report(EventKind::GuestExited { reason, because })
 }
 
 #[cfg(test)]

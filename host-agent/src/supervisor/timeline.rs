@@ -60,7 +60,7 @@ impl Timeline {
     }
 
     /// Writes an event of `instance`, or of all.
-    pub fn tell(&self, instance: Option<&str>, kind: EventKind) {
+    pub fn report(&self, instance: Option<&str>, kind: EventKind) {
         let event = TimelineEvent {
             at: self.started.elapsed(),
             deployment: self.deployment.as_deref().map(str::to_owned),
@@ -101,7 +101,7 @@ mod tests {
         let mut quick = timeline.subscribe();
         let of_deployment = timeline.of("d");
         for _ in 0..5 {
-            of_deployment.tell(Some("A_IN_0"), EventKind::Stopping);
+            of_deployment.report(Some("A_IN_0"), EventKind::Stopping);
             assert_eq!(quick.next().await.unwrap().deployment.as_deref(), Some("d"));
         }
         let first = slow.next().await.unwrap();

@@ -13,7 +13,7 @@ use super::{DeploymentHandle, Host, HostError, blocking};
 use crate::store::deployment::{DeploymentDir, Retention, take_durable};
 
 /// An instance as it was found on disk.
-struct Found {
+struct RecordedInstance {
     record: InstanceRecord,
     dir: PathBuf,
 }
@@ -41,7 +41,7 @@ impl Host {
                 Err(error) => {
                     let text = format!("deployment not adopted: {}", chain(&error));
                     let timeline = self.0.timeline.of(&id);
-                    timeline.tell(None, EventKind::Warning { text });
+                    timeline.report(None, EventKind::Warning { text });
                 }
             }
         }
@@ -81,7 +81,7 @@ impl Host {
                 Err(error) => {
                     let text = format!("not adopted: {}", chain(&*error));
                     let timeline = self.0.timeline.of(&new.id);
-                    timeline.tell(Some(&name), EventKind::Warning { text });
+                    timeline.report(Some(&name), EventKind::Warning { text });
                 }
             }
         }
@@ -90,10 +90,10 @@ impl Host {
 
     async fn adopt_instance(
         &self,
-        found: Found,
+        found: RecordedInstance,
         published: &Published,
     ) -> Result<PreparedInstance, Box<dyn std::error::Error + Send + Sync>> {
-        let Found { record, dir } = found;
+        let RecordedInstance { record, dir } = found;
         let image = self.image(&record.spec.image).await?;
         let rotation = published.rotation(record.spec.role());
         let expected = Expected {
@@ -122,12 +122,12 @@ impl Host {
     }
 }
 
-fn find_instances(dir: &DeploymentDir) -> std::io::Result<Vec<Found>> {
+fn find_instances(dir: &DeploymentDir) -> std::io::Result<Vec<RecordedInstance>> {
     let mut found = Vec::new();
     for name in dir.instances()? {
         let path = dir.instance(&name)?;
         let record = InstanceRecord::read(&path)?;
-        found.push(Found { record, dir: path });
+        found.push(RecordedInstance { record, dir: path });
     }
     Ok(found)
 }

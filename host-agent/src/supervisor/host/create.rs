@@ -142,7 +142,7 @@ impl Host {
         for spec in &new.specs {
             let image = self.image(&spec.image).await?;
             let path = self.make_disks(spec, &image, dir, hold).await?;
-            timeline.tell(Some(spec.name()), EventKind::DisksReady { kept: false });
+            timeline.report(Some(spec.name()), EventKind::DisksReady { kept: false });
             let rotation = published.rotation(spec.role());
             let mut parts = self.parts(spec.clone(), image, path, rotation);
             parts.durable = new.retention == Retention::Durable;

@@ -212,7 +212,7 @@ async fn the_last_status_counts_before_the_power_off() {
     assert!(whole.await);
     assert_eq!(seen, 3);
     let effects = on(Input::Ended(ExitReason::PowerOff));
-    let unclean = Effect::Tell(EventKind::Stopped { clean: false });
+    let unclean = Effect::Report(EventKind::Stopped { clean: false });
     assert!(effects.contains(&unclean), "{effects:?}");
 }
 

@@ -59,15 +59,15 @@ fn silent_guest_is_killed_and_boots_as_next_generation() {
     assert_eq!(effects[0], Effect::Rotation(false));
     assert!(effects.contains(&Effect::KillVmm));
     let effects = life.on(Input::Ended(ExitReason::Killed), minute, 0.5);
-    let Effect::Tell(told) = &effects[0] else {
+    let Effect::Report(reported) = &effects[0] else {
         panic!("{effects:?}");
     };
     assert_eq!(
-        told.to_string(),
+        reported.to_string(),
         "guest ended: killed by host-agent, no heartbeat for 600.0 s"
     );
     assert_eq!(
-        serde_json::to_value(told).unwrap(),
+        serde_json::to_value(reported).unwrap(),
         serde_json::json!({
             "event": "guest-exited",
             "reason": "killed",
@@ -75,7 +75,7 @@ fn silent_guest_is_killed_and_boots_as_next_generation() {
         })
     );
     assert!(effects.iter().any(|effect| matches!(effect,
-        Effect::Tell(EventKind::Restarting { because, generation: 2, delay_ms: 0 })
+        Effect::Report(EventKind::Restarting { because, generation: 2, delay_ms: 0 })
             if because.contains("no heartbeat for 600"))));
     assert_eq!(
         life.on(Input::Waited(Wait::Restart), minute, 0.5),
@@ -119,15 +119,15 @@ fn an_exit_by_the_guest_is_reported_without_a_verdict() {
         life.on(silent(true), Duration::ZERO, 0.5);
         let effects = life.on(Input::Ended(reason.clone()), Duration::ZERO, 0.5);
         let because = None;
-        let told = Effect::Tell(EventKind::GuestExited { reason, because });
-        assert_eq!(effects[0], told);
+        let exited = Effect::Report(EventKind::GuestExited { reason, because });
+        assert_eq!(effects[0], exited);
     }
     // A stop on request has no verdict either.
     let mut life = ready();
     life.on(Input::Kill, Duration::ZERO, 0.5);
     let effects = life.on(Input::Ended(ExitReason::Killed), Duration::ZERO, 0.5);
     assert!(matches!(&effects[0],
-        Effect::Tell(told) if told.to_string() == "guest ended: killed by host-agent"));
+        Effect::Report(kind) if kind.to_string() == "guest ended: killed by host-agent"));
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn a_killed_process_that_does_not_end_is_reported_repeatedly() {
     for _ in 0..3 {
         let effects = life.on(Input::Waited(Wait::Death), Duration::ZERO, 0.5);
         assert!(matches!(&effects[0],
-            Effect::Tell(EventKind::Warning { text }) if text.contains("does not end")));
+            Effect::Report(EventKind::Warning { text }) if text.contains("does not end")));
         assert_eq!(effects[1], Effect::KillVmm);
         assert!(matches!(effects[2], Effect::Wait(Wait::Death, _)));
     }
@@ -174,7 +174,7 @@ fn a_stop_before_the_agent_connects_is_clean() {
         life.on(Input::Stop, Duration::ZERO, 0.5);
         let effects = life.on(Input::Ended(ExitReason::Stopped), Duration::ZERO, 0.5);
         let clean = !connected;
-        assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean })));
+        assert!(effects.contains(&Effect::Report(EventKind::Stopped { clean })));
     }
 }
 
@@ -193,9 +193,9 @@ fn a_stop_while_waiting_for_a_restart_finishes_at_once() {
 #[test]
 fn status_reports_are_rate_limited_and_the_last_is_reported() {
     let mut life = ready();
-    let told = |effects: &[Effect]| {
+    let reported = |effects: &[Effect]| {
         let roles = effects.iter().filter_map(|effect| match effect {
-            Effect::Tell(EventKind::Role { state, .. }) => Some(*state),
+            Effect::Report(EventKind::Role { state, .. }) => Some(*state),
             _ => None,
         });
         roles.collect::<Vec<_>>()
@@ -205,7 +205,7 @@ fn status_reports_are_rate_limited_and_the_last_is_reported() {
         let now = Duration::from_millis(10 * change);
         let state = [RoleState::Busy, RoleState::Ready][change as usize % 2];
         let effects = life.on(Input::Status(status(state)), now, 0.5);
-        lines += told(&effects).len();
+        lines += reported(&effects).len();
         // The rotation follows every change.
         let rotation = Effect::Rotation(state == RoleState::Ready);
         assert!(effects.contains(&rotation));
@@ -214,9 +214,9 @@ fn status_reports_are_rate_limited_and_the_last_is_reported() {
     let last = Input::Status(status(RoleState::Busy));
     let mut effects = life.on(last, Duration::from_secs(10), 0.5);
     effects.extend(life.on(Input::Beat, Duration::from_secs(11), 0.5));
-    assert_eq!(told(&effects), [RoleState::Busy]);
+    assert_eq!(reported(&effects), [RoleState::Busy]);
     let effects = life.on(Input::Beat, Duration::from_secs(12), 0.5);
-    assert!(told(&effects).is_empty());
+    assert!(reported(&effects).is_empty());
 }
 
 #[test]
@@ -255,7 +255,7 @@ fn a_stop_before_the_vmm_process_starts_is_clean() {
         let ends = |effect: &Effect| matches!(effect, Effect::StopVmm | Effect::KillVmm);
         assert!(effects.iter().any(ends));
         let effects = life.on(Input::SpawnCancelled, Duration::ZERO, 0.5);
-        let stopped = Effect::Tell(EventKind::Stopped { clean: true });
+        let stopped = Effect::Report(EventKind::Stopped { clean: true });
         assert_eq!(effects, [stopped, Effect::Finish]);
     }
 }
@@ -267,7 +267,7 @@ fn a_power_off_after_a_stop_is_a_clean_end() {
     assert!(matches!(effects[2], Effect::AskShutdown { .. }));
     assert!(life.on(Input::Stop, Duration::ZERO, 0.5).is_empty());
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
-    assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean: true })));
+    assert!(effects.contains(&Effect::Report(EventKind::Stopped { clean: true })));
     assert_eq!(effects.last(), Some(&Effect::Finish));
 }
 
@@ -281,7 +281,7 @@ fn a_stop_that_kills_the_role_is_not_clean() {
     };
     life.on(Input::Status(killed), Duration::ZERO, 0.5);
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
-    assert!(effects.contains(&Effect::Tell(EventKind::Stopped { clean: false })));
+    assert!(effects.contains(&Effect::Report(EventKind::Stopped { clean: false })));
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn an_unknown_status_is_not_reported() {
     );
     assert!(matches!(
         &creating[..],
-        [Effect::Tell(EventKind::Role {
+        [Effect::Report(EventKind::Role {
             state: RoleState::Creating,
             ..
         })]
@@ -312,7 +312,7 @@ fn an_unrequested_power_off_restarts_the_guest() {
     let mut life = ready();
     let effects = life.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
     assert!(effects.iter().any(|effect| matches!(effect,
-        Effect::Tell(EventKind::Restarting { because, .. }) if because == "power-off")));
+        Effect::Report(EventKind::Restarting { because, .. }) if because == "power-off")));
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn five_boots_without_a_heartbeat_fault_the_instance() {
         let effects = life.on(Input::Ended(ExitReason::Panic), Duration::ZERO, 0.5);
         let faulted = effects
             .iter()
-            .any(|effect| matches!(effect, Effect::Tell(EventKind::Faulted { .. })));
+            .any(|effect| matches!(effect, Effect::Report(EventKind::Faulted { .. })));
         assert_eq!(faulted, boot == 5);
         life.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
     }
@@ -352,7 +352,7 @@ fn an_adopted_guest_enters_rotation_with_its_first_status() {
         generation: 1,
         pid: 7,
     };
-    assert_eq!(on(adoption(1)), [Effect::Tell(adopted)]);
+    assert_eq!(on(adoption(1)), [Effect::Report(adopted)]);
     assert_eq!(on(Input::Beat), []);
     let effects = on(Input::Status(status(RoleState::Ready)));
     assert!(effects.contains(&Effect::Rotation(true)));
@@ -423,8 +423,8 @@ fn a_guest_that_ended_unattended_costs_a_restart() {
     assert!(matches!(
         &effects[..],
         [
-            Effect::Tell(EventKind::GuestExited { reason: ExitReason::TripleFault, .. }),
-            Effect::Tell(EventKind::Restarting { generation: 3, .. }),
+            Effect::Report(EventKind::GuestExited { reason: ExitReason::TripleFault, .. }),
+            Effect::Report(EventKind::Restarting { generation: 3, .. }),
             Effect::Wait(Wait::Restart, delay),
         ] if *delay == Duration::from_secs(10)
     ));
