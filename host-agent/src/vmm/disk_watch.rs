@@ -57,13 +57,8 @@ impl DiskWatch {
     /// until it receives `SpaceBack`.
     pub fn report_space(&mut self, outbox: &Outbox) {
         for watched in &mut self.0 {
-            if let (Some(shortage), false) = (watched.shortage, watched.shortage_reported) {
-                let event = Event::NoSpace(NoSpace {
-                    disk: watched.disk.serial.clone(),
-                    needed: shortage.needed,
-                    quota: shortage.quota,
-                });
-                watched.shortage_reported = outbox.send(&event, vec![]);
+            if let (Some(no_space), false) = (watched.no_space(), watched.shortage_reported) {
+                watched.shortage_reported = outbox.send(&Event::NoSpace(no_space), vec![]);
             }
         }
         let reported = self.0.iter().any(|watched| watched.shortage_reported);
@@ -74,23 +69,46 @@ impl DiskWatch {
         }
     }
 
+    /// The state found by the last [`DiskWatch::check`], for a supervisor that
+    /// attaches. From here on it is sent only changes.
+    pub fn attached(&mut self) -> (Vec<NoSpace>, Vec<DiskFailed>) {
+        let (mut no_space, mut failures) = (Vec::new(), Vec::new());
+        for watched in &mut self.0 {
+            let (shortage, failure) = (watched.no_space(), watched.failure());
+            watched.shortage_reported = shortage.is_some();
+            watched.failure_reported = failure.is_some();
+            no_space.extend(shortage);
+            failures.extend(failure);
+        }
+        (no_space, failures)
+    }
+
     /// Reports the first failure of each disk, until the outbox takes it.
     pub fn report_failures(&mut self, outbox: &Outbox) {
-        for WatchedDisk {
-            disk,
-            failure_reported,
-            ..
-        } in &mut self.0
-        {
-            if let (Some(failure), false) = (disk.counters.first_failure.get(), *failure_reported) {
-                let event = Event::DiskFailed(DiskFailed {
-                    disk: disk.serial.clone(),
-                    error: failure.error.clone(),
-                    full: failure.full,
-                });
-                *failure_reported = outbox.send(&event, vec![]);
+        for watched in &mut self.0 {
+            if let (Some(failure), false) = (watched.failure(), watched.failure_reported) {
+                watched.failure_reported = outbox.send(&Event::DiskFailed(failure), vec![]);
             }
         }
+    }
+}
+
+impl WatchedDisk {
+    fn no_space(&self) -> Option<NoSpace> {
+        self.shortage.map(|shortage| NoSpace {
+            disk: self.disk.serial.clone(),
+            needed: shortage.needed,
+            quota: shortage.quota,
+        })
+    }
+
+    fn failure(&self) -> Option<DiskFailed> {
+        let failure = self.disk.counters.first_failure.get();
+        failure.map(|failure| DiskFailed {
+            disk: self.disk.serial.clone(),
+            error: failure.error.clone(),
+            full: failure.full,
+        })
     }
 }
 
@@ -124,7 +142,9 @@ mod tests {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
         )
         .unwrap();
-        let outbox = Outbox::new(ours, event()).unwrap();
+        wire::set_nonblocking(&ours).unwrap();
+        let outbox = Outbox::new(event());
+        outbox.attach(Arc::new(ours), None).unwrap();
         let watch = DiskWatch::new(&disks);
         (holds, watch, outbox, theirs)
     }

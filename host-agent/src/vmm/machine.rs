@@ -254,9 +254,7 @@ fn send_effects(outbox: Outbox) -> vsock::EventSink {
                 source_port,
                 fd,
             } => outbox.send(&Event::Opened { port, source_port }, vec![fd]),
-            VsockEvent::Dialed { id, outcome } => {
-                outbox.send(&Event::Dialed { id, outcome }, vec![])
-            }
+            VsockEvent::Dialed { id, outcome } => outbox.dialed(id, outcome),
         };
     })
 }

@@ -1,7 +1,8 @@
 //! The VMM process: one guest and its devices.
 //!
 //! The process receives open file descriptors and a [`spec::GuestSpec`] on an
-//! inherited socket ([`control`]) and opens nothing itself.
+//! inherited socket ([`control`]) and opens nothing itself. [`process`] starts it,
+//! `event_loop` is its main thread, `peers` are its supervisors.
 
 mod acpi;
 mod boot;
@@ -10,10 +11,13 @@ pub mod control;
 mod cpu;
 pub mod disk;
 mod disk_watch;
+mod event_loop;
+mod exit_report;
 mod layout;
 mod machine;
 mod memory;
 mod outbox;
+mod peers;
 pub mod process;
 mod serial;
 pub mod spec;

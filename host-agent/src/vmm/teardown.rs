@@ -1,138 +1,89 @@
-//! The end of a guest: a thread stops the machine, which may wait for the host's
-//! disks, while the main thread answers pings.
+//! Work that may wait for the host's disks, on a thread of its own, while the main
+//! thread goes on serving the control socket.
 
 use std::io;
-use std::sync::mpsc::{self, SendError, TryRecvError};
+use std::sync::mpsc::{self, RecvTimeoutError, SendError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Command, DialOutcome, Event};
-use super::outbox::Outbox;
-use super::wire;
-
-/// Does `work` on `target` in a thread and waits for it for at most `limit`.
-/// Meanwhile the supervisor, if there is one, learns by answered pings that this
-/// process does not hang. False if the work is not done.
-pub fn run_answering<T: Send + 'static>(
-    target: T,
+/// Does `work` on `what` for at most `limit`, and calls `serve` until then; whether
+/// the work was done. `serve` waits for events and for `wake`.
+pub fn run_while<T: Send + 'static>(
+    what: T,
     work: fn(T),
+    wake: io::Result<EventFd>,
+    mut serve: impl FnMut() -> io::Result<()>,
     limit: Duration,
-    (outbox, wake): (&Outbox, &EventFd),
-    mut supervised: bool,
 ) -> bool {
     let deadline = Instant::now() + limit;
     let (give, given) = mpsc::channel();
     let (working, done) = mpsc::channel::<()>();
-    let waker = wake.try_clone();
-    // If the spawn fails, the `send` below fails and the work runs here.
+    // If the spawn fails, the send below fails and the work runs inline.
     let _ = std::thread::Builder::new()
         .name("teardown".into())
         .spawn(move || {
-            if let Ok(target) = given.recv() {
-                work(target);
+            if let Ok(what) = given.recv() {
+                work(what);
             }
             drop(working);
-            if let Ok(waker) = waker {
-                // Fails only if the counter is full: the main thread is awake.
-                let _ = waker.write(1);
+            if let Ok(wake) = wake {
+                // A full counter means that the main thread is awake already.
+                let _ = wake.write(1);
             }
         });
-    if let Err(SendError(target)) = give.send(target) {
-        work(target);
+    if let Err(SendError(what)) = give.send(what) {
+        work(what);
         return true;
     }
     while done.try_recv() != Err(TryRecvError::Disconnected) {
-        if Instant::now() >= deadline {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
             return false;
         }
-        match outbox.wait(wake, supervised) {
-            Ok((command, woken)) => {
-                if woken {
-                    // Fails if the counter is already 0.
-                    let _ = wake.read();
-                }
-                if command {
-                    supervised = answer(outbox);
-                }
-            }
-            // `poll` failed: only wait for the work.
-            Err(_) => return done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Disconnected),
+        if serve().is_err() {
+            // Nothing but the end of the work can be waited for.
+            return done.recv_timeout(left) == Err(RecvTimeoutError::Disconnected);
         }
     }
     true
 }
 
-/// Answers one command. False if there are no more: the socket is closed.
-fn answer(outbox: &Outbox) -> bool {
-    match wire::recv::<Command>(outbox.socket()) {
-        Ok(Some((Command::Ping { id }, _))) => {
-            outbox.send(&Event::Pong { id }, vec![]);
-            true
-        }
-        // The guest is stopped, so it accepts no connection.
-        Ok(Some((Command::Dial { id, .. } | Command::Probe { id, .. }, _))) => {
-            let outcome = DialOutcome::Unavailable;
-            outbox.send(&Event::Dialed { id, outcome }, vec![]);
-            true
-        }
-        Ok(Some(_)) => true,
-        Ok(None) => false,
-        Err(error) => matches!(
-            error.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::InvalidData
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::fd::{AsFd, OwnedFd};
-
     use super::*;
 
-    /// Longest time that a test waits.
-    const PATIENCE: Duration = Duration::from_secs(20);
-
-    fn control() -> (Outbox, EventFd, OwnedFd) {
-        let (ours, theirs) = wire::pair().unwrap();
-        let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let outbox = Outbox::new(ours, wake.try_clone().unwrap()).unwrap();
-        (outbox, wake, theirs)
+    fn no_wake() -> io::Result<EventFd> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     #[test]
-    fn pings_are_answered_while_a_disk_is_slow() {
-        let (outbox, wake, theirs) = control();
+    fn serving_goes_on_while_the_work_waits_for_a_disk() {
         let (flushed, disk) = mpsc::channel::<()>();
-        let supervisor = std::thread::spawn(move || {
-            for command in [
-                Command::Stats {},
-                Command::Ping { id: 1 },
-                Command::Ping { id: 2 },
-            ] {
-                wire::send(theirs.as_fd(), &command, &[]).unwrap();
+        let flush = |disk: mpsc::Receiver<()>| disk.recv().unwrap();
+        let mut served = 0;
+        let serve = || {
+            served += 1;
+            if served == 3 {
+                flushed.send(()).unwrap();
             }
-            for expected in 1..=2 {
-                let (event, _) = wire::recv::<Event>(theirs.as_fd()).unwrap().unwrap();
-                assert_eq!(event, Event::Pong { id: expected });
-            }
-            // The disk is flushed after the supervisor has gone.
-            drop(theirs);
-            flushed.send(()).unwrap();
-        });
-        let flush = |disk: mpsc::Receiver<()>| disk.recv_timeout(PATIENCE).unwrap();
-        assert!(run_answering(disk, flush, PATIENCE, (&outbox, &wake), true));
-        supervisor.join().unwrap();
+            Ok(())
+        };
+        let limit = Duration::from_secs(20);
+        assert!(run_while(disk, flush, no_wake(), serve, limit));
+        assert!(served >= 3);
     }
 
     #[test]
-    fn a_stalled_disk_is_waited_for_up_to_the_limit() {
-        let (outbox, wake, _theirs) = control();
-        let (flushed, disk) = mpsc::channel::<()>();
-        let flush = |disk: mpsc::Receiver<()>| assert!(disk.recv().is_err());
-        let limit = Duration::from_millis(1);
-        assert!(!run_answering(disk, flush, limit, (&outbox, &wake), true));
-        drop(flushed);
+    fn work_that_hangs_is_given_up_at_the_limit() {
+        for broken in [false, true] {
+            let (flushed, disk) = mpsc::channel::<()>();
+            let flush = |disk: mpsc::Receiver<()>| assert!(disk.recv().is_err());
+            let broken = broken.then_some(io::ErrorKind::Other);
+            let serve = || broken.map_or(Ok(()), |kind| Err(kind.into()));
+            let limit = Duration::from_millis(1);
+            assert!(!run_while(disk, flush, no_wake(), serve, limit));
+            drop(flushed);
+        }
     }
 }

@@ -1,13 +1,13 @@
 //! Packets on the control socket: one JSON message and its file descriptors.
 //!
-//! Both ends use these functions. Whether a call waits is the socket's own
-//! setting (`O_NONBLOCK`); `WouldBlock` comes back as such, so a caller can
-//! hand it to its event loop.
+//! Both ends use these functions. Whether a call waits depends on `O_NONBLOCK` of
+//! the socket; `WouldBlock` is returned for the caller's event loop.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
@@ -28,12 +28,19 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
+/// Makes calls on `socket` fail with `WouldBlock` instead of waiting.
+pub fn set_nonblocking(socket: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
 /// Sends one message with its files. Atomic: several threads may send on one
 /// socket.
 ///
 /// # Errors
 /// `InvalidInput` if the message is longer than [`MAX_PACKET`] or carries more
-/// than [`MAX_FILES`] files; else what the socket said.
+/// than [`MAX_FILES`] files; otherwise the error of the socket.
 pub fn send<T: Serialize>(
     socket: BorrowedFd<'_>,
     message: &T,
@@ -91,13 +98,13 @@ pub fn send_bytes(
 }
 
 /// Receives one message and its files; `None` when the other end is closed.
-/// The files are close-on-exec. Those for which this process had no descriptor
-/// left are missing at the end: whoever needs one has to look.
+/// The files are close-on-exec. Files for which this process has no descriptor
+/// left are missing at the end: the caller must check that they are there.
 ///
 /// # Errors
 /// `InvalidData` if the packet is longer or carries more files than the
 /// protocol allows, or is not a `T`; its files are closed, and the next call
-/// receives the next packet. Else what the socket said.
+/// receives the next packet. Otherwise the error of the socket.
 pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     recv_with(socket, &mut nix::cmsg_space!([RawFd; MAX_FILES]))
 }
@@ -117,8 +124,8 @@ fn recv_with<T: DeserializeOwned>(
             MsgFlags::MSG_CMSG_CLOEXEC,
         ) {
             Ok(message) => break (message.bytes, message.flags),
-            // The other end is gone and left a packet unread: told once, and
-            // before the packets that it had sent.
+            // The other end closed with a packet unread: reported once, before the
+            // packets that it sent.
             Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(error) => return Err(error.into()),
         }
@@ -139,10 +146,10 @@ fn recv_with<T: DeserializeOwned>(
     Ok(Some((message, files)))
 }
 
-/// The files in a control buffer that was all zeros before one message was
-/// received with it. From a message that was cut off `nix` gives none, and those
-/// that the kernel has installed would stay open for good. One `cmsghdr`
-/// (`cmsg(3)`, x86-64: length, level, type) holds all of them.
+/// The files in a control buffer that was all zeros before `recvmsg(2)`. `nix`
+/// returns none of a truncated message (`MSG_CTRUNC`), and those that the kernel
+/// has installed would stay open. One `cmsghdr` (`cmsg(3)`, x86-64: length, level,
+/// type) holds all of them.
 fn installed(control: &[u8]) -> Vec<OwnedFd> {
     let Some((header, data)) = control.split_first_chunk::<CMSG_HEADER>() else {
         return Vec::new();
@@ -175,7 +182,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
 
-    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    use nix::fcntl::FdFlag;
 
     use proptest::prelude::*;
 
@@ -183,7 +190,7 @@ mod tests {
     use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, NoSpace, Stats};
 
     #[test]
-    fn a_message_arrives_with_its_files_which_are_close_on_exec() {
+    fn files_arrive_with_their_message_and_close_on_exec() {
         let (a, b) = pair().unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"hello").unwrap();
@@ -205,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_end_a_busy_socket_and_rubbish_are_told_apart() {
+    fn end_of_stream_would_block_and_invalid_data_differ() {
         let (a, b) = pair().unwrap();
         send(a.as_fd(), &"not a command", &[]).unwrap();
         let error = recv::<Command>(b.as_fd()).unwrap_err();
@@ -218,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exceeds_the_limits_is_refused_by_both_ends() {
+    fn both_ends_refuse_packets_over_the_limits() {
         let (a, b) = pair().unwrap();
         let error = send(a.as_fd(), &"x".repeat(MAX_PACKET), &[]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
@@ -234,12 +241,12 @@ mod tests {
     }
 
     #[test]
-    fn files_that_do_not_arrive_cost_neither_the_others_nor_the_message() {
+    fn missing_files_cost_neither_the_others_nor_the_message() {
         let (a, b) = pair().unwrap();
         let (carried, far) = pair().unwrap();
         let pong = Event::Pong { id: 7 };
         send(a.as_fd(), &pong, &[carried.as_fd(); 3]).unwrap();
-        // As when this process has two descriptors left.
+        // As if this process had two descriptors left.
         let mut control = nix::cmsg_space!([RawFd; 2]);
         let (event, files) = recv_with::<Event>(b.as_fd(), &mut control)
             .unwrap()
@@ -253,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_with_more_files_than_there_may_be_leaves_none_open() {
+    fn a_packet_with_too_many_files_leaves_none_open() {
         let (a, b) = pair().unwrap();
         let (carried, far) = pair().unwrap();
         let raw = [carried.as_raw_fd(); MAX_FILES + 1];
@@ -270,7 +277,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         drop(carried);
         assert!(recv::<Event>(far.as_fd()).unwrap().is_none());
-        // The next packet is as good as any.
+        // The next packet is received as usual.
         let pong = Event::Pong { id: 8 };
         send(a.as_fd(), &pong, &[]).unwrap();
         assert_eq!(recv::<Event>(b.as_fd()).unwrap().unwrap().0, pong);
@@ -334,7 +341,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_event_arrives_as_it_was_and_a_damaged_one_is_an_error_or_another(
+        fn damaged_events_never_leak_files(
             event in event(),
             files in 0..=MAX_FILES,
             damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
@@ -357,7 +364,7 @@ mod tests {
                 Ok(taken) => prop_assert!(taken.is_some_and(|(_, carried)| carried.len() == files)),
                 Err(error) => prop_assert_eq!(error.kind(), io::ErrorKind::InvalidData),
             }
-            // Nothing keeps the carried files open: the end is seen.
+            // No copy of the carried files is left open.
             drop(a);
             prop_assert!(recv::<Event>(b.as_fd()).unwrap().is_none());
         }

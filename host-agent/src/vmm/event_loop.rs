@@ -1,0 +1,304 @@
+//! The main thread while there is a guest: commands of the supervisor, reports of
+//! processors, the state of devices. At the end it stops the guest.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use super::control::{Attached, Command, DialOutcome, Event, ExitReason, Stats};
+use super::disk_watch::DiskWatch;
+use super::machine::DiskState;
+use super::peers::{Candidate, Message, Peers};
+use super::teardown;
+use super::vcpu::VcpuReport;
+use crate::token_bucket::{LogLimit, VMM_LOG};
+
+/// Most time for the guest to stop, with the last flush of its disks. What the
+/// guest flushed itself is safe by then.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+
+/// What the main thread does with a guest.
+pub trait Guest: Send + 'static {
+    /// The next report of a processor.
+    fn report(&mut self) -> Option<VcpuReport>;
+    /// The disks.
+    fn disks(&self) -> &[DiskState];
+    /// Devices that met a violation since the last call.
+    fn broken_devices(&mut self) -> Vec<Event>;
+    /// Takes the processors out of the guest until [`Guest::resume`].
+    fn pause(&self);
+    /// Lets the processors run.
+    fn resume(&self);
+    /// Connects `socket` to `port`; the outcome is reported under `number`.
+    fn dial(&self, number: u64, port: u32, socket: OwnedFd);
+    /// Connects to `port` and closes the connection.
+    fn probe(&self, number: u64, port: u32);
+    /// Counters.
+    fn stats(&self) -> Stats;
+    /// Stops the guest. May wait for the host's disks.
+    fn stop(self);
+}
+
+/// One boot, as its supervisors know it.
+#[derive(Debug)]
+pub struct Boot {
+    /// Instance name.
+    pub name: String,
+    /// Number of the boot.
+    pub generation: u64,
+    /// Start of the process.
+    pub started: Instant,
+    /// Microseconds from there until the vCPUs ran.
+    pub setup_us: u64,
+    /// Whether the guest runs on without a supervisor.
+    pub outlives: bool,
+}
+
+/// The main loop.
+pub struct EventLoop<G> {
+    peers: Peers,
+    /// `None` once the guest is being stopped.
+    guest: Option<G>,
+    boot: Boot,
+    disks: DiskWatch,
+    pause: PauseReasons,
+    fails_when_full: bool,
+    panicked: bool,
+    exit: Option<ExitReason>,
+    /// Of a guest that is being stopped.
+    last_stats: Stats,
+    ignored_commands: u64,
+    log: LogLimit<Instant>,
+}
+
+/// Why the processors are paused: each reason is enough.
+#[derive(Debug, Default)]
+struct PauseReasons {
+    /// [`Command::Pause`].
+    command: bool,
+    /// A disk holds a write for which the host has no space.
+    no_space: bool,
+}
+
+impl<G: Guest> EventLoop<G> {
+    /// A loop for a guest that has just started.
+    pub fn new(peers: Peers, guest: G, boot: Boot) -> Self {
+        Self {
+            peers,
+            disks: DiskWatch::new(guest.disks()),
+            guest: Some(guest),
+            boot,
+            pause: PauseReasons::default(),
+            fails_when_full: false,
+            panicked: false,
+            exit: None,
+            last_stats: Stats::default(),
+            ignored_commands: 0,
+            log: LogLimit::new(VMM_LOG),
+        }
+    }
+
+    /// Runs until the guest has ended and is stopped; why it ended.
+    pub fn run(mut self) -> ExitReason {
+        let reason = loop {
+            if let Err(error) = self.turn() {
+                let detail = format!("poll: {error}");
+                self.exit.get_or_insert(ExitReason::Failed { detail });
+            }
+            if let Some(reason) = self.exit.clone() {
+                break reason;
+            }
+        };
+        self.stop();
+        // The last flush is part of the stop.
+        self.disks.report_failures(self.peers.outbox());
+        reason
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        let messages = self.peers.wait()?;
+        self.reports();
+        for message in messages {
+            self.message(message);
+        }
+        if let (Some(guest), None) = (&mut self.guest, &self.exit) {
+            for event in guest.broken_devices() {
+                self.peers.outbox().send(&event, vec![]);
+            }
+            self.disks.report_failures(self.peers.outbox());
+            self.pause_without_space();
+        }
+        Ok(())
+    }
+
+    /// Stops the guest on a thread of its own, and answers supervisors meanwhile:
+    /// the process does not hang, its disk may be slow.
+    fn stop(&mut self) {
+        let Some(guest) = self.guest.take() else {
+            return;
+        };
+        self.last_stats = guest.stats();
+        let wake = self.peers.wake().try_clone();
+        let serve = || {
+            let messages = self.peers.wait()?;
+            for message in messages {
+                self.message(message);
+            }
+            Ok(())
+        };
+        if !teardown::run_while(guest, G::stop, wake, serve, STOP_LIMIT) {
+            tracing::warn!("the disks were not flushed in time");
+        }
+    }
+
+    fn reports(&mut self) {
+        while let Some(report) = self.guest.as_mut().and_then(G::report) {
+            match report {
+                VcpuReport::Exit(reason) => {
+                    self.exit.get_or_insert(reason);
+                    return;
+                }
+                VcpuReport::Panicked => {
+                    self.panicked = true;
+                    self.send(&Event::GuestPanicked {});
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Command(command, files) => self.command(command, files),
+            // One packet, not the stream: no reason to end a guest.
+            Message::Garbled(error) => {
+                self.ignored_commands = self.ignored_commands.saturating_add(1);
+                self.warn(&format_args!("not a command: {error}"));
+            }
+            Message::Left(error) => {
+                if let Some(error) = &error {
+                    self.warn(&format_args!("control socket: {error}"));
+                }
+                if !self.boot.outlives {
+                    let reason = error.map_or(ExitReason::Stopped, |error| ExitReason::Failed {
+                        detail: format!("control socket: {error}"),
+                    });
+                    self.exit.get_or_insert(reason);
+                }
+            }
+            Message::Attach(candidate) => self.attach(candidate),
+            Message::Dropped(rejection) => self.warn(&rejection),
+        }
+    }
+
+    fn attach(&mut self, candidate: Candidate) {
+        let (no_space, failed_disks) = self.disks.attached();
+        let attached = Attached {
+            version: candidate.version,
+            name: self.boot.name.clone(),
+            generation: self.boot.generation,
+            setup_us: self.boot.setup_us,
+            uptime_ms: u64::try_from(self.boot.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            paused: self.pause.command,
+            fails_when_full: self.fails_when_full,
+            no_space,
+            failed_disks,
+            panicked: self.panicked,
+            exit: self.exit.clone(),
+            stats: self.stats(),
+            ignored_commands: self.ignored_commands,
+        };
+        if let Err(error) = self.peers.attach(candidate, attached) {
+            self.warn(&format_args!("attach a supervisor: {error}"));
+        }
+    }
+
+    fn command(&mut self, command: Command, files: Vec<OwnedFd>) {
+        // After the end the supervisor can only kill the process.
+        let guest = self.guest.as_ref().filter(|_| self.exit.is_none());
+        match (command, guest) {
+            (Command::Ping { id }, _) => self.send(&Event::Pong { id }),
+            (Command::Stats {}, _) => self.send(&Event::Stats(self.stats())),
+            (Command::Dial { id, port }, Some(guest)) => {
+                if let Some(socket) = files.into_iter().next() {
+                    guest.dial(self.peers.outbox().dial(id), port, socket);
+                } else {
+                    self.unavailable(id);
+                    self.warn(&"a dial came without its descriptor");
+                }
+            }
+            (Command::Probe { id, port }, Some(guest)) => {
+                guest.probe(self.peers.outbox().dial(id), port);
+            }
+            (Command::Dial { id, .. } | Command::Probe { id, .. }, None) => self.unavailable(id),
+            (Command::Pause {}, Some(guest)) => {
+                guest.pause();
+                self.pause.command = true;
+                self.send(&Event::Paused { paused: true });
+            }
+            (Command::Resume {}, Some(guest)) => {
+                if !self.pause.no_space {
+                    guest.resume();
+                }
+                self.pause.command = false;
+                self.send(&Event::Paused { paused: false });
+            }
+            (Command::FailWhenFull {}, Some(_)) => {
+                self.fails_when_full = true;
+                self.disks.fail_when_full();
+            }
+            (Command::Stop {}, Some(_)) => self.exit = Some(ExitReason::Stopped),
+            (
+                Command::Pause {}
+                | Command::Resume {}
+                | Command::FailWhenFull {}
+                | Command::Stop {},
+                None,
+            ) => {}
+            // First messages, which this supervisor has sent already, and commands of
+            // another build.
+            (Command::Start(_) | Command::Attach { .. } | Command::Unknown, _) => {
+                self.ignored_commands = self.ignored_commands.saturating_add(1);
+                self.warn(&"unknown command");
+            }
+        }
+    }
+
+    fn unavailable(&self, id: u64) {
+        let outcome = DialOutcome::Unavailable;
+        self.send(&Event::Dialed { id, outcome });
+    }
+
+    fn stats(&self) -> Stats {
+        let guest = self.guest.as_ref();
+        guest.map_or_else(|| self.last_stats.clone(), G::stats)
+    }
+
+    /// Pauses the guest while a disk holds a write for which the host has no space:
+    /// else a time limit in the guest could run out meanwhile.
+    fn pause_without_space(&mut self) {
+        let before = std::mem::replace(&mut self.pause.no_space, self.disks.check());
+        if let Some(guest) = &self.guest {
+            match (before, self.pause.no_space) {
+                (false, true) => guest.pause(),
+                (true, false) if !self.pause.command => guest.resume(),
+                _ => {}
+            }
+        }
+        self.disks.report_space(self.peers.outbox());
+    }
+
+    /// A supervisor that is too far behind loses the event; the guest goes on.
+    fn send(&self, event: &Event) {
+        self.peers.outbox().send(event, vec![]);
+    }
+
+    /// Logs a problem with the control socket, at a limited rate.
+    fn warn(&mut self, text: &dyn std::fmt::Display) {
+        if let Some(suppressed) = self.log.allow(Instant::now()) {
+            tracing::warn!("{text}; {suppressed} more before");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
