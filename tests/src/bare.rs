@@ -7,7 +7,8 @@ use std::process::{Child, Command as Program, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use host_agent::vmm::control::{Command, Event, ExitReason, Start};
+use host_agent::supervisor::process::prepare_adoption;
+use host_agent::vmm::control::{Adoption, Command, Event, ExitReason, Start};
 use host_agent::vmm::disk::create_diff;
 use host_agent::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 use host_agent::vmm::wire;
@@ -53,7 +54,7 @@ pub enum Disk {
 struct Files(Vec<OwnedFd>);
 
 impl Files {
-    fn add(&mut self, file: File) -> Result<FileIndex> {
+    fn add(&mut self, file: impl Into<OwnedFd>) -> Result<FileIndex> {
         self.0.push(file.into());
         Ok(FileIndex(u8::try_from(self.0.len() - 1)?))
     }
@@ -110,6 +111,21 @@ pub struct Prepared {
 impl Prepared {
     /// Starts `program` as a VMM process; the process and its control socket.
     pub fn spawn(self, program: &Path) -> Result<(Child, OwnedFd)> {
+        self.spawn_with(program, None)
+    }
+
+    /// The same, of a VMM process that outlives its supervisor: another one can
+    /// attach to it in `dir`.
+    pub fn spawn_in(mut self, program: &Path, dir: &Path) -> Result<(Child, OwnedFd)> {
+        let (listener, exit) = prepare_adoption(dir)?;
+        let adoption = Adoption {
+            listener: self.files.add(listener)?,
+            exit: self.files.add(exit)?,
+        };
+        self.spawn_with(program, Some(adoption))
+    }
+
+    fn spawn_with(self, program: &Path, adoption: Option<Adoption>) -> Result<(Child, OwnedFd)> {
         let (control, theirs) = wire::pair()?;
         let child = Program::new(program)
             .arg("vmm")
@@ -120,7 +136,7 @@ impl Prepared {
         let start = Start {
             generation: 1,
             guest: self.spec,
-            adoption: None,
+            adoption,
         };
         wire::send(control.as_fd(), &Command::Start(Box::new(start)), &passed)?;
         Ok((child, control))

@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use crate::vmm::control::{Adoption, Attached, Command, Event, ExitReason, Start};
 use crate::vmm::spec::{FileIndex, GuestSpec};
 use crate::vmm::wire;
-pub use attach::{AttachError, Expected};
+pub use attach::{AttachError, Expected, prepare as prepare_adoption};
 use handle::ProcessHandle;
 pub use handle::ProcessId;
 
@@ -82,7 +82,7 @@ impl VmmProcess {
         let mut exit = None;
         let mut adoption = None;
         if let Some(dir) = launch.outlive_in {
-            let (listener, file) = attach::prepare(dir).map_err(step("listening socket"))?;
+            let (listener, file) = prepare_adoption(dir).map_err(step("listening socket"))?;
             adoption = Some(Adoption {
                 listener: add(listener),
                 exit: add(file.into()),

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, socket, sockopt,
 };
@@ -247,7 +248,7 @@ fn errno(error: io::Error) -> Errno {
 /// Makes what a VMM process in `dir` needs to outlive its supervisor: a bound
 /// socket, which only the VMM process listens on, and an empty exit file. Both
 /// replace those of the boot before.
-pub(super) fn prepare(dir: &Path) -> io::Result<(OwnedFd, File)> {
+pub fn prepare(dir: &Path) -> io::Result<(OwnedFd, File)> {
     let (path, exit) = (dir.join(SOCKET), exit_path(dir));
     for old in [&path, &exit] {
         match fs::remove_file(old) {
@@ -261,7 +262,11 @@ pub(super) fn prepare(dir: &Path) -> io::Result<(OwnedFd, File)> {
     bind(socket.as_raw_fd(), &address)?;
     // The VMM process checks the uid of a peer too.
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-    Ok((socket, File::create_new(&exit)?))
+    let exit = File::create_new(&exit)?;
+    // A block for the reason, which a full disk then does not cost. Not every file
+    // system can reserve one.
+    let _ = fallocate(&exit, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, 4096);
+    Ok((socket, exit))
 }
 
 /// The exit file in `dir`.
