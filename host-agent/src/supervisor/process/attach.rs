@@ -143,12 +143,17 @@ pub(super) async fn attach(
 ) -> Result<(VmmProcess, Attached), AttachError> {
     let deadline = Instant::now() + RETRY_LIMIT;
     loop {
-        match attach_once(dir, expected).await {
-            Err(AttachError::Busy | AttachError::Refused { .. }) if Instant::now() < deadline => {
-                tokio::time::sleep(RETRY).await;
-            }
-            result => return result,
+        let result = attach_once(dir, expected).await;
+        let retry = match &result {
+            Err(AttachError::Busy | AttachError::Refused { .. }) => true,
+            // Perhaps it does not listen yet: no record tells whether it runs.
+            Err(AttachError::Gone { exit: None }) => expected.process.is_none(),
+            _ => false,
+        };
+        if !retry || Instant::now() >= deadline {
+            return result;
         }
+        tokio::time::sleep(RETRY).await;
     }
 }
 
