@@ -227,7 +227,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Its role, if it still runs, has nobody who watches it, and is ended.
+    /// Ends the role too, which no bootstrapper watches any more, and has both started again.
     async fn bootstrapper_ended(&mut self) {
         self.bootstrapper = None;
         if let Err(error) = client::clear().await {

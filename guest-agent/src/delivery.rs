@@ -19,21 +19,21 @@ pub enum DeliveryError {
     /// The channel broke.
     #[error("channel agent")]
     Stream(#[from] StreamError),
-    /// The host said something else, or closed.
+    /// The host sent another message, or closed.
     #[error("host sent no program")]
     NoProgram,
-    /// The program is larger than any can be.
+    /// The announced program is over the limit.
     #[error("program of {0} bytes is over the limit of {MAX_PROGRAM}")]
     TooLarge(u64),
     /// The bytes are not those that were announced.
     #[error("SHA-256 of the program is {actual}, announced was {expected}")]
     Digest {
-        /// Of what came.
+        /// Of the bytes received.
         actual: String,
-        /// From the host.
+        /// Announced by the host.
         expected: String,
     },
-    /// It cannot be stored.
+    /// The program cannot be stored.
     #[error("store the program")]
     Store(#[from] io::Error),
 }

@@ -61,7 +61,7 @@ impl SetupError {
 }
 
 /// How a goal's role is started, and the directories that it has. Follows from the goal
-/// alone, so that guest agent and bootstrapper agree without telling each other.
+/// alone, so that guest agent and bootstrapper need not exchange it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Launch {
     /// Program and arguments; the program is an absolute path.
@@ -102,8 +102,9 @@ impl Launch {
     }
 }
 
-/// Performs the set-up. Blocking. What is done already is left. `done` is called with the
-/// name of each stage at its end, so that the log shows where the time went.
+/// Performs the set-up. Blocking. Can be repeated: steps that are done already change
+/// nothing. `done` is called with the name of each stage at its end, so that the log shows
+/// where the time went.
 pub fn prepare(goal: &Goal, done: impl Fn(&str)) -> Result<(), SetupError> {
     let resource = disk::by_serial(&goal.resource_disk, DISK_LIMIT)?;
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
@@ -152,13 +153,13 @@ fn storage_path(goal: &Goal, name: &str) -> PathBuf {
     Path::new(RESOURCES).join("directory").join(storage)
 }
 
-/// The guest's table of names: its own, in both spellings.
+/// Content of /etc/hosts: the instance name, and the host name made of it.
 fn host_names(instance: &str) -> String {
     let host = host_name(instance);
     format!("127.0.0.1 localhost {host} {instance}\n::1 localhost\n")
 }
 
-/// The instance's name in the characters of a host name.
+/// The host name: the instance name without underscores.
 fn host_name(instance: &str) -> String {
     instance.replace('_', "-")
 }

@@ -1,5 +1,5 @@
-//! Endpoint tunnels: each connection from the host is joined with the role's
-//! TCP port; either side may close its half first.
+//! Endpoint tunnels: each connection from the host is joined with a connection to the role's
+//! TCP port. Either side may close its half first.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -32,11 +32,11 @@ pub fn serve(local_port: u16) -> io::Result<JoinHandle<()>> {
 }
 
 async fn join(host: VsockStream, local_port: u16) {
-    // A role that does not listen refuses: the host's client sees a close.
+    // A role that does not listen refuses; the client of the endpoint sees a close.
     let Ok(role) = TcpStream::connect((Ipv4Addr::LOCALHOST, local_port)).await else {
         return;
     };
-    // Small messages must not wait for acknowledgements that never come alone.
+    // Without it Nagle's algorithm delays small messages until an acknowledgement.
     let _ = role.set_nodelay(true);
     stream::join(host.into_split(), role.into_split(), BUFFER).await;
 }

@@ -41,3 +41,35 @@ fn a_role_that_exits_at_once_is_recycled_and_reported() -> Result<()> {
     ensure!(output.status.code() == Some(9), "{text}");
     sandbox.assert_nothing_left()
 }
+
+#[test]
+fn a_role_that_cannot_be_started_fails_at_once() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script("#!/no/such/program\n").write(&sandbox.file("service"))?;
+    let output = sandbox.output(&["test", &service.to_string_lossy(), "--timeout", "3000"])?;
+    let text = e2e::text(&output);
+    ensure!(output.status.code() == Some(9), "{text}");
+    ensure!(text.contains("cannot be started"), "{text}");
+    sandbox.assert_nothing_left()
+}
+
+#[test]
+fn a_start_that_fails_for_a_while_is_tried_again() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    let mut run = Run::start(&sandbox, &service, &[])?;
+    run.ready()?;
+    // The bootstrapper cannot bind the role's notify socket where a directory is.
+    let socket = "/run/host-agent/role-notify";
+    run.shell(&format!(
+        "rm {socket}; mkdir {socket}; echo 1 > /sys/fs/cgroup/stack/role/cgroup.kill"
+    ))?;
+    let retried = |event: &serde_json::Value| {
+        event["state"] == "recycling" && event["detail"].to_string().contains("next attempt in 2 s")
+    };
+    run.event("role", retried)?;
+    run.shell(&format!("rmdir {socket}"))?;
+    run.ready()?;
+    run.stop()?;
+    sandbox.assert_nothing_left()
+}

@@ -9,15 +9,15 @@ pub const HOST_CID: u32 = 2;
 /// number identifies nothing: a guest's identity is its device.
 pub const GUEST_CID: u32 = 3;
 
-/// Source ports below this need `CAP_NET_BIND_SERVICE` in the guest. The host
-/// accepts control channels from such ports only, so that a role that runs
-/// without privilege cannot speak as an agent.
+/// Source ports below this need `CAP_NET_BIND_SERVICE` in the guest. The host accepts control
+/// channels from such ports only, so that a role without privileges cannot pose as an agent.
 pub const PRIVILEGED_PORTS: u32 = 1024;
 
 /// Guest port of an endpoint tunnel is this plus the role's local TCP port.
 pub const TUNNEL_PORT_BASE: u32 = 0x1_0000;
 
-/// Guest port on which the guest agent takes `exec` connections from the host.
+/// Guest port on which the guest agent accepts `exec` connections from the host. They speak
+/// the version of the guest agent's channels.
 pub const EXEC_PORT: u32 = 20;
 
 /// A channel that the guest dials on [`HOST_CID`].
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_channel_is_found_by_its_own_port_and_no_other_port_is_one() {
+    fn only_the_port_of_a_channel_finds_it() {
         for channel in Channel::ALL {
             assert_eq!(Channel::from_port(channel.port()), Some(channel));
         }

@@ -139,7 +139,7 @@ impl Decoder {
         self.buffer.is_empty()
     }
 
-    /// Moves bytes that follow the last frame into `buffer`; says how many.
+    /// Moves bytes that follow the last frame into `buffer`; returns how many.
     pub fn take(&mut self, buffer: &mut [u8]) -> usize {
         let count = buffer.len().min(self.buffer.len());
         buffer[..count].copy_from_slice(&self.buffer[..count]);
@@ -147,8 +147,8 @@ impl Decoder {
         count
     }
 
-    /// What was pushed and is not part of a frame taken by [`Decoder::take_frame`]:
-    /// the first raw bytes, on a channel that changes from frames to bytes.
+    /// Bytes that were pushed and are not part of a frame taken by [`Decoder::take_frame`]:
+    /// the first raw bytes on a channel that changes from frames to bytes.
     pub fn into_rest(self) -> Vec<u8> {
         self.buffer
     }
@@ -205,9 +205,9 @@ mod tests {
             prop_assert_eq!(seen, messages);
         }
 
-        /// What the stream reader does, with a peer that sends anything.
+        /// As the stream reader calls the decoder, with arbitrary bytes.
         #[test]
-        fn no_bytes_make_the_decoder_panic_or_keep_more_than_a_frame(
+        fn the_decoder_keeps_at_most_a_frame_of_any_bytes(
             parts in proptest::collection::vec((0..200_u32, any::<u8>(), 0..3_usize), 0..40),
         ) {
             let mut decoder = Decoder::new();

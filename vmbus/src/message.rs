@@ -1,8 +1,7 @@
 //! The typed messages of each channel.
 //!
-//! Each channel has one enum per direction. What comes from the guest is a
-//! claim, never a path, a key or a format: the host checks it against its own
-//! tables. Times in the guest are durations, since clocks are not shared.
+//! The host never uses a guest's values as paths, keys or formats, and checks them against
+//! its own tables. Times in the guest are durations, since the clocks differ.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,8 +13,7 @@ impl Message for ToHost {}
 impl Message for ToGuest {}
 impl Message for ExecRequest {}
 
-/// Any frame that a guest may send after its hello: one set for the decoder's
-/// property tests and for the host's dispatcher.
+/// Any frame that a guest may send after its hello, on whichever channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ToHost {
@@ -25,17 +23,16 @@ pub enum ToHost {
     Status(Status),
     /// Channel `agent`: ready to receive the program.
     AgentRequest {},
-    /// Channel `agent`: the program was checked and started, or was not, or has
-    /// ended.
+    /// Channel `agent`: the program was started, or could not be started, or ended.
     AgentResult {
-        /// Absent when the program runs; else why it does not any more.
+        /// Absent when the program runs; else why it does not.
         error: Option<String>,
     },
     /// Channel `log`.
     Log(LogRecord),
-    /// Channel `shutdown`: the request was understood and has begun.
+    /// Channel `shutdown`: the shutdown has begun.
     ShutdownBegun {},
-    /// Channel `control`: the app agent is alive and what it is.
+    /// Channel `control`: PID 1 runs.
     Booted {
         /// Milliseconds from kernel start until PID 1 ran (`CLOCK_BOOTTIME`).
         init_ms: u64,
@@ -51,7 +48,7 @@ pub enum ToGuest {
         /// Rises by one with each question of a connection.
         sequence: u64,
     },
-    /// Channel `goal`: what shall be; replaces every earlier goal.
+    /// Channel `goal`: the desired state; replaces every earlier goal.
     Goal(Box<Goal>),
     /// Channel `agent`: the program that follows as `size` raw bytes.
     AgentProgram {
@@ -92,7 +89,7 @@ pub struct Beat {
     pub health: Health,
 }
 
-/// Health of a guest in its own words (Hyper-V heartbeat's four states).
+/// Health of a guest as the app agent sees it (the four states of Hyper-V's heartbeat).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
@@ -102,7 +99,7 @@ pub enum Health {
     Healthy,
     /// The guest agent is down or keeps dying.
     Critical,
-    /// The guest is on its way down: not silence.
+    /// The guest shuts down: missing heartbeats are expected.
     Stopped,
 }
 
@@ -124,9 +121,9 @@ pub enum RoleState {
     Recycling,
     /// Recycled again and again; the next try is after a delay that grows.
     Cycling,
-    /// On its way down by request.
+    /// Stopping by request.
     Stopping,
-    /// Down by request.
+    /// Stopped by request.
     Stopped,
     /// Cannot be started as described: another attempt in this boot would fail too.
     Failed,
@@ -241,9 +238,9 @@ pub struct ExecRequest {
     pub terminal: Option<(u16, u16)>,
 }
 
-/// Most bytes of standard input that may be on their way to a program that does
-/// not read: the host sends more as they are [`ExecOutput::Consumed`], so that a
-/// signal is never stuck behind them.
+/// Most bytes of standard input that the host sends before they are
+/// [`ExecOutput::Consumed`], so that a signal never waits behind input of a program that does
+/// not read.
 pub const EXEC_WINDOW: usize = 256 * 1024;
 
 /// Most bytes in one [`ExecInput::Stdin`], [`ExecOutput::Stdout`] or
@@ -308,7 +305,8 @@ pub enum ExecOutput {
         /// The bytes.
         bytes: Vec<u8>,
     },
-    /// The program took so many more bytes of standard input, or never will.
+    /// The program read this many more bytes of standard input, or they were discarded
+    /// because it never will.
     Consumed {
         /// How many.
         bytes: usize,

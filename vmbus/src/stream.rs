@@ -79,12 +79,12 @@ pub async fn send<W: AsyncWrite + Unpin, T: Message>(
     Ok(())
 }
 
-/// Joins a client with its server until both directions have ended, or nobody
-/// takes what the server says. Each is given as what is read from it and what
-/// is written to it; `buffer` bytes are copied at once.
+/// Joins a client with its server until both directions have ended, or the client takes no
+/// more. Each is given as its reading and its writing half; `buffer` bytes are copied at
+/// once.
 ///
-/// A server that takes no more, since it ended, has not been heard out: its last
-/// words reach the client all the same.
+/// When the server takes no more, because it ended, output that it wrote before is still
+/// delivered.
 pub async fn join<C, D, S, T>(mut client: (C, D), mut server: (S, T), buffer: usize)
 where
     C: AsyncRead + Unpin,
@@ -92,24 +92,24 @@ where
     S: AsyncRead + Unpin,
     T: AsyncWrite + Unpin,
 {
-    let asked = async {
+    let to_server = async {
         let mut reader = BufReader::with_capacity(buffer, &mut client.0);
         let _ = copy_buf(&mut reader, &mut server.1).await;
         let _ = server.1.shutdown().await;
     };
-    let answered = async {
+    let to_client = async {
         let mut reader = BufReader::with_capacity(buffer, &mut server.0);
         copy_buf(&mut reader, &mut client.1).await?;
         client.1.shutdown().await
     };
-    tokio::pin!(asked, answered);
+    tokio::pin!(to_server, to_client);
     tokio::select! {
-        () = &mut asked => {
-            let _ = answered.await;
+        () = &mut to_server => {
+            let _ = to_client.await;
         }
-        result = &mut answered => {
+        result = &mut to_client => {
             if result.is_ok() {
-                asked.await;
+                to_server.await;
             }
         }
     }
@@ -121,17 +121,17 @@ mod tests {
     use tokio::net::UnixStream;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn the_last_words_of_a_server_that_takes_no_more_reach_its_client() {
+    async fn output_of_a_server_that_ended_reaches_its_client() {
         let (mut client, ours) = UnixStream::pair().unwrap();
         let (theirs, mut server) = UnixStream::pair().unwrap();
-        // It has said everything, and is gone without having read.
+        // The server closes without reading what the client sent.
         server.write_all(b"last words").await.unwrap();
         drop(server);
         client.write_all(b"more").await.unwrap();
         join(ours.into_split(), theirs.into_split(), 1024).await;
-        let mut heard = [0; 10];
-        client.read_exact(&mut heard).await.unwrap();
-        assert_eq!(&heard, b"last words");
+        let mut received = [0; 10];
+        client.read_exact(&mut received).await.unwrap();
+        assert_eq!(&received, b"last words");
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -1,7 +1,7 @@
 //! Version negotiation: the first frame of every channel, each way.
 //!
-//! The guest says which versions it speaks; the host picks the highest that
-//! both know, or refuses and says both lists.
+//! The guest sends the versions that it speaks. The host picks the highest that both know, or
+//! refuses with both lists.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ pub struct Hello {
     pub channel: Channel,
     /// The guest kernel's random boot id (`/proc/sys/kernel/random/boot_id`).
     pub boot_id: String,
-    /// Which program speaks and its version, for people.
+    /// Name and version of the guest's program, for people.
     pub agent: String,
 }
 
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_highest_common_version_wins_and_none_names_both_lists() {
+    fn the_highest_common_version_wins() {
         assert_eq!(negotiate(&[1, 2, 3], &[2, 3, 9]), Ok(3));
         assert_eq!(negotiate(&[1], &[1]), Ok(1));
         let refusal = negotiate(&[1, 2], &[7]).unwrap_err();

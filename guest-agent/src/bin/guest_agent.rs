@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     } else {
         runtime.block_on(agent::run())
     };
-    // A blocking step that goes on must not hold up the end.
+    // Does not wait for a blocking step, such as a set-up that waits for a disk.
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,9 +8,9 @@ use vmbus::message::RoleState;
 const FIRST_DELAY: Duration = Duration::from_secs(5);
 /// Longest delay.
 const LONGEST_DELAY: Duration = Duration::from_secs(5 * 60);
-/// A role that was Ready for this long has a clean slate.
+/// A role that was Ready for this long starts with the first delay again.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(10 * 60);
-/// From this failure on the role is said to be cycling.
+/// From this end on the role's state is Cycling.
 const CYCLING_FROM: u32 = 3;
 
 /// The role's record.
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_recycle_is_at_once_then_delays_double_to_five_minutes() {
+    fn delays_between_recycles_double_to_five_minutes() {
         let mut recycling = Recycling::default();
         let seen: Vec<(u64, RoleState)> = (0..9)
             .map(|_| recycling.ended(Some(Duration::from_secs(1))))

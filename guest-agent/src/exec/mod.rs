@@ -19,14 +19,14 @@ use program::Program;
 
 /// Frames of output that wait for the host.
 const BACKLOG: usize = 8;
-/// Time for commands of an earlier guest agent to be gone.
+/// Most time for commands of an earlier guest agent to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
-/// Variables that commands see: the role's, once it is set up.
+/// The variables of commands: those of the role, once it is set up.
 pub type Environment = Arc<RwLock<Vec<(String, String)>>>;
 
-/// Serves exec requests for the life of the process. Commands that an earlier
-/// guest agent left have lost their operator, and are ended.
+/// Serves exec requests for the life of the process. Kills commands of an earlier guest
+/// agent first: their connections to the operator are gone.
 pub async fn serve(environment: Environment) -> io::Result<()> {
     let group = Group::at(cgroup::EXEC)?;
     group.clear(KILL_LIMIT).await?;
@@ -38,7 +38,7 @@ pub async fn serve(environment: Environment) -> io::Result<()> {
                     let environment = Arc::clone(&environment);
                     let group = group.clone();
                     tokio::spawn(async move {
-                        // An operator who went away is no error.
+                        // An error here means that the operator closed the connection.
                         let _ = serve_one(stream, &environment, &group).await;
                     });
                 }
@@ -70,22 +70,22 @@ async fn serve_one(
         Ok(program) => program,
         Err(refusal) => return send(&mut writer, &refusal).await,
     };
-    // A host that does not read, for whatever its user does with the output,
-    // holds up nothing else: keys and signals still reach the program.
-    let talk = async move {
+    // A task of its own: when the host does not read output, input and signals still reach
+    // the program.
+    let send_output = async move {
         while let Some(frame) = queue.recv().await {
             send(&mut writer, &frame).await?;
         }
-        // Half closed: all that was said arrives.
+        // Closes one half only, so that everything sent arrives.
         tokio::io::AsyncWriteExt::shutdown(&mut writer).await?;
         Ok(())
     };
-    let ((), told) = tokio::join!(attend(program, reader, frames), talk);
-    told
+    let ((), sent) = tokio::join!(attend(program, reader, frames), send_output);
+    sent
 }
 
-/// Passes on what comes from the host until the program ended and all that it
-/// wrote is in `frames`.
+/// Passes input from the host to the program until the program ended and all of its output
+/// is in `frames`.
 async fn attend(
     mut program: Program,
     mut reader: FrameReader<OwnedReadHalf>,
@@ -100,7 +100,7 @@ async fn attend(
                 Ok(Some(ExecInput::StdinEnd {})) => program.end_input(),
                 Ok(Some(ExecInput::Signal { number })) => program.signal(number),
                 Ok(Some(ExecInput::Resize { rows, columns })) => program.resize((rows, columns)),
-                // Nobody is left who wants the command to go on.
+                // The operator is gone: the command must not go on without one.
                 Ok(None) | Err(_) => {
                     connected = false;
                     program.signal(libc::SIGKILL);
@@ -118,6 +118,6 @@ async fn attend(
             code: 125,
         },
     };
-    // Fails when the host has gone.
+    // Fails when the connection is closed.
     let _ = frames.send(last).await;
 }

@@ -20,8 +20,8 @@ use crate::os::child;
 use crate::os::terminal::{self, Size};
 use crate::setup::PATH;
 
-/// A stream that a process in the background holds open ends for the operator
-/// when the command has ended and the stream was silent for this long.
+/// After the end of the command its output counts as complete once it was silent for this
+/// long: a background process may hold the stream open.
 const SILENCE: Duration = Duration::from_millis(200);
 
 type Frames = mpsc::Sender<ExecOutput>;
@@ -31,16 +31,16 @@ pub struct Program {
     /// Its first process.
     pub child: Child,
     stdin: Option<mpsc::Sender<Vec<u8>>>,
-    /// Our end of its terminal.
+    /// The guest agent's end of its terminal.
     terminal: Option<OwnedFd>,
     ended: watch::Sender<bool>,
     pumps: JoinSet<()>,
-    /// Ends with this value.
+    /// Aborted when this value is dropped.
     _feeder: JoinSet<()>,
 }
 
 impl Program {
-    /// Starts it in `group`; what it writes goes to `frames`.
+    /// Starts the command in `group`; its output goes to `frames`.
     pub fn start(
         request: &ExecRequest,
         variables: Vec<(String, String)>,
@@ -73,7 +73,7 @@ impl Program {
             }
         };
         let mut child = command.spawn().map_err(failed)?;
-        // With it goes the last copy of the terminal's far end in this process.
+        // Closes this process's last copy of the program's end of the terminal.
         drop(command);
 
         let (ended, end) = watch::channel(false);
@@ -105,23 +105,23 @@ impl Program {
         })
     }
 
-    /// Bytes for its standard input. Does not wait: an honest host sends no more
-    /// than fits.
+    /// Bytes for its standard input. Does not wait: the host keeps to `EXEC_WINDOW`, and
+    /// what is beyond it is dropped.
     pub fn input(&mut self, bytes: Vec<u8>) {
         if let Some(stdin) = &self.stdin {
             let _ = stdin.try_send(bytes);
         }
     }
 
-    /// Its standard input ends after what is on the way.
+    /// Its standard input ends after the bytes that are queued.
     pub fn end_input(&mut self) {
         self.stdin = None;
     }
 
     /// Sends a signal to its process group.
     pub fn signal(&self, number: i32) {
-        // A child that was not waited for keeps its process id, and so the
-        // number of the group that it leads.
+        // A child that was not waited for keeps its process id, and so the id of the group
+        // that it leads.
         let group = self.child.id().and_then(|id| i32::try_from(id).ok());
         if let (Some(group), Ok(signal)) = (group, Signal::try_from(number)) {
             let _ = killpg(Pid::from_raw(group), signal);
@@ -131,21 +131,21 @@ impl Program {
     /// Gives its terminal another size, if it has one.
     pub fn resize(&self, size: Size) {
         if let Some(ours) = &self.terminal {
-            // Fails only when nobody is left to see the size.
+            // Fails only when the program has closed its end.
             let _ = terminal::resize(ours, size);
         }
     }
 
-    /// After the end of the first process: waits until all output was taken.
+    /// After the end of the first process: waits until all output was read.
     pub async fn drain(&mut self) {
         self.ended.send_replace(true);
         while self.pumps.join_next().await.is_some() {}
     }
 }
 
-/// The role's variables without those that name its directories: it writes there,
-/// and a command runs as root, so that a start-up file of a shell would be the
-/// role's way to become root too.
+/// The role's variables without those that name directories that the role can write. A
+/// command runs as root: a start-up file of a shell in such a directory would let the role
+/// become root.
 fn environment(
     role: Vec<(String, String)>,
     asked: &[(String, String)],
@@ -160,7 +160,7 @@ fn environment(
     all
 }
 
-/// The terminal becomes the command's standard streams; our end of it.
+/// Makes a terminal the command's standard streams; the guest agent's end of it.
 fn give_terminal(command: &mut Command, size: Size) -> io::Result<OwnedFd> {
     let terminal = terminal::open(size)?;
     command
@@ -171,7 +171,7 @@ fn give_terminal(command: &mut Command, size: Size) -> io::Result<OwnedFd> {
     Ok(terminal.ours)
 }
 
-/// A terminal's end is polled, read and written like the ends of two pipes.
+/// The guest agent's end of a terminal, to read and to write: it is polled like a pipe.
 fn ends(ours: &OwnedFd) -> io::Result<(pipe::Receiver, pipe::Sender)> {
     let reader = pipe::Receiver::from_owned_fd_unchecked(ours.try_clone()?)?;
     let writer = pipe::Sender::from_owned_fd_unchecked(ours.try_clone()?)?;
@@ -200,8 +200,8 @@ const fn stderr(bytes: Vec<u8>) -> ExecOutput {
     ExecOutput::Stderr { bytes }
 }
 
-/// Passes on what comes until the stream ends, nobody takes it, or it is silent
-/// after the end of the command. A terminal ends with an error.
+/// Passes output on until the stream ends, the connection is closed, or the stream is silent
+/// after the end of the command. The stream of a terminal ends with an error.
 async fn pump(
     mut stream: impl AsyncRead + Unpin,
     frames: Frames,
@@ -229,8 +229,8 @@ async fn pump(
     }
 }
 
-/// Writes what comes, says how much was taken. When the program no longer reads,
-/// the rest is taken and thrown away: the host waits for nothing.
+/// Writes pieces to the program and reports their bytes as consumed. When the program no
+/// longer reads, the rest is discarded and reported too, so that the host does not wait.
 async fn feed(
     stream: impl AsyncWrite + Unpin,
     mut pieces: mpsc::Receiver<Vec<u8>>,
@@ -275,12 +275,12 @@ mod tests {
         program.drain().await;
         drop(program);
         while let Some(frame) = queue.recv().await {
-            text.push_str(&said(&frame));
+            text.push_str(&stdout_text(&frame));
         }
         (text, status)
     }
 
-    fn said(frame: &ExecOutput) -> String {
+    fn stdout_text(frame: &ExecOutput) -> String {
         match frame {
             ExecOutput::Stdout { bytes } => String::from_utf8_lossy(bytes).into_owned(),
             _ => String::new(),
@@ -290,13 +290,13 @@ mod tests {
     async fn until(wanted: &str, queue: &mut mpsc::Receiver<ExecOutput>) -> String {
         let mut text = String::new();
         while !text.contains(wanted) {
-            text.push_str(&said(&queue.recv().await.unwrap()));
+            text.push_str(&stdout_text(&queue.recv().await.unwrap()));
         }
         text
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_terminal_has_its_size_follows_its_changes_and_turns_keys_into_signals() {
+    async fn a_terminal_has_its_size_and_turns_keys_into_signals() {
         let script = "tty; stty size; trap 'stty size' WINCH; trap 'exit 7' INT; echo up; \
             while :; do sleep 0.05; done";
         let act = async |program: &mut Program, queue: &mut mpsc::Receiver<ExecOutput>| {
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_stream_held_in_the_background_does_not_hold_up_the_end_and_no_output_is_lost() {
+    async fn a_background_process_does_not_delay_the_end_of_output() {
         let script = "sleep 100 & head -c 100000 /dev/zero | tr '\\0' x; echo $!";
         let act = async |_: &mut Program, _: &mut mpsc::Receiver<ExecOutput>| String::new();
         let (text, status) = outcome(&["sh", "-c", script], None, act).await;
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn input_that_nobody_reads_is_consumed_and_a_signal_passes_input_that_waits() {
+    async fn a_signal_passes_input_that_waits() {
         let act = async |program: &mut Program, queue: &mut mpsc::Receiver<ExecOutput>| {
             for _ in 0..EXEC_WINDOW / EXEC_PIECE {
                 program.input(vec![b'x'; EXEC_PIECE]);
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_has_the_roles_variables_but_no_directory_where_the_role_writes() {
+    fn a_command_gets_no_variable_with_a_directory_of_the_role() {
         let pairs = |names: &[&str], value: &str| -> Vec<(String, String)> {
             let pair = |name: &&str| ((*name).to_owned(), value.to_owned());
             names.iter().map(pair).collect()

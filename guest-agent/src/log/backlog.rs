@@ -1,5 +1,4 @@
-//! Things that wait to be sent: bounded, the oldest makes room, losses are
-//! counted. Pure.
+//! A bounded queue that drops its oldest items and counts them. Pure.
 
 use std::collections::VecDeque;
 
@@ -23,8 +22,8 @@ impl<T> Backlog<T> {
         }
     }
 
-    /// Adds what takes `bytes`. The oldest of what has a size makes room; what
-    /// has none stays until it is taken.
+    /// Adds an item of `bytes`. If the queue is then over its limit, the oldest items that
+    /// have a size are dropped; an item of size 0 is never dropped.
     pub fn push(&mut self, item: T, bytes: usize) {
         self.queue.push_back((item, bytes));
         self.bytes += bytes;
@@ -39,25 +38,25 @@ impl<T> Backlog<T> {
         }
     }
 
-    /// Takes the oldest.
+    /// Takes the oldest item.
     pub fn pop(&mut self) -> Option<T> {
         let (item, bytes) = self.queue.pop_front()?;
         self.bytes -= bytes;
         Some(item)
     }
 
-    /// How many were lost since the last call: all of them were older than
-    /// whatever with a size is in the queue.
+    /// How many items were dropped since the last call. All of them were older than each
+    /// item with a size that is in the queue.
     pub const fn take_lost(&mut self) -> u64 {
         std::mem::replace(&mut self.lost, 0)
     }
 
-    /// Whether nothing waits.
+    /// Whether the queue is empty.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Keeps only what satisfies `keep`; the rest is not counted as lost.
+    /// Keeps only items that satisfy `keep`; the others are not counted as dropped.
     pub fn retain(&mut self, keep: impl Fn(&T) -> bool) {
         self.queue.retain(|(item, _)| keep(item));
         self.bytes = self.queue.iter().map(|(_, bytes)| bytes).sum();
@@ -69,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_fit_the_limit_in_order_the_rest_is_counted_and_what_has_no_size_stays() {
+    fn only_the_oldest_items_with_a_size_are_dropped_and_counted() {
         let mut backlog = Backlog::new(100);
         for number in 0..1000_usize {
             backlog.push(

@@ -1,4 +1,4 @@
-//! Log records on their way to the host: a bounded queue, losses counted.
+//! Sends log records to the host through a bounded queue that counts its losses.
 
 pub mod backlog;
 
@@ -17,33 +17,33 @@ use backlog::Backlog;
 
 /// Bytes of records that may wait for the host.
 const LIMIT: usize = 1 << 20;
-/// What a record takes beyond its text, about.
+/// About the memory that a record takes beyond its text, in bytes.
 pub const RECORD_OVERHEAD: usize = 128;
 /// Longest text of a record; a longer line becomes several.
 const MAX_LINE: usize = 8 * 1024;
 
-/// Puts records in the queue. Never waits.
+/// Adds records to the queue. Never waits.
 #[derive(Debug, Clone)]
 pub struct Logger(Arc<Queue>);
 
 #[derive(Debug)]
 struct Queue {
     waiting: Mutex<Waiting>,
-    /// Something was put in.
+    /// A record was added.
     more: Notify,
-    /// Everything was taken and sent.
+    /// A record was sent.
     done: Notify,
 }
 
 #[derive(Debug)]
 struct Waiting {
     records: Backlog<LogRecord>,
-    /// One was taken and is not yet sent.
+    /// A record was taken and is not sent yet.
     sending: bool,
 }
 
 impl Logger {
-    /// A logger whose records go to the host by a task of their own.
+    /// A logger, and the task that sends its records to the host.
     pub fn start(program: &'static str) -> Self {
         let queue = Arc::new(Queue {
             waiting: Mutex::new(Waiting {
@@ -57,7 +57,7 @@ impl Logger {
         Self(queue)
     }
 
-    /// Queues one record; when the host is slow the oldest records make room.
+    /// Queues one record. When the host is slow the oldest records are dropped.
     pub fn record(&self, record: LogRecord) {
         let bytes = record.text.len() + RECORD_OVERHEAD;
         self.0.with(|waiting| waiting.records.push(record, bytes));
@@ -94,7 +94,7 @@ impl Queue {
         act(&mut self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The next record, which is then being sent.
+    /// The next record, which then counts as being sent.
     async fn next(&self) -> LogRecord {
         loop {
             let next = self.with(|waiting| {
@@ -142,8 +142,8 @@ async fn ship(queue: Arc<Queue>, program: &'static str) {
     }
 }
 
-/// Gives each line of `stream` to `sink`, in pieces of at most 8 KiB, until it
-/// ends. The writer of the stream never waits for more than this process.
+/// Passes each line of `stream` to `sink`, in pieces of at most 8 KiB, until the stream
+/// ends. `sink` does not wait, so the writer of the stream waits only for this process.
 pub async fn lines(stream: impl AsyncRead + Unpin, mut sink: impl FnMut(String)) {
     let mut reader = BufReader::with_capacity(MAX_LINE, stream);
     let mut line = Vec::new();
@@ -151,10 +151,10 @@ pub async fn lines(stream: impl AsyncRead + Unpin, mut sink: impl FnMut(String))
         if bytes.is_empty() {
             break;
         }
-        let room = MAX_LINE - line.len();
-        let (take, ends) = match bytes.iter().take(room).position(|byte| *byte == b'\n') {
+        let free = MAX_LINE - line.len();
+        let (take, ends) = match bytes.iter().take(free).position(|byte| *byte == b'\n') {
             Some(end) => (end + 1, true),
-            None => (bytes.len().min(room), false),
+            None => (bytes.len().min(free), false),
         };
         line.extend_from_slice(&bytes[..take]);
         reader.consume(take);
@@ -167,8 +167,7 @@ pub async fn lines(stream: impl AsyncRead + Unpin, mut sink: impl FnMut(String))
             sink(String::from_utf8_lossy(&line).into_owned());
             line = rest;
         }
-        // A stream that is never empty must not keep the rest of the process
-        // from its turn.
+        // Yields now and then: a stream that always has data would block the other tasks.
         tokio::task::consume_budget().await;
     }
     if !line.is_empty() {
@@ -189,7 +188,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn long_lines_are_cut_between_characters_and_the_last_line_needs_no_end() {
+    async fn long_lines_are_cut_between_characters() {
         let long = format!("{}é{}", "x".repeat(MAX_LINE - 1), "y".repeat(4));
         let text = format!("a\n\n{}\n{long}\nlast", "x".repeat(MAX_LINE + 5));
         let mut seen = Vec::new();
@@ -200,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn bytes_that_are_no_text_pass_in_bounded_pieces() {
+    async fn bytes_that_are_not_utf8_pass_in_bounded_pieces() {
         let bytes = vec![0xc3; 3 * MAX_LINE];
         let mut pieces = 0;
         lines(bytes.as_slice(), |line| {

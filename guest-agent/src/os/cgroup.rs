@@ -1,5 +1,4 @@
-//! Control groups: processes that are ended together, whatever they forked and whoever
-//! their parent is now. No process id is involved, so a reused id does no harm.
+//! Control groups: processes that are ended together with all that they forked. No process id is involved, so a reused id does no harm.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -13,8 +13,8 @@ use vmbus::text::chain;
 
 use crate::failure::Failure;
 
-/// `EXT4_IOC_RESIZE_FS` (Linux `fs/ext4/ext4.h`), and the size of the blocks in
-/// which it counts: that of the file system, which an image gives 4 KiB.
+/// `EXT4_IOC_RESIZE_FS` (Linux `fs/ext4/ext4.h`), and its unit: blocks of the file system,
+/// of 4 KiB in an image.
 const EXT4_RESIZE: libc::c_ulong = 0x4008_6610;
 const EXT4_BLOCK: u64 = 4096;
 /// Blocks of a group, and where the superblock lies.
@@ -24,13 +24,13 @@ const EXT4_SUPERBLOCK_BYTES: usize = 1024;
 /// Time between two looks for a disk.
 const POLL_EVERY: Duration = Duration::from_millis(2);
 
-/// What went wrong with a disk.
+/// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// No disk has the serial number.
     #[error("no disk with serial number {0}")]
     Missing(String),
-    /// Its file system cannot be made as large as it is.
+    /// Its file system cannot be grown to the size of the disk.
     #[error("grow the file system on {}", .0.display())]
     Grow(PathBuf, #[source] io::Error),
     /// It cannot be mounted.

@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-/// Lets the role's user listen on every port: an endpoint may well have port 80.
-/// The bus's own privileged ports stay for root alone.
+/// Lets the role's user listen on every TCP port, such as 80. Privileged vsock ports stay for
+/// root alone.
 pub fn free_low_ports() -> io::Result<()> {
     std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
 }

@@ -1,4 +1,4 @@
-//! The last steps of PID 1: end what still runs, write everything, leave.
+//! The last steps of PID 1: end all processes, write all data, power off or reboot.
 
 use std::time::{Duration, Instant};
 
@@ -12,33 +12,33 @@ use vmbus::message::PowerAction;
 
 use crate::setup::{RESOURCE, ROLE_ROOT};
 
-/// Time for processes that no agent stopped.
+/// Most time after SIGTERM for processes that no agent stopped.
 const LAST_PROCESSES: Duration = Duration::from_secs(2);
-/// Time for killed processes to be gone, and with them their open files.
+/// Most time for killed processes to end and to close their files.
 const KILLED: Duration = Duration::from_secs(2);
-/// Between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Time between two looks for processes that are left.
+const POLL_EVERY: Duration = Duration::from_millis(5);
 
-/// Leaves the machine. Blocking; somebody must reap meanwhile. Returns only if
-/// the kernel refuses.
+/// Powers off or reboots. Blocking; another thread must reap children meanwhile. Returns only
+/// if the kernel refuses.
 pub fn leave(then: PowerAction) {
-    // To everyone but this process.
+    // All processes but this one.
     let everyone = Pid::from_raw(-1);
-    // All that run in user space descend from PID 1. To signal everyone says
-    // nothing here: it reaches the kernel's own threads, which are always there.
+    // Every process in user space descends from PID 1. The result of kill(-1) cannot tell
+    // whether one is left: the call reaches kernel threads too, which always exist.
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    let nobody = || waitid(Id::All, look) == Err(Errno::ECHILD);
+    let none_left = || waitid(Id::All, look) == Err(Errno::ECHILD);
     let _ = kill(everyone, Signal::SIGTERM);
-    if !eventually(LAST_PROCESSES, nobody) {
+    if !eventually(LAST_PROCESSES, none_left) {
         let _ = kill(everyone, Signal::SIGKILL);
-        if !eventually(KILLED, nobody) {
+        if !eventually(KILLED, none_left) {
             eprintln!("app-agent: killed processes are still there");
         }
     }
     sync();
     for target in [ROLE_ROOT, RESOURCE] {
         match umount2(target, MntFlags::empty()) {
-            // Not mounted, or not even made.
+            // Not mounted, or the directory does not exist.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
             Err(error) => {
                 eprintln!("app-agent: unmount {target}: {error}");
@@ -53,10 +53,10 @@ pub fn leave(then: PowerAction) {
         PowerAction::Reboot => RebootMode::RB_AUTOBOOT,
     };
     let error = reboot(mode).err();
-    eprintln!("app-agent: cannot leave the machine: {error:?}");
+    eprintln!("app-agent: cannot power off or reboot: {error:?}");
 }
 
-/// Has a file system write itself out whole, so that its next mount has nothing
+/// Remounts a file system read-only, which writes it out whole: the next mount has nothing
 /// to recover.
 fn read_only(target: &str) {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
@@ -71,7 +71,7 @@ fn eventually(limit: Duration, condition: impl Fn() -> bool) -> bool {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(LOOK_AGAIN);
+        std::thread::sleep(POLL_EVERY);
     }
     true
 }

@@ -15,7 +15,7 @@ const SET_ATTRIBUTES: libc::c_ulong = 0x401c_5820;
 const INHERIT: u32 = 0x200;
 /// `QCMD(Q_SETQUOTA, PRJQUOTA)` (Linux `include/uapi/linux/quota.h`).
 const SET_PROJECT_QUOTA: libc::c_int = (0x80_0008 << 8) | 2;
-/// `QIF_BLIMITS`: the block limits are meant.
+/// `QIF_BLIMITS`: the block limits are valid.
 const BLOCK_LIMITS: u32 = 1;
 
 /// `struct fsxattr`.

@@ -1,4 +1,4 @@
-//! Terminals for programs: pairs of devices whose far end is ours.
+//! Pseudo-terminals for programs of operators.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -14,7 +14,7 @@ pub type Size = (u16, u16);
 /// A terminal.
 #[derive(Debug)]
 pub struct Terminal {
-    /// Our end: does not block, is not inherited.
+    /// The guest agent's end: non-blocking and close-on-exec.
     pub ours: OwnedFd,
     /// The program's end.
     pub theirs: OwnedFd,
@@ -33,8 +33,8 @@ pub fn open(size: Size) -> io::Result<Terminal> {
     })
 }
 
-/// Gives the terminal another size; the kernel tells the program in its
-/// foreground.
+/// Gives the terminal another size; the kernel sends SIGWINCH to its foreground process
+/// group.
 pub fn resize(ours: &OwnedFd, size: Size) -> io::Result<()> {
     let size = winsize(size);
     // SAFETY: TIOCSWINSZ reads one `winsize`, which lives through the call.

@@ -1,4 +1,4 @@
-//! Finds the deployments of this user and talks to them.
+//! Finds the deployments of this user and sends them requests.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,15 +11,15 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use super::types::{DeploymentInfo, RefusalKind, Request, Response};
 use crate::store::paths;
 
-/// A deployment that does not answer within this is passed over. It is a local
-/// process whose loop never blocks.
+/// A host agent that does not answer within this is passed over. It is a local process
+/// whose loop never blocks.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a deployment could not be found or asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The runtime directory cannot be read, or is not this user's alone: then
-    /// nothing in it is talked to.
+    /// The runtime directory cannot be read, or others can write to it: no socket in it is
+    /// trusted then.
     #[error("cannot list running deployments in {}", directory.display())]
     List {
         /// The directory.
@@ -68,7 +68,7 @@ pub enum ClientError {
 pub struct RunningDeployment {
     /// The socket.
     pub socket: PathBuf,
-    /// What it says of itself.
+    /// Its answer to [`Request::Ps`].
     pub info: DeploymentInfo,
 }
 
@@ -81,8 +81,8 @@ pub struct InstanceTarget {
     pub instance: String,
 }
 
-/// Every deployment of this user that answers, sorted by its id. Sockets
-/// that nobody serves any more are passed over.
+/// Every deployment of this user whose host agent answers, sorted by its id. Sockets of host
+/// agents that are gone are passed over.
 pub async fn list(runtime: &Path) -> Result<Vec<RunningDeployment>, ClientError> {
     let failed = |source| ClientError::List {
         directory: runtime.to_owned(),
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_is_found_by_name_and_told_apart_by_its_deployment() {
+    fn an_instance_is_found_by_name_and_deployment_prefix() {
         let all = [
             running("aaaaaaaabbbb", &["Web_IN_0", "Cache_IN_0"]),
             running("aaaaccccdddd", &["Cache_IN_0"]),
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_socket_that_nobody_serves_is_passed_over() {
+    async fn a_socket_without_a_server_is_passed_over() {
         let directory = with_mode(0o700);
         let socket = directory.path().join("dead.sock");
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sockets_in_a_directory_that_is_open_to_others_are_not_even_tried() {
+    async fn sockets_in_a_directory_open_to_others_are_not_tried() {
         let directory = with_mode(0o755);
         let socket = directory.path().join("theirs.sock");
         let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();

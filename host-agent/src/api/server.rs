@@ -26,10 +26,10 @@ use crate::supervisor::instance::InstanceHandle;
 /// How often a followed log is looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
-/// Age from which a socket that refuses is nobody's.
+/// A socket that refuses and is older than this is stale and may be removed.
 const SETTLED: Duration = Duration::from_mins(1);
 
-/// Most time at the end for those who follow a log to take the rest of it.
+/// Most time at the end to send the rest of a log to clients that follow it.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Pause after a connection that could not be accepted.
@@ -65,13 +65,13 @@ pub fn serve(host: &Host) -> io::Result<Server> {
     let task = tokio::spawn(async move {
         loop {
             let Ok((stream, _)) = listener.accept().await else {
-                // Out of descriptors, for example: that passes.
+                // No descriptors are left, for example, which passes.
                 tokio::time::sleep(OUT_OF_RESOURCES).await;
                 continue;
             };
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
-                // A client that goes away is its own affair.
+                // An error here means that the client closed the connection.
                 let _ = shared.answer(stream).await;
             });
         }
@@ -80,19 +80,19 @@ pub fn serve(host: &Host) -> io::Result<Server> {
 }
 
 impl Server {
-    /// The deployment has ended: who follows a log is given the rest of it and
-    /// told that this was all.
+    /// Ends the service: each client that follows a log gets the rest of it and
+    /// [`Response::LogEnd`].
     pub async fn close(self) {
         self.task.abort();
         self.ended.send_replace(true);
-        // Whoever pauses now misses the end, and holds up nobody.
+        // A client that does not read misses the end.
         let _ = tokio::time::timeout(LAST_LINES, self.ended.closed()).await;
     }
 }
 
-/// Removes sockets of which nobody listens at the other end: their owner was
-/// killed, and its janitor too. One younger than `settled` may be about to be
-/// listened to. What cannot be removed does no harm.
+/// Removes sockets that refuse connections: their host agent was killed, and its janitor too.
+/// One younger than `settled` is kept, since its owner may be between bind and listen. A
+/// socket that cannot be removed does no harm.
 async fn sweep(runtime_dir: &Path, settled: Duration) {
     let entries = fs::read_dir(runtime_dir).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
@@ -104,7 +104,7 @@ async fn sweep(runtime_dir: &Path, settled: Duration) {
         if !old || !metadata.file_type().is_socket() {
             continue;
         }
-        // One with a full queue says something else.
+        // A socket with a full queue fails with another error.
         if let Err(error) = UnixStream::connect(&path).await
             && error.kind() == io::ErrorKind::ConnectionRefused
         {
@@ -251,14 +251,14 @@ async fn logs(
 ) -> Result<(), StreamError> {
     let mut log = blocking(move || Ok(LogTail::open(&path))).await?;
     loop {
-        // Asked before the file is read: what was written last is sent too.
+        // Checked before the file is read, so that what was written last is sent too.
         let last = !follow || *ended.borrow() || ended.has_changed().is_err();
         log = pour(log, stream).await?;
         if last {
             return send(stream, &Response::LogEnd {}).await;
         }
         tokio::select! {
-            // A client has nothing more to say: one that is heard went away.
+            // A client sends nothing more: this returns when it closed the connection.
             _ = stream.read_u8() => return Ok(()),
             _ = ended.wait_for(|ended| *ended) => {}
             () = tokio::time::sleep(FOLLOW_EVERY) => {}
@@ -282,7 +282,7 @@ async fn pour(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, Stre
     }
 }
 
-/// A slow disk holds up whoever reads from it, and no guest.
+/// Runs `work` on a thread of its own, so that a slow disk delays only this reader.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
@@ -296,7 +296,7 @@ mod tests {
     use std::io::Write as _;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_socket_that_nobody_listens_to_is_swept_and_no_other() {
+    async fn only_a_socket_that_refuses_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let [dead, live, file] =
             ["dead.sock", "live.sock", "file.sock"].map(|name| dir.path().join(name));
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_followed_log_ends_with_what_was_written_last_and_with_a_word() {
+    async fn a_followed_log_ends_with_the_last_lines_and_an_end_frame() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("role.log");
         let mut log = fs::File::create(&path).unwrap();
@@ -352,7 +352,7 @@ mod tests {
         let end: Option<Response> = reader.next().await.unwrap();
         assert_eq!(end, Some(Response::LogEnd {}));
         sending.await.unwrap().unwrap();
-        // Nobody is waited for any more.
+        // The server waits for no client any more.
         ended.closed().await;
     }
 }

@@ -32,7 +32,7 @@ pub enum ChannelEvent {
     Booted {
         /// Milliseconds from the guest kernel's start until PID 1 ran.
         init_ms: u64,
-        /// What the agent calls itself, at most 100 characters.
+        /// Name and version of the agent, at most 100 characters.
         agent: String,
     },
     /// A heartbeat question was sent.
@@ -48,7 +48,7 @@ pub enum ChannelEvent {
     },
     /// The guest has begun to shut down.
     ShutdownBegun,
-    /// A connection ended against the protocol.
+    /// A connection was ended because it broke the protocol.
     Violation {
         /// Which channel.
         channel: Channel,
@@ -116,7 +116,7 @@ impl GuestChannels {
         tokio::spawn(async move {
             if let Err(error) = shared.connection(channel, socket).await {
                 let reason = match error {
-                    // The guest went away: its exit is reported elsewhere.
+                    // The guest closed the connection or ended, which is reported elsewhere.
                     ChannelError::Stream(StreamError::Io(_)) => return,
                     other => serve::bounded(&chain(&other)),
                 };

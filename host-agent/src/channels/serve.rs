@@ -15,7 +15,7 @@ use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
 const MAX_TEXT: usize = 2000;
-/// Longest name that an agent may give itself.
+/// Longest name of an agent taken into an event, in characters.
 const MAX_AGENT_NAME: usize = 100;
 /// Status reports of a connection. A guest that sends more waits on its own
 /// connection.

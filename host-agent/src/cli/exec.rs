@@ -1,4 +1,5 @@
-//! `host-agent exec`: a program in a guest as if it ran here.
+//! `host-agent exec`: runs a program in a guest with the streams, signals and exit code of
+//! this process.
 
 mod keys;
 
@@ -21,12 +22,12 @@ use crate::api::client::{Connection, InstanceTarget};
 use crate::api::types::Request;
 use keys::{Keys, Signals};
 
-/// Frames that wait to be sent: only when the guest takes nothing.
+/// Frames that may wait to be sent while the guest reads none.
 const BACKLOG: usize = 16;
-/// Time for a program to end after a signal that ends us too.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Time for the program to end after a signal that ends this process too.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
-/// Runs the command; its exit code is ours.
+/// Runs the command and exits with its exit code.
 pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     let mode = mode(
         args,
@@ -39,8 +40,8 @@ pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     let result = runtime.block_on(execute(args, mode));
     // A thread may still wait for standard input: it ends with the process.
     runtime.shutdown_background();
-    // Whatever fails on this side is 125, and its HA number says what: an exit
-    // code below that is the program's own.
+    // A failure on the host is exit code 125, with the cause in its HA number: an exit code
+    // below is that of the program.
     result.map_err(|error| match error.code() {
         Code::ExecGuest => error,
         _ if error.exit() == Exit::Signal(13) => error,
@@ -48,16 +49,16 @@ pub fn run(args: &ExecArgs, no_input: bool) -> Result<Exit, CliError> {
     })
 }
 
-/// What the program is given.
+/// What the program gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Mode {
-    /// Our standard input.
+    /// The standard input of this process.
     input: bool,
     /// A terminal.
     terminal: bool,
 }
 
-/// From the flags and what standard input and output are; else what is wrong
+/// The mode from the flags and the kinds of standard input and output; else what is wrong
 /// and what to do.
 fn mode(
     args: &ExecArgs,
@@ -67,8 +68,8 @@ fn mode(
 ) -> Result<Mode, (&'static str, &'static str)> {
     let (input, terminal) = (args.interactive, args.tty);
     match (input, terminal) {
-        // As if it ran here: on a terminal it has the terminal. Elsewhere it
-        // must not eat the input of the script that calls us.
+        // On a terminal the program gets the terminal. Elsewhere it gets no input, which
+        // would take that of the calling script.
         (false, false) => {
             let both = input_is_terminal && output_is_terminal && !no_input;
             Ok(Mode {
@@ -100,7 +101,7 @@ async fn execute(args: &ExecArgs, mode: Mode) -> Result<Exit, CliError> {
 enum Last {
     /// With this frame, which is not output.
     Frame(ExecOutput),
-    /// We were told to end, and the program did not.
+    /// This process got a signal to end, and the program did not end in its time.
     Signal(u8),
 }
 
@@ -118,14 +119,14 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
     let (mut reader, writer) = connection.into_parts();
     let mut signals = Signals::listen()?;
     let sink = |file: io::Result<LosslessOutput>| {
-        let what = "cannot print what the command says";
+        let what = "cannot print the output of the command";
         file.map_err(|error| CliError::new(Code::ExecHost, what).cause(error.to_string()))
     };
     let (stdout, stderr) = (
         sink(LosslessOutput::to(io::stdout()))?,
         sink(LosslessOutput::to(io::stderr()))?,
     );
-    // Until this returns, or panics: errors are printed on a terminal in its
+    // Restored when this returns or panics, so that errors are printed in the terminal's
     // own mode.
     let _raw = if mode.input && mode.terminal {
         Some(RawMode::enter().map_err(|errno| {
@@ -134,7 +135,7 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
     } else {
         None
     };
-    // A guest that takes nothing must not keep us from what it says.
+    // A task of its own: output is read even while the guest reads no input.
     let (input, pieces) = mpsc::channel(BACKLOG);
     let (urgent, commands) = mpsc::channel(BACKLOG);
     tokio::spawn(pass_on(commands, pieces, writer));
@@ -148,11 +149,11 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
             .cause(cause)
             .hint("host-agent ps")
     };
-    let mut told_to_end: Option<(u8, Instant)> = None;
+    let mut end_signal: Option<(u8, Instant)> = None;
     let last = loop {
         let (places, frame) = tokio::select! {
             frame = next_frame(&mut reader, &stdout, &stderr) => frame,
-            // Nothing more may ever come that would show it.
+            // Without further output no write would show that the reader is gone.
             () = stdout.broken() => break Err(lost("standard output is closed".into())),
             (place, piece) = next_piece(&input, &mut keys) => {
                 if piece == (ExecInput::StdinEnd {}) {
@@ -169,18 +170,18 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
                     }
                     continue;
                 }
-                let told = urgent.try_send(ExecInput::Signal { number });
+                let sent = urgent.try_send(ExecInput::Signal { number });
                 let number = u8::try_from(number).expect("Linux has 64 signals");
-                if told.is_err() {
+                if sent.is_err() {
                     return Ok(Last::Signal(number));
                 }
-                // The others may be for the program alone; these are for us.
+                // These end this process too; the others are for the program alone.
                 if matches!(i32::from(number), libc::SIGTERM | libc::SIGHUP) {
-                    told_to_end.get_or_insert((number, Instant::now() + LAST_WORDS));
+                    end_signal.get_or_insert((number, Instant::now() + END_LIMIT));
                 }
                 continue;
             }
-            number = overdue(told_to_end) => return Ok(Last::Signal(number)),
+            number = overdue(end_signal) => return Ok(Last::Signal(number)),
         };
         match frame {
             Ok(Some(ExecOutput::Stdout { bytes })) => match places.stdout {
@@ -188,7 +189,7 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
                 None => break Err(lost("standard output is closed".into())),
             },
             Ok(Some(ExecOutput::Stderr { bytes })) => {
-                // Nothing can be told when standard error is gone.
+                // There is nowhere to report that standard error is closed.
                 if let Some(place) = places.stderr {
                     place.send(bytes);
                 }
@@ -205,20 +206,20 @@ async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result
     };
     let printed = async {
         stdout.finish().await?;
-        // Nothing can be told when standard error is gone.
+        // There is nowhere to report that standard error is closed.
         let _ = stderr.finish().await;
         Ok::<(), CliError>(())
     };
     let mut printed = std::pin::pin!(printed);
     loop {
-        // There is no program any more that a signal could be meant for.
+        // The program ended: every signal is for this process.
         tokio::select! {
-            // That something was not written comes first.
+            // An output error takes precedence over the exit code.
             printed = &mut printed => return printed.and(last),
             number = signals.next() => if number != libc::SIGWINCH {
                 return Ok(Last::Signal(u8::try_from(number).expect("Linux has 64 signals")));
             },
-            number = overdue(told_to_end) => return Ok(Last::Signal(number)),
+            number = overdue(end_signal) => return Ok(Last::Signal(number)),
         }
     }
 }
@@ -243,9 +244,9 @@ async fn next_frame<'a>(
     (places, reader.next().await)
 }
 
-/// Sends frames, `urgent` ones first, until the guest is gone, which the reader
-/// tells: the program may have ended without reading, and its exit code then
-/// waits to be read.
+/// Sends frames, `urgent` ones first. Frames after a failed one are dropped: the reader
+/// reports the end of the connection, after the exit code of a program that ended without
+/// reading its input.
 async fn pass_on(
     mut urgent: mpsc::Receiver<ExecInput>,
     mut input: mpsc::Receiver<ExecInput>,
@@ -263,8 +264,7 @@ async fn pass_on(
     }
 }
 
-/// The next piece of standard input and a place for it; waits for ever when
-/// there is none.
+/// The next piece of standard input and a place for it; never if there is no input.
 async fn next_piece<'a>(
     input: &'a mpsc::Sender<ExecInput>,
     keys: &mut Option<Keys>,
@@ -275,9 +275,9 @@ async fn next_piece<'a>(
     }
 }
 
-/// The signal that told us to end, when the program had its time.
-async fn overdue(told: Option<(u8, Instant)>) -> u8 {
-    match told {
+/// The signal to end, once the time of the program to end is over.
+async fn overdue(signal: Option<(u8, Instant)>) -> u8 {
+    match signal {
         Some((number, at)) => {
             tokio::time::sleep_until(at).await;
             number
@@ -286,7 +286,7 @@ async fn overdue(told: Option<(u8, Instant)>) -> u8 {
     }
 }
 
-/// From the last frame to the exit code.
+/// The exit code from the last frame.
 fn finish(last: ExecOutput, program: &str) -> Result<Exit, CliError> {
     match last {
         ExecOutput::Exited {
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_is_given_when_asked_for_or_when_there_is_one_and_nothing_was_asked() {
+    fn a_terminal_is_given_on_request_or_if_both_ends_are_one() {
         let given = |flags: &str, no_input, terminals: (bool, bool)| {
             let args = ExecArgs {
                 interactive: flags.contains('i'),

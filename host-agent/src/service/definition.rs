@@ -1,5 +1,4 @@
-//! Reads a service definition (`.csdef`): what a service is, whatever its
-//! configuration and wherever its files are.
+//! Reads a service definition (`.csdef`), without its configuration and files.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -25,7 +24,7 @@ pub const MAX_ENDPOINTS: usize = 25;
 /// `LocalStorage` without `sizeInMB`.
 const DEFAULT_STORAGE_MIB: u64 = 100;
 
-/// A definition that is right by itself.
+/// A definition without errors of its own.
 #[derive(Debug, Clone)]
 pub struct Definition {
     /// `ServiceDefinition@name`.

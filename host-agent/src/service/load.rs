@@ -31,7 +31,7 @@ const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
 /// Every content of a package is checked.
 ///
 /// # Errors
-/// The first thing that is wrong with it.
+/// The first error of the service.
 pub fn load(
     service: &Path,
     config: Option<&Path>,
@@ -92,7 +92,7 @@ pub(super) fn verified(
     Ok(package)
 }
 
-/// The directory in which `file` stands.
+/// The directory of `file`.
 pub(super) fn directory_of(file: &Path) -> &Path {
     match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -187,7 +187,7 @@ fn file_name(path: &Path) -> String {
         .into_owned()
 }
 
-/// Joins what the definition and the configuration say.
+/// Joins the definition with its configuration.
 fn join(
     definition: &Definition,
     configuration: Configuration,
@@ -199,7 +199,7 @@ fn join(
             settings: configured.settings,
             ..role.definition.clone()
         };
-        // Here, so that no goal is ever too long to be sent.
+        // A goal over the frame limit could never be sent.
         joined.check_length().map_err(|error| {
             let what = format!("role \"{}\" is too long for a goal: {error}", joined.name);
             definition

@@ -374,7 +374,7 @@ pub(super) fn service_directory() -> tempfile::TempDir {
 }
 
 #[test]
-fn each_fault_of_a_service_directory_gives_one_error_that_names_the_path() {
+fn each_fault_of_a_directory_is_an_error_that_names_the_path() {
     type Fault = fn(&Path);
     let faults: &[(Fault, &str, &str, &str)] = &[
         (

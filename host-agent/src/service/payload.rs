@@ -36,12 +36,12 @@ pub struct RoleFile {
     pub path: String,
     /// Bytes.
     pub size: u64,
-    /// May be executed.
+    /// Has an executable bit.
     pub executable: bool,
 }
 
-/// The files of one role. Directories without files are not kept: a package
-/// has no place for them, and a service must be the same packed and not.
+/// The files of one role. Directories without files are not kept: a package cannot hold
+/// them, and a packed service must equal its directory.
 pub struct Files {
     entries: Arc<[RoleFile]>,
     origin: Origin,
@@ -128,7 +128,7 @@ impl Files {
         directories
     }
 
-    /// `entry` as a person would look for it.
+    /// Where a person finds `entry`.
     pub fn locate(&self, entry: &str) -> PathBuf {
         match &self.origin {
             Origin::Directory { path, .. } => path.join(entry),
@@ -136,12 +136,12 @@ impl Files {
         }
     }
 
-    /// Opens the content of `entry`, which must be of this list. Reading ends
-    /// with an error if it is not what was listed.
+    /// Opens the content of `entry`, which must be of this list. Reading fails if the file
+    /// changed since it was listed.
     pub fn read(&self, entry: &RoleFile) -> io::Result<Box<dyn Read + '_>> {
         match &self.origin {
             Origin::Directory { root, .. } => {
-                // Nothing that changed since the listing can lead out of the root.
+                // A symbolic link made since the listing must not lead out of the root.
                 let how = OpenHow::new()
                     .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
                     .mode(Mode::empty())
@@ -164,7 +164,7 @@ impl Files {
     }
 }
 
-/// Walks a directory that a person owns and may be changing.
+/// Walks a directory whose owner may change it meanwhile.
 struct Walk<'a> {
     root: &'a Path,
     entries: Vec<RoleFile>,
@@ -249,7 +249,7 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
     if name.len() > MAX_NAME {
         return Err(format!("the file name is longer than {MAX_NAME} bytes"));
     }
-    // The separators of both worlds, and what XML cannot hold.
+    // The separators of Linux and Windows, and characters that XML cannot hold.
     let bad =
         |c: char| c == '/' || c == '\\' || c.is_control() || c == '\u{FFFE}' || c == '\u{FFFF}';
     match name.chars().find(|c| bad(*c)) {

@@ -16,11 +16,11 @@ use super::model::Role;
 use super::payload::{Files, RoleFile};
 use crate::progress::Progress;
 
-/// Fast to write, and a third to a half of the size for programs and text.
+/// A fast level; programs and text shrink to a third or a half of their size.
 const ZSTD_LEVEL: u32 = 3;
 
-/// Time of every file: nothing in the image depends on when it was built.
-/// 1980-01-01, the first day a package can hold.
+/// Time of every file, so that the image does not depend on when it was built: 1980-01-01,
+/// the first day that a package can hold.
 const FILE_TIME: u32 = 315_532_800;
 
 /// An application image that could not be built.
@@ -101,8 +101,8 @@ pub fn build_application_image(
     image.set_time(FILE_TIME);
     image.set_only_root_id();
     image.set_root_mode(0o755);
-    // Equal files are found by a 64-bit hash without a comparison; a payload
-    // could be made to collide.
+    // The writer compares files by a 64-bit hash alone, and a payload could be made to
+    // collide.
     image.set_no_duplicate_files(false);
 
     let header = |mode| NodeHeader::new(mode, 0, 0, FILE_TIME);
@@ -130,7 +130,7 @@ pub fn build_application_image(
         role: name.clone(),
         source,
     };
-    let mut out = BufWriter::with_capacity(1 << 20, Noting { out, failed: None });
+    let mut out = BufWriter::with_capacity(1 << 20, ErrorKeeping { out, failed: None });
     let written = image.write(&mut out);
     if let Some((path, source)) = broken.borrow_mut().take() {
         return Err(ImageError::Read { path, source });
@@ -143,15 +143,15 @@ pub fn build_application_image(
     Ok(length)
 }
 
-/// Writes to a file and keeps the first error, of which the writer of the
-/// image tells nothing.
-struct Noting<'a> {
+/// Writes to a file and keeps the first error, which the writer of the image does not pass
+/// on.
+struct ErrorKeeping<'a> {
     out: &'a File,
     failed: Option<io::Error>,
 }
 
-impl Noting<'_> {
-    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+impl ErrorKeeping<'_> {
+    fn keep<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
         result.map_err(|error| {
             let kind = error.kind();
             if kind != io::ErrorKind::Interrupted {
@@ -162,22 +162,22 @@ impl Noting<'_> {
     }
 }
 
-impl Write for Noting<'_> {
+impl Write for ErrorKeeping<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let result = self.out.write(buffer);
-        self.note(result)
+        self.keep(result)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         let result = self.out.flush();
-        self.note(result)
+        self.keep(result)
     }
 }
 
-impl Seek for Noting<'_> {
+impl Seek for ErrorKeeping<'_> {
     fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
         let result = self.out.seek(position);
-        self.note(result)
+        self.keep(result)
     }
 }
 
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told_as_what_it_is() {
+    fn a_full_disk_is_reported_as_such() {
         let role = redis();
         let out = File::options().write(true).open("/dev/full").unwrap();
         let error = build_application_image(&role, &out, &Progress::default()).unwrap_err();
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn the_image_holds_the_payload_owned_by_root_and_executable_where_it_was() {
+    fn the_image_holds_the_payload_with_its_executable_bits() {
         let role = redis();
         let mut out = tempfile::tempfile().unwrap();
         let length = build_application_image(&role, &out, &Progress::default()).unwrap();

@@ -1,4 +1,4 @@
-//! Every message, whatever is in it, on its way through frames.
+//! Property tests: every message through frames.
 
 use proptest::collection::{btree_map, vec};
 use proptest::option;
@@ -8,7 +8,7 @@ use super::*;
 use crate::frame::{self, Decoder, FrameError, HEADER, MAX_BODY};
 use crate::role::{Endpoint, EntryPoint, InstanceValue, LocalStorage, MAX_ENCODED, VariableValue};
 
-/// Text as it comes: every plane, control characters, quotes.
+/// Any text: every plane of Unicode, control characters, quotes.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => ".{0,30}",
@@ -237,8 +237,8 @@ fn exec_output() -> impl Strategy<Value = ExecOutput> {
     ]
 }
 
-/// A message of any of the sets, so that a frame of one meets the decoder of
-/// each.
+/// A message of any type, so that a frame of one type is given to the decoders of the
+/// others.
 #[derive(Debug, Clone)]
 enum Any {
     Host(ToHost),
@@ -270,7 +270,7 @@ impl Any {
         .unwrap()
     }
 
-    /// Takes the next frame as a message of the same set; whether it is equal.
+    /// Takes the next frame as a message of the same type; whether it is equal.
     fn returns(&self, decoder: &mut Decoder) -> bool {
         match self {
             Self::Host(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
@@ -284,7 +284,7 @@ impl Any {
 
 proptest! {
     #[test]
-    fn every_message_returns_from_its_frame_as_it_was_and_takes_what_the_header_says(
+    fn every_message_survives_its_frame(
         messages in vec(any_message(), 1..5),
     ) {
         let mut decoder = Decoder::new();
@@ -300,9 +300,9 @@ proptest! {
         prop_assert!(decoder.is_empty());
     }
 
-    /// A peer that is nearly honest gets further into a parser than noise.
+    /// A frame that is nearly valid gets further into a parser than random bytes.
     #[test]
-    fn a_damaged_frame_is_an_error_or_another_message_and_never_a_panic(
+    fn a_damaged_frame_never_panics(
         message in any_message(),
         damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in option::of(any::<prop::sample::Index>()),
@@ -322,10 +322,10 @@ proptest! {
             let mut decoder = Decoder::new();
             decoder.push(bytes);
             let taken = decoder.take_frame();
-            assert!(decoder.is_empty(), "a whole frame is gone, whatever it was");
+            assert!(decoder.is_empty(), "a whole frame is always taken");
             taken
         }
-        // What is taken is a message like any other: it can be sent again.
+        // A message that was taken can be sent again.
         if let Ok(Some(taken)) = take::<ToHost>(&bytes) {
             prop_assert!(Any::Host(taken.clone()).encode().len() <= HEADER + MAX_BODY);
         }

@@ -1,5 +1,4 @@
-//! What a user sends to a program: standard input, no more than it takes, and
-//! signals.
+//! What a user sends to a program: signals, and standard input within `EXEC_WINDOW`.
 
 use std::io::{self, Read as _};
 
@@ -9,19 +8,19 @@ use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecInput};
 
 use super::super::error::{CliError, Code};
 
-/// Pieces of standard input that were read ahead.
+/// Pieces of standard input to read ahead.
 const AHEAD: usize = 4;
 
 /// Standard input.
 #[derive(Debug)]
 pub struct Keys {
     pieces: mpsc::Receiver<ExecInput>,
-    /// Bytes sent that the program has not taken.
+    /// Bytes sent and not consumed.
     underway: usize,
 }
 
 impl Keys {
-    /// Reads standard input in a thread: it cannot be polled when it is a file.
+    /// Reads standard input in a thread, since a file cannot be polled.
     pub fn read() -> Self {
         let (sender, pieces) = mpsc::channel(AHEAD);
         std::thread::spawn(move || {
@@ -47,11 +46,10 @@ impl Keys {
         }
     }
 
-    /// The next piece, when the program has room for it. Cancelling loses
-    /// nothing.
+    /// The next piece, once it fits into the window. Cancelling loses nothing.
     pub async fn next(&mut self) -> ExecInput {
         if self.underway + EXEC_PIECE > EXEC_WINDOW {
-            // Until `consumed` makes room, and this is called again.
+            // The caller calls again after `consumed`.
             return std::future::pending().await;
         }
         let piece = self.pieces.recv().await.unwrap_or(ExecInput::StdinEnd {});
@@ -61,18 +59,18 @@ impl Keys {
         piece
     }
 
-    /// The program took this many bytes.
+    /// The program consumed this many bytes.
     pub fn consumed(&mut self, bytes: usize) {
         self.underway = self.underway.saturating_sub(bytes);
     }
 }
 
-/// The signals that are passed on, and those that tell of the terminal.
+/// The signals that go to the program, and SIGWINCH.
 #[derive(Debug)]
 pub struct Signals([(i32, Signal); 5]);
 
 impl Signals {
-    /// Takes the signals over from now on.
+    /// Handles these signals from now on.
     pub fn listen() -> Result<Self, CliError> {
         let take = |kind: SignalKind| {
             signal(kind)
@@ -106,7 +104,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn no_more_is_sent_than_the_program_takes() {
+    async fn input_stays_within_the_window() {
         let (sender, pieces) = mpsc::channel(64);
         for _ in 0..64 {
             let bytes = vec![0; EXEC_PIECE];
