@@ -8,12 +8,15 @@
 
 use std::time::{Duration, Instant};
 
-use vmbus::message::{ExpectedState, Goal, RoleState, Status};
+use vmbus::message::{ExpectedState, Goal, MAX_DETAIL, RoleState, Status};
+use vmbus::text::clip;
 
 use crate::backoff::Backoff;
 use crate::bootstrapper::Role;
 use crate::failure::Failure;
 
+/// Longest description of a failure, in characters: within `MAX_DETAIL` with what is added.
+const MAX_FAILURE: usize = MAX_DETAIL - 100;
 /// Delay after the first failure, and the longest.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 const LONGEST_DELAY: Duration = Duration::from_secs(60);
@@ -208,6 +211,7 @@ impl Planner {
 
     fn fail(&mut self, failure: Failure, state: RoleState, now: Instant) {
         let Failure { detail, permanent } = failure;
+        let detail = clip(detail, MAX_FAILURE);
         self.failed = Some(if permanent {
             Failed {
                 state: RoleState::Failed,

@@ -129,6 +129,9 @@ pub enum RoleState {
     Failed,
 }
 
+/// Longest [`Status::detail`], in characters.
+pub const MAX_DETAIL: usize = 2000;
+
 /// Channel `status`: sent on every change, and repeated after a reconnect. A failure that
 /// may pass leaves the state at Creating or Recycling, with the cause and the next attempt
 /// in `detail`.
@@ -141,7 +144,7 @@ pub struct Status {
     pub applied: u64,
     /// The state.
     pub state: RoleState,
-    /// For people: which step, which cause. At most 2,000 characters.
+    /// For people: which step, which cause. At most [`MAX_DETAIL`] characters.
     pub detail: String,
     /// How often the role has ended by itself in this boot.
     pub recycles: u32,

@@ -1,4 +1,4 @@
-//! How an error becomes the one line of text that a message carries.
+//! Text in messages: errors as one line, bounded length.
 
 /// An error and its sources in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -15,9 +15,24 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// At most the first `most` characters of `text`.
+pub fn clip(mut text: String, most: usize) -> String {
+    if let Some((end, _)) = text.char_indices().nth(most) {
+        text.truncate(end);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clipped_text_ends_between_characters() {
+        assert_eq!(clip("äöü".into(), 2), "äö");
+        assert_eq!(clip("äöü".into(), 3), "äöü");
+        assert_eq!(clip(String::new(), 3), "");
+    }
 
     #[derive(Debug, thiserror::Error)]
     #[error("{0}")]

@@ -16,8 +16,9 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use vmbus::message::{ExitCause, Goal, RoleState};
+use vmbus::message::{ExitCause, Goal, MAX_DETAIL, RoleState};
 use vmbus::role::EntryPoint;
+use vmbus::text::clip;
 
 use super::recycle::Recycling;
 use super::serve::{SharedOutbox, serve};
@@ -151,7 +152,8 @@ impl RoleRunner<'_> {
     fn report(&self, state: RoleState, detail: String, retry: Option<Duration>) {
         self.outbox.state(Role {
             state,
-            detail,
+            // A command may be long, and state and goal share a frame.
+            detail: clip(detail, MAX_DETAIL),
             recycles: self.recycling.total(),
             last_exit: self.last_exit,
             retry_in_ms: retry.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),

@@ -6,7 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Instant;
 use vmbus::channel::Channel;
-use vmbus::message::{LogRecord, Status, ToGuest, ToHost};
+use vmbus::message::{LogRecord, MAX_DETAIL, Status, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::version::Hello;
 
@@ -14,7 +14,7 @@ use super::{ChannelError, ChannelEvent, GuestChannels};
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
-const MAX_TEXT: usize = 2000;
+const MAX_TEXT: usize = MAX_DETAIL;
 /// Longest name of an agent taken into an event, in characters.
 const MAX_AGENT_NAME: usize = 100;
 /// Status reports of a connection. A guest that sends more waits on its own
