@@ -200,8 +200,7 @@ mod tests {
     use crate::supervisor::event::EventKind;
 
     fn model() -> ServiceModel {
-        let redis = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
-        service::load(Path::new(redis), None, &Progress::default()).unwrap()
+        service::load(Path::new(service::SAMPLE), None, &Progress::default()).unwrap()
     }
 
     #[test]

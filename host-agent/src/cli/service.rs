@@ -169,9 +169,8 @@ mod tests {
             config: None,
         };
         assert_eq!(validate(&args, &output).unwrap(), Exit::Invalid);
-        let redis = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
         let args = PackArgs {
-            dir: redis.into(),
+            dir: crate::service::SAMPLE.into(),
             output: path(b"\xff.cspkg"),
         };
         assert_eq!(pack(&args, &output).unwrap(), Exit::Success);

@@ -32,3 +32,7 @@ pub use load::load;
 pub use pack::{Packed, pack};
 pub use squashfs::{ImageError, build_application_image};
 pub use validate::{Validated, validate};
+
+/// The directory of a service that tests load.
+#[cfg(test)]
+pub const SAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");

@@ -11,10 +11,8 @@ use super::archive_writer::ArchiveWriter;
 use super::load_tests::service_directory;
 use super::model::{Payload, ServiceModel};
 use super::package::EXECUTABLE_KEY;
-use super::{Blame, ServiceError, Validated, build_application_image, load, pack};
+use super::{Blame, SAMPLE, ServiceError, Validated, build_application_image, load, pack};
 use crate::progress::Progress;
-
-const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
 
 fn validate(path: &Path, progress: &Progress) -> Result<Validated, ServiceError> {
     super::validate(path, None, progress)
@@ -159,10 +157,10 @@ fn a_refused_or_cancelled_pack_leaves_no_file() {
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
     let cancelled = Progress::default();
     cancelled.cancel();
-    pack(Path::new(REDIS), &file, &cancelled).unwrap_err();
+    pack(Path::new(SAMPLE), &file, &cancelled).unwrap_err();
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
     let error = pack(
-        Path::new(REDIS),
+        Path::new(SAMPLE),
         Path::new("/nowhere/x.cspkg"),
         &Progress::default(),
     )
@@ -174,7 +172,7 @@ fn a_refused_or_cancelled_pack_leaves_no_file() {
 fn a_package_replaces_only_a_regular_file() {
     let out = tempfile::tempdir().unwrap();
     let path = |name: &str| out.path().join(name);
-    let pack = |name| pack(Path::new(REDIS), &path(name), &Progress::default());
+    let pack = |name| pack(Path::new(SAMPLE), &path(name), &Progress::default());
     fs::write(path("old"), "old").unwrap();
     std::os::unix::fs::symlink("old", path("link")).unwrap();
     std::os::unix::fs::symlink("gone", path("dangling")).unwrap();
@@ -214,7 +212,7 @@ fn a_fifo_instead_of_a_file_is_refused_at_once() {
         let pipe = out.path().join(name);
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let error = match name {
-            "a.cscfg" => super::validate(Path::new(REDIS), Some(&pipe), &Progress::default()),
+            "a.cscfg" => super::validate(Path::new(SAMPLE), Some(&pipe), &Progress::default()),
             _ => validate(&pipe, &Progress::default()),
         };
         let error = error.unwrap_err();
@@ -227,7 +225,7 @@ fn a_fifo_instead_of_a_file_is_refused_at_once() {
 fn parts() -> Vec<(String, Vec<u8>)> {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("redis.cspkg");
-    pack(Path::new(REDIS), &file, &Progress::default()).unwrap();
+    pack(Path::new(SAMPLE), &file, &Progress::default()).unwrap();
     let archive = Archive::open(&file).unwrap();
     let read = |part| archive.read_all(part, 1 << 20).unwrap();
     archive
@@ -249,7 +247,7 @@ fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError>
 }
 
 fn config() -> PathBuf {
-    Path::new(REDIS).join("ServiceConfiguration.cscfg")
+    Path::new(SAMPLE).join("ServiceConfiguration.cscfg")
 }
 
 #[test]
@@ -414,8 +412,8 @@ proptest! {
         let (good, disk) = GOOD.get_or_init(|| {
             let out = tempfile::tempdir().unwrap();
             let file = out.path().join("redis.cspkg");
-            pack(Path::new(REDIS), &file, &Progress::default()).unwrap();
-            (fs::read(&file).unwrap(), image(&load(Path::new(REDIS), None, &Progress::default()).unwrap(), 0))
+            pack(Path::new(SAMPLE), &file, &Progress::default()).unwrap();
+            (fs::read(&file).unwrap(), image(&load(Path::new(SAMPLE), None, &Progress::default()).unwrap(), 0))
         });
         let mut bytes = good.clone();
         let at = at.index(bytes.len());

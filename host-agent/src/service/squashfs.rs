@@ -226,12 +226,10 @@ mod tests {
     use backhand::{FilesystemReader, InnerNode};
 
     use super::*;
-    use crate::service::load;
-
-    const REDIS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
+    use crate::service::{SAMPLE, load};
 
     fn redis() -> Role {
-        let mut service = load(Path::new(REDIS), None, &Progress::default()).unwrap();
+        let mut service = load(Path::new(SAMPLE), None, &Progress::default()).unwrap();
         service.roles.remove(0)
     }
 
@@ -274,7 +272,7 @@ mod tests {
                 image.file(file).reader().read_to_end(&mut content).unwrap();
                 assert_eq!(
                     content,
-                    std::fs::read(Path::new(REDIS).join("Cache/run.sh")).unwrap()
+                    std::fs::read(Path::new(SAMPLE).join("Cache/run.sh")).unwrap()
                 );
             }
         }

@@ -353,11 +353,7 @@ pub(super) mod tests {
         hold: &ContentHold,
         image: &Image,
     ) -> InstanceSpec {
-        let redis = Path::new(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/services/redis"
-        ));
-        let model = service::load(redis, None, &Progress::default()).unwrap();
+        let model = service::load(Path::new(service::SAMPLE), None, &Progress::default()).unwrap();
         let write = |file: &File| file.write_all_at(b"application", 0);
         let application = content.add::<io::Error>(hold, write).unwrap();
         let placement = Placement {

@@ -85,8 +85,8 @@ mod tests {
 
     #[test]
     fn every_instance_gets_a_spec_that_survives_its_serialisation() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/services/redis");
-        let mut model = service::load(Path::new(path), None, &Progress::default()).unwrap();
+        let mut model =
+            service::load(Path::new(service::SAMPLE), None, &Progress::default()).unwrap();
         model.roles[0].instances = 3;
         let digest = Digest::of(&b"application"[..]).unwrap().0;
         let placement = Placement {
