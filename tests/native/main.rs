@@ -1,6 +1,7 @@
 //! Tests of the program that need no guest: they run on any machine.
 
 mod disk_full;
+mod first_service;
 mod memory;
 mod no_kvm;
 mod packages;
