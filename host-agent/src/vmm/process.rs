@@ -114,10 +114,10 @@ fn start_log() -> io::Result<()> {
         .with_writer(move || log)
         .with_ansi(false)
         .with_target(false)
-        // It would print what could not be printed, and end the thread.
+        // Reporting a failed write to standard error would panic.
         .log_internal_errors(false)
         .finish();
-    // There is no other: this is the only call in the process.
+    // Fails only if there is a subscriber already; this is the only call.
     let _ = tracing::subscriber::set_global_default(lines);
     Ok(())
 }

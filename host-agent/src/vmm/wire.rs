@@ -187,7 +187,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vmm::control::{Command, DialOutcome, Event, ExitReason, NoSpace, Stats};
+    use crate::vmm::control::{
+        Attached, Command, DialOutcome, DiskFailed, Event, ExitReason, NoSpace, Stats,
+    };
 
     #[test]
     fn files_arrive_with_their_message_and_close_on_exec() {
@@ -334,6 +336,21 @@ mod tests {
                 })
             }),
             Just(Event::SpaceBack {}),
+            (text(), text(), any::<bool>()).prop_map(|(disk, error, full)| {
+                Event::DiskFailed(DiskFailed { disk, error, full })
+            }),
+            (prop::collection::vec(any::<u32>(), 0..4), any::<bool>())
+                .prop_map(|(versions, busy)| Event::Refused { versions, busy }),
+            (text(), any::<u64>(), any::<[bool; 3]>()).prop_map(|(name, generation, flags)| {
+                Event::Attached(Box::new(Attached {
+                    name,
+                    generation,
+                    paused: flags[0],
+                    panicked: flags[1],
+                    exit: flags[2].then_some(ExitReason::PowerOff),
+                    ..Attached::default()
+                }))
+            }),
             Just(Event::GuestPanicked {}),
             reason.prop_map(Event::Exited),
         ]
