@@ -338,8 +338,11 @@ async fn report_to_host(mut status: watch::Receiver<Status>) {
             {
                 break;
             }
-            if status.changed().await.is_err() {
-                return;
+            tokio::select! {
+                changed = status.changed() => if changed.is_err() { return },
+                // The host sends nothing here: the connection has ended, and the host agent
+                // that follows needs the status though it has not changed.
+                _ = open.reader.next::<ToGuest>() => break,
             }
         }
     }

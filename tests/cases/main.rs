@@ -1,5 +1,6 @@
 //! End-to-end tests. `scripts/test` gives them a machine with a usable KVM.
 
+mod adopt;
 mod adoption;
 mod agent;
 mod bad_input;
