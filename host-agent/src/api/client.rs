@@ -15,7 +15,7 @@ use crate::store::paths;
 /// whose loop never blocks.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// Why a deployment could not be found or asked.
+/// Why a deployment could not be found or a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The runtime directory cannot be read, or others can write to it: no socket in it is
@@ -31,20 +31,20 @@ pub enum ClientError {
     /// No running deployment has the instance.
     #[error("no running instance is named {name}")]
     NotFound {
-        /// What was asked for.
+        /// The given name.
         name: String,
-        /// What runs, as `<deployment prefix>/<instance>`.
+        /// Running instances, as `<deployment prefix>/<instance>`.
         running: Vec<String>,
     },
     /// Several deployments have it.
     #[error("{name} runs in {} deployments", matches.len())]
     Ambiguous {
-        /// What was asked for.
+        /// The given name.
         name: String,
         /// The candidates, as `<deployment prefix>/<instance>`.
         matches: Vec<String>,
     },
-    /// The deployment's process is gone or does not answer.
+    /// The host agent has ended or does not answer.
     #[error("the host agent behind {} does not answer", socket.display())]
     Unreachable {
         /// Its socket.
@@ -53,12 +53,12 @@ pub enum ClientError {
         #[source]
         source: StreamError,
     },
-    /// The deployment refused.
+    /// The host agent refused the request.
     #[error("{message}")]
     Refused {
-        /// What sort of failure.
+        /// Class of the error.
         kind: RefusalKind,
-        /// The error chain of the other side.
+        /// The error chain of the host agent.
         message: String,
     },
 }
@@ -110,10 +110,10 @@ pub async fn list(runtime: &Path) -> Result<Vec<RunningDeployment>, ClientError>
                 info,
             })),
             Ok(Err(error)) => {
-                tracing::debug!(socket = %socket.display(), %error, "passed over");
+                tracing::debug!(socket = %socket.display(), %error, "skipped");
             }
             Err(_) => {
-                tracing::warn!(socket = %socket.display(), "does not answer; passed over");
+                tracing::warn!(socket = %socket.display(), "does not answer; skipped");
             }
         }
     }
@@ -172,7 +172,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to `socket` and asks `request`.
+    /// Connects to `socket` and sends `request`.
     pub async fn open(socket: &Path, request: &Request) -> Result<Self, ClientError> {
         let unreachable = |source| ClientError::Unreachable {
             socket: socket.to_owned(),

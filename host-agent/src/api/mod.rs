@@ -1,4 +1,4 @@
-//! How commands talk to a running deployment: types and client, no decisions.
+//! The API of a host agent: messages, server and client.
 
 pub mod client;
 pub mod server;

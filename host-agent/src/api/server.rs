@@ -23,17 +23,17 @@ use crate::store::paths;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
 
-/// How often a followed log is looked at.
+/// Interval at which a followed log is read.
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
-/// A socket that refuses and is older than this is stale and may be removed.
-const SETTLED: Duration = Duration::from_mins(1);
+/// A refusing socket older than this is stale and may be removed.
+const STALE: Duration = Duration::from_mins(1);
 
-/// Most time at the end to send the rest of a log to clients that follow it.
-const LAST_LINES: Duration = Duration::from_secs(2);
+/// Most time at the end for clients to receive the rest of a log.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// Pause after a connection that could not be accepted.
-const OUT_OF_RESOURCES: Duration = Duration::from_millis(50);
+/// Pause after `accept` failed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// A socket that is being served; dropping it stops and removes it.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub fn serve(host: &Host) -> io::Result<Server> {
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     let directory = runtime_dir.clone();
-    tokio::spawn(async move { sweep(&directory, SETTLED).await });
+    tokio::spawn(async move { sweep(&directory, STALE).await });
     let ended = Arc::new(watch::Sender::new(false));
     let shared = Arc::new(Api {
         host: host.clone(),
@@ -65,13 +65,13 @@ pub fn serve(host: &Host) -> io::Result<Server> {
     let task = tokio::spawn(async move {
         loop {
             let Ok((stream, _)) = listener.accept().await else {
-                // No descriptors are left, for example, which passes.
-                tokio::time::sleep(OUT_OF_RESOURCES).await;
+                // Descriptors or memory are short: wait until connections close.
+                tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
             };
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
-                // An error here means that the client closed the connection.
+                // An error ends only this connection.
                 let _ = shared.answer(stream).await;
             });
         }
@@ -80,31 +80,30 @@ pub fn serve(host: &Host) -> io::Result<Server> {
 }
 
 impl Server {
-    /// Ends the service: each client that follows a log gets the rest of it and
-    /// [`Response::LogEnd`].
+    /// Stops the server when the deployment has ended: clients that follow a log get the
+    /// rest of it and its end.
     pub async fn close(self) {
         self.task.abort();
         self.ended.send_replace(true);
         // A client that does not read misses the end.
-        let _ = tokio::time::timeout(LAST_LINES, self.ended.closed()).await;
+        let _ = tokio::time::timeout(DRAIN_LIMIT, self.ended.closed()).await;
     }
 }
 
-/// Removes sockets that refuse connections: their host agent was killed, and its janitor too.
-/// One younger than `settled` is kept, since its owner may be between bind and listen. A
-/// socket that cannot be removed does no harm.
-async fn sweep(runtime_dir: &Path, settled: Duration) {
+/// Removes sockets on which no process listens, because their host agent and its janitor
+/// were killed. A socket younger than `stale` may be bound and not listen yet.
+async fn sweep(runtime_dir: &Path, stale: Duration) {
     let entries = fs::read_dir(runtime_dir).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
         let Ok(metadata) = fs::symlink_metadata(&path) else {
             continue;
         };
         let age = metadata.modified().map(|time| time.elapsed());
-        let old = matches!(age, Ok(Ok(age)) if age >= settled);
+        let old = matches!(age, Ok(Ok(age)) if age >= stale);
         if !old || !metadata.file_type().is_socket() {
             continue;
         }
-        // A socket with a full queue fails with another error.
+        // A socket with a full queue returns another error.
         if let Err(error) = UnixStream::connect(&path).await
             && error.kind() == io::ErrorKind::ConnectionRefused
         {
@@ -122,7 +121,7 @@ impl Drop for Server {
 
 struct Api {
     host: Host,
-    /// Whether the deployment has ended; each log that is sent has a receiver.
+    /// Whether the deployment has ended. Each request for a log has a receiver.
     ended: Arc<watch::Sender<bool>>,
     started: Instant,
 }
@@ -251,14 +250,14 @@ async fn logs(
 ) -> Result<(), StreamError> {
     let mut log = blocking(move || Ok(LogTail::open(&path))).await?;
     loop {
-        // Checked before the file is read, so that what was written last is sent too.
+        // Checked before the file is read, so that its last lines are sent too.
         let last = !follow || *ended.borrow() || ended.has_changed().is_err();
-        log = pour(log, stream).await?;
+        log = send_log(log, stream).await?;
         if last {
             return send(stream, &Response::LogEnd {}).await;
         }
         tokio::select! {
-            // A client sends nothing more: this returns when it closed the connection.
+            // A client sends no more: the read ends when it has closed the connection.
             _ = stream.read_u8() => return Ok(()),
             _ = ended.wait_for(|ended| *ended) => {}
             () = tokio::time::sleep(FOLLOW_EVERY) => {}
@@ -266,8 +265,8 @@ async fn logs(
     }
 }
 
-/// Sends what is written so far.
-async fn pour(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, StreamError> {
+/// Sends what is in the log.
+async fn send_log(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, StreamError> {
     loop {
         let (back, bytes) = blocking(move || {
             let bytes = log.read(MAX_CHUNK)?;
@@ -282,7 +281,7 @@ async fn pour(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, Stre
     }
 }
 
-/// Runs `work` on a thread of its own, so that a slow disk delays only this reader.
+/// Runs file I/O on a blocking thread, so that a slow disk delays no guest.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
@@ -296,21 +295,21 @@ mod tests {
     use std::io::Write as _;
 
     #[tokio::test(flavor = "current_thread")]
-    async fn only_a_socket_that_refuses_is_swept() {
+    async fn only_stale_sockets_without_a_listener_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let [dead, live, file] =
             ["dead.sock", "live.sock", "file.sock"].map(|name| dir.path().join(name));
         drop(UnixListener::bind(&dead).unwrap());
         let _listener = UnixListener::bind(&live).unwrap();
         fs::write(&file, b"").unwrap();
-        sweep(dir.path(), SETTLED).await;
+        sweep(dir.path(), STALE).await;
         assert!(dead.exists());
         sweep(dir.path(), Duration::ZERO).await;
         assert!(!dead.exists() && live.exists() && file.exists());
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_client_that_leaves_a_quiet_log_is_noticed() {
+    async fn following_a_log_ends_when_the_client_closes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("role.log");
         fs::write(&path, "all there is\n").unwrap();
@@ -321,12 +320,12 @@ mod tests {
         let first = client.next::<Response>().await.unwrap();
         assert!(matches!(first, Some(Response::LogChunk { .. })));
         drop(client);
-        let noticed = tokio::time::timeout(Duration::from_secs(20), following);
-        noticed.await.expect("it is noticed").unwrap().unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(20), following);
+        ended.await.expect("it ends").unwrap().unwrap();
     }
 
     #[tokio::test]
-    async fn a_followed_log_ends_with_the_last_lines_and_an_end_frame() {
+    async fn a_followed_log_ends_with_its_last_lines_and_an_end_frame() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("role.log");
         let mut log = fs::File::create(&path).unwrap();
@@ -352,7 +351,7 @@ mod tests {
         let end: Option<Response> = reader.next().await.unwrap();
         assert_eq!(end, Some(Response::LogEnd {}));
         sending.await.unwrap().unwrap();
-        // The server waits for no client any more.
+        // No receiver is left.
         ended.closed().await;
     }
 }

@@ -1,4 +1,4 @@
-//! The messages on the socket of a deployment.
+//! The messages on the socket of a host.
 //!
 //! A connection carries one [`Request`] as a VMBus frame, then [`Response`] frames. After
 //! [`Response::Ok`] to [`Request::Exec`] the connection carries
@@ -17,11 +17,11 @@ use crate::supervisor::status::InstanceStatus;
 /// Most bytes in one [`Response::LogChunk`].
 pub const MAX_CHUNK: usize = 64 * 1024;
 
-/// What a command asks.
+/// A request of a command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
-    /// What runs? Answered by [`Response::Deployments`].
+    /// List the deployments. Answered by [`Response::Deployments`].
     Ps {},
     /// Run a program in a guest. Answered by [`Response::Ok`] or
     /// [`Response::Error`]; see the module.
@@ -38,14 +38,14 @@ pub enum Request {
         instance: String,
         /// Which log.
         source: LogFile,
-        /// Go on with what is written later, until the deployment ends.
+        /// Continue with what is appended, until the deployment ends.
         follow: bool,
     },
     /// Stop the vCPUs, or let them run again. Answered by [`Response::Ok`].
     Pause {
         /// Instance name.
         instance: String,
-        /// Whether they shall be stopped.
+        /// Whether to stop them.
         paused: bool,
     },
 }
@@ -73,23 +73,23 @@ impl LogFile {
     }
 }
 
-/// What the deployment answers: JSON, except for the bytes of a log, which are a
+/// An answer of the host: JSON, except for the bytes of a log, which are a
 /// [`vmbus::piece`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "kebab-case")]
 pub enum Response {
-    /// Done, or begun.
+    /// The request succeeded, or has started.
     Ok {},
-    /// The request was not carried out; the last frame.
+    /// The request failed. The last frame.
     Error {
-        /// What sort of failure.
+        /// Class of the error.
         kind: RefusalKind,
         /// The error chain.
         message: String,
     },
     /// Answer to [`Request::Ps`].
     Deployments {
-        /// What runs on this host.
+        /// Every deployment of this host.
         deployments: Vec<DeploymentInfo>,
     },
     /// A piece of a log, 1 to [`MAX_CHUNK`] bytes.
@@ -120,15 +120,15 @@ impl Message for Response {
     }
 }
 
-/// Sorts of failure.
+/// Classes of errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RefusalKind {
-    /// No such instance in this deployment.
+    /// No such instance on this host.
     NotFound,
     /// The instance or its agent cannot be reached now.
     Unreachable,
-    /// The request makes no sense.
+    /// The request is invalid.
     Invalid,
     /// Anything else.
     Internal,
@@ -152,9 +152,9 @@ pub struct DeploymentInfo {
 pub struct InstanceInfo {
     /// `<Role>_IN_<n>`.
     pub name: String,
-    /// State in one word, as in the timeline.
+    /// [`InstanceStatus::word`].
     pub state: String,
-    /// The state in full.
+    /// The whole state.
     pub status: InstanceStatus,
     /// Number of the guest's boot.
     pub generation: u64,
@@ -186,7 +186,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bytes_of_a_log_travel_as_they_are(bytes in vec(any::<u8>(), 1..200)) {
+        fn bytes_of_a_log_are_sent_unchanged(bytes in vec(any::<u8>(), 1..200)) {
             let chunk = Response::LogChunk { bytes: bytes.clone() };
             let frame = frame::encode(&chunk).unwrap();
             prop_assert_eq!(&frame[frame::HEADER + 1..], &bytes);
@@ -194,7 +194,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_readers_of_the_socket_panic(body in vec(any::<u8>(), 0..200)) {
+        fn no_input_makes_the_readers_of_the_socket_panic(body in vec(any::<u8>(), 0..200)) {
             let _ = Request::read(&body);
             let _ = Response::read(&body);
         }
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_and_answers_keep_their_form_on_the_wire() {
+    fn the_wire_format_does_not_change() {
         let request = Request::Logs {
             instance: "Cache_IN_0".into(),
             source: LogFile::Serial,

@@ -199,16 +199,15 @@ impl Drop for GuestGroup {
 
 /// Removes the cgroup of a host with its children. False if it still exists. This process may be in its `supervisor` child only.
 pub fn remove(path: &Path) -> bool {
-    let is_leaf = |path: &PathBuf| path.file_name().is_some_and(|name| name == SUPERVISOR);
-    let (leaves, guests): (Vec<_>, Vec<_>) = children(path).into_iter().partition(is_leaf);
     let mut busy = false;
-    for guest in guests {
+    for guest in guests(path) {
         // EBUSY while a process is in it.
         busy |= fs::remove_dir(guest).is_err();
     }
     // Disabling controllers would lift the limits of guests that still exit.
-    for leaf in leaves.iter().filter(|_| !busy) {
-        leave(path, leaf);
+    let leaf = path.join(SUPERVISOR);
+    if !busy && leaf.exists() {
+        leave(path, &leaf);
         let _ = fs::remove_dir(leaf);
     }
     match fs::remove_dir(path) {
@@ -217,15 +216,21 @@ pub fn remove(path: &Path) -> bool {
     }
 }
 
-/// Kills every process in the children of a host's cgroup, except in
-/// `supervisor`.
-pub fn kill(path: &Path) {
-    for child in children(path) {
-        if child.file_name().is_some_and(|name| name != SUPERVISOR) {
-            // The file exists since Linux 5.14.
-            let _ = write(&child.join("cgroup.kill"), "1", "kill");
-        }
-    }
+/// The cgroups of guests in the cgroup of a host.
+pub fn guests(path: &Path) -> Vec<PathBuf> {
+    let mut guests = children(path);
+    guests.retain(|path| !is_leaf(path));
+    guests
+}
+
+/// Kills every process in the cgroup of a guest.
+pub fn kill(guest: &Path) {
+    // The file exists since Linux 5.14.
+    let _ = write(&guest.join("cgroup.kill"), "1", "kill");
+}
+
+fn is_leaf(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == SUPERVISOR)
 }
 
 /// Moves this process from `leaf` back to the parent of `path`, which the kernel

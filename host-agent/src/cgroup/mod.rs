@@ -9,7 +9,7 @@
 mod group;
 mod parent;
 
-pub use group::{GroupError, GuestGroup, GuestLimits, HostGroup, kill, remove};
+pub use group::{GroupError, GuestGroup, GuestLimits, HostGroup, guests, kill, remove};
 pub use parent::{NotEnforced, ParentCgroup, find_parent};
 
 /// Controllers that the limits need.

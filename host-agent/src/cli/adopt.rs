@@ -1,5 +1,5 @@
-//! `host-agent adopt`: goes on with the guests that outlived a killed host agent, until
-//! a signal stops them.
+//! `host-agent adopt`: takes over guests that outlived their host agent, until a signal
+//! stops them.
 
 use vmbus::text::chain;
 

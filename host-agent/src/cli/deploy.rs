@@ -23,7 +23,7 @@ use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::host::{HostError, HostOptions};
 use crate::supervisor::liveness::heartbeat::HeartbeatRule;
 
-/// The way out of a full disk.
+/// Hint for a full disk.
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
 
 /// Reads and checks the service.
@@ -37,7 +37,7 @@ pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliErro
     )?)
 }
 
-/// Looks at the host.
+/// Checks the host.
 pub fn host() -> Result<HostReport, CliError> {
     let report = doctor::check(&paths::data_dir());
     match &report.scale_refused {
@@ -58,7 +58,7 @@ pub fn options(
         timeout_scale: f64::from(host.timeout_scale()),
     };
     if let Some(limit) = heartbeat_limit {
-        // The time to boot has nothing to do with the limit that is tried out.
+        // The limit of the first contact stays, because it depends on the boot.
         let boot_limit = HeartbeatRule::DEFAULT.limit();
         options.rule = HeartbeatRule::with_limit(limit, boot_limit)
             .map_err(|error| CliError::chain(Code::Usage, &error))?;
@@ -154,7 +154,7 @@ fn listen(error: &ListenError) -> CliError {
     }
 }
 
-/// The kind of the system's error at the root of `error`.
+/// The kind of the I/O error at the root of `error`.
 fn system_error(error: &HostError) -> Option<io::ErrorKind> {
     let mut last: &dyn std::error::Error = error;
     let mut kind = None;
@@ -172,7 +172,7 @@ fn system_error(error: &HostError) -> Option<io::ErrorKind> {
 pub fn timeline_line(event: &TimelineEvent, width: usize) -> String {
     let seconds = event.at.as_secs();
     let instance = event.instance.as_deref().unwrap_or("");
-    // What a guest wrote must not reach the terminal as control sequences.
+    // Text of a guest must not reach the terminal as control sequences.
     printable(&format!(
         "[{:02}:{:02}.{}] {instance:<width$} {}",
         seconds / 60,
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_in_use_is_a_conflict_at_its_place() {
+    fn a_port_in_use_is_a_conflict_with_its_line() {
         let model = model();
         let role = &model.roles[0];
         let error = HostError::Listen {
@@ -227,9 +227,9 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_found_at_the_root_of_the_chain() {
+    fn a_full_disk_at_the_root_of_the_chain_is_found() {
         let error = HostError::Directory {
-            what: "a deployment",
+            what: "make a deployment in",
             path: "/data".into(),
             source: io::Error::from(io::ErrorKind::StorageFull),
         };
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_image_comes_with_the_command_that_builds_it() {
+    fn the_error_of_a_missing_image_has_the_build_command() {
         let error = HostError::Image(ImageError::Missing {
             name: "web".into(),
             path: "/data/images/web".into(),

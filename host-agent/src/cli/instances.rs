@@ -120,7 +120,7 @@ mod tests {
     use crate::supervisor::status::InstanceStatus;
 
     #[test]
-    fn the_table_lines_up_and_an_empty_one_says_so() {
+    fn the_table_is_aligned_or_says_that_nothing_runs() {
         assert_eq!(table(&[]), "nothing runs");
         let info = DeploymentInfo {
             deployment: "0123456789abcdef".into(),
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn times_up_are_short() {
+    fn uptimes_are_short() {
         let text = |seconds| uptime(Duration::from_secs(seconds));
         assert_eq!(text(59), "59 s");
         assert_eq!(text(3_700), "1 h 1 min");

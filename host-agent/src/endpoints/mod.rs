@@ -1,10 +1,6 @@
 //! Public listeners: each accepted connection goes to the next instance in
 //! rotation, which passes the socket to its VMM process.
 
-mod listeners;
-
-pub use listeners::Listeners;
-
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,7 +92,7 @@ pub fn listen(endpoint: &str, address: SocketAddr) -> Result<TcpListener, Listen
     })
 }
 
-/// Accepts connections until the task is dropped.
+/// Accepts connections until the future is dropped.
 pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
     loop {
         match listener.accept().await {

@@ -1,8 +1,7 @@
 //! Content by digest: application disks, each a file named by its SHA-256.
 //!
-//! Users of a content hold hard links to it, so its link count is its reference
-//! count, which no crash can make wrong. A content that only its own name refers to
-//! is unused.
+//! A user of content is a hard link to its file, so the link count is the number of
+//! users plus one, and no crash can make it wrong.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Seek};
@@ -15,7 +14,7 @@ use crate::digest::Digest;
 
 /// Held shared while content is added and linked, exclusively while it is swept.
 const LOCK: &str = "lock";
-/// Names of files that are being written begin so.
+/// Prefix of files that are being written.
 const PARTIAL: &str = ".partial-";
 
 /// The directory of all content.
@@ -24,10 +23,23 @@ pub struct ContentStore {
     directory: PathBuf,
 }
 
-/// Keeps unused content in place while it is held.
+/// While a hold exists, no content is removed. The last Drop removes content without users.
 #[derive(Debug)]
 pub struct ContentHold {
     _lock: Flock<File>,
+    // After the lock.
+    _sweep: SweepOnDrop,
+}
+
+/// Sweeps the store when it is dropped, which blocks.
+#[derive(Debug)]
+pub struct SweepOnDrop(pub ContentStore);
+
+impl Drop for SweepOnDrop {
+    fn drop(&mut self) {
+        // What cannot be removed now is left to the next sweep.
+        let _ = self.0.sweep();
+    }
 }
 
 impl ContentStore {
@@ -38,19 +50,20 @@ impl ContentStore {
         }
     }
 
-    /// Until it is dropped, nothing is swept: content that was added can be linked.
-    /// Blocking.
+    /// Keeps content without users, so that it can be added and linked. Blocking.
     pub fn hold(&self) -> io::Result<ContentHold> {
         let lock = self.lock_file()?;
         let lock = Flock::lock(lock, FlockArg::LockShared).map_err(|(_, errno)| errno)?;
-        Ok(ContentHold { _lock: lock })
+        Ok(ContentHold {
+            _lock: lock,
+            _sweep: SweepOnDrop(self.clone()),
+        })
     }
 
-    /// Adds what `write` writes to the file it is given. The content is on disk before
-    /// it has its name. Blocking.
+    /// Adds the file that `write` fills. It is on disk before it gets its name. Blocking.
     ///
     /// # Errors
-    /// What `write` returned, or of the file system.
+    /// The error of `write`, or of the file system.
     pub fn add<E: From<io::Error>>(
         &self,
         _hold: &ContentHold,
@@ -66,11 +79,10 @@ impl ContentStore {
         let (digest, _) = Digest::of(content)?;
         content.set_permissions(fs::Permissions::from_mode(0o400))?;
         content.sync_all()?;
-        let path = self.path(&digest);
-        // The same content may have been added before: its users keep their links.
-        if !path.exists() {
-            file.persist(&path).map_err(|error| error.error)?;
-            File::open(&self.directory)?.sync_all()?;
+        match file.persist_noclobber(self.path(&digest)) {
+            Ok(_) => File::open(&self.directory)?.sync_all()?,
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error.error.into()),
         }
         Ok(digest)
     }
@@ -80,8 +92,7 @@ impl ContentStore {
         fs::hard_link(self.path(digest), to)
     }
 
-    /// Removes unused content, unless somebody adds content at the moment: then the
-    /// next sweep does. Blocking.
+    /// Removes content without users, unless a hold exists. Blocking.
     pub fn sweep(&self) -> io::Result<()> {
         if !self.directory.exists() {
             return Ok(());
@@ -128,19 +139,20 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_removes_only_content_without_users() {
+    fn the_last_hold_removes_only_content_without_users() {
         let dir = tempfile::tempdir().unwrap();
         let store = ContentStore::new(dir.path());
         let hold = store.hold().unwrap();
         let [used, unused] = ["used", "unused"].map(|text| add(&store, &hold, text));
         let user = dir.path().join("user");
         store.link(&hold, &used, &user).unwrap();
-        // The same content again changes nothing for its user.
         assert_eq!(add(&store, &hold, "used"), used);
         store.sweep().unwrap();
         assert!(store.path(&unused).exists(), "a hold prevents the sweep");
+        let other = store.hold().unwrap();
         drop(hold);
-        store.sweep().unwrap();
+        assert!(store.path(&unused).exists(), "the other hold keeps it");
+        drop(other);
         assert!(store.path(&used).exists() && !store.path(&unused).exists());
         assert_eq!(fs::read_to_string(&user).unwrap(), "used");
         fs::remove_file(&user).unwrap();
@@ -149,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn content_that_was_not_written_whole_leaves_nothing() {
+    fn content_whose_write_fails_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let store = ContentStore::new(dir.path());
         let hold = store.hold().unwrap();

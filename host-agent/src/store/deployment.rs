@@ -1,35 +1,34 @@
-//! The directory of a deployment: disks and logs of its instances, removed when the
-//! deployment ends, and swept when its owner died.
+//! The directory of a deployment: disks and logs of its instances.
 //!
-//! A directory is made under another name and gets its own when it is locked, and it is
-//! renamed again before it is emptied. So a directory under its own name whose lock is
-//! free belongs to a process that died.
+//! A directory is created under another name and gets its own when its owner has locked
+//! it, and it is renamed again before it is emptied. So a directory under its own name
+//! whose lock is free belongs to a process that died.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::digest::hex;
 
-/// Held with `flock` while the deployment lives: the kernel releases it whatever ends
-/// the owner.
+/// Held with `flock` while the owner lives: the kernel releases it whatever ends the owner.
 const LOCK: &str = "lock";
-/// Id of the host agent that made the directory.
+/// Id of the host agent that created the directory.
 const OWNER: &str = "owner";
 /// Present in a directory that stays when the deployment has ended.
 const KEEP: &str = "keep";
 /// Present in a directory whose guests outlive the host agent.
 const DURABLE: &str = "durable";
-/// Names of directories that are being made begin so.
+/// Prefix of directories that are being created.
 const NEW: &str = ".new-";
-/// Names of directories that are being removed begin so.
+/// Prefix of directories that are being removed.
 const GONE: &str = ".gone-";
 
-/// A directory that was being made this long ago never got its name.
+/// Age of a directory with the prefix [`NEW`] and without an owner whose creator has died.
 const ABANDONED: Duration = Duration::from_mins(1);
 
 /// What happens to a deployment's directory.
@@ -37,19 +36,21 @@ const ABANDONED: Duration = Duration::from_mins(1);
 pub enum Retention {
     /// Removed when the deployment ends or its owner dies.
     Ephemeral,
-    /// Stays for somebody to look at.
+    /// Never removed, so that its disks and logs can be examined.
     Kept,
-    /// Guests outlive the owner, and another process adopts them: removed only when the
-    /// deployment is.
+    /// Removed when the deployment ends. If the owner dies, the guests run on and another
+    /// process adopts them.
     Durable,
 }
 
-/// A deployment's directory, in use.
+/// A deployment's directory, in use. Drop removes it unless [`DeploymentDir::retain`] was
+/// called; the Drop blocks.
 #[derive(Debug)]
 pub struct DeploymentDir {
     id: String,
     path: PathBuf,
-    retention: Retention,
+    /// Set when the deployment is complete.
+    retention: OnceLock<Retention>,
     _lock: Flock<File>,
 }
 
@@ -61,33 +62,60 @@ pub fn random_id() -> io::Result<String> {
 }
 
 impl DeploymentDir {
-    /// Makes the directory of deployment `id` for the host agent `owner`.
-    pub fn create(
-        data_dir: &Path,
-        id: &str,
-        owner: &str,
-        retention: Retention,
-    ) -> io::Result<Self> {
+    /// Creates the directory of deployment `id` for the host agent `owner`. Blocking.
+    pub fn create(data_dir: &Path, id: &str, owner: &str) -> io::Result<Self> {
         let parent = data_dir.join("deployments");
-        let unnamed = parent.join(format!("{NEW}{id}"));
-        make(&unnamed)?;
-        let lock = lock_file(&unnamed)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+        make(&parent)?;
+        let unnamed = tempfile::Builder::new()
+            .prefix(NEW)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(&parent)?;
+        let lock = Flock::lock(lock_file(unnamed.path())?, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| io::Error::from(errno))?;
-        fs::write(unnamed.join(OWNER), owner)?;
-        match retention {
-            Retention::Ephemeral => {}
-            Retention::Kept => fs::write(unnamed.join(KEEP), b"")?,
-            Retention::Durable => fs::write(unnamed.join(DURABLE), b"")?,
-        }
+        fs::write(unnamed.path().join(OWNER), owner)?;
         let path = parent.join(id);
-        fs::rename(&unnamed, &path)?;
+        fs::rename(unnamed.path(), &path)?;
+        // The name of the temporary directory no longer exists.
+        let _ = unnamed.keep();
         Ok(Self {
             id: id.to_owned(),
             path,
-            retention,
+            retention: OnceLock::new(),
             _lock: lock,
         })
+    }
+
+    /// Takes over the directory of a durable deployment. `None` if another host agent has
+    /// it or has removed it. Blocking.
+    pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
+        let lock = match lock_file(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+            return Ok(None);
+        };
+        // It may have been removed before its owner released the lock.
+        if retention(path) != Retention::Durable {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            id: file_name(path),
+            path: path.to_owned(),
+            retention: Retention::Durable.into(),
+            _lock: lock,
+        }))
+    }
+
+    /// The deployment is complete: from now on `retention` applies. Blocking.
+    pub fn retain(&self, retention: Retention) -> io::Result<()> {
+        match retention {
+            Retention::Ephemeral => {}
+            Retention::Kept => fs::write(self.path.join(KEEP), b"")?,
+            Retention::Durable => fs::write(self.path.join(DURABLE), b"")?,
+        }
+        self.retention.get_or_init(|| retention);
+        Ok(())
     }
 
     /// 32 hexadecimal digits.
@@ -95,56 +123,44 @@ impl DeploymentDir {
         &self.id
     }
 
-    /// The directory.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What happens to it.
-    pub const fn retention(&self) -> Retention {
-        self.retention
-    }
-
-    /// Directory of one instance, made if it does not exist.
+    /// Creates the directory of an instance if it does not exist. Blocking.
     pub fn instance(&self, name: &str) -> io::Result<PathBuf> {
         let path = self.path.join(name);
         make(&path)?;
         Ok(path)
     }
 
-    /// Names of the instances that have a directory.
-    pub fn instances(&self) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&self.path)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                names.push(entry.file_name().to_string_lossy().into_owned());
-            }
-        }
-        names.sort();
-        Ok(names)
+    /// Directories of the instances. Blocking.
+    pub fn instances(&self) -> io::Result<Vec<PathBuf>> {
+        let mut found = list(&self.path)?;
+        found.retain(|path| path.is_dir());
+        Ok(found)
     }
 
-    /// The deployment has ended: removes the directory unless it is kept. Blocking.
-    pub fn remove(mut self) -> io::Result<()> {
-        if self.retention == Retention::Kept {
-            return Ok(());
+    /// Removes the directory unless it is kept. Blocking.
+    pub fn remove(&self) -> io::Result<()> {
+        match self.retention.get() {
+            Some(Retention::Kept) => Ok(()),
+            _ => remove(&self.path),
         }
-        self.retention = Retention::Kept;
-        remove(&self.path)
     }
 }
 
 impl Drop for DeploymentDir {
     fn drop(&mut self) {
-        if self.retention == Retention::Ephemeral {
+        if matches!(self.retention.get(), None | Some(Retention::Ephemeral)) {
             // The next start sweeps what cannot be removed now.
             let _ = remove(&self.path);
         }
     }
 }
 
-/// What of dead deployments could not be removed.
+/// A directory that could not be removed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot remove what a deployment left in {}", path.display())]
 pub struct SweepError {
@@ -153,32 +169,28 @@ pub struct SweepError {
     source: io::Error,
 }
 
-/// Removes the directories of ephemeral deployments whose owner is gone.
+/// Removes the directories of ephemeral deployments whose owner has died. Blocking.
 ///
 /// # Errors
-/// The first directory that could not be removed; the others are removed all the same.
+/// The first directory that could not be removed. The others are removed all the same.
 pub fn sweep(data_dir: &Path) -> Result<(), SweepError> {
     let failed = |path: &Path, source| SweepError {
         path: path.to_owned(),
         source,
     };
     let directory = data_dir.join("deployments");
-    let mut first = Ok(());
     let found = list(&directory).map_err(|error| failed(&directory, error))?;
-    for path in found {
-        let removed = remove_if_dead(&path).map_err(|error| failed(&path, error));
-        first = first.and(removed);
-    }
-    first
+    let removed = found
+        .iter()
+        .map(|path| remove_if_dead(path).map_err(|error| failed(path, error)));
+    removed.fold(Ok(()), Result::and)
 }
 
-/// Whether `data_dir` has no directory left that the host agent `owner` made and that is
-/// to be removed.
+/// Whether every ephemeral directory of the host agent `owner` is removed. Blocking.
 pub fn is_clean(data_dir: &Path, owner: &str) -> bool {
     let found = list(&data_dir.join("deployments")).unwrap_or_default();
     found.iter().all(|path| {
-        let name = file_name(path);
-        if name.starts_with(GONE) {
+        if file_name(path).starts_with(GONE) {
             return false;
         }
         let of_owner = fs::read_to_string(path.join(OWNER)).is_ok_and(|found| found == owner);
@@ -186,60 +198,54 @@ pub fn is_clean(data_dir: &Path, owner: &str) -> bool {
     })
 }
 
-/// Whether `data_dir` has a durable deployment of the host agent `owner`, whose guests
-/// outlive it.
-pub fn has_durable(data_dir: &Path, owner: &str) -> bool {
-    let found = list(&data_dir.join("deployments")).unwrap_or_default();
-    found.iter().any(|path| {
-        let of_owner = fs::read_to_string(path.join(OWNER)).is_ok_and(|found| found == owner);
-        of_owner && retention(path) == Retention::Durable
-    })
-}
-
-/// Takes over the durable deployments that no process owns, for `owner`.
-pub fn take_durable(data_dir: &Path, owner: &str) -> io::Result<Vec<DeploymentDir>> {
-    let mut taken = Vec::new();
-    for path in list(&data_dir.join("deployments"))? {
-        let id = file_name(&path);
-        if id.starts_with('.') || retention(&path) != Retention::Durable {
-            continue;
-        }
-        let lock = lock_file(&path)?;
-        // Held: another host agent runs the deployment.
-        let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
-            continue;
-        };
-        fs::write(path.join(OWNER), owner)?;
-        taken.push(DeploymentDir {
-            id,
-            path,
-            retention: Retention::Durable,
-            _lock: lock,
-        });
-    }
-    taken.sort_by(|a, b| a.id.cmp(&b.id));
-    Ok(taken)
+/// Directories of the durable deployments. Blocking.
+pub fn durable(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = list(&data_dir.join("deployments"))?;
+    found.retain(|path| !file_name(path).starts_with('.') && retention(path) == Retention::Durable);
+    Ok(found)
 }
 
 fn remove_if_dead(path: &Path) -> io::Result<()> {
     let name = file_name(path);
-    if name.starts_with(GONE) || (name.starts_with(NEW) && is_abandoned(path)) {
-        return fs::remove_dir_all(path);
+    if name.starts_with(GONE) {
+        return gone(fs::remove_dir_all(path));
     }
-    if name.starts_with('.') || retention(path) != Retention::Ephemeral {
+    let dead = if name.starts_with(NEW) {
+        // Its creator writes the owner when it has the lock.
+        path.join(OWNER).exists() || is_abandoned(path)
+    } else {
+        !name.starts_with('.') && retention(path) == Retention::Ephemeral
+    };
+    if !dead {
         return Ok(());
     }
-    let Ok(_lock) = Flock::lock(lock_file(path)?, FlockArg::LockExclusiveNonblock) else {
+    let lock = match lock_file(path) {
+        // Its owner has renamed it.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
         return Ok(());
     };
+    // Its owner may have made it durable before it died.
+    if !name.starts_with(NEW) && retention(path) != Retention::Ephemeral {
+        return Ok(());
+    }
     remove(path)
 }
 
 /// Renames the directory, so that it is known to be unused, and removes it.
 fn remove(path: &Path) -> io::Result<()> {
-    let gone = path.with_file_name(format!("{GONE}{}", file_name(path)));
-    fs::rename(path, &gone)?;
-    fs::remove_dir_all(&gone)
+    let unused = path.with_file_name(format!("{GONE}{}", file_name(path)));
+    gone(fs::rename(path, &unused).and_then(|()| fs::remove_dir_all(&unused)))
+}
+
+/// Several processes may remove the same directory: then it is gone all the same.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 fn retention(path: &Path) -> Retention {
@@ -258,12 +264,17 @@ fn is_abandoned(path: &Path) -> bool {
     changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > ABANDONED))
 }
 
+/// Sorted entries of a directory; none if it does not exist.
 fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
     };
-    entries.map(|entry| Ok(entry?.path())).collect()
+    let mut paths: Vec<_> = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<io::Result<_>>()?;
+    paths.sort();
+    Ok(paths)
 }
 
 fn file_name(path: &Path) -> String {
@@ -271,7 +282,7 @@ fn file_name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// The first digits of an id: enough to tell deployments apart, for people and paths.
+/// The first digits of an id, which distinguish deployments in names and output.
 pub fn short_id(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
@@ -296,7 +307,9 @@ mod tests {
 
     fn create(data_dir: &Path, retention: Retention) -> DeploymentDir {
         let id = random_id().unwrap();
-        DeploymentDir::create(data_dir, &id, "me", retention).unwrap()
+        let dir = DeploymentDir::create(data_dir, &id, "me").unwrap();
+        dir.retain(retention).unwrap();
+        dir
     }
 
     #[test]
@@ -315,46 +328,63 @@ mod tests {
         assert!(!path.exists() && is_clean(dir.path(), "me"));
         for retention in [Retention::Kept, Retention::Durable] {
             let path = create(dir.path(), retention).path().to_owned();
-            assert_eq!(
-                has_durable(dir.path(), "me"),
-                retention == Retention::Durable
-            );
             sweep(dir.path()).unwrap();
             assert!(path.exists() && is_clean(dir.path(), "me"));
         }
+        assert_eq!(durable(dir.path()).unwrap().len(), 1);
     }
 
     #[test]
     fn an_interrupted_creation_or_removal_is_finished_by_a_sweep() {
         let dir = tempfile::tempdir().unwrap();
         let deployments = dir.path().join("deployments");
-        let [gone, fresh, old] = [".gone-a", ".new-b", ".new-c"].map(|name| {
+        let [gone, fresh, old, owned] = [".gone-a", ".new-b", ".new-c", ".new-d"].map(|name| {
             let path = deployments.join(name);
             fs::create_dir_all(path.join("Role_IN_0")).unwrap();
             path
         });
         let before = SystemTime::now() - 2 * ABANDONED;
         File::open(&old).unwrap().set_modified(before).unwrap();
+        fs::write(owned.join(OWNER), "me").unwrap();
         assert!(!is_clean(dir.path(), "me"));
         sweep(dir.path()).unwrap();
-        assert!(!gone.exists() && fresh.exists() && !old.exists());
+        assert!(!gone.exists() && fresh.exists() && !old.exists() && !owned.exists());
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_created_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = create(dir.path(), Retention::Durable);
+        assert!(DeploymentDir::create(dir.path(), live.id(), "me").is_err());
+        assert_eq!(
+            list(&dir.path().join("deployments")).unwrap(),
+            [live.path()]
+        );
+    }
+
+    #[test]
+    fn a_removal_by_two_processes_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = create(dir.path(), Retention::Ephemeral);
+        fs::remove_dir_all(live.path()).unwrap();
+        live.remove().unwrap();
+        remove_if_dead(live.path()).unwrap();
+        remove_if_dead(&live.path().with_file_name(".gone-a")).unwrap();
     }
 
     #[test]
     fn a_durable_deployment_is_taken_by_one_owner_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
         let first = create(dir.path(), Retention::Durable);
-        first.instance("A_IN_0").unwrap();
-        assert!(take_durable(dir.path(), "other").unwrap().is_empty());
-        let id = first.id().to_owned();
+        let instance = first.instance("A_IN_0").unwrap();
+        let (id, path) = (first.id().to_owned(), first.path().to_owned());
+        assert!(DeploymentDir::adopt(&path).unwrap().is_none());
         drop(first);
-        let mut taken = take_durable(dir.path(), "other").unwrap();
-        let taken = taken.pop().unwrap();
-        assert_eq!((taken.id(), taken.retention()), (&*id, Retention::Durable));
-        assert_eq!(taken.instances().unwrap(), ["A_IN_0"]);
-        let path = taken.path().to_owned();
-        taken.remove().unwrap();
-        assert!(!path.exists());
+        let second = DeploymentDir::adopt(&path).unwrap().unwrap();
+        assert_eq!(second.id(), id);
+        assert_eq!(second.instances().unwrap(), [instance]);
+        second.remove().unwrap();
+        assert!(DeploymentDir::adopt(&path).unwrap().is_none());
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Removes what a killed host agent left: a process that outlives it for a moment.
+//! A process that removes what a killed host agent left.
 //!
-//! The janitor holds the reading end of a pipe. When the host agent ends, whatever ended
-//! it, the pipe closes; then the VMM processes end by themselves, and the janitor removes
-//! directories, socket and cgroups that are still there.
+//! The janitor reads from a pipe that closes when the host agent ends, for whatever
+//! reason. VMM processes end then too, except those of durable deployments, and the
+//! janitor removes the directories, the socket and the cgroups that are left.
 
 use std::fs;
 use std::io::{self, Read};
@@ -15,21 +15,21 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 use super::content::ContentStore;
-use super::deployment::{has_durable, is_clean, sweep};
+use super::deployment::{durable, is_clean, short_id, sweep};
 use crate::cgroup;
 
 /// First argument of a janitor process.
 pub const VERB: &str = "janitor";
-/// Time for VMM processes to let go of a deployment.
-const LET_GO: Duration = Duration::from_secs(30);
-/// Time for a process to be gone after it was killed.
-const KILLED: Duration = Duration::from_secs(5);
+/// Most time for VMM processes to end by themselves.
+const END_LIMIT: Duration = Duration::from_secs(30);
+/// Most time for a killed process to end.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// Delay before a janitor that ended is replaced.
 const RESPAWN_DELAY: Duration = Duration::from_secs(1);
-/// Time between two looks.
+/// Time between two checks.
 const POLL: Duration = Duration::from_millis(100);
 
-/// The host agent's side: while it lives, so does a janitor.
+/// Keeps a janitor process running until it is dropped.
 #[derive(Debug)]
 pub struct Janitor {
     respawner: JoinHandle<()>,
@@ -48,10 +48,10 @@ pub struct Remains {
     pub group: Option<PathBuf>,
 }
 
-/// A janitor process, and the pipe whose end it waits for.
+/// A janitor process, and the pipe whose end it reads to.
 type JanitorProcess = (Child, OwnedFd);
 
-/// Starts a janitor. One that ends early is replaced.
+/// Starts a janitor, which is replaced if it ends.
 pub fn start(remains: Remains) -> io::Result<Janitor> {
     let mut arguments = vec![
         PathBuf::from(VERB),
@@ -67,10 +67,19 @@ pub fn start(remains: Remains) -> io::Result<Janitor> {
     })
 }
 
+#[cfg(test)]
+impl Janitor {
+    /// No process at all, for tests of its owner.
+    pub fn none() -> Self {
+        let respawner = tokio::spawn(std::future::pending());
+        Self { respawner }
+    }
+}
+
 impl Drop for Janitor {
     fn drop(&mut self) {
-        // The pipe closes with the task. The process is not waited for: it outlives this
-        // one by design.
+        // The task owns the pipe. The janitor process is not waited for, because it
+        // outlives this process.
         self.respawner.abort();
     }
 }
@@ -93,7 +102,7 @@ async fn respawn(first: JanitorProcess, spawn: impl Fn() -> io::Result<JanitorPr
     let mut running = Some(first);
     loop {
         if let Some((mut child, _alive)) = running {
-            // Whatever ended it, another is needed.
+            // However it ended, it is replaced.
             let _ = child.wait().await;
         }
         tokio::time::sleep(RESPAWN_DELAY).await;
@@ -101,25 +110,48 @@ async fn respawn(first: JanitorProcess, spawn: impl Fn() -> io::Result<JanitorPr
     }
 }
 
-/// Waits for the VMM processes to end, then kills those that do not.
-fn remove_group(group: &Path, deadline: Instant) {
+/// Removes the cgroup when the guests of ephemeral deployments have ended; kills them if
+/// they have not at `deadline`. Guests of durable deployments stay in their cgroups.
+fn remove_group(group: &Path, data_dir: &Path, deadline: Instant) {
     let mut killed = false;
     while !cgroup::remove(group) {
+        // An error must not end a guest that may be durable.
+        let Ok((ephemeral, durable)) = guests(group, data_dir) else {
+            return;
+        };
+        if ephemeral.is_empty() && !durable.is_empty() {
+            return;
+        }
         let late = Instant::now().saturating_duration_since(deadline);
-        if late > KILLED {
+        if late > KILL_LIMIT {
             // The next start sweeps it.
             return;
         }
         if !late.is_zero() && !killed {
-            cgroup::kill(group);
+            for guest in &ephemeral {
+                cgroup::kill(guest);
+            }
             killed = true;
         }
         std::thread::sleep(POLL);
     }
 }
 
-/// The janitor process, after [`crate::child::begin`]: waits for the end of its standard
-/// input.
+/// The guests' cgroups of ephemeral and of durable deployments. A directory says which,
+/// not its owner: another host agent may have adopted the guests by now.
+fn guests(group: &Path, data_dir: &Path) -> io::Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let durable = durable(data_dir)?;
+    let ids = durable.iter().filter_map(|path| path.file_name()?.to_str());
+    let prefixes: Vec<_> = ids.map(|id| format!("{}.", short_id(id))).collect();
+    let is_ephemeral = |guest: &PathBuf| {
+        let name = guest.file_name().unwrap_or_default().to_string_lossy();
+        !prefixes.iter().any(|prefix| name.starts_with(prefix))
+    };
+    Ok(cgroup::guests(group).into_iter().partition(is_ephemeral))
+}
+
+/// Runs the janitor process after [`crate::child::begin`]: waits for the end of standard
+/// input, then removes what is left.
 pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
     let (Some(data_dir), Some(owner), Some(socket)) =
         (arguments.next(), arguments.next(), arguments.next())
@@ -127,10 +159,10 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     io::stdin().read_to_end(&mut Vec::new())?;
-    let deadline = Instant::now() + LET_GO;
+    let deadline = Instant::now() + END_LIMIT;
     let owner = owner.to_string_lossy();
     loop {
-        // A file that a VMM process made meanwhile is gone at the next look.
+        // May fail while a VMM process still creates files.
         let _ = sweep(&data_dir);
         if is_clean(&data_dir, &owner) || Instant::now() >= deadline {
             break;
@@ -139,12 +171,7 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
     }
     let _ = ContentStore::new(&data_dir).sweep();
     if let Some(group) = arguments.next() {
-        if has_durable(&data_dir, &owner) {
-            // Guests that outlive the host agent stay in their cgroups.
-            cgroup::remove(&group);
-        } else {
-            remove_group(&group, deadline);
-        }
+        remove_group(&group, &data_dir, deadline);
     }
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -155,9 +182,24 @@ pub fn main(mut arguments: impl Iterator<Item = PathBuf>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::deployment::{DeploymentDir, Retention};
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
     use tokio::sync::mpsc;
+
+    #[test]
+    fn guests_that_another_host_agent_adopted_are_spared() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = dir.path().join("host-agent-0.1");
+        for guest in ["aaaaaaaa.R_IN_0", "bbbbbbbb.R_IN_0", "supervisor"] {
+            fs::create_dir_all(group.join(guest)).unwrap();
+        }
+        let deployment = DeploymentDir::create(dir.path(), &"a".repeat(32), "other").unwrap();
+        deployment.retain(Retention::Durable).unwrap();
+        let (ephemeral, durable) = guests(&group, dir.path()).unwrap();
+        assert_eq!(ephemeral, [group.join("bbbbbbbb.R_IN_0")]);
+        assert_eq!(durable, [group.join("aaaaaaaa.R_IN_0")]);
+    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_killed_janitor_is_reaped_and_replaced() {
@@ -173,18 +215,18 @@ mod tests {
         let janitor = Janitor {
             respawner: tokio::spawn(respawn(first, spawn)),
         };
-        let there = |pid: u32| Path::new(&format!("/proc/{pid}")).exists();
+        let exists = |pid: u32| Path::new(&format!("/proc/{pid}")).exists();
         let killed = pids.recv().await.unwrap();
         let pid = Pid::from_raw(i32::try_from(killed).unwrap());
         kill(pid, Signal::SIGKILL).unwrap();
         let second = pids.recv().await.unwrap();
-        assert!(!there(killed) && there(second));
+        assert!(!exists(killed) && exists(second));
         drop(janitor);
         // The runtime reaps a child without a waiter when another child ends.
         let end = Instant::now() + Duration::from_secs(20);
-        while there(second) && Instant::now() < end {
+        while exists(second) && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert!(!there(second));
+        assert!(!exists(second));
     }
 }

@@ -1,9 +1,9 @@
-//! Deploys a service that is given as a model: content and specs, then the host.
+//! Deploys a service model: builds its content, plans its specs, and creates them on a host.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use super::host::{DeploymentHandle, Host, HostError, NewDeployment};
+use super::host::{DeploymentHandle, Host, HostError, NewDeployment, Published};
 use super::plan::{Placement, plan, public_endpoints};
 use crate::progress::Progress;
 use crate::service::model::ServiceModel;
@@ -22,16 +22,16 @@ pub struct DeployOptions {
 /// `progress` shows what takes long and can cancel it.
 ///
 /// # Errors
-/// The service could not be deployed whole; nothing of it is left.
+/// The service could not be deployed. Nothing of it is left, also if the future is dropped.
 pub async fn deploy(
     host: &Host,
     model: &ServiceModel,
     options: DeployOptions,
     progress: &Progress,
 ) -> Result<DeploymentHandle, HostError> {
-    let failed = HostError::directory("a deployment", &host.options().data_dir);
+    let failed = HostError::directory("choose an id in", &host.options().data_dir);
     let id = random_id().map_err(failed)?;
-    // First what fails at once.
+    // First, because it fails at once.
     let endpoints: Vec<_> = model
         .roles
         .iter()
@@ -41,7 +41,7 @@ pub async fn deploy(
         })
         .collect();
     let endpoints = endpoints.iter().map(|(role, found)| (*role, &found[..]));
-    let published = host.publish(&id, endpoints)?;
+    let published = Published::listen(endpoints)?;
     let image = host.verify_image(&model.image, progress).await?;
     let hold = host.hold_content().await?;
     let mut applications = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The timeline: every change of state of a deployment, as data and as text.
+//! Events of the timeline: changes of state, as data and as text.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -11,19 +11,19 @@ use vmbus::message::{ExitCause, RoleState};
 
 use crate::vmm::control::ExitReason;
 
-/// Name of the form of an event as JSON.
+/// Schema of an event as JSON.
 const SCHEMA: &str = "host-agent.event/1";
 
 /// One change of state.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TimelineEvent {
-    /// Time since the deployment was accepted, in milliseconds.
+    /// Time since the start of the timeline, in milliseconds.
     #[serde(rename = "at_ms", serialize_with = "as_ms")]
     pub at: Duration,
-    /// Id of the deployment; absent when the whole host is meant.
+    /// Id of the deployment; absent if the event is about the whole host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deployment: Option<String>,
-    /// Instance name; absent when the whole deployment is meant.
+    /// Instance name; null if the event is about the whole deployment.
     pub instance: Option<String>,
     /// What changed.
     #[serde(flatten)]
@@ -39,7 +39,7 @@ impl TimelineEvent {
     }
 }
 
-/// A line for those events that a reader who was too slow has missed.
+/// The line that replaces `count` events which a slow reader missed.
 pub fn missed(at: Duration, count: u64) -> Value {
     json!({
         "schema": SCHEMA,
@@ -54,16 +54,16 @@ pub fn missed(at: Duration, count: u64) -> Value {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum EventKind {
-    /// The guest image was found and its digests hold.
+    /// The guest image has the digests of its manifest.
     ImageVerified {
         /// Image name.
         image: String,
-        /// Whether an earlier full check of the same files was relied on.
+        /// Whether an earlier check of the same files was reused.
         cached: bool,
     },
     /// Diff, resource and application disk exist.
     DisksReady {
-        /// Whether the disks were there from an earlier boot.
+        /// Whether the disks are those of an earlier boot.
         kept: bool,
     },
     /// A VMM process was started.
@@ -85,23 +85,23 @@ pub enum EventKind {
         /// Microseconds from start of the process.
         setup_us: u64,
     },
-    /// PID 1 in the guest spoke for the first time.
+    /// PID 1 of the guest has connected.
     AgentConnected {
         /// Milliseconds from the guest kernel's start until PID 1 ran.
         init_ms: u64,
         /// Name and version of the program.
         agent: String,
     },
-    /// The guest agent was delivered and runs, or does not.
+    /// The guest agent was started, or could not be.
     GuestAgent {
-        /// Why it does not run.
+        /// Why it could not be started.
         error: Option<String>,
     },
     /// The role's state changed.
     Role {
         /// New state.
         state: RoleState,
-        /// The guest agent's words.
+        /// Text of the guest agent.
         detail: String,
         /// Times the role ended by itself in this boot.
         recycles: u32,
@@ -112,8 +112,8 @@ pub enum EventKind {
     },
     /// An endpoint can be reached.
     EndpointPublished {
-        /// Endpoint name, after that of the role where several roles have one
-        /// of that name.
+        /// Endpoint name, with that of the role if several roles have an endpoint of
+        /// this name.
         endpoint: String,
         /// Address on the host.
         address: SocketAddr,
@@ -122,61 +122,61 @@ pub enum EventKind {
     },
     /// An instance left the rotation of its endpoints.
     OutOfRotation,
-    /// A device of the guest met a protocol violation.
+    /// A device needs a reset after a protocol violation of the guest's driver.
     DeviceNeedsReset {
         /// Device name.
         device: String,
         /// What was wrong.
         reason: String,
     },
-    /// The host cannot serve the file behind a disk; the guest sees errors.
+    /// I/O on the file of a disk failed, and the guest got an error.
     DiskFailed {
         /// Serial number of the disk.
         disk: String,
         /// The file.
         #[serde(serialize_with = "as_text")]
         file: PathBuf,
-        /// The system's words.
+        /// The error of the system call.
         error: String,
-        /// Whether there was no room for a write.
+        /// Whether the file system had no space for a write.
         full: bool,
     },
-    /// The host has no room for a write to a disk. The write is held and the
-    /// guest stands still until there is; no time counts against it.
+    /// The host has no space for a write to a disk. The write is held and the guest is
+    /// paused until there is; the pause does not count as silence.
     NoSpace {
         /// Serial number of the disk.
         disk: String,
         /// The file.
         #[serde(serialize_with = "as_text")]
         file: PathBuf,
-        /// Where the file system is mounted that is full.
+        /// Mount point of its file system.
         #[serde(serialize_with = "as_text")]
         mount: PathBuf,
         /// Least bytes that are needed.
         needed_bytes: u64,
-        /// Bytes that are free now, if the host says.
+        /// Bytes that are free now, if known.
         free_bytes: Option<u64>,
-        /// A quota is used up, not the file system.
+        /// A quota is used up, and not the file system.
         quota: bool,
     },
-    /// The held writes went through, or were given up because the guest is to
-    /// end: it runs again.
+    /// The guest runs again: the held writes succeeded, or failed because the guest is to
+    /// stop.
     SpaceBack {
-        /// How long it stood still, in milliseconds.
+        /// Length of the pause in milliseconds.
         paused_ms: u64,
     },
-    /// The monitor itself was late or the host slept: no verdict for a while.
+    /// The host was stalled or suspended: for a while no guest is condemned.
     Resumed,
-    /// Every vCPU was stopped or runs again on an operator's word.
+    /// The operator stopped or resumed the vCPUs.
     Paused {
         /// Whether they are stopped.
         paused: bool,
     },
-    /// A verdict about the guest's liveness.
+    /// The guest is condemned.
     Verdict {
-        /// The verdict.
+        /// Why.
         verdict: Verdict,
-        /// What it rests on.
+        /// What a probe of its kernel showed.
         evidence: String,
     },
     /// The guest ended.
@@ -184,47 +184,46 @@ pub enum EventKind {
         /// Why.
         #[serde(flatten)]
         reason: ExitReason,
-        /// Why we ended it, if we did.
+        /// Why host-agent ended it, if it did.
         #[serde(skip_serializing_if = "Option::is_none")]
         because: Option<String>,
     },
-    /// The guest will be started again on the same disks.
+    /// The guest will be restarted on the same disks.
     Restarting {
         /// Why.
         because: String,
         /// Number of the boot to come.
         generation: u64,
-        /// Milliseconds until then.
+        /// Milliseconds until the boot.
         delay_ms: u64,
     },
-    /// Too many boots in a row without one heartbeat; tried rarely from here.
+    /// Too many boots in a row without a heartbeat; the next one is after a long delay.
     Faulted {
         /// The last cause.
         because: String,
         /// Milliseconds until the next try.
         retry_in_ms: u64,
     },
-    /// The instance is asked to stop.
+    /// The instance is stopping.
     Stopping,
-    /// The instance is down and its resources are released.
+    /// The instance has stopped and its resources are released.
     Stopped {
-        /// Whether nothing was cut off: the role and the guest ended by
-        /// themselves, or had not begun.
+        /// Whether role and guest ended by themselves, or had not started.
         clean: bool,
     },
-    /// The host cannot go on with the instance.
+    /// The host cannot run the instance.
     Failed {
         /// The error chain.
         error: String,
     },
-    /// Something an operator should know that changes no state.
+    /// A message for the operator; no state changes.
     Warning {
-        /// What.
+        /// The message.
         text: String,
     },
 }
 
-/// What the monitor concluded.
+/// Why a guest is condemned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Verdict {
@@ -316,7 +315,7 @@ impl fmt::Display for EventKind {
                 let file = file.display();
                 write!(f, "the host cannot serve disk {disk}: {file}: {error}")?;
                 if *full {
-                    write!(f, "; make room there, or set HOST_AGENT_DATA_DIR")?;
+                    write!(f, "; free space there, or set HOST_AGENT_DATA_DIR")?;
                 }
                 Ok(())
             }
@@ -388,7 +387,7 @@ impl fmt::Display for EventKind {
     }
 }
 
-/// The exit in words.
+/// Text of an exit reason.
 pub fn exit_text(reason: &ExitReason) -> String {
     match reason {
         ExitReason::PowerOff => "power-off".into(),
@@ -401,7 +400,7 @@ pub fn exit_text(reason: &ExitReason) -> String {
     }
 }
 
-/// The state in words.
+/// Name of a state of the role.
 pub const fn state_name(state: RoleState) -> &'static str {
     match state {
         RoleState::Unknown => "Unknown",
@@ -425,8 +424,7 @@ fn ms(value: u64) -> String {
     }
 }
 
-/// A number of bytes, rounded up: a hint of how much to free is no use when it
-/// is too small.
+/// A number of bytes, rounded up: a hint of how much to free must not be too small.
 fn bytes(value: u64) -> String {
     let (unit, name) = match value {
         0..=1023 => return format!("{value} B"),
@@ -445,7 +443,7 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A path need not be UTF-8, JSON must.
+/// JSON is UTF-8, a path need not be.
 fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
@@ -457,7 +455,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
 
     #[test]
-    fn every_line_says_its_schema_its_time_and_its_instance() {
+    fn every_line_has_its_schema_time_and_instance() {
         let event = TimelineEvent {
             at: Duration::from_millis(12),
             deployment: None,

@@ -1,4 +1,4 @@
-//! The files and the specification of one instance's guest.
+//! The files of an instance's guest, and the specification for its VMM process.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{Whence, lseek};
 
-use super::goal::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
+use super::plan::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
 use super::spec::InstanceSpec;
 use crate::queued_writer::previous;
 use crate::store::content::{ContentHold, ContentStore};
@@ -19,9 +19,9 @@ use crate::store::image::Image;
 use crate::vmm::disk;
 use crate::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
 
-/// Kernel command line. Devices come by ACPI; `quiet` because a serial line
-/// costs an exit per byte; a panic resets at once, so that it is reported; no
-/// boot needs the kernel's tests of its own ciphers, and each would wait for them.
+/// Kernel command line. ACPI describes the devices; `quiet`, because each byte on the
+/// serial port is a VM exit; a panic resets at once, so that it is reported; the kernel's
+/// tests of its ciphers would delay each boot.
 pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi pci=off tsc=reliable \
     no_timer_check 8250.nr_uarts=1 random.trust_cpu=on cryptomgr.notests";
 
@@ -29,26 +29,28 @@ pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi pci=off
 /// and temporary files.
 const RESOURCE_RESERVE_MIB: u64 = 512;
 
-/// Size at which the serial log turns over, in bytes.
+/// Size at which the serial log is rotated, in bytes.
 const SERIAL_BYTES: u64 = 10 << 20;
-/// Size at which the VMM processes' log turns over, in bytes.
+/// Size at which the log of the VMM processes is rotated, in bytes.
 const VMM_LOG_BYTES: u64 = 1 << 20;
 
-/// Bytes of a file copied at once.
-const COPY: usize = 64 << 10;
+/// Buffer size of a copy, in bytes.
+const COPY_BUFFER: usize = 64 << 10;
 
-/// Name of the resource disk.
+/// File name of the OS disk, a diff over the image's base.
+const DIFF: &str = "diff.qcow2";
+/// File name of the resource disk.
 const RESOURCE: &str = "resource.raw";
-/// Name of the application disk.
+/// File name of the application disk.
 const APPLICATION: &str = "app.squashfs";
 
-/// Why a guest's files cannot be made ready.
+/// An error with the files of a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
-    /// A file cannot be opened or made.
+    /// A file cannot be opened or created.
     #[error("cannot {what} {}", path.display())]
     File {
-        /// What was tried.
+        /// The failed step.
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -68,8 +70,8 @@ pub enum GuestError {
     /// The content store cannot be written.
     #[error("cannot add the application disk to the content")]
     Content(#[source] io::Error),
-    /// The diff disk cannot be made.
-    #[error("cannot make the diff disk {}", path.display())]
+    /// The diff disk cannot be created.
+    #[error("cannot create the diff disk {}", path.display())]
     Diff {
         /// The file.
         path: PathBuf,
@@ -98,7 +100,7 @@ impl GuestError {
     }
 }
 
-/// Makes the disks of an instance in `dir`. The application disk is a link to the content
+/// Creates the disks of an instance in `dir`. The application disk is a link to the content
 /// that the spec names, since guests only read it. Blocking.
 pub fn create_disks(
     dir: &Path,
@@ -107,8 +109,8 @@ pub fn create_disks(
     content: &ContentStore,
     hold: &ContentHold,
 ) -> Result<(), GuestError> {
-    let path = dir.join("diff.qcow2");
-    let diff = make(&path)?;
+    let path = dir.join(DIFF);
+    let diff = create(&path)?;
     disk::create_diff(diff, image.base_size, &image.base_path.to_string_lossy()).map_err(
         |source| GuestError::Diff {
             path: path.clone(),
@@ -119,7 +121,7 @@ pub fn create_disks(
     let storage = spec.goal.role.local_storage.iter();
     let storage: u64 = storage.map(|storage| storage.size_mib).sum();
     let size = (storage + RESOURCE_RESERVE_MIB).min(spec.size.resource_mib.max(1)) << 20;
-    let disk = make(&path)?;
+    let disk = create(&path)?;
     copy_sparse(&image.resource, &disk)
         .and_then(|()| disk.set_len(size))
         .map_err(|source| GuestError::File {
@@ -160,12 +162,12 @@ fn prepare_on(
         files.push(file.into());
         FileIndex(u8::try_from(files.len() - 1).expect("a guest has fewer than 256 files"))
     };
-    // The file that was verified, whatever its name means by now: a diff is of no
-    // use over another base. With a position and locks of its own: guests that
-    // start together read it together.
-    let again = |file: &File| {
+    // The verified file, even if its name now refers to another one: a diff disk is only
+    // valid over its base. A new open file description, because each guest needs its own
+    // file position and locks.
+    let reopen = |file: &File| {
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        // A link by its nature, and our own.
+        // Without O_NOFOLLOW, because this is a symbolic link.
         File::open(&path).map_err(|source| GuestError::File {
             what: "open",
             path,
@@ -173,12 +175,12 @@ fn prepare_on(
         })
     };
     let kvm = add(kvm);
-    let kernel = add(again(&image.kernel)?);
-    let initrd = add(again(&image.initrd)?);
-    let current = add(open_or_make(&dir.join("serial.log"))?);
-    let older = add(open_or_make(&dir.join("serial.log.1"))?);
-    let diff = add(open(&dir.join("diff.qcow2"), true)?);
-    let base = add(again(&image.base)?);
+    let kernel = add(reopen(&image.kernel)?);
+    let initrd = add(reopen(&image.initrd)?);
+    let current = add(open_or_create(&dir.join("serial.log"))?);
+    let older = add(open_or_create(&dir.join("serial.log.1"))?);
+    let diff = add(open(&dir.join(DIFF), true)?);
+    let base = add(reopen(&image.base)?);
     let resource = add(open(&dir.join(RESOURCE), true)?);
     let application = add(open(&dir.join(APPLICATION), false)?);
     let guest = GuestSpec {
@@ -219,48 +221,47 @@ fn prepare_on(
     Ok((guest, files))
 }
 
-/// Name of the file behind the disk with this serial number.
+/// File name of the disk with this serial number.
 pub fn disk_file(serial: &str) -> Option<&'static str> {
     match serial {
-        OS_DISK => Some("diff.qcow2"),
-        RESOURCE_DISK => Some("resource.raw"),
-        APPLICATION_DISK => Some("app.squashfs"),
+        OS_DISK => Some(DIFF),
+        RESOURCE_DISK => Some(RESOURCE),
+        APPLICATION_DISK => Some(APPLICATION),
         _ => None,
     }
 }
 
-/// Opens the log of the VMM process's own messages, in which those of earlier
-/// boots stay. It turns over between two boots: what a process says is limited.
+/// Opens the log of the VMM processes' messages, to which each boot appends. It is only
+/// rotated between two boots, because the messages of one process are limited.
 pub fn vmm_log(dir: &Path) -> Result<File, GuestError> {
     let path = dir.join("vmm.log");
     if fs::metadata(&path).is_ok_and(|metadata| metadata.len() > VMM_LOG_BYTES) {
-        // It grows on if it cannot.
+        // If this fails, the log continues to grow.
         let _ = fs::rename(&path, previous(&path));
     }
     let mut options = OpenOptions::new();
     options.append(true).create(true);
-    with(&mut options, "open", &path)
+    open_with(&mut options, "open", &path)
 }
 
-fn make(path: &Path) -> Result<File, GuestError> {
+fn create(path: &Path) -> Result<File, GuestError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true);
-    with(&mut options, "create", path)
+    open_with(&mut options, "create", path)
 }
 
-fn open_or_make(path: &Path) -> Result<File, GuestError> {
+fn open_or_create(path: &Path) -> Result<File, GuestError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
-    with(&mut options, "open", path)
+    open_with(&mut options, "open", path)
 }
 
 fn open(path: &Path, write: bool) -> Result<File, GuestError> {
-    with(OpenOptions::new().read(true).write(write), "open", path)
+    open_with(OpenOptions::new().read(true).write(write), "open", path)
 }
 
-/// Most bytes of memory that the disks in `dir` come to use: none, but on a file
-/// system that is in memory itself (tmpfs). There what a guest writes is charged
-/// to its process, and the kernel cannot take it back.
+/// Most bytes of memory that the disks in `dir` can use: zero, except on tmpfs, where
+/// what a guest writes is charged to its VMM process and cannot be reclaimed.
 pub fn disks_in_memory(dir: &Path, image: &Image) -> u64 {
     if !statfs(dir).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC) {
         return 0;
@@ -269,22 +270,22 @@ pub fn disks_in_memory(dir: &Path, image: &Image) -> u64 {
     image.base_size.saturating_add(resource)
 }
 
-/// Copies what `from` holds to the empty file `to`, and leaves its holes.
+/// Copies `from` to the empty file `to`, without its holes.
 fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
     let end = from.metadata()?.len();
-    let mut buffer = vec![0; COPY];
+    let mut buffer = vec![0; COPY_BUFFER];
     let mut at = 0;
     loop {
         let start = match lseek(from, offset(at)?, Whence::SeekData) {
             Ok(start) => start.cast_unsigned(),
-            // Nothing but a hole is left.
+            // The rest is a hole.
             Err(Errno::ENXIO) => return to.set_len(end),
             Err(errno) => return Err(errno.into()),
         };
         let hole = lseek(from, offset(start)?, Whence::SeekHole)?.cast_unsigned();
         at = start;
         while at < hole {
-            let part = &mut buffer[..COPY.min((hole - at) as usize)];
+            let part = &mut buffer[..COPY_BUFFER.min((hole - at) as usize)];
             from.read_exact_at(part, at)?;
             to.write_all_at(part, at)?;
             at += part.len() as u64;
@@ -296,7 +297,11 @@ fn offset(at: u64) -> io::Result<i64> {
     i64::try_from(at).map_err(io::Error::other)
 }
 
-fn with(options: &mut OpenOptions, what: &'static str, path: &Path) -> Result<File, GuestError> {
+fn open_with(
+    options: &mut OpenOptions,
+    what: &'static str,
+    path: &Path,
+) -> Result<File, GuestError> {
     options
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
@@ -321,7 +326,7 @@ pub(super) mod tests {
     use std::net::Ipv4Addr;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
-    /// An image of files that hold their own names.
+    /// An image whose files contain their own names.
     pub(in crate::supervisor) fn image(data_dir: &Path) -> Image {
         let dir = data_dir.join("images/minimal");
         fs::create_dir_all(&dir).unwrap();
@@ -347,7 +352,7 @@ pub(super) mod tests {
         image::open(data_dir, "minimal", &Progress::default()).unwrap()
     }
 
-    /// An instance, whose application disk is in the content.
+    /// A spec whose application disk is in the content.
     pub(in crate::supervisor) fn spec(
         content: &ContentStore,
         hold: &ContentHold,
@@ -390,7 +395,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_log_of_earlier_boots_stays() {
+    fn the_log_keeps_the_messages_of_earlier_boots() {
         use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
         for boot in 1..=3 {
@@ -411,7 +416,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn every_boot_gets_the_verified_base_whatever_its_name_is_now() {
+    fn a_boot_gets_the_verified_base_even_if_it_was_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let image = image(dir.path());
         let content = ContentStore::new(dir.path());
@@ -440,14 +445,14 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_resource_disk_is_the_template_and_holes() {
+    fn a_resource_disk_has_the_template_and_its_holes() {
         let dir = tempfile::tempdir().unwrap();
         let template = tempfile::tempfile_in(dir.path()).unwrap();
         template.set_len(8 << 20).unwrap();
         for at in [0, 3 << 20, (8 << 20) - 5] {
             template.write_all_at(b"here!", at).unwrap();
         }
-        let disk = make(&dir.path().join("disk")).unwrap();
+        let disk = create(&dir.path().join("disk")).unwrap();
         copy_sparse(&template, &disk).unwrap();
         let bytes = |file: &File| {
             let mut bytes = vec![0; 8 << 20];

@@ -1,9 +1,12 @@
 //! A host: runs instances of any number of deployments, with one event bus, one content
-//! store, one table of listeners, one cgroup and one janitor for all of them.
+//! store, one cgroup and one janitor for all of them.
 
 mod adopt;
+mod blocking;
 mod create;
 mod error;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,13 +23,13 @@ use super::liveness::heartbeat::HeartbeatRule;
 use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
 use super::timeline::Timeline;
 use crate::cgroup::{self, HostGroup};
-use crate::endpoints::Listeners;
 use crate::progress::Progress;
-use crate::store::content::ContentStore;
+use crate::store::content::{ContentStore, SweepOnDrop};
 use crate::store::deployment::{DeploymentDir, random_id, short_id, sweep};
 use crate::store::image::{self, Image};
 use crate::store::janitor::{self, Janitor, Remains};
-pub use create::{NewDeployment, Published};
+use blocking::{DropBlocking, blocking};
+pub use create::{HeldContent, NewDeployment, Published};
 pub use error::HostError;
 
 /// How a host runs its instances.
@@ -76,7 +79,6 @@ struct HostState {
     content: ContentStore,
     timeline: Timeline,
     group: Option<Arc<HostGroup>>,
-    listeners: Mutex<Listeners>,
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
     _janitor: Janitor,
@@ -85,11 +87,22 @@ struct HostState {
 #[derive(Debug)]
 struct Deployment {
     handle: DeploymentHandle,
-    dir: DeploymentDir,
+    published: Published,
+    // Dropped before the directory, whose files it uses.
     tasks: JoinSet<()>,
+    files: DropBlocking<Arc<Files>>,
+    /// Every instance in the directory runs here.
+    whole: bool,
 }
 
-/// A deployment that runs. It stays after the handle is dropped.
+/// The directory of a deployment. Drop removes content that only it used after it.
+#[derive(Debug)]
+struct Files {
+    dir: DeploymentDir,
+    _sweep: SweepOnDrop,
+}
+
+/// A handle to a running deployment, which runs on when the handle is dropped.
 #[derive(Debug, Clone)]
 pub struct DeploymentHandle {
     id: String,
@@ -99,8 +112,11 @@ pub struct DeploymentHandle {
 }
 
 impl Host {
-    /// Begins: sweeps what hosts that died have left, finds a cgroup, starts a janitor.
+    /// Removes what hosts that died have left, finds a cgroup and starts a janitor.
     /// Events go to `timeline`.
+    ///
+    /// # Errors
+    /// The janitor cannot be started.
     pub async fn open(options: HostOptions, timeline: Timeline) -> Result<Self, HostError> {
         let data_dir = options.data_dir.clone();
         let content = ContentStore::new(&data_dir);
@@ -117,10 +133,10 @@ impl Host {
             Ok((id, swept.and(unused), group))
         })
         .await?
-        .map_err(HostError::directory("a host", &options.data_dir))?;
+        .map_err(HostError::directory("choose an id for", &options.data_dir))?;
         let warn = |text| timeline.report(None, EventKind::Warning { text });
         if let Err(text) = swept {
-            // What is left takes space but does not prevent a start.
+            // It takes space but does not prevent a start.
             warn(text);
         }
         let group = match group {
@@ -136,22 +152,23 @@ impl Host {
             socket: socket_path(&options, &id),
             group: group.as_ref().map(|group| group.path().to_owned()),
         };
-        let janitor = janitor::start(remains)
-            .map_err(HostError::directory("a janitor", &options.data_dir))?;
+        let janitor = janitor::start(remains).map_err(HostError::directory(
+            "start a janitor for",
+            &options.data_dir,
+        ))?;
         Ok(Self(Arc::new(HostState {
             id,
             options,
             content,
             timeline,
             group,
-            listeners: Mutex::default(),
             images: Mutex::default(),
             deployments: Mutex::default(),
             _janitor: janitor,
         })))
     }
 
-    /// How it runs its instances.
+    /// Its options.
     pub fn options(&self) -> &HostOptions {
         &self.0.options
     }
@@ -208,8 +225,8 @@ impl Host {
         })
     }
 
-    /// Gives a running instance another goal. The instance keeps its guest; its status
-    /// has the incarnation once the guest has applied it.
+    /// Gives a running instance a newer goal; an older one is ignored. The instance keeps
+    /// its guest, and its status has the incarnation once the guest has applied the goal.
     ///
     /// # Errors
     /// No such instance runs here.
@@ -224,24 +241,36 @@ impl Host {
     }
 
     /// Waits for every instance of a deployment to end, stops listening, and removes its
-    /// files unless they are kept.
+    /// files unless they are kept or an instance that was not adopted may use them.
     ///
     /// # Errors
-    /// Files could not be removed; the next start sweeps them.
+    /// Files could not be removed. The next start removes them.
     pub async fn remove(&self, id: &str) -> Result<(), HostError> {
         let Some(mut deployment) = lock(&self.0.deployments).remove(id) else {
             return Ok(());
         };
         while deployment.tasks.join_next().await.is_some() {}
-        lock(&self.0.listeners).remove(id);
-        let content = self.0.content.clone();
-        let path = deployment.dir.path().to_owned();
-        blocking(move || {
-            deployment.dir.remove()?;
+        deployment.published.close().await;
+        lock(&self.0.images).retain(|_, image| Arc::strong_count(image) > 1);
+        if !deployment.whole {
+            return Ok(());
+        }
+        let (files, content) = (Arc::clone(&deployment.files), self.0.content.clone());
+        let removed = blocking(move || {
+            files.dir.remove()?;
             content.sweep()
-        })
-        .await?
-        .map_err(HostError::removal(&path))
+        });
+        let failed = HostError::removal(deployment.files.dir.path());
+        removed.await?.map_err(failed)
+    }
+}
+
+impl Files {
+    fn new(dir: DeploymentDir, content: &ContentStore) -> DropBlocking<Arc<Self>> {
+        DropBlocking::new(Arc::new(Self {
+            dir,
+            _sweep: SweepOnDrop(content.clone()),
+        }))
     }
 }
 
@@ -316,14 +345,7 @@ fn socket_path(options: &HostOptions, id: &str) -> PathBuf {
     options.runtime_dir.join(format!("{}.sock", short_id(id)))
 }
 
-/// A panic while the lock was held leaves whole entries: each change is one call.
+/// A panic cannot leave a change half made: each is one call.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, HostError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| HostError::Internal(error.to_string()))
 }

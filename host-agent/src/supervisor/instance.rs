@@ -25,12 +25,11 @@ use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health, RoleState};
 
 use super::event::EventKind;
-use super::goal::is_outdated;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
 use super::liveness::{Liveness, LivenessEffect};
 use super::spec::InstanceSpec;
-use super::status::{InstanceStatus, Phase};
+use super::status::{InstanceStatus, Phase, is_outdated};
 use super::timeline::Timeline;
 use crate::cgroup::HostGroup;
 use crate::channels::{ChannelEvent, ShutdownRequest};
@@ -190,6 +189,12 @@ impl Instance {
                 }
             }
         }
+        self.record();
+        true
+    }
+
+    /// Writes the record of this instance if it has changed.
+    fn record(&mut self) {
         if let Some(record) = self.changed_record() {
             let name = self.parts.spec.name().to_owned();
             tokio::task::spawn_blocking(move || {
@@ -200,7 +205,6 @@ impl Instance {
                 }
             });
         }
-        true
     }
 
     /// What is to be recorded of this instance, if that has changed.
@@ -295,7 +299,11 @@ impl Instance {
                 }
                 !fresh || self.feed(Input::Beat)
             }
-            ChannelEvent::Status(status) if is_outdated(&status, &self.goal.borrow()) => true,
+            ChannelEvent::Status(status)
+                if is_outdated(&status, self.goal.borrow().incarnation) =>
+            {
+                true
+            }
             ChannelEvent::Status(status) => {
                 self.status.send_modify(|known| {
                     if status.state != RoleState::Unknown {

@@ -1,11 +1,10 @@
 //! The long-lived part of the host agent: keeps each instance at its goal.
 //!
-//! Policy is in the pure files ([`lifecycle`], [`liveness`], [`restart`],
-//! [`goal`]); the `instance` actor performs what they decide.
+//! Policy is pure: [`plan`], [`lifecycle`], [`liveness`], [`restart`]. The `instance`
+//! actor performs what it decides.
 
 pub mod deploy;
 pub mod event;
-pub mod goal;
 pub mod guest;
 pub mod host;
 pub mod instance;

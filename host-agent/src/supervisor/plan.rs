@@ -1,15 +1,27 @@
-//! From a service model to the specs of its instances. Pure.
+//! Makes the specs of a service's instances from its model. Pure.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use super::goal::{goal, instance_name};
+use vmbus::message::{ExpectedState, Goal};
+
 use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
 use crate::digest::Digest;
 use crate::service::model::{Role, ServiceModel};
 
-/// What a plan needs beside the model.
+/// Serial number of the OS disk.
+pub const OS_DISK: &str = "os";
+/// Serial number of the resource disk.
+pub const RESOURCE_DISK: &str = "resource";
+/// Serial number of the application disk.
+pub const APPLICATION_DISK: &str = "app-e";
+
+/// Update and fault domains over which instances are spread (role model, section 4.5).
+const UPDATE_DOMAINS: u32 = 5;
+const FAULT_DOMAINS: u32 = 2;
+
+/// What a plan needs besides the model.
 #[derive(Debug, Clone)]
 pub struct Placement<'a> {
     /// Id of the deployment: 32 hexadecimal digits.
@@ -29,7 +41,6 @@ pub struct Placement<'a> {
 /// The specs of every instance of `model`, in the order of the definition. A role
 /// without an application disk in `placement` has no instances.
 pub fn plan(model: &ServiceModel, placement: &Placement<'_>) -> Vec<InstanceSpec> {
-    let stop_ms = u64::try_from(placement.stop_timeout.as_millis()).unwrap_or(u64::MAX);
     let mut specs = Vec::new();
     for role in &model.roles {
         let Some(application) = placement.applications.get(&role.definition.name) else {
@@ -43,17 +54,31 @@ pub fn plan(model: &ServiceModel, placement: &Placement<'_>) -> Vec<InstanceSpec
                 application: *application,
                 size: role.size.into(),
                 endpoints: endpoints.clone(),
-                goal: goal(
-                    role,
-                    number,
-                    placement.deployment,
-                    placement.incarnation,
-                    stop_ms,
-                ),
+                goal: goal(role, number, placement),
             });
         }
     }
     specs
+}
+
+fn goal(role: &Role, number: u32, placement: &Placement<'_>) -> Goal {
+    Goal {
+        incarnation: placement.incarnation,
+        expected: ExpectedState::Started,
+        deployment_id: placement.deployment.to_owned(),
+        instance: instance_name(role, number),
+        update_domain: number % UPDATE_DOMAINS,
+        fault_domain: number % FAULT_DOMAINS,
+        role: role.definition.clone(),
+        application_disk: APPLICATION_DISK.into(),
+        resource_disk: RESOURCE_DISK.into(),
+        stop_timeout_ms: u64::try_from(placement.stop_timeout.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// `<Role>_IN_<n>`.
+fn instance_name(role: &Role, number: u32) -> String {
+    format!("{}_IN_{number}", role.definition.name)
 }
 
 /// The public endpoints of `role`, on `address`.
@@ -84,10 +109,10 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn every_instance_gets_a_spec_that_survives_its_serialisation() {
+    fn every_instance_gets_a_spec_that_can_be_stored() {
         let mut model =
             service::load(Path::new(service::SAMPLE), None, &Progress::default()).unwrap();
-        model.roles[0].instances = 3;
+        model.roles[0].instances = 6;
         let digest = Digest::of(&b"application"[..]).unwrap().0;
         let placement = Placement {
             deployment: "0123456789abcdef0123456789abcdef",
@@ -102,7 +127,13 @@ mod tests {
         };
         let specs = plan(&model, &placement);
         let names: BTreeSet<&str> = specs.iter().map(InstanceSpec::name).collect();
-        assert_eq!(names.len(), 3);
+        assert_eq!(names.len(), 6);
+        let goals = specs.iter().map(|spec| &spec.goal);
+        let domains: Vec<_> = goals
+            .map(|it| (it.update_domain, it.fault_domain))
+            .collect();
+        let spread = [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0), (0, 1)];
+        assert_eq!(domains, spread);
         assert!(names.iter().copied().eq(instance_names(&model)));
         for spec in &specs {
             assert_eq!(spec.deployment(), placement.deployment);

@@ -1,4 +1,4 @@
-//! What one instance is, as data: what a store keeps and a fabric sends.
+//! The definition of one instance, which can be stored and sent.
 
 use std::net::SocketAddr;
 
@@ -8,7 +8,7 @@ use vmbus::message::Goal;
 use crate::digest::Digest;
 use crate::service::model::VmSize;
 
-/// Everything a host needs to run an instance, beside the content that it names by
+/// Everything that a host needs to run an instance, except the content that it names by
 /// digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceSpec {
@@ -22,7 +22,7 @@ pub struct InstanceSpec {
     pub size: GuestSize,
     /// Public endpoints of the role, which all its instances share.
     pub endpoints: Vec<PublicEndpoint>,
-    /// What the guest shall be at: deployment, names, domains, incarnation and role.
+    /// Goal state of the guest: deployment, names, domains, incarnation and role.
     pub goal: Goal,
 }
 
@@ -81,7 +81,7 @@ impl From<VmSize> for GuestSize {
 pub struct PublicEndpoint {
     /// Endpoint name, unique within the role.
     pub name: String,
-    /// The shortest name that is unique within the service, for people.
+    /// The shortest name that is unique within the service, for output.
     pub label: String,
     /// Address on the host.
     pub address: SocketAddr,

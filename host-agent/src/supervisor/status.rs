@@ -1,17 +1,16 @@
-//! The state of an instance: the one type that CLI, API, reports and timeline
-//! read. Pure: events change it, nothing else.
+//! The state of an instance: the one type that CLI, API and reports read. Pure.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use vmbus::message::RoleState;
+use vmbus::message::{RoleState, Status};
 
 use super::event::{EventKind, state_name};
 
-/// An instance as it is now.
+/// The current state of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceStatus {
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
     /// Number of the boot, 0 before the first.
     pub generation: u64,
@@ -21,17 +20,17 @@ pub struct InstanceStatus {
     pub applied: u64,
     /// Times that the role ended by itself in this boot.
     pub recycles: u32,
-    /// The operator stopped the vCPUs.
+    /// Paused by the operator.
     pub paused: bool,
     /// Why the guest is paused for disk space, if it is.
     pub no_space: Option<String>,
 }
 
-/// Where an instance is in its life.
+/// Phase of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "phase", content = "role", rename_all = "kebab-case")]
 pub enum Phase {
-    /// Accepted, nothing runs yet.
+    /// Created; no guest has been started.
     Accepted,
     /// A VMM process runs.
     Booting,
@@ -39,17 +38,17 @@ pub enum Phase {
     Booted,
     /// The guest agent reports this state of the role.
     Role(RoleState),
-    /// The guest ended.
+    /// The guest has ended.
     Ended,
-    /// The guest is started again after a delay.
+    /// The guest is restarted after a delay.
     Restarting,
-    /// Too many boots failed; the next try is after a long delay.
+    /// Too many boots failed; the guest is restarted after a long delay.
     Faulted,
-    /// The instance is asked to stop.
+    /// The instance is stopping.
     Stopping,
-    /// Down by request, and whether nothing was cut off.
+    /// The instance was stopped.
     Stopped {
-        /// The role and the guest ended by themselves, or had not begun.
+        /// Role and guest ended by themselves, or had not started.
         clean: bool,
     },
     /// The host cannot run the instance.
@@ -123,6 +122,12 @@ impl InstanceStatus {
     }
 }
 
+/// Whether `status` is a Ready of an earlier goal than `incarnation`: it must not bring
+/// the instance into rotation. Other states of an earlier goal only take it out.
+pub fn is_outdated(status: &Status, incarnation: u64) -> bool {
+    status.state == RoleState::Ready && status.incarnation < incarnation
+}
+
 impl Phase {
     /// The phase in one word.
     pub const fn word(self) -> &'static str {
@@ -189,7 +194,29 @@ mod tests {
     }
 
     #[test]
-    fn a_new_boot_forgets_what_the_last_one_reported() {
+    fn only_a_ready_of_an_earlier_goal_is_outdated() {
+        let outdated = |incarnation, state| {
+            let status = Status {
+                incarnation,
+                applied: incarnation,
+                state,
+                detail: String::new(),
+                recycles: 0,
+                last_exit: None,
+                retry_in_ms: None,
+                killed: false,
+            };
+            is_outdated(&status, 7)
+        };
+        assert!(outdated(6, RoleState::Ready) && outdated(0, RoleState::Ready));
+        assert!(!outdated(7, RoleState::Ready) && !outdated(8, RoleState::Ready));
+        for state in [RoleState::Stopped, RoleState::Busy, RoleState::Unknown] {
+            assert!(!outdated(6, state), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_boot_resets_the_status() {
         let mut status = InstanceStatus::default();
         status.apply(&EventKind::GuestStarting {
             generation: 1,

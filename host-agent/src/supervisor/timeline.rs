@@ -9,16 +9,16 @@ use tokio::time::Instant;
 
 use super::event::{EventKind, TimelineEvent};
 
-/// Events that are kept for a slow reader. What guests cause is limited where it arises,
-/// so only a reader that pauses for minutes loses any.
+/// Events that are kept for a slow reader. Events that guests cause are limited, so only a
+/// reader that pauses for minutes loses any.
 const BACKLOG: usize = 4096;
 
-/// Where events are written: a clone writes to the same bus.
+/// The writing end of the bus. A clone writes to the same bus.
 #[derive(Debug, Clone)]
 pub struct Timeline {
     sender: broadcast::Sender<TimelineEvent>,
     started: Instant,
-    /// The deployment whose events these are, if they are not the whole host's.
+    /// The deployment of the events; `None` for those of the whole host.
     deployment: Option<Arc<str>>,
 }
 
@@ -30,7 +30,7 @@ pub struct Events {
 }
 
 impl Timeline {
-    /// A bus that begins now.
+    /// Creates a bus. The times of its events count from now.
     pub fn start() -> Self {
         Self::bounded(BACKLOG)
     }
@@ -59,7 +59,7 @@ impl Timeline {
         }
     }
 
-    /// Writes an event of `instance`, or of all.
+    /// Writes an event of `instance`, or of the whole deployment.
     pub fn report(&self, instance: Option<&str>, kind: EventKind) {
         let event = TimelineEvent {
             at: self.started.elapsed(),

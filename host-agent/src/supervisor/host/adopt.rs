@@ -1,6 +1,7 @@
 //! Takes over the durable deployments of a host agent that is gone.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use vmbus::text::chain;
 
@@ -9,91 +10,94 @@ use super::super::instance::PreparedInstance;
 use super::super::instance::record::InstanceRecord;
 use super::super::process::{AttachError, Expected, VmmProcess};
 use super::create::{NewDeployment, Published};
-use super::{DeploymentHandle, Host, HostError, blocking};
-use crate::store::deployment::{DeploymentDir, Retention, take_durable};
+use super::{DeploymentHandle, Files, Host, HostError, blocking};
+use crate::store::deployment::{DeploymentDir, Retention, durable};
 
-/// An instance as it was found on disk.
-struct RecordedInstance {
-    record: InstanceRecord,
-    dir: PathBuf,
-}
+/// Directory and record of an instance.
+type Recorded = (PathBuf, io::Result<InstanceRecord>);
 
 impl Host {
     /// Adopts every durable deployment that no host agent owns: attaches to the VMM
     /// processes that run, publishes the endpoints, and restarts the guests that ended
-    /// meanwhile. An instance that cannot be adopted is reported and left as it is.
+    /// meanwhile. What cannot be adopted is reported and left as it is.
     ///
     /// # Errors
     /// The deployments cannot be listed.
     pub async fn adopt(&self) -> Result<Vec<DeploymentHandle>, HostError> {
-        let (data_dir, owner) = (self.0.options.data_dir.clone(), self.0.id.clone());
-        let taken = blocking(move || take_durable(&data_dir, &owner))
-            .await?
-            .map_err(HostError::directory(
-                "a list of deployments",
-                &self.0.options.data_dir,
-            ))?;
+        let data_dir = self.0.options.data_dir.clone();
+        let failed = HostError::directory("list the deployments in", &data_dir);
+        let found = blocking(move || durable(&data_dir)).await?;
         let mut adopted = Vec::new();
-        for dir in taken {
-            let id = dir.id().to_owned();
-            match self.adopt_deployment(dir).await {
-                Ok(handle) => adopted.push(handle),
+        for path in found.map_err(failed)? {
+            match self.adopt_deployment(&path).await {
+                Ok(handle) => adopted.extend(handle),
                 Err(error) => {
-                    let text = format!("deployment not adopted: {}", chain(&error));
-                    let timeline = self.0.timeline.of(&id);
-                    timeline.report(None, EventKind::Warning { text });
+                    let id = path.file_name().unwrap_or_default().to_string_lossy();
+                    self.report_not_adopted(&id, None, "deployment ", &error);
                 }
             }
         }
         Ok(adopted)
     }
 
-    async fn adopt_deployment(&self, dir: DeploymentDir) -> Result<DeploymentHandle, HostError> {
-        let id = dir.id().to_owned();
-        let path = dir.path().to_owned();
-        let (dir, found) = blocking(move || {
-            let found = find_instances(&dir);
-            (dir, found)
-        })
-        .await?;
-        let found = found.map_err(HostError::directory("a list of instances", &path))?;
-        let endpoints = found.iter().map(|found| {
-            let spec = &found.record.spec;
-            (spec.role(), &spec.endpoints[..])
+    /// `None` if another host agent owns the deployment.
+    async fn adopt_deployment(&self, path: &Path) -> Result<Option<DeploymentHandle>, HostError> {
+        let failed = HostError::directory("read", path);
+        let of_adopt = path.to_owned();
+        let found = blocking(move || {
+            let Some(dir) = DeploymentDir::adopt(&of_adopt)? else {
+                return Ok(None);
+            };
+            let instances = dir.instances()?.into_iter();
+            let recorded: Vec<Recorded> = instances
+                .map(|path| (path.clone(), InstanceRecord::read(&path)))
+                .collect();
+            Ok(Some((dir, recorded)))
         });
-        let published = self.publish(&id, endpoints)?;
+        let Some((dir, recorded)) = found.await?.map_err(failed)? else {
+            return Ok(None);
+        };
+        let files = Files::new(dir, &self.0.content);
+        let records = recorded
+            .iter()
+            .filter_map(|(_, record)| record.as_ref().ok());
+        let endpoints = records.map(|record| (record.spec.role(), &record.spec.endpoints[..]));
+        let published = Published::listen(endpoints)?;
         let mut new = NewDeployment {
             service: String::new(),
-            id,
+            id: files.dir.id().to_owned(),
             retention: Retention::Durable,
             specs: Vec::new(),
         };
+        let count = recorded.len();
         let mut prepared = Vec::new();
-        for found in found {
-            let name = found.record.spec.name().to_owned();
-            new.service.clone_from(&found.record.spec.service);
-            let spec = found.record.spec.clone();
-            match self.adopt_instance(found, &published).await {
-                Ok(instance) => {
+        for (path, record) in recorded {
+            match self.adopt_instance(&path, record, &published).await {
+                Ok((record, instance)) => {
+                    new.service.clone_from(&record.spec.service);
+                    new.specs.push(record.spec);
                     prepared.push(instance);
-                    new.specs.push(spec);
                 }
                 Err(error) => {
-                    let text = format!("not adopted: {}", chain(&*error));
-                    let timeline = self.0.timeline.of(&new.id);
-                    timeline.report(Some(&name), EventKind::Warning { text });
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    self.report_not_adopted(&new.id, Some(&name), "", &*error);
                 }
             }
         }
-        Ok(self.start(new, dir, prepared, published))
+        if prepared.is_empty() {
+            return Ok(None);
+        }
+        let whole = prepared.len() == count;
+        Ok(Some(self.start(new, files, prepared, published, whole)))
     }
 
     async fn adopt_instance(
         &self,
-        found: RecordedInstance,
+        dir: &Path,
+        record: io::Result<InstanceRecord>,
         published: &Published,
-    ) -> Result<PreparedInstance, Box<dyn std::error::Error + Send + Sync>> {
-        let RecordedInstance { record, dir } = found;
+    ) -> Result<(InstanceRecord, PreparedInstance), Box<dyn std::error::Error + Send + Sync>> {
+        let record = record?;
         let image = self.image(&record.spec.image).await?;
         let rotation = published.rotation(record.spec.role());
         let expected = Expected {
@@ -101,33 +105,36 @@ impl Host {
             generation: record.history.generation,
             process: record.process,
         };
-        let mut parts = self.parts(record.spec, image, dir.clone(), rotation);
+        let mut parts = self.parts(record.spec.clone(), image, dir.to_owned(), rotation);
         parts.durable = true;
         let instance = self.prepare(parts).await?;
-        if !record.history.running {
-            return Ok(instance.restored(record.history));
+        let history = record.history.clone();
+        if !history.running {
+            return Ok((record, instance.restored(history)));
         }
-        match VmmProcess::attach(&dir, &expected).await {
+        let instance = match VmmProcess::attach(dir, &expected).await {
             Ok((process, attached)) => {
-                let history = record.history;
-                Ok(blocking(move || instance.attached(history, process, attached)).await?)
+                blocking(move || instance.attached(history, process, attached)).await?
             }
-            Err(AttachError::Gone { exit }) => Ok(instance.ended(record.history, exit)),
+            Err(AttachError::Gone { exit }) => instance.ended(history, exit),
             // Recorded before it was started.
             Err(AttachError::NoSocket(_)) if record.process.is_none() => {
-                Ok(instance.ended(record.history, None))
+                instance.ended(history, None)
             }
-            Err(error) => Err(error.into()),
-        }
+            Err(error) => return Err(error.into()),
+        };
+        Ok((record, instance))
     }
-}
 
-fn find_instances(dir: &DeploymentDir) -> std::io::Result<Vec<RecordedInstance>> {
-    let mut found = Vec::new();
-    for name in dir.instances()? {
-        let path = dir.instance(&name)?;
-        let record = InstanceRecord::read(&path)?;
-        found.push(RecordedInstance { record, dir: path });
+    fn report_not_adopted(
+        &self,
+        deployment: &str,
+        instance: Option<&str>,
+        what: &str,
+        error: &(dyn std::error::Error + 'static),
+    ) {
+        let text = format!("{what}not adopted: {}", chain(error));
+        let timeline = self.0.timeline.of(deployment);
+        timeline.report(instance, EventKind::Warning { text });
     }
-    Ok(found)
 }

@@ -8,11 +8,15 @@ use tokio::task::JoinSet;
 
 use super::super::event::EventKind;
 use super::super::guest::{self, GuestError};
+use super::super::instance::record::InstanceRecord;
 use super::super::instance::{InstanceParts, PreparedInstance};
+use super::super::lifecycle::RestartHistory;
 use super::super::spec::{InstanceSpec, PublicEndpoint};
-use super::{Deployment, DeploymentHandle, Host, HostError, announce, blocking, lock};
+use super::{
+    Deployment, DeploymentHandle, DropBlocking, Files, Host, HostError, announce, blocking, lock,
+};
 use crate::digest::Digest;
-use crate::endpoints::Rotation;
+use crate::endpoints::{Rotation, listen, serve};
 use crate::progress::Progress;
 use crate::service::build_application_image;
 use crate::service::model::Role;
@@ -33,22 +37,23 @@ pub struct NewDeployment {
     pub specs: Vec<InstanceSpec>,
 }
 
-/// The rotation of each role, by role name.
-type Rotations = BTreeMap<String, Rotation>;
+/// Keeps content that no deployment uses yet; dropped on a blocking thread.
+pub type HeldContent = DropBlocking<Arc<ContentHold>>;
 
 impl Host {
-    /// Until the hold is dropped, content without users stays.
-    pub async fn hold_content(&self) -> Result<Arc<ContentHold>, HostError> {
+    /// Keeps content without users until the hold is dropped.
+    pub async fn hold_content(&self) -> Result<HeldContent, HostError> {
         let content = self.0.content.clone();
         let hold = blocking(move || content.hold()).await?;
-        let failed = HostError::directory("content", &self.0.options.data_dir);
-        hold.map(Arc::new).map_err(failed)
+        let failed = HostError::directory("lock the content in", &self.0.options.data_dir);
+        let hold = hold.map_err(failed)?;
+        Ok(DropBlocking::new(Arc::new(hold)))
     }
 
     /// Builds the application disk of `role` and adds it to the content.
     pub async fn add_application(
         &self,
-        hold: &Arc<ContentHold>,
+        hold: &HeldContent,
         role: &Role,
         progress: &Progress,
     ) -> Result<Digest, HostError> {
@@ -60,112 +65,98 @@ impl Host {
                     .map(drop)
                     .map_err(GuestError::application(&role.definition.name))
             };
-            let built = content.add(&hold, build);
-            built.map_err(HostError::guest(&format!("{}_IN_0", role.definition.name)))
+            content.add(&hold, build).map_err(HostError::Application)
         })
         .await?
-    }
-
-    /// Listens on the public addresses of deployment `id`: a role's name and endpoints
-    /// each. Clients that connect before an instance is Ready are closed.
-    ///
-    /// # Errors
-    /// An address is in use or not permitted; none is listened on.
-    pub fn publish<'a>(
-        &self,
-        id: &str,
-        roles: impl IntoIterator<Item = (&'a str, &'a [PublicEndpoint])>,
-    ) -> Result<Published, HostError> {
-        let mut published = Published {
-            host: self.clone(),
-            deployment: id.to_owned(),
-            rotations: Rotations::new(),
-            kept: false,
-        };
-        for (role, endpoints) in roles {
-            published.role(role, endpoints)?;
-        }
-        Ok(published)
     }
 
     /// Creates a deployment and returns as soon as its instances are starting. `hold`
     /// keeps the content that the specs name.
     ///
     /// # Errors
-    /// It could not be created whole; nothing of it is left.
+    /// An instance could not be created. Nothing of the deployment is left, also if the
+    /// future is dropped.
     pub async fn create(
         &self,
         new: NewDeployment,
         published: Published,
-        hold: &Arc<ContentHold>,
+        hold: &HeldContent,
     ) -> Result<DeploymentHandle, HostError> {
         if lock(&self.0.deployments).contains_key(&new.id) {
             return Err(HostError::Exists(new.id));
         }
-        let (data_dir, id, owner, retention) = (
-            self.0.options.data_dir.clone(),
-            new.id.clone(),
-            self.0.id.clone(),
-            new.retention,
-        );
-        let dir = blocking(move || DeploymentDir::create(&data_dir, &id, &owner, retention))
-            .await?
-            .map_err(HostError::directory(
-                "a deployment",
-                &self.0.options.data_dir,
-            ))?;
-        let dir = Arc::new(dir);
-        let prepared = self.prepare_all(&new, &dir, hold, &published).await;
-        // The blocking steps have returned, and with them the other references.
-        let dir = Arc::into_inner(dir);
-        let dir = dir.ok_or_else(|| HostError::Internal("a disk is still being made".into()))?;
-        let prepared = match prepared {
-            Ok(prepared) => prepared,
+        let data_dir = self.0.options.data_dir.clone();
+        let failed = HostError::directory("make a deployment in", &data_dir);
+        let (id, owner) = (new.id.clone(), self.0.id.clone());
+        let created = blocking(move || DeploymentDir::create(&data_dir, &id, &owner)).await?;
+        let files = Files::new(created.map_err(failed)?, &self.0.content);
+        match self.prepare_all(&new, &files, hold, &published).await {
+            Ok(prepared) => Ok(self.start(new, files, prepared, published, true)),
             Err(error) => {
+                published.close().await;
+                let files = Arc::clone(&files);
                 // The error that is reported is the first one.
-                let _ = blocking(move || dir.remove()).await;
-                return Err(error);
+                let _ = blocking(move || files.dir.remove()).await;
+                Err(error)
             }
-        };
-        Ok(self.start(new, dir, prepared, published))
+        }
     }
 
     async fn prepare_all(
         &self,
         new: &NewDeployment,
-        dir: &Arc<DeploymentDir>,
-        hold: &Arc<ContentHold>,
+        files: &Arc<Files>,
+        hold: &HeldContent,
         published: &Published,
     ) -> Result<Vec<PreparedInstance>, HostError> {
         let timeline = self.0.timeline.of(&new.id);
+        let durable = new.retention == Retention::Durable;
         let mut prepared = Vec::new();
         for spec in &new.specs {
             let image = self.image(&spec.image).await?;
-            let path = self.make_disks(spec, &image, dir, hold).await?;
+            let path = self.make_files(spec, &image, files, hold, durable).await?;
             timeline.report(Some(spec.name()), EventKind::DisksReady { kept: false });
             let rotation = published.rotation(spec.role());
             let mut parts = self.parts(spec.clone(), image, path, rotation);
-            parts.durable = new.retention == Retention::Durable;
+            parts.durable = durable;
             prepared.push(self.prepare(parts).await?);
         }
+        let failed = HostError::directory("keep", files.dir.path());
+        let (files, retention) = (Arc::clone(files), new.retention);
+        blocking(move || files.dir.retain(retention))
+            .await?
+            .map_err(failed)?;
         Ok(prepared)
     }
 
-    async fn make_disks(
+    /// Makes the disks of an instance, and its record if it is durable: a deployment that
+    /// can be adopted has all records.
+    async fn make_files(
         &self,
         spec: &InstanceSpec,
         image: &Arc<Image>,
-        dir: &Arc<DeploymentDir>,
-        hold: &Arc<ContentHold>,
+        files: &Arc<Files>,
+        hold: &HeldContent,
+        durable: bool,
     ) -> Result<PathBuf, HostError> {
         let (content, hold) = (self.0.content.clone(), Arc::clone(hold));
-        let (spec, image, dir) = (spec.clone(), Arc::clone(image), Arc::clone(dir));
+        let (spec, image, files) = (spec.clone(), Arc::clone(image), Arc::clone(files));
         blocking(move || {
+            let dir = &files.dir;
             let path = dir
                 .instance(spec.name())
-                .map_err(HostError::directory("an instance", dir.path()))?;
+                .map_err(HostError::directory("make an instance in", dir.path()))?;
             guest::create_disks(&path, &spec, &image, &content, &hold)
                 .map_err(HostError::guest(spec.name()))?;
+            if durable {
+                let record = InstanceRecord {
+                    spec,
+                    history: RestartHistory::default(),
+                    process: None,
+                };
+                let written = record.write(&path);
+                written.map_err(HostError::directory("write a record to", &path))?;
+            }
             Ok(path)
         })
         .await?
@@ -177,7 +168,7 @@ impl Host {
     ) -> Result<PreparedInstance, HostError> {
         let path = parts.dir.clone();
         let prepared = blocking(move || PreparedInstance::new(parts)).await?;
-        prepared.map_err(HostError::directory("logs", &path))
+        prepared.map_err(HostError::directory("open the logs in", &path))
     }
 
     pub(super) fn parts(
@@ -205,13 +196,15 @@ impl Host {
         }
     }
 
-    /// Starts what is prepared; nothing can fail from here on.
+    /// Starts the prepared instances, which cannot fail. `whole` if they are all that the
+    /// directory has.
     pub(super) fn start(
         &self,
         new: NewDeployment,
-        dir: DeploymentDir,
+        files: DropBlocking<Arc<Files>>,
         prepared: Vec<PreparedInstance>,
         published: Published,
+        whole: bool,
     ) -> DeploymentHandle {
         let mut tasks = JoinSet::new();
         let mut instances = Vec::new();
@@ -220,58 +213,62 @@ impl Host {
             tasks.spawn(task);
             instances.push(handle);
         }
-        published.keep();
         announce(&self.0.timeline.of(&new.id), &new.specs);
         let handle = DeploymentHandle {
             id: new.id.clone(),
             service: new.service,
-            directory: dir.path().to_owned(),
+            directory: files.dir.path().to_owned(),
             instances,
         };
         let deployment = Deployment {
             handle: handle.clone(),
-            dir,
+            published,
             tasks,
+            files,
+            whole,
         };
         lock(&self.0.deployments).insert(new.id, deployment);
         handle
     }
 }
 
-/// The listeners of a deployment that is being created; dropping it closes them.
-#[derive(Debug)]
+/// The listeners of a deployment. Drop closes them.
+#[derive(Debug, Default)]
 pub struct Published {
-    host: Host,
-    deployment: String,
-    rotations: Rotations,
-    kept: bool,
+    /// The rotation of each role, by role name.
+    rotations: BTreeMap<String, Rotation>,
+    listeners: JoinSet<()>,
 }
 
 impl Published {
-    fn role(&mut self, role: &str, endpoints: &[PublicEndpoint]) -> Result<(), HostError> {
-        if self.rotations.contains_key(role) {
-            return Ok(());
-        }
-        let rotation = Rotation::default();
-        let mut listeners = lock(&self.host.0.listeners);
-        for endpoint in endpoints {
-            listeners
-                .add(
-                    &self.deployment,
-                    &endpoint.label,
-                    endpoint.address,
-                    rotation.clone(),
-                    endpoint.local_port,
-                )
-                .map_err(|source| HostError::Listen {
-                    role: role.to_owned(),
-                    name: endpoint.name.clone(),
-                    source,
+    /// Listens on the public addresses of roles, each given by its name and endpoints. A
+    /// client that connects before an instance is Ready is closed.
+    ///
+    /// # Errors
+    /// An address is in use or not permitted.
+    pub fn listen<'a>(
+        roles: impl IntoIterator<Item = (&'a str, &'a [PublicEndpoint])>,
+    ) -> Result<Self, HostError> {
+        let mut this = Self::default();
+        for (role, endpoints) in roles {
+            if this.rotations.contains_key(role) {
+                continue;
+            }
+            let rotation = Rotation::default();
+            for endpoint in endpoints {
+                let listener = listen(&endpoint.label, endpoint.address).map_err(|source| {
+                    HostError::Listen {
+                        role: role.to_owned(),
+                        name: endpoint.name.clone(),
+                        source,
+                    }
                 })?;
+                let task = serve(listener, rotation.clone(), endpoint.local_port);
+                this.listeners.spawn(task);
+            }
+            this.rotations.insert(role.to_owned(), rotation);
         }
-        drop(listeners);
-        self.rotations.insert(role.to_owned(), rotation);
-        Ok(())
+        Ok(this)
     }
 
     /// The rotation of `role`.
@@ -279,15 +276,8 @@ impl Published {
         self.rotations.get(role).cloned().unwrap_or_default()
     }
 
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for Published {
-    fn drop(&mut self) {
-        if !self.kept {
-            lock(&self.host.0.listeners).remove(&self.deployment);
-        }
+    /// Waits until every listener is closed.
+    pub(super) async fn close(mut self) {
+        self.listeners.shutdown().await;
     }
 }

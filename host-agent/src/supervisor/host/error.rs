@@ -1,20 +1,22 @@
-//! Why a host cannot do what it is asked.
+//! Errors of a host.
 
 use std::io;
 use std::path::{Path, PathBuf};
+
+use tokio::task::JoinError;
 
 use super::super::guest::GuestError;
 use crate::endpoints::ListenError;
 use crate::store::image::ImageError;
 
-/// Why a host cannot do what is asked.
+/// An error of a host.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// The guest image.
     #[error("guest image")]
     Image(#[source] ImageError),
     /// The image has changed since the spec was made.
-    #[error("image {name} is another one now: its manifest has SHA-256 {found}, not {wanted}")]
+    #[error("image {name} has changed: its manifest has SHA-256 {found}, not {wanted}")]
     ImageChanged {
         /// Image name.
         name: String,
@@ -33,7 +35,10 @@ pub enum HostError {
         /// Why.
         source: ListenError,
     },
-    /// Disks or logs of an instance.
+    /// The application disk of a role.
+    #[error(transparent)]
+    Application(GuestError),
+    /// Disks of an instance.
     #[error("instance {instance}")]
     Guest {
         /// The instance.
@@ -43,7 +48,7 @@ pub enum HostError {
         source: GuestError,
     },
     /// A file or directory of the host.
-    #[error("cannot make {what} in {}", path.display())]
+    #[error("cannot {what} {}", path.display())]
     Directory {
         /// What was tried.
         what: &'static str,
@@ -73,29 +78,29 @@ pub enum HostError {
         #[source]
         source: io::Error,
     },
-    /// A blocking step panicked.
-    #[error("internal: {0}")]
-    Internal(String),
+    /// A panic in a blocking step.
+    #[error("internal error")]
+    Blocking(#[source] JoinError),
 }
 
 impl HostError {
-    /// A file or directory that could not be made, for `map_err`.
+    /// A failed step on a file or directory, for `map_err`.
     pub(in super::super) fn directory(
         what: &'static str,
         path: &Path,
-    ) -> impl FnOnce(io::Error) -> Self {
+    ) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Directory { what, path, source }
     }
 
     /// Files that could not be removed, for `map_err`.
-    pub(super) fn removal(path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn removal(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Remove { path, source }
     }
 
-    /// Disks or logs of `instance` that could not be made, for `map_err`.
-    pub(super) fn guest(instance: &str) -> impl FnOnce(GuestError) -> Self {
+    /// Disks of `instance` that could not be made, for `map_err`.
+    pub(super) fn guest(instance: &str) -> impl FnOnce(GuestError) -> Self + use<> {
         let instance = instance.to_owned();
         move |source| Self::Guest { instance, source }
     }

@@ -1,4 +1,4 @@
-//! What is kept of an instance on disk, so that another host agent can adopt it.
+//! The record of an instance on disk, from which another host agent adopts it.
 
 use std::fs;
 use std::io;
@@ -17,10 +17,10 @@ const FILE: &str = "instance.json";
 /// (`random(4)`).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The kept state of an instance: what was asked for, and what its lifecycle decided.
+/// Spec and history of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceRecord {
-    /// What it is.
+    /// Its spec, with the newest goal.
     pub spec: InstanceSpec,
     /// Its boots so far.
     pub history: RestartHistory,
@@ -36,8 +36,8 @@ struct Stored {
 }
 
 impl InstanceRecord {
-    /// The record in `dir`. Of an earlier boot of the host it has what is still true.
-    /// Blocking.
+    /// Reads the record in `dir`. If the host has booted since, no guest runs and the
+    /// process is unknown. Blocking.
     pub fn read(dir: &Path) -> io::Result<Self> {
         let stored: Stored = serde_json::from_slice(&fs::read(dir.join(FILE))?)?;
         let mut record = stored.record;
@@ -48,7 +48,7 @@ impl InstanceRecord {
         Ok(record)
     }
 
-    /// Writes the record to `dir`: whole, or the one before it stays. Blocking.
+    /// Replaces the record in `dir` atomically. Blocking.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let stored = Stored {
             host_boot: fs::read_to_string(BOOT_ID)?,
@@ -62,44 +62,13 @@ impl InstanceRecord {
     }
 }
 
-/// Writes the records of one instance, from several threads: an older record never
+/// The records of one instance. Several threads write them; an older record never
 /// replaces a newer one.
-#[derive(Debug, Clone)]
-pub struct Recorder(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    dir: PathBuf,
-    written: Mutex<u64>,
-}
-
-impl Recorder {
-    /// Records to `dir`.
-    pub fn new(dir: PathBuf) -> Self {
-        let written = Mutex::new(0);
-        Self(Arc::new(Shared { dir, written }))
-    }
-
-    /// Writes `record` unless one with a higher `number` was written. Blocking.
-    pub fn write(&self, number: u64, record: &InstanceRecord) -> io::Result<()> {
-        // A panic in a write leaves the number of the record before it.
-        let mut written = self
-            .0
-            .written
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if number > *written {
-            record.write(&self.0.dir)?;
-            *written = number;
-        }
-        Ok(())
-    }
-}
-
-/// The records of one instance, as its actor sees them.
 #[derive(Debug)]
 pub(super) struct Records {
-    recorder: Recorder,
+    dir: PathBuf,
+    /// Number of the newest record on disk.
+    written: Arc<Mutex<u64>>,
     number: u64,
     last: Option<InstanceRecord>,
 }
@@ -107,7 +76,8 @@ pub(super) struct Records {
 /// A record that is to be written.
 #[derive(Debug)]
 pub(super) struct PendingRecord {
-    recorder: Recorder,
+    dir: PathBuf,
+    written: Arc<Mutex<u64>>,
     number: u64,
     record: InstanceRecord,
 }
@@ -115,13 +85,14 @@ pub(super) struct PendingRecord {
 impl Records {
     pub(super) fn new(dir: PathBuf) -> Self {
         Self {
-            recorder: Recorder::new(dir),
+            dir,
+            written: Arc::default(),
             number: 0,
             last: None,
         }
     }
 
-    /// The record to write, if it is another one than the last.
+    /// The record to write, if it differs from the last one.
     pub(super) fn update(&mut self, record: InstanceRecord) -> Option<PendingRecord> {
         if self.last.as_ref() == Some(&record) {
             return None;
@@ -129,7 +100,8 @@ impl Records {
         self.number += 1;
         self.last = Some(record.clone());
         Some(PendingRecord {
-            recorder: self.recorder.clone(),
+            dir: self.dir.clone(),
+            written: Arc::clone(&self.written),
             number: self.number,
             record,
         })
@@ -137,9 +109,15 @@ impl Records {
 }
 
 impl PendingRecord {
-    /// Writes it. Blocking.
+    /// Writes the record unless a newer one is written. Blocking.
     pub(super) fn write(&self) -> io::Result<()> {
-        self.recorder.write(self.number, &self.record)
+        // A panic while the lock was held leaves the number of the record on disk.
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.number > *written {
+            self.record.write(&self.dir)?;
+            *written = self.number;
+        }
+        Ok(())
     }
 }
 

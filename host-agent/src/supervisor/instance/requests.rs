@@ -28,7 +28,14 @@ impl Instance {
             Request::Stop => return self.feed(Input::Stop),
             Request::Kill => return self.feed(Input::Kill),
             Request::Apply(goal) => {
-                self.goal.send_replace(*goal);
+                self.goal.send_if_modified(|known| {
+                    let newer = goal.incarnation > known.incarnation;
+                    if newer {
+                        *known = *goal;
+                    }
+                    newer
+                });
+                self.record();
             }
             Request::Pause(_, answer) if self.is_behind() => {
                 let _ = answer.send(Err(BUSY.into()));

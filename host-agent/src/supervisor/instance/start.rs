@@ -1,4 +1,5 @@
-//! How an instance begins: anew, or where an earlier host agent left it.
+//! Starts an instance: for the first time, or in the state in which an earlier host agent
+//! left it.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use crate::queued_writer::QueuedWriter;
 use crate::token_bucket::{TIMELINE, TokenBucket};
 use crate::vmm::control::{self, Attached, ExitReason};
 
-/// An instance whose logs are open: it can only be started now.
+/// An instance whose logs are open. Its start cannot fail.
 #[derive(Debug)]
 pub struct PreparedInstance {
     parts: InstanceParts,
@@ -46,7 +47,7 @@ pub(super) enum Origin {
 }
 
 impl PreparedInstance {
-    /// Opens the logs of an instance that never ran. Blocking.
+    /// Opens the logs of an instance without earlier boots. Blocking.
     pub fn new(parts: InstanceParts) -> io::Result<Self> {
         Ok(Self {
             role_log: QueuedWriter::open_log(&parts.dir.join("role.log"))?,
@@ -57,15 +58,15 @@ impl PreparedInstance {
         })
     }
 
-    /// The same for an instance with earlier boots, of which none runs.
+    /// Adds the history of earlier boots. No VMM process runs.
     #[must_use]
     pub fn restored(mut self, history: RestartHistory) -> Self {
         self.history = history;
         self
     }
 
-    /// The same for an instance whose VMM process ended without a supervisor. `exit` is
-    /// the reason that it left.
+    /// Adds the history of earlier boots, of which the last ended without a supervisor for
+    /// the reason `exit`.
     #[must_use]
     pub fn ended(mut self, history: RestartHistory, exit: Option<ExitReason>) -> Self {
         self.history = history;
@@ -73,7 +74,7 @@ impl PreparedInstance {
         self
     }
 
-    /// The same for an instance whose VMM process runs. Blocking.
+    /// Adds the history of earlier boots, of which the last still runs. Blocking.
     #[must_use]
     pub fn attached(
         mut self,
@@ -90,7 +91,7 @@ impl PreparedInstance {
         self
     }
 
-    /// The actor, and a handle to it. The future ends when the instance is finished.
+    /// A handle to the instance, and its actor, a future that ends with the instance.
     pub fn start(self) -> (InstanceHandle, impl Future<Output = ()> + Send + 'static) {
         let Self {
             parts,
@@ -111,8 +112,8 @@ impl PreparedInstance {
             preparation: None,
             boot: None,
             wait: None,
-            // Another host agent may have asked the same VMM process before: its late
-            // answers match no id of ours.
+            // Larger than the ids of an earlier host agent, so that late answers to its
+            // requests match none of ours.
             last_id: u64::try_from(clock(ClockId::CLOCK_MONOTONIC).as_nanos()).unwrap_or(0),
             last_health: None,
             report_limit: TokenBucket::new(TIMELINE),
@@ -158,7 +159,7 @@ impl Instance {
         }
     }
 
-    /// Goes on with a running guest, in the state that its VMM process reports.
+    /// Adopts a running guest in the state that its VMM process reports.
     fn adopt(
         &mut self,
         process: VmmProcess,

@@ -1,0 +1,44 @@
+//! File I/O away from the runtime's threads.
+
+use std::ops::Deref;
+
+use tokio::runtime::Handle;
+
+use super::HostError;
+
+/// Runs `work` on a blocking thread.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, HostError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(HostError::Blocking)
+}
+
+/// A value whose Drop does file I/O: it is dropped on a blocking thread, even if the
+/// future that owns it is cancelled.
+#[derive(Debug)]
+pub struct DropBlocking<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> DropBlocking<T> {
+    pub(super) const fn new(value: T) -> Self {
+        Self(Some(value))
+    }
+}
+
+impl<T: Send + 'static> Deref for DropBlocking<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("only Drop takes the value")
+    }
+}
+
+impl<T: Send + 'static> Drop for DropBlocking<T> {
+    fn drop(&mut self) {
+        let value = self.0.take();
+        // Without a runtime the value is dropped here, where no task can be delayed.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn_blocking(move || drop(value));
+        }
+    }
+}
