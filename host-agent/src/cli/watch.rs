@@ -190,7 +190,7 @@ fn failure(name: &str, kind: &EventKind) -> Option<CliError> {
         EventKind::GuestExited { reason, because } => {
             let hint = match reason {
                 ExitReason::Panic | ExitReason::TripleFault => {
-                    Some("the serial console says more".into())
+                    Some("see the serial console".into())
                 }
                 _ => because.clone(),
             };
@@ -380,7 +380,7 @@ mod tests {
         assert!(!watch.all_ready() && !watch.is_ready("A_IN_0") && watch.lacks_space());
         let waiting = watch.waiting();
         let wanted = "A_IN_0: guest paused: no space for disk os (/data/diff.qcow2); \
-                      free at least 3 MiB on /data (0 B free): it goes on by itself";
+                      free at least 3 MiB on /data (0 B free): it continues by itself";
         assert_eq!(waiting, [wanted]);
         let back = EventKind::SpaceBack { paused_ms: 10 };
         assert!(becomes_ready(&mut watch, "A_IN_0", back));

@@ -343,12 +343,12 @@ impl fmt::Display for EventKind {
                         write!(f, " ({} free)", bytes(*free))?;
                     }
                 }
-                write!(f, ": it goes on by itself")
+                write!(f, ": it continues by itself")
             }
             Self::SpaceBack { paused_ms } => {
                 write!(
                     f,
-                    "guest goes on after a pause of {} for space",
+                    "guest continues after a pause of {} for space",
                     ms(*paused_ms)
                 )
             }
