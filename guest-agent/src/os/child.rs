@@ -33,15 +33,21 @@ pub fn join(command: &mut Command, group: &Group) -> io::Result<()> {
     Ok(())
 }
 
-/// The child gives up the agents' limits (`limits`) and runs as `user`, or as the user of
-/// this process. The user is set last: a value of oom_score_adj that root wrote is also the
-/// least that a process without privileges may set later.
+/// The child gives up the agents' limits (`limits`) and ignored signals, and runs as `user`,
+/// or as the user of this process. The user is set last: a value of oom_score_adj that root
+/// wrote is also the least that a process without privileges may set later.
 pub fn drop_agent_privileges(command: &mut Command, user: Option<u32>) {
     let favoured = limits::favoured();
     // SAFETY: between fork and exec the closure makes system calls and allocates
     // nothing.
     unsafe {
         command.pre_exec(move || {
+            // An ignored signal stays ignored over exec(2), and a shell cannot trap it: a
+            // background job of a script ignores SIGINT and SIGQUIT, nohup SIGHUP.
+            for signal in 1..=libc::SIGRTMAX() {
+                // Fails for SIGKILL, SIGSTOP and the C library's own signals.
+                libc::signal(signal, libc::SIG_DFL);
+            }
             if favoured {
                 let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
                 let score = open(c"/proc/self/oom_score_adj", flags, Mode::empty())?;
@@ -79,5 +85,21 @@ pub fn take_terminal(command: &mut Command) {
             Errno::result(result)?;
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_child_can_trap_a_signal_that_this_process_ignores() {
+        // SAFETY: no other test depends on the disposition of SIGHUP.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap 'exit 7' HUP; kill -HUP $$; exit 1"]);
+        drop_agent_privileges(&mut command, None);
+        let status = command.status().await.unwrap();
+        assert_eq!(exit_cause(status), ExitCause::Code(7));
     }
 }
