@@ -50,6 +50,11 @@ impl ContentStore {
         }
     }
 
+    /// Where the content is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Keeps content without users, so that it can be added and linked. Blocking.
     pub fn hold(&self) -> io::Result<ContentHold> {
         let lock = self.lock_file()?;

@@ -59,10 +59,12 @@ pub enum GuestError {
         source: io::Error,
     },
     /// The application disk cannot be built.
-    #[error("cannot build the application disk of role {role}")]
+    #[error("cannot build the application disk of role {role} in {}", directory.display())]
     Application {
         /// Role name.
         role: String,
+        /// Directory of the content.
+        directory: PathBuf,
         /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -91,10 +93,12 @@ impl GuestError {
     /// The application disk of `role` could not be built, for `map_err`.
     pub(super) fn application<E: std::error::Error + Send + Sync + 'static>(
         role: &str,
+        directory: &Path,
     ) -> impl FnOnce(E) -> Self {
-        let role = role.to_owned();
+        let (role, directory) = (role.to_owned(), directory.to_owned());
         move |source| Self::Application {
             role,
+            directory,
             source: source.into(),
         }
     }

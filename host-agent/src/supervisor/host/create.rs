@@ -63,7 +63,10 @@ impl Host {
             let build = |file: &_| {
                 build_application_image(&role, file, &progress)
                     .map(drop)
-                    .map_err(GuestError::application(&role.definition.name))
+                    .map_err(GuestError::application(
+                        &role.definition.name,
+                        content.directory(),
+                    ))
             };
             content.add(&hold, build).map_err(HostError::Application)
         })
