@@ -17,6 +17,8 @@ pub mod digest;
 pub mod doctor;
 pub mod endpoints;
 pub mod progress;
+#[cfg(test)]
+mod property;
 mod queued_writer;
 pub mod service;
 pub mod shell;

@@ -418,7 +418,7 @@ fn reader_and_writer_agree_with_the_zip_crate() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(crate::property::cases(2000))]
 
     /// Reading ends without a panic.
     #[test]

@@ -543,7 +543,7 @@ fn hints_about_a_directory_with_a_blank_are_commands() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(crate::property::cases(2000))]
 
     /// Neither any text nor any damage to a real definition makes the reader panic.
     #[test]

@@ -399,7 +399,7 @@ fn a_missing_or_unknown_part_is_named() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(crate::property::cases(1500))]
 
     /// A package with damaged bytes is refused or still has the same files.
     #[test]

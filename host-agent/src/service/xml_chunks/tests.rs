@@ -109,7 +109,7 @@ fn document() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(crate::property::cases(3000))]
 
     /// Chunks are accepted if and only if the parser accepts the whole file, and
     /// give the same records.
