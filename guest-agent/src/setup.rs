@@ -284,6 +284,53 @@ mod tests {
     }
 
     #[test]
+    fn no_launch_is_longer_than_the_host_computed() {
+        use InstanceValue as V;
+        let long = "n".repeat(64);
+        let values = [
+            V::DeploymentId,
+            V::Emulated,
+            V::InstanceId,
+            V::RoleName,
+            V::UpdateDomain,
+            V::FaultDomain,
+            V::Setting(long.clone()),
+            V::LocalStoragePath(long.clone()),
+            V::LocalStorageSize(long.clone()),
+            V::EndpointProtocol(long.clone()),
+            V::EndpointAddress(long.clone()),
+            V::EndpointPort(long.clone()),
+        ];
+        for value in values {
+            // So many that the allowance for the platform's variables hides no error.
+            let variable = |n| (format!("v{n:03}"), VariableValue::Instance(value.clone()));
+            let mut goal = goal(&[]);
+            goal.deployment_id = "d".repeat(32);
+            goal.instance = format!("{long}_IN_{}", u32::MAX);
+            (goal.update_domain, goal.fault_domain) = (u32::MAX, u32::MAX);
+            goal.role.name.clone_from(&long);
+            goal.role.settings = [(long.clone(), "s".repeat(99))].into();
+            goal.role.local_storage[0].name.clone_from(&long);
+            goal.role.local_storage[0].size_mib = u64::from(u32::MAX);
+            goal.role.endpoints[0].name.clone_from(&long);
+            goal.role.endpoints[0].local_port = u16::MAX;
+            goal.role.environment = (0..900).map(variable).collect();
+            let limit = vmbus::launch::check(&goal.role).unwrap();
+            let launch = Launch::of(&goal);
+            let variables = launch.environment.iter();
+            let variables: usize = variables
+                .map(|(name, value)| name.len() + value.len() + 10)
+                .sum();
+            let program = 3 * (launch.command[0].len() + 9);
+            let arguments = launch.command[1..]
+                .iter()
+                .map(|argument| argument.len() + 9);
+            let length = variables + program + arguments.sum::<usize>();
+            assert!(length <= limit, "{value:?}: {length} > {limit}");
+        }
+    }
+
+    #[test]
     fn a_guest_knows_its_host_name_and_its_instance_name() {
         let table = host_names("Cache_IN_0");
         let names: Vec<&str> = table.split_whitespace().collect();

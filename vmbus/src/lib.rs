@@ -10,6 +10,7 @@
 
 pub mod channel;
 pub mod frame;
+pub mod launch;
 pub mod message;
 pub mod piece;
 pub mod role;

@@ -33,8 +33,9 @@ pub struct RoleDefinition {
 }
 
 impl RoleDefinition {
-    /// Fails if a goal with this definition may not fit into a frame.
-    pub fn check_length(&self) -> Result<(), FrameError> {
+    /// Length of the JSON encoding in bytes; fails if a goal with this definition may not
+    /// fit into a frame.
+    pub fn check_length(&self) -> Result<usize, FrameError> {
         let length = frame::encoded_length(self)?;
         if length > MAX_ENCODED {
             return Err(FrameError::TooLong {
@@ -42,7 +43,7 @@ impl RoleDefinition {
                 limit: MAX_ENCODED,
             });
         }
-        Ok(())
+        Ok(length)
     }
 
     /// The local storage called `name`.

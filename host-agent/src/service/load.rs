@@ -12,6 +12,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use vmbus::launch::{self, LaunchError};
 use vmbus::role::RoleDefinition;
 
 use super::configuration::{self, Configuration};
@@ -25,6 +26,10 @@ use crate::shell::quoted;
 
 /// The configuration taken when a directory holds several.
 const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
+
+/// Most bytes that the definitions of all instances take in their goals: 64 MiB. The
+/// supervisor keeps one goal for each instance.
+const MAX_MODEL: usize = 64 << 20;
 
 /// Loads the service in `service`, a directory or a `.cspkg`, with the
 /// configuration `config` or the one found beside the definition or package.
@@ -194,18 +199,22 @@ fn join(
     payload: impl Fn(&DefinedRole) -> Payload,
 ) -> Result<ServiceModel, ServiceError> {
     let mut roles = Vec::new();
+    let mut total = 0;
     for (role, configured) in definition.roles.iter().zip(configuration.roles) {
         let joined = RoleDefinition {
             settings: configured.settings,
             ..role.definition.clone()
         };
-        // A goal over the frame limit could never be sent.
-        joined.check_length().map_err(|error| {
-            let what = format!("role \"{}\" is too long for a goal: {error}", joined.name);
-            definition
+        total +=
+            check_limits(definition, role, &joined)?.saturating_mul(configured.instances as usize);
+        if total > MAX_MODEL {
+            let what = format!(
+                "the definitions of all instances have {total} bytes, the limit is {MAX_MODEL}"
+            );
+            return Err(definition
                 .refuse_role(role, what)
-                .with_hint("put long values of settings and variables into files of the role")
-        })?;
+                .with_hint("configure fewer instances or shorter values"));
+        }
         roles.push(Role {
             definition: joined,
             instances: configured.instances,
@@ -220,6 +229,31 @@ fn join(
         image_place: configuration.image_place,
         roles,
     })
+}
+
+/// Refuses a role that no guest could be sent or start; `joined` is `role` with its
+/// values. Returns its length in a goal in bytes.
+fn check_limits(
+    definition: &Definition,
+    role: &DefinedRole,
+    joined: &RoleDefinition,
+) -> Result<usize, ServiceError> {
+    const HINT: &str = "put long values of settings and variables into files of the role";
+    let name = &joined.name;
+    let length = joined.check_length().map_err(|error| {
+        let what = format!("role \"{name}\" is too long for a goal: {error}");
+        definition.refuse_role(role, what).with_hint(HINT)
+    })?;
+    launch::check(joined).map_err(|error| {
+        let what = format!("role \"{name}\" cannot be started: {error}");
+        match error {
+            LaunchError::Argument { .. } => definition
+                .refuse_command(role, what)
+                .with_hint("put long arguments into files of the role"),
+            _ => definition.refuse_role(role, what).with_hint(HINT),
+        }
+    })?;
+    Ok(length)
 }
 
 /// Lists and checks the files of `role` in `directory`, its program among them.

@@ -9,6 +9,8 @@ mod command;
 pub mod configuration;
 pub mod definition;
 mod error;
+#[cfg(test)]
+mod limits_tests;
 mod load;
 #[cfg(test)]
 mod load_tests;
