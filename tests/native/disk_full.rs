@@ -58,6 +58,34 @@ fn a_package_that_does_not_fit_leaves_the_old_one_unchanged() -> Result<()> {
     Ok(())
 }
 
+/// The signal of the limit would end the command without a message.
+#[test]
+fn a_limit_of_file_sizes_is_named_and_leaves_nothing() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::idle().write(&sandbox.file("service"))?;
+    fs::write(service.join("Role/noise"), noise(2 << 20))?;
+    let out = sandbox.file("out");
+    fs::create_dir(&out)?;
+    let mut command = std::process::Command::new("sh");
+    sandbox.set_environment(&mut command);
+    let output = command
+        .args(["-c", "ulimit -f 1024; exec \"$@\"", "sh"])
+        .arg(e2e::program())
+        .arg("pack")
+        .arg(&service)
+        .arg("-o")
+        .arg(out.join("a.cspkg"))
+        .output()?;
+    let printed = text(&output);
+    ensure!(output.status.code() == Some(1), "{printed}");
+    for wanted in ["error[HA-0103]", "noise", "File too large", "ulimit -f"] {
+        ensure!(printed.contains(wanted), "`{wanted}` is not in: {printed}");
+    }
+    let left = fs::read_dir(&out)?.count();
+    ensure!(left == 0, "{left} files are left");
+    Ok(())
+}
+
 #[test]
 fn an_unwritable_report_does_not_hide_the_failure() -> Result<()> {
     let sandbox = Sandbox::new()?;

@@ -1,5 +1,6 @@
 //! Tests of the program that need no guest: they run on any machine.
 
+mod costly_files;
 mod disk_full;
 mod first_service;
 mod memory;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinError;
 
 use super::args::{PackArgs, ValidateArgs};
@@ -68,6 +69,10 @@ fn interruptible<T: Send + 'static>(
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let mut interrupts = Interrupts::listen()?;
+        // Its default action would end the process at `RLIMIT_FSIZE` with a temporary file
+        // left and no message. With a handler write(2) fails with EFBIG.
+        let _file_size = signal(SignalKind::from_raw(libc::SIGXFSZ))
+            .map_err(|error| CliError::chain(Code::Unclassified, &error))?;
         let of_work = progress.clone();
         let mut working = tokio::task::spawn_blocking(move || work(&of_work));
         let number = tokio::select! {

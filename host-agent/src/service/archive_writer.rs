@@ -7,7 +7,9 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use flate2::write::DeflateEncoder;
 use flate2::{Compression, Crc};
 
-use super::archive::{CENTRAL_MAGIC, END_MAGIC, LOCAL_MAGIC, MAX_PACKED, MAX_RATIO};
+use super::archive::{
+    CENTRAL_MAGIC, END_MAGIC, END_SIZE, LOCAL_MAGIC, MAX_PACKED, MAX_PARTS, MAX_RATIO,
+};
 
 /// Writes parts one after another; [`Self::finish`] adds the directory.
 pub(super) struct ArchiveWriter {
@@ -53,12 +55,11 @@ impl ArchiveWriter {
             packed = size;
         }
         let end = start + header + packed;
-        let too_large = || {
-            let what = format!("the package would exceed {MAX_PACKED} bytes");
-            io::Error::new(io::ErrorKind::InvalidData, what)
-        };
         if end > MAX_PACKED {
             return Err(too_large());
+        }
+        if usize::from(self.count) == MAX_PARTS {
+            return Err(limit(format!("the package would exceed {MAX_PARTS} parts")));
         }
         let sizes = [crc, packed as u32, size as u32];
         let described = self.describe(method, sizes, name);
@@ -78,7 +79,7 @@ impl ArchiveWriter {
         self.central.extend((0o100_644_u32 << 16).to_le_bytes());
         self.central.extend((start as u32).to_le_bytes());
         self.central.extend(name.as_bytes());
-        self.count = self.count.checked_add(1).ok_or_else(too_large)?;
+        self.count += 1;
         self.at = end;
         Ok(())
     }
@@ -100,6 +101,9 @@ impl ArchiveWriter {
 
     /// Writes the central directory and returns the file, not synced.
     pub fn finish(mut self) -> io::Result<File> {
+        if self.at + (self.central.len() + END_SIZE) as u64 > MAX_PACKED {
+            return Err(too_large());
+        }
         self.out.write_all(&self.central)?;
         let mut end = Vec::with_capacity(22);
         end.extend(END_MAGIC.to_le_bytes());
@@ -113,6 +117,20 @@ impl ArchiveWriter {
         let file = self.out.into_inner();
         file.map_err(io::IntoInnerError::into_error)
     }
+}
+
+fn too_large() -> io::Error {
+    limit(format!("the package would exceed {MAX_PACKED} bytes"))
+}
+
+/// The error of a package that would exceed a limit.
+fn limit(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::FileTooLarge, what)
+}
+
+/// Whether `error` is of a package that would exceed a limit, and not of the file system.
+pub(super) fn is_limit(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::FileTooLarge && error.raw_os_error().is_none()
 }
 
 /// Writes `content` compressed: checksum, size and packed size.

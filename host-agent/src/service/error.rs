@@ -121,6 +121,10 @@ impl ServiceError {
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                 Some("name a file where this user can write")
             }
+            ErrorKind::FileTooLarge => Some(
+                "choose a file system for larger files, or raise the limit of this process \
+                 (ulimit -f)",
+            ),
             _ => None,
         };
         let mut error = Self::new(file, what).blaming(Blame::Output);
@@ -226,6 +230,7 @@ pub(super) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
+    let word = cut(word);
     let limit = (word.chars().count() / 3).max(1);
     candidates
         .into_iter()
@@ -235,11 +240,17 @@ pub(super) fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// Edit distance, ignoring case. Long words are cut: names are short.
+/// The first 64 characters of `word`: names are short, and the time to compare two words
+/// is the product of their lengths.
+fn cut(word: &str) -> &str {
+    let end = word.char_indices().nth(64);
+    end.map_or(word, |(end, _)| &word[..end])
+}
+
+/// Edit distance of the beginnings of two words, ignoring case.
 fn distance(a: &str, b: &str) -> usize {
-    const LONGEST: usize = 64;
-    let a: Vec<char> = a.to_lowercase().chars().take(LONGEST).collect();
-    let b: Vec<char> = b.to_lowercase().chars().take(LONGEST).collect();
+    let a: Vec<char> = cut(a).to_lowercase().chars().collect();
+    let b: Vec<char> = cut(b).to_lowercase().chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
         let mut diagonal = row[0];

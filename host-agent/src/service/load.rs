@@ -20,7 +20,7 @@ use super::definition::{self, DefinedRole, Definition};
 use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel};
 use super::package::Package;
-use super::payload::Files;
+use super::payload::{Files, Total};
 use crate::progress::Progress;
 use crate::shell::quoted;
 
@@ -112,8 +112,10 @@ fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel,
         None => find_configuration(service)?,
     };
     let configuration = configuration::read(&config, &definition)?;
+    let mut total = Total::default();
     for role in &definition.roles {
-        check_directory(&definition, role, &service.join(&role.definition.name))?;
+        let directory = service.join(&role.definition.name);
+        check_directory(&definition, role, &directory, &mut total)?;
     }
     let payload = |role: &DefinedRole| Payload::Directory(service.join(&role.definition.name));
     join(&definition, configuration, payload)
@@ -256,11 +258,13 @@ fn check_limits(
     Ok(length)
 }
 
-/// Lists and checks the files of `role` in `directory`, its program among them.
+/// Lists and checks the files of `role` in `directory`, its program among them, and adds
+/// them to `total`.
 pub(super) fn check_directory(
     definition: &Definition,
     role: &DefinedRole,
     directory: &Path,
+    total: &mut Total,
 ) -> Result<Files, ServiceError> {
     if !directory.is_dir() {
         let what = format!(
@@ -272,7 +276,7 @@ pub(super) fn check_directory(
             .refuse_role(role, what)
             .with_hint("make it: its content is the role's approot"));
     }
-    let files = Files::open(&Payload::Directory(directory.to_owned()))?;
+    let files = Files::of_directory(directory, total)?;
     find_entry_point(definition, role, &files, |place| {
         format!("chmod +x {}", quoted(place))
     })?;

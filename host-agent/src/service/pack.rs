@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::{Timestamp, tz::Offset};
 
-use super::archive_writer::ArchiveWriter;
+use super::archive_writer::{ArchiveWriter, is_limit};
 use super::definition::{self, Definition};
 use super::error::{Blame, ServiceError};
 use super::load::{check_directory, directory_of, find_definition};
@@ -20,7 +20,7 @@ use super::package::{
     MANIFEST_NAMESPACE, MANIFEST_TYPE, MAX_MANIFEST, RELATIONSHIPS, RELATIONSHIPS_NAMESPACE,
     ROLE_LAYOUT,
 };
-use super::payload::{Files, MAX_FILES, RoleFile};
+use super::payload::{Files, RoleFile, Total};
 use super::xml::escape;
 use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
@@ -95,26 +95,25 @@ fn pack_at(
     let step = progress.step(what, None);
     let definition = definition::read(&find_definition(directory)?)?;
     let mut roles = Vec::new();
+    let mut total = Total::default();
     for role in &definition.roles {
-        let files = check_directory(&definition, role, &directory.join(&role.definition.name))?;
+        let files = directory.join(&role.definition.name);
+        let files = check_directory(&definition, role, &files, &mut total)?;
         roles.push((role.definition.name.as_str(), files));
     }
     let files = roles.iter().map(|(_, files)| files.entries().len()).sum();
-    if files > MAX_FILES {
-        let what = format!("the roles hold more than {MAX_FILES} files together");
-        return Err(ServiceError::new(directory, what).with_hint(FEWER_FILES));
-    }
     drop(step);
     let plan = Plan::of(&definition, &roles, progress)?;
     let manifest: u64 = plan.manifest(time).map(|piece| piece.len() as u64).sum();
     if manifest > MAX_MANIFEST {
-        return Err(
-            ServiceError::new(directory, "the file names are too long for a package")
-                .with_hint("remove files that the roles do not need, or shorten their names"),
+        let what = format!(
+            "the manifest would have {manifest} bytes, the limit of a package is {MAX_MANIFEST}"
         );
+        return Err(ServiceError::new(directory, what)
+            .with_hint("remove files that the roles do not need, or shorten their names"));
     }
 
-    let cannot = |source| ServiceError::output(out, "cannot write the package", source);
+    let cannot = |source| cannot_write(directory, out, "cannot write the package", source);
     // 0o666 and the umask: readable as any new file, not only by its owner.
     let unfinished = tempfile::Builder::new()
         .prefix(".pack-")
@@ -139,7 +138,8 @@ fn pack_at(
         };
         archive.add(&content_name(digest), open).map_err(|source| {
             let place = content.files.locate(&content.entry.path);
-            ServiceError::output(out, format!("cannot pack {}", place.display()), source)
+            let what = format!("cannot pack {}", place.display());
+            cannot_write(directory, out, &what, source)
                 .or_hint("pack again, and do not change the files meanwhile")
         })?;
     }
@@ -156,6 +156,14 @@ fn pack_at(
         files,
         bytes,
     })
+}
+
+/// Why `out`, the package of `directory`, cannot be written: `what`, or a limit of packages.
+fn cannot_write(directory: &Path, out: &Path, what: &str, source: io::Error) -> ServiceError {
+    if is_limit(&source) {
+        return ServiceError::new(directory, source.to_string()).with_hint(FEWER_FILES);
+    }
+    ServiceError::output(out, what, source)
 }
 
 /// Everything that goes into the package.
@@ -204,7 +212,10 @@ impl<'a> Plan<'a> {
             layouts.push((*role, layout));
         }
         if metadata > MAX_METADATA {
-            let what = "too many executable files for a package";
+            let what = format!(
+                "the paths of executable files have {metadata} bytes, the limit of a package is \
+                 {MAX_METADATA}"
+            );
             return Err(ServiceError::new(definition.file(), what)
                 .with_hint("chmod -x files that are not programs"));
         }

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::archive::{Archive, Part, PartReader};
+use super::archive::{Archive, MAX_PARTS, Part, PartReader};
 use super::definition::{self, Definition};
 use super::error::ServiceError;
 use super::payload::RoleFile;
@@ -149,10 +149,14 @@ impl Package {
 
     /// Unpacks every content and checks its size, checksum and digest.
     pub fn verify(&self, progress: &Progress) -> Result<(), ServiceError> {
-        let total = self.contents.iter().map(|content| self.part(content).size);
+        // Several contents may have one part, which then has one digest.
+        let mut parts: Vec<&Content> = self.contents.iter().collect();
+        parts.sort_unstable_by_key(|content| content.part);
+        parts.dedup_by_key(|content| content.part);
+        let total = parts.iter().map(|content| self.part(content).size).sum();
         let what = format!("checking {}", self.path().display());
-        let _step = progress.step(what, Some(total.sum()));
-        for content in &self.contents {
+        let _step = progress.step(what, Some(total));
+        for content in parts {
             let mut read = progress.watch(self.read(content));
             std::io::copy(&mut read, &mut std::io::sink()).map_err(|source| {
                 let place = self.archive.path().join(&*self.part(content).name);
@@ -262,7 +266,7 @@ fn check_content_types(archive: &Archive) -> Result<(), ServiceError> {
 fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
     let part = required_part(archive, RELATIONSHIPS)?;
     let (place, text) = read_text(archive, part)?;
-    let document = xml::parse(&place, &text, xml::MAX_BYTES as u32)?;
+    let document = xml::parse(&place, &text, xml::MAX_NODES)?;
     let root = xml::root(
         &place,
         &text,
@@ -294,8 +298,10 @@ fn contents<R: Read>(
     manifest: &LargeXml<'_, impl Fn() -> R>,
     root: Element<'_>,
 ) -> Result<(Vec<Content>, ByName), ServiceError> {
-    let mut contents = Vec::new();
+    let mut contents: Vec<Content> = Vec::new();
     let mut by_name = ByName::new();
+    // The first content of each part.
+    let mut first: Vec<Option<u32>> = vec![None; archive.parts().len()];
     if let Some(list) = root.child("PackageContents")? {
         list.check(&CONTENTS)?;
     }
@@ -304,11 +310,21 @@ fn contents<R: Read>(
         for element in list.children("ContentDefinition") {
             element.check(&CONTENT)?;
             let name = element.leaf("Name")?;
+            if contents.len() == MAX_PARTS {
+                return Err(element.refuse(format!("more than {MAX_PARTS} contents")));
+            }
             let index = contents.len() as u32;
             if by_name.insert(name.into(), index).is_some() {
                 return Err(element.refuse(format!("duplicate content \"{name}\"")));
             }
-            contents.push(content(archive, element, name)?);
+            let content = content(archive, element, name)?;
+            let first = *first[content.part as usize].get_or_insert(index);
+            let same = contents.get(first as usize);
+            if same.is_some_and(|same| same.digest != content.digest) {
+                let what = format!("content \"{name}\" gives its part a second hash");
+                return Err(element.refuse(what));
+            }
+            contents.push(content);
         }
         Ok(())
     })?;

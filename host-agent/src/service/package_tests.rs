@@ -1,6 +1,7 @@
 //! Packs services and reads packages, valid, damaged and hostile.
 
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -222,7 +223,7 @@ fn a_fifo_instead_of_a_file_is_refused_at_once() {
 }
 
 /// The package of the redis service, in parts.
-fn parts() -> Vec<(String, Vec<u8>)> {
+pub(super) fn parts() -> Vec<(String, Vec<u8>)> {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("redis.cspkg");
     pack(Path::new(SAMPLE), &file, &Progress::default()).unwrap();
@@ -236,7 +237,7 @@ fn parts() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Loads a package of `parts`.
-fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError> {
+pub(super) fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError> {
     let out = tempfile::NamedTempFile::new().unwrap();
     let mut writer = ArchiveWriter::new(out.reopen().unwrap(), (33, 0));
     for (name, content) in parts {
@@ -244,6 +245,12 @@ fn load_parts(parts: &[(String, Vec<u8>)]) -> Result<ServiceModel, ServiceError>
     }
     writer.finish().unwrap();
     load(out.path(), Some(&config()), &Progress::default())
+}
+
+/// Where the hash of the first content in `manifest` is.
+fn hash_of(manifest: &str) -> Range<usize> {
+    let start = manifest.find("<IntegrityCheckHash>").unwrap() + "<IntegrityCheckHash>".len();
+    start..start + 44
 }
 
 fn config() -> PathBuf {
@@ -275,8 +282,7 @@ fn each_error_in_a_manifest_is_reported() {
     let path = |path: &str| format!("<FilePath>{path}<");
     let run = path("\\approot\\run.sh");
     let second = |name: &str| file.replace("run.sh", name);
-    let hash = manifest.find("<IntegrityCheckHash>").unwrap() + "<IntegrityCheckHash>".len();
-    let hash = &manifest[hash..hash + 44];
+    let hash = &manifest[hash_of(&manifest)];
     let nobody = format!(
         "<KeyValuePair><Key>{EXECUTABLE_KEY}Nobody</Key><Value></Value></KeyValuePair>\
          </PackageMetaData>"
@@ -383,6 +389,18 @@ fn a_missing_or_unknown_part_is_named() {
         load_parts(&parts)
     };
     with("NamedStreams/SupportData/Cache/1.0").unwrap();
+    // A part has one digest, though it may be several contents.
+    let mut second = original.clone();
+    let all = content
+        .replace("<Name>ServiceDefinition/", "<Name>NamedStreams/")
+        .replace(
+            &content[hash_of(content)],
+            "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0=",
+        );
+    let all = format!("{all}</PackageContents>");
+    second[2].1 = manifest.replace("</PackageContents>", &all).into_bytes();
+    let error = load_parts(&second).unwrap_err().to_string();
+    assert!(error.contains("gives its part a second hash"), "{error}");
     let error = with("Extra").unwrap_err().to_string();
     assert!(
         error.contains("content \"Extra\" is in no layout"),

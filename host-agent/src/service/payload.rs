@@ -1,7 +1,7 @@
 //! The files of one role, whether they come from a directory or a package:
 //! listed once, checked, then read one at a time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -17,17 +17,25 @@ use super::model::Payload;
 use super::open::open_regular;
 use super::package::Package;
 
-/// Most files of a role and of a package.
+/// Most files of all roles of a service.
 pub const MAX_FILES: usize = 50_000;
 
-/// Most bytes of all files of a role and of a package: 2 GiB.
+/// Most bytes of the files of all roles of a service, and of a package unpacked: 2 GiB.
 pub const MAX_UNPACKED: u64 = 2 << 30;
+
+/// Most bytes of the paths of all files of a service: 16 MiB. The list of files is kept in
+/// memory.
+pub const MAX_PATHS: usize = 16 << 20;
 
 /// Deepest directory below approot.
 pub const MAX_DEPTH: usize = 32;
 
 /// Longest name in a directory (Linux and squashfs).
 const MAX_NAME: usize = 255;
+
+/// Longest path below approot. Linux accepts 4,095 bytes (`PATH_MAX`), among them the path
+/// of approot.
+const MAX_PATH: usize = 4000;
 
 /// A file of a role, below approot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,7 +64,7 @@ impl Files {
     /// Lists and checks the files of `payload`, sorted by path.
     pub fn open(payload: &Payload) -> Result<Self, ServiceError> {
         match payload {
-            Payload::Directory(path) => Self::open_directory(path),
+            Payload::Directory(path) => Self::of_directory(path, &mut Total::default()),
             Payload::Package { file, role } => {
                 Self::of_package(Arc::new(Package::open(file)?), role)
             }
@@ -78,19 +86,24 @@ impl Files {
         })
     }
 
-    fn open_directory(path: &Path) -> Result<Self, ServiceError> {
+    /// The files of the directory `path`, which are added to `total`.
+    pub(super) fn of_directory(path: &Path, total: &mut Total) -> Result<Self, ServiceError> {
         let root = File::open(path)
             .map_err(|source| ServiceError::io(path, "cannot open the directory", source))?;
         let mut walk = Walk {
             root: path,
             entries: Vec::new(),
-            total: 0,
+            total,
         };
         walk.directory(path, "", 0).map_err(|error| {
             error.or_hint("take out of the directory what the role does not need")
         })?;
         let mut entries = walk.entries;
         entries.sort_by(|a, b| a.path.cmp(&b.path));
+        check_paths(&entries).map_err(|what| {
+            ServiceError::new(path, what)
+                .with_hint("rename one: a package on Windows could not hold both")
+        })?;
         Ok(Self {
             entries: entries.into(),
             origin: Origin::Directory {
@@ -168,7 +181,7 @@ impl Files {
 struct Walk<'a> {
     root: &'a Path,
     entries: Vec<RoleFile>,
-    total: u64,
+    total: &'a mut Total,
 }
 
 impl Walk<'_> {
@@ -222,15 +235,10 @@ impl Walk<'_> {
         path: String,
         metadata: &fs::Metadata,
     ) -> Result<(), ServiceError> {
-        self.total = self.total.saturating_add(metadata.len());
-        if self.total > MAX_UNPACKED {
-            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
-            return Err(ServiceError::new(self.root, what));
-        }
-        if self.entries.len() == MAX_FILES {
-            let what = format!("holds more than {MAX_FILES} files");
-            return Err(ServiceError::new(self.root, what));
-        }
+        check_path(&path).map_err(|what| ServiceError::new(here, what))?;
+        self.total
+            .add(&path, metadata.len())
+            .map_err(|what| ServiceError::new(self.root, what))?;
         open_regular(here, "cannot read the file")?;
         self.entries.push(RoleFile {
             path,
@@ -239,6 +247,71 @@ impl Walk<'_> {
         });
         Ok(())
     }
+}
+
+/// What the files of all roles of a service add up to.
+#[derive(Debug, Default)]
+pub(super) struct Total {
+    files: usize,
+    bytes: u64,
+    paths: usize,
+}
+
+impl Total {
+    /// Adds the file at `path` with `size` bytes; fails with the limit that is exceeded.
+    pub fn add(&mut self, path: &str, size: u64) -> Result<(), String> {
+        self.files += 1;
+        self.bytes = self.bytes.saturating_add(size);
+        self.paths += path.len();
+        if self.files > MAX_FILES {
+            return Err(format!(
+                "the roles hold more than {MAX_FILES} files together"
+            ));
+        }
+        if self.bytes > MAX_UNPACKED {
+            return Err(format!(
+                "the files of the roles are larger than {MAX_UNPACKED} bytes together"
+            ));
+        }
+        if self.paths > MAX_PATHS {
+            return Err(format!(
+                "the paths of the files have more than {MAX_PATHS} bytes together"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file of a role can have `path`, whose parts [`check_name`] accepts.
+pub(super) fn check_path(path: &str) -> Result<(), String> {
+    if path.len() > MAX_PATH {
+        return Err(format!(
+            "the path below approot is longer than {MAX_PATH} bytes"
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses two files at one path, and a file that is also a directory.
+pub(super) fn check_paths(files: &[RoleFile]) -> Result<(), String> {
+    let mut paths: HashMap<String, &str> = HashMap::with_capacity(files.len());
+    for file in files {
+        let path = file.path.as_str();
+        match paths.insert(path.to_owned(), path) {
+            None => {}
+            Some(_) => return Err(format!("duplicate file \"{path}\"")),
+        }
+    }
+    for path in paths.keys() {
+        let mut parent = path.as_str();
+        while let Some(slash) = parent.rfind('/') {
+            parent = &parent[..slash];
+            if let Some(file) = paths.get(parent) {
+                return Err(format!("\"{file}\" is a file and a directory"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether `name` can be one part of a path here, in a package and in a guest.

@@ -9,7 +9,7 @@ use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
 use super::error::{ServiceError, SourceLocation, nearest};
 use super::open::open_regular;
-use super::xml_tokens::{Token, first_token};
+use super::xml_tokens::{Token, attributes, declares_namespace, first_token};
 
 /// Largest definition or configuration. Real ones are some kilobytes.
 pub const MAX_BYTES: u64 = 1 << 20;
@@ -17,10 +17,21 @@ pub const MAX_BYTES: u64 = 1 << 20;
 /// Deepest nesting of elements. The schemas need 8.
 pub const MAX_DEPTH: usize = 32;
 
+/// Most attributes of an element, namespace declarations among them, and most declarations
+/// in force at an element. The schemas need 5. The parser's time grows with the square.
+const MAX_ATTRIBUTES: usize = 64;
+
+/// Most nodes of a document: the elements that fit into [`MAX_BYTES`], with the white space
+/// between them. Each takes some 100 bytes.
+pub(super) const MAX_NODES: u32 = 120_000;
+
 /// Error for a DTD.
 pub(super) const DTD: &str = "document type declaration (DTD) refused";
 /// Hint of [`DTD`].
 pub(super) const DTD_HINT: &str = "remove it: a service file needs none";
+
+/// Hint of what only a file that is made to cost time or memory exceeds.
+const FEWER: &str = "remove what the service does not need";
 
 /// What an element may contain. A name in none of the lists is refused as
 /// unknown, one in a `later_` list as not supported yet.
@@ -132,9 +143,13 @@ pub(super) fn parse<'a>(
     };
     Document::parse_with_options(text, options).map_err(|error| {
         use roxmltree::Error as E;
+        if error == E::NodesLimitReached {
+            let what = format!("holds more than {nodes} elements, texts and comments");
+            return ServiceError::new(file, what).with_hint(FEWER);
+        }
         let position = error.pos();
         let offset = match error {
-            E::NodesLimitReached | E::AttributesLimitReached | E::NamespacesLimitReached => 0,
+            E::AttributesLimitReached | E::NamespacesLimitReached => 0,
             E::UnclosedRootNode | E::UnexpectedEndOfStream | E::NoRootNode => text.len(),
             _ => offset_of(text, position.row, position.col),
         };
@@ -153,7 +168,7 @@ pub(super) fn parse<'a>(
 /// Parses `text`, the content of `file`, which a user wrote.
 pub(super) fn parse_written<'a>(file: &Path, text: &'a str) -> Result<Document<'a>, ServiceError> {
     let hint = "close every tag and quote, and write &amp; and &lt; for & and < in values";
-    parse(file, text, MAX_BYTES as u32).map_err(|error| error.or_hint(hint))
+    parse(file, text, MAX_NODES).map_err(|error| error.or_hint(hint))
 }
 
 /// Byte offset of a line and a column in characters, both counted from 1.
@@ -171,26 +186,53 @@ fn offset_of(text: &str, row: u32, column: u32) -> usize {
         .map_or(text.len(), |(offset, _)| start + offset)
 }
 
-/// Refuses a DTD and deep nesting before the parser builds anything.
+/// Refuses what costs the parser too much and a DTD before the parser builds anything.
 fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
-    let mut depth = 0_usize;
+    // For each open element the namespace declarations in force.
+    let mut open: Vec<usize> = Vec::new();
     let mut at = 0;
     // An incomplete token is left to the parser.
     while let Some((token, length)) = first_token(&text.as_bytes()[at..]) {
+        let bytes = &text.as_bytes()[at..at + length];
+        let refuse = |what: String| ServiceError::at(file, text, at, what);
         match token {
-            Token::Dtd => {
-                return Err(ServiceError::at(file, text, at, DTD).with_hint(DTD_HINT));
+            Token::Dtd => return Err(refuse(DTD.into()).with_hint(DTD_HINT)),
+            Token::Start if open.len() == MAX_DEPTH => return Err(refuse(too_deep())),
+            Token::Start | Token::Empty => {
+                let outer = open.last().copied().unwrap_or_default();
+                let declared =
+                    check_attributes(bytes, outer).map_err(|what| refuse(what).with_hint(FEWER))?;
+                if token == Token::Start {
+                    open.push(declared);
+                }
             }
-            Token::Start if depth == MAX_DEPTH => {
-                return Err(ServiceError::at(file, text, at, too_deep()));
-            }
-            Token::Start => depth += 1,
-            Token::End => depth = depth.saturating_sub(1),
-            _ => {}
+            Token::End => drop(open.pop()),
+            Token::Other | Token::Text => {}
         }
         at += length;
     }
     Ok(())
+}
+
+/// Refuses too many attributes of `tag`. Returns the number of namespace declarations in
+/// force in it, where `outer` are those in force around it.
+fn check_attributes(tag: &[u8], outer: usize) -> Result<usize, String> {
+    let (mut count, mut declared) = (0, outer);
+    for (name, _) in attributes(tag) {
+        count += 1;
+        declared += usize::from(declares_namespace(name));
+        if count > MAX_ATTRIBUTES {
+            return Err(format!(
+                "more than {MAX_ATTRIBUTES} attributes on an element"
+            ));
+        }
+        if declared > MAX_ATTRIBUTES {
+            return Err(format!(
+                "more than {MAX_ATTRIBUTES} namespace declarations around an element"
+            ));
+        }
+    }
+    Ok(declared)
 }
 
 pub(super) fn too_deep() -> String {

@@ -16,8 +16,13 @@ use super::xml_tokens::{Token, first_token};
 /// A chunk is complete when it has this many bytes. Small in tests, whose texts
 /// are short.
 const CHUNK_SIZE: usize = if cfg!(test) { 200 } else { 64 << 10 };
-/// Most bytes of a chunk. A record has some 350; the longest path, with every
-/// character escaped, makes it 50,000.
+/// Most bytes of a record, which has some 350; the longest path, with every character
+/// escaped, makes it 50,000.
+const MAX_RECORD: usize = 128 << 10;
+/// Most bytes of the start tags that enclose records, which have some 200. Every chunk
+/// gets a copy of them.
+const MAX_ENCLOSING: usize = 2 << 10;
+/// Most bytes of a chunk: all but its last record are less than [`CHUNK_SIZE`].
 const MAX_CHUNK: usize = 256 << 10;
 /// Most bytes outside the records: those of a definition or configuration.
 const MAX_REST: usize = 2 << 20;
@@ -96,8 +101,7 @@ impl<R: Read, O: Fn() -> R> LargeXml<'_, O> {
         let Records { at, list, kind, .. } = records;
         let result = (|| {
             let text = xml::text_of(self.file, records.text, MAX_CHUNK as u64)?;
-            // Each node takes at least one byte.
-            let document = xml::parse(self.file, &text, text.len() as u32)?;
+            let document = xml::parse(self.file, &text, xml::MAX_NODES)?;
             let (name, namespace) = self.root;
             let mut element = xml::root(self.file, &text, &document, name, namespace)?;
             let path = self.records[kind];
@@ -176,13 +180,20 @@ impl<R: Read, O: Fn() -> R> LargeXml<'_, O> {
                 }
                 continue;
             }
+            if records.is_none() && open.iter().map(Vec::len).sum::<usize>() > MAX_ENCLOSING {
+                return Err(refuse(format!(
+                    "the start tags around a list are longer than {MAX_ENCLOSING} bytes"
+                )));
+            }
             let collected = records.get_or_insert_with(|| {
                 let kind = kind.expect("a chunk begins with a record");
                 Records::new(kind, lists[kind] - 1, position, &open)
             });
             collected.text.extend_from_slice(bytes);
-            if collected.text.len() > MAX_CHUNK / 2 + CHUNK_SIZE {
-                return Err(refuse("an element of a list is too large".into()));
+            if collected.text.len() > CHUNK_SIZE + MAX_RECORD {
+                return Err(refuse(format!(
+                    "an element of a list is larger than {MAX_RECORD} bytes"
+                )));
             }
             match token {
                 Token::Start => within += 1,
@@ -296,7 +307,7 @@ impl<R: Read> Lexer<'_, R> {
                 break Token::Other;
             }
             if rest.len() > MAX_TOKEN {
-                let what = "a tag or comment is too long";
+                let what = format!("a tag or comment is longer than {MAX_TOKEN} bytes");
                 return Err(ServiceError::at_position(self.file, self.position, what));
             }
             self.fill()?;

@@ -54,3 +54,52 @@ pub(super) fn first_token(bytes: &[u8]) -> Option<(Token, usize)> {
         }
     }
 }
+
+/// Name and value of each attribute in `tag`, up to the first that is malformed: there the
+/// parser stops as well.
+pub(super) fn attributes(tag: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = tag;
+    std::iter::from_fn(move || {
+        let equals = rest.iter().position(|byte| *byte == b'=')?;
+        let before = rest[..equals].trim_ascii_end();
+        let name = before.rsplit(u8::is_ascii_whitespace).next()?;
+        let (quote, value) = rest[equals + 1..].trim_ascii_start().split_first()?;
+        let length = match quote {
+            b'"' | b'\'' => value.iter().position(|byte| byte == quote)?,
+            _ => return None,
+        };
+        rest = &value[length + 1..];
+        Some((name, &value[..length]))
+    })
+}
+
+/// Whether `name` is that of a namespace declaration.
+pub(super) fn declares_namespace(name: &[u8]) -> bool {
+    name == b"xmlns" || name.starts_with(b"xmlns:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_found_without_a_parser() {
+        let found = |tag: &'static str| -> Vec<(&str, &str)> {
+            let text = |bytes| std::str::from_utf8(bytes).unwrap();
+            let pairs = attributes(tag.as_bytes());
+            pairs
+                .map(|(name, value)| (text(name), text(value)))
+                .collect()
+        };
+        assert_eq!(found("<a>"), []);
+        assert_eq!(
+            found("<a b='1=\"2' \n c = \"'>\"/>"),
+            [("b", "1=\"2"), ("c", "'>")]
+        );
+        assert_eq!(found("<?xml version='1.0'?>"), [("version", "1.0")]);
+        for rest in ["d", "d=", "d=x", "d=\"x", "d==\"x\""] {
+            let tag = format!("<a b='1' {rest}>").leak();
+            assert_eq!(found(tag), [("b", "1")], "{tag}");
+        }
+    }
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::super::archive::Archive;
 use super::super::error::ServiceError;
-use super::super::payload::{MAX_DEPTH, MAX_FILES, MAX_UNPACKED, RoleFile, check_name};
+use super::super::payload::{MAX_DEPTH, RoleFile, Total, check_name, check_path, check_paths};
 use super::super::xml::{Element, Schema};
 use super::super::xml_chunks::LargeXml;
 use super::{APPROOT, ByName, Content, EXECUTABLE_KEY, FILE_RECORDS, Layouts, ROLE_LAYOUT};
@@ -72,20 +72,21 @@ pub(super) fn layouts<R: Read>(
         let what = format!("\"{EXECUTABLE_KEY}{role}\" names a role without a layout");
         return Err(root.refuse(what));
     }
-    let mut count = 0;
+    let mut total = Total::default();
     manifest.read_records(FILE_RECORDS, |list, number| {
         list.check(&LAYOUT_DESCRIPTION)?;
         let Some(builder) = roles.get_mut(number) else {
             return Err(list.refuse("the manifest changed while it was read"));
         };
         for element in list.children("FileDefinition") {
-            count += 1;
-            if count > MAX_FILES {
-                return Err(element.refuse(format!("more than {MAX_FILES} files")));
-            }
             let size =
                 |content: u32| archive.parts()[contents[content as usize].part as usize].size;
             let file = packed_file(element, by_name, &mut builder.executable, size)?;
+            total.add(&file.0.path, file.0.size).map_err(|what| {
+                element
+                    .refuse(what)
+                    .with_hint("remove files that the roles do not need, and pack again")
+            })?;
             builder.files.push(file);
         }
         Ok(())
@@ -99,7 +100,7 @@ pub(super) fn layouts<R: Read>(
         builder.files.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
         let contents = builder.files.iter().map(|(_, content)| *content).collect();
         let entries: Vec<RoleFile> = builder.files.into_iter().map(|(entry, _)| entry).collect();
-        check_files(builder.description, &entries)?;
+        check_paths(&entries).map_err(|what| builder.description.refuse(what))?;
         let layout = Layout {
             entries: entries.into(),
             contents,
@@ -158,6 +159,8 @@ fn packed_file(
     for piece in &pieces {
         check_name(piece).map_err(|what| element.refuse(format!("file \"{written}\": {what}")))?;
     }
+    let path = pieces.join("/");
+    check_path(&path).map_err(|what| element.refuse(what))?;
     let description = element.required_child("FileDescription")?;
     description.check(&FILE_DESCRIPTION)?;
     let reference = description.leaf("DataContentReference")?;
@@ -165,39 +168,11 @@ fn packed_file(
         .get(reference)
         .ok_or_else(|| description.refuse(format!("the package has no content \"{reference}\"")))?;
     let entry = RoleFile {
-        path: pieces.join("/"),
+        path,
         size: size(content),
         executable: executable.remove(written),
     };
     Ok((entry, content))
-}
-
-/// Refuses duplicate paths, a file that is also a directory, and too many
-/// bytes.
-fn check_files(layout: Element<'_>, files: &[RoleFile]) -> Result<(), ServiceError> {
-    let mut paths = HashSet::new();
-    let mut total = 0_u64;
-    for file in files {
-        total = total.saturating_add(file.size);
-        if total > MAX_UNPACKED {
-            let what = format!("the files are larger than {MAX_UNPACKED} bytes together");
-            return Err(layout.refuse(what));
-        }
-        let path = file.path.as_str();
-        if !paths.insert(path) {
-            return Err(layout.refuse(format!("duplicate file \"{path}\"")));
-        }
-    }
-    for path in &paths {
-        let mut parent = *path;
-        while let Some(slash) = parent.rfind('/') {
-            parent = &parent[..slash];
-            if paths.contains(parent) {
-                return Err(layout.refuse(format!("\"{parent}\" is a file and a directory")));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Refuses contents that no layout uses.

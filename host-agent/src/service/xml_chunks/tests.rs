@@ -158,17 +158,31 @@ proptest! {
 #[test]
 fn input_that_needs_too_much_memory_is_refused() {
     let list = |content: &str| format!("<R xmlns='urn:r'><A>{content}</A></R>");
+    let namespaces =
+        |count: usize| -> String { (0..count).map(|n| format!(" xmlns:n{n}='u{n}'")).collect() };
     let depth = 100;
     let deep = "<d>".repeat(depth) + &"</d>".repeat(depth);
     let cases = [
         (
             list(&format!("<I>{}</I>", "<x/>".repeat(100_000))),
-            "too large",
+            "larger than 131072 bytes",
         ),
-        (list(&format!("<!--{}-->", "x".repeat(200_000))), "too long"),
+        (
+            list(&format!("<!--{}-->", "x".repeat(200_000))),
+            "longer than 65536 bytes",
+        ),
         (list(&"<x/>".repeat(600_000)), "outside its lists"),
         (list(&deep), "nested deeper"),
         (list(&format!("<I>{deep}</I>")), "nested deeper"),
+        (
+            format!("<R xmlns='urn:r'><A b='{}'><I/></A></R>", "x".repeat(3000)),
+            "around a list are longer than 2048 bytes",
+        ),
+        (
+            format!("<R xmlns='urn:r'{}><A/></R>", namespaces(70)),
+            "more than 64",
+        ),
+        (list(&format!("<I{}/>", namespaces(70))), "more than 64"),
         (format!("<!DOCTYPE x>{}", list("")), "DTD"),
         (list("<I><!DOCTYPE x></I>"), "DTD"),
     ];
