@@ -2,8 +2,7 @@
 //!
 //! Every byte of the file is accounted for: parts follow one another from the
 //! first byte, local headers and central directory agree, and only the end record
-//! follows the central directory. Comments, directories, links, encryption and
-//! ZIP64 are refused.
+//! follows the central directory. `archive_policy` says what a part may be.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -13,9 +12,12 @@ use std::path::{Path, PathBuf};
 use flate2::Crc;
 use flate2::bufread::DeflateDecoder;
 
+use super::archive_policy::{
+    DEFLATED, FLAG_DESCRIPTOR, FLAG_UTF8, STORED, ZIP64, check_extra, check_kind, part_name,
+};
 use super::error::ServiceError;
 use super::open::open_regular;
-use super::payload::{MAX_DEPTH, MAX_UNPACKED};
+use super::payload::MAX_UNPACKED;
 
 /// Largest package: 600 MiB.
 pub const MAX_PACKED: u64 = 600 << 20;
@@ -31,9 +33,6 @@ pub const MAX_RATIO: u64 = 200;
 /// data compresses to almost nothing.
 pub(super) const RATIO_FREE: u64 = 64 << 10;
 
-/// Longest name of a part.
-const MAX_PART_NAME: usize = 1024;
-
 /// Largest central directory: [`MAX_PARTS`] entries of some 300 bytes.
 const MAX_DIRECTORY: u64 = 16 << 20;
 
@@ -45,17 +44,8 @@ const DESCRIPTOR_MAGIC: u32 = 0x0807_4b50;
 const LOCAL_SIZE: usize = 30;
 const CENTRAL_SIZE: usize = 46;
 pub(super) const END_SIZE: usize = 22;
-const STORED: u16 = 0;
-const DEFLATED: u16 = 8;
-const FLAG_DESCRIPTOR: u16 = 1 << 3;
-const FLAG_UTF8: u16 = 1 << 11;
-/// Bits 1 and 2 are the compression level of the writer.
-const FLAGS_ALLOWED: u16 = 0b110 | FLAG_DESCRIPTOR | FLAG_UTF8;
-const EXTRA_ZIP64: u16 = 0x0001;
-const EXTRA_UNICODE_PATH: u16 = 0x7075;
 
 const SPLIT: &str = "split ZIP archives are not supported";
-const ZIP64: &str = "ZIP64 is not supported";
 
 /// An archive with a valid structure. Contents are checked as they are read.
 #[derive(Debug)]
@@ -123,9 +113,9 @@ impl Archive {
         })?;
         let name = |index: &u32| &*parts[*index as usize].name;
         let mut by_name: Vec<u32> = (0..parts.len() as u32).collect();
-        by_name.sort_unstable_by(|a, b| folded(name(a)).cmp(folded(name(b))));
+        by_name.sort_by_cached_key(|index| folded(name(index)).collect::<String>());
         for pair in by_name.windows(2) {
-            if name(&pair[0]).eq_ignore_ascii_case(name(&pair[1])) {
+            if folded(name(&pair[0])).eq(folded(name(&pair[1]))) {
                 let second = name(pair.iter().max().unwrap_or(&0));
                 let what = format!("duplicate part \"{second}\"");
                 return Err(ServiceError::new(path, what));
@@ -201,9 +191,10 @@ impl Archive {
     }
 }
 
-/// A part's name as OPC compares it: ignoring ASCII case.
-fn folded(name: &str) -> impl Iterator<Item = u8> {
-    name.bytes().map(|byte| byte.to_ascii_lowercase())
+/// A part's name as it is compared: without regard to case. Open Packaging ignores that of
+/// ASCII, some file systems that of every letter.
+fn folded(name: &str) -> impl Iterator<Item = char> {
+    name.chars().flat_map(char::to_lowercase)
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -283,8 +274,11 @@ fn end_record(file: &File, length: u64) -> Result<(usize, u64, u64), Refusal> {
     if u64::from(offset) + u64::from(size) != start {
         return Err("the central directory does not end at the end record".into());
     }
-    if usize::from(count) > MAX_PARTS || u64::from(size) > MAX_DIRECTORY {
+    if usize::from(count) > MAX_PARTS {
         return Err(format!("the package has more than {MAX_PARTS} parts").into());
+    }
+    if u64::from(size) > MAX_DIRECTORY {
+        return Err(format!("the central directory is larger than {MAX_DIRECTORY} bytes").into());
     }
     Ok((count.into(), offset.into(), size.into()))
 }
@@ -312,7 +306,10 @@ fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, R
         }
         let (name, variable) = variable.split_at(name);
         check_extra(&variable[..extra]).map_err(|what| format!("{}: {what}", shown(name)))?;
-        rest = &variable[extra + comment..];
+        if comment != 0 {
+            return Err(format!("{}: has a comment", shown(name)).into());
+        }
+        rest = &variable[extra..];
         if u16_at(fixed, 34) != 0 {
             return Err(SPLIT.into());
         }
@@ -331,22 +328,6 @@ fn central_entries(directory: &[u8], count: usize) -> Result<Vec<Central<'_>>, R
     Ok(entries)
 }
 
-/// Refuses extra fields that give a part another name or size.
-fn check_extra(mut extra: &[u8]) -> Result<(), String> {
-    while !extra.is_empty() {
-        let length = extra.len();
-        if length < 4 || length - 4 < usize::from(u16_at(extra, 2)) {
-            return Err("an extra field is malformed".into());
-        }
-        match u16_at(extra, 0) {
-            EXTRA_ZIP64 => return Err(ZIP64.into()),
-            EXTRA_UNICODE_PATH => return Err("Unicode path fields are not supported".into()),
-            _ => extra = &extra[4 + usize::from(u16_at(extra, 2))..],
-        }
-    }
-    Ok(())
-}
-
 /// Checks the part that must begin at `at` and end before `limit`. Returns the
 /// part and the offset after its last byte.
 fn check_part(
@@ -356,10 +337,10 @@ fn check_part(
     limit: u64,
 ) -> Result<(Part, u64), Refusal> {
     let fixed = central.fixed;
-    let (made_by, flags, method) = (u16_at(fixed, 4), u16_at(fixed, 8), u16_at(fixed, 10));
+    let (flags, method) = (u16_at(fixed, 8), u16_at(fixed, 10));
     let (crc, packed, size) = (u32_at(fixed, 16), u32_at(fixed, 20), u32_at(fixed, 24));
     let name = part_name(central.name, flags & FLAG_UTF8 != 0)?;
-    check_kind(made_by, u32_at(fixed, 38), flags, method)?;
+    check_kind(u32_at(fixed, 38), flags, method)?;
     let (packed_size, size) = (u64::from(packed), u64::from(size));
     if packed == u32::MAX || size == u64::from(u32::MAX) {
         return Err(ZIP64.into());
@@ -441,64 +422,6 @@ fn descriptor(file: &File, at: u64, limit: u64, sizes: [u32; 3]) -> io::Result<O
         return Ok(Some(16));
     }
     Ok((available >= 12 && read(0) == sizes).then_some(12))
-}
-
-/// Refuses everything but regular files, stored or deflated.
-fn check_kind(made_by: u16, attributes: u32, flags: u16, method: u16) -> Result<(), &'static str> {
-    const UNIX: u16 = 3;
-    const MSDOS_DIRECTORY: u32 = 0x10;
-    let kind = (attributes >> 16) & libc::S_IFMT;
-    if made_by >> 8 == UNIX && kind == libc::S_IFLNK {
-        return Err("symbolic links are not allowed in a package");
-    }
-    if made_by >> 8 == UNIX && kind != 0 && kind != libc::S_IFREG
-        || attributes & MSDOS_DIRECTORY != 0
-    {
-        return Err("only regular files are allowed in a package");
-    }
-    if flags & 1 != 0 {
-        return Err("encrypted packages are not supported");
-    }
-    if flags & !FLAGS_ALLOWED != 0 {
-        return Err("uses an unsupported ZIP feature");
-    }
-    if method != STORED && method != DEFLATED {
-        return Err("uses an unsupported compression method");
-    }
-    Ok(())
-}
-
-/// Checks the name of a part, which must not leave its directory.
-fn part_name(name: &[u8], utf8: bool) -> Result<&str, String> {
-    let name = std::str::from_utf8(name).map_err(|_| "the name is not UTF-8")?;
-    if !utf8 && !name.is_ascii() {
-        return Err("the name is not marked as UTF-8".into());
-    }
-    if name.is_empty() || name.len() > MAX_PART_NAME {
-        return Err(format!("the name is not 1 to {MAX_PART_NAME} bytes long"));
-    }
-    if name.contains(|c: char| c.is_control() || c == '\\' || c == ':') {
-        return Err("the name holds a control character, \"\\\" or \":\"".into());
-    }
-    if name.starts_with('/') {
-        return Err("absolute names are not allowed".into());
-    }
-    if name.ends_with('/') {
-        return Err("only regular files are allowed in a package".into());
-    }
-    if name.split('/').any(|piece| piece == "..") {
-        return Err("names with \"..\" are not allowed".into());
-    }
-    if name
-        .split('/')
-        .any(|piece| piece.is_empty() || piece == ".")
-    {
-        return Err("the name has an empty or \".\" piece".into());
-    }
-    if name.split('/').count() > MAX_DEPTH {
-        return Err(format!("the name has more than {MAX_DEPTH} pieces"));
-    }
-    Ok(name)
 }
 
 /// A part's name for messages, cut and on one line.

@@ -228,6 +228,16 @@ fn inconsistent_parts_are_refused() {
         (|p| p.attributes = 0o120_777 << 16, "symbolic links"),
         (|p| p.attributes = 0o040_755 << 16, "only regular files"),
         (|p| p.attributes = 0o020_666 << 16, "only regular files"),
+        // Whatever the part names as the system of its maker.
+        (
+            |p| (p.made_by, p.attributes) = (20, 0o120_777 << 16),
+            "symbolic links",
+        ),
+        (
+            |p| (p.made_by, p.attributes) = (19 << 8, 0o040_755 << 16),
+            "only regular files",
+        ),
+        (|p| p.extra = vec![0x42, 0x42, 0, 0], "not supported"),
         (|p| p.attributes = 0x10, "only regular files"),
         (|p| p.flags = 1, "encrypted"),
         (|p| p.flags = 1 << 13, "unsupported ZIP feature"),

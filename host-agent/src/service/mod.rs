@@ -2,6 +2,7 @@
 //! into a [`model::ServiceModel`], which is valid by construction.
 
 mod archive;
+mod archive_policy;
 #[cfg(test)]
 mod archive_tests;
 mod archive_writer;
@@ -21,6 +22,8 @@ mod package;
 #[cfg(test)]
 mod package_tests;
 pub mod payload;
+#[cfg(test)]
+mod policy_tests;
 pub mod size;
 mod squashfs;
 mod validate;

@@ -3,7 +3,7 @@
 
 mod layouts;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -279,6 +279,12 @@ fn manifest_name(archive: &Archive) -> Result<String, ServiceError> {
     for relationship in root.children("Relationship") {
         relationship.check(&RELATIONSHIP)?;
         let target = relationship.required("Target")?;
+        // Real packages write External, though the manifest is a part of the package.
+        if let Some(mode) = relationship.attribute("TargetMode")
+            && !matches!(mode.text, "Internal" | "External")
+        {
+            return Err(mode.refuse(format!("unknown {}", mode.quoted())));
+        }
         if relationship.required("Type")?.text != MANIFEST_TYPE {
             return Err(relationship.refuse("unknown relationship").with_hint(
                 "packages of the old format cannot be read; pack with /useCtpPackageFormat",
@@ -300,6 +306,7 @@ fn contents<R: Read>(
 ) -> Result<(Vec<Content>, ByName), ServiceError> {
     let mut contents: Vec<Content> = Vec::new();
     let mut by_name = ByName::new();
+    let mut names = HashSet::new();
     // The first content of each part.
     let mut first: Vec<Option<u32>> = vec![None; archive.parts().len()];
     if let Some(list) = root.child("PackageContents")? {
@@ -316,6 +323,10 @@ fn contents<R: Read>(
             let index = contents.len() as u32;
             if by_name.insert(name.into(), index).is_some() {
                 return Err(element.refuse(format!("duplicate content \"{name}\"")));
+            }
+            if !names.insert(name.to_lowercase()) {
+                let what = format!("content \"{name}\" differs from another only in case");
+                return Err(element.refuse(what));
             }
             let content = content(archive, element, name)?;
             let first = *first[content.part as usize].get_or_insert(index);

@@ -292,14 +292,18 @@ pub(super) fn check_path(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Refuses two files at one path, and a file that is also a directory.
+/// Refuses two files at one path, a file that is also a directory, and paths that differ
+/// only in case: a package comes from a platform that ignores it.
 pub(super) fn check_paths(files: &[RoleFile]) -> Result<(), String> {
     let mut paths: HashMap<String, &str> = HashMap::with_capacity(files.len());
     for file in files {
         let path = file.path.as_str();
-        match paths.insert(path.to_owned(), path) {
+        match paths.insert(path.to_lowercase(), path) {
             None => {}
-            Some(_) => return Err(format!("duplicate file \"{path}\"")),
+            Some(other) if other == path => return Err(format!("duplicate file \"{path}\"")),
+            Some(other) => {
+                return Err(format!("\"{other}\" and \"{path}\" differ only in case"));
+            }
         }
     }
     for path in paths.keys() {

@@ -117,6 +117,11 @@ pub(super) fn text_of(file: &Path, bytes: Vec<u8>, limit: u64) -> Result<String,
     if text.starts_with('\u{FEFF}') {
         text.drain(..'\u{FEFF}'.len_utf8());
     }
+    // The parser would skip another one.
+    if text.starts_with('\u{FEFF}') {
+        return Err(ServiceError::at(file, &text, 0, "second byte order mark")
+            .with_hint("save the file as UTF-8 with one byte order mark or none"));
+    }
     Ok(text)
 }
 
@@ -186,7 +191,8 @@ fn offset_of(text: &str, row: u32, column: u32) -> usize {
         .map_or(text.len(), |(offset, _)| start + offset)
 }
 
-/// Refuses what costs the parser too much and a DTD before the parser builds anything.
+/// Refuses what costs the parser too much, a DTD and a wrong declaration of the encoding,
+/// before the parser builds anything.
 fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
     // For each open element the namespace declarations in force.
     let mut open: Vec<usize> = Vec::new();
@@ -207,7 +213,10 @@ fn prescan(file: &Path, text: &str) -> Result<(), ServiceError> {
                 }
             }
             Token::End => drop(open.pop()),
-            Token::Other | Token::Text => {}
+            Token::Other => check_declaration(bytes).map_err(|what| {
+                refuse(what).with_hint("save the file as UTF-8 and write encoding=\"UTF-8\"")
+            })?,
+            Token::Text => {}
         }
         at += length;
     }
@@ -233,6 +242,22 @@ fn check_attributes(tag: &[u8], outer: usize) -> Result<usize, String> {
         }
     }
     Ok(declared)
+}
+
+/// Refuses an XML declaration with another encoding than UTF-8, which every text has here:
+/// a reader that believes the declaration sees other characters.
+fn check_declaration(token: &[u8]) -> Result<(), String> {
+    let declaration = token
+        .strip_prefix(b"<?xml")
+        .filter(|rest| rest.first().is_some_and(u8::is_ascii_whitespace));
+    let mut declared = declaration.into_iter().flat_map(attributes);
+    match declared.find(|(name, _)| *name == b"encoding") {
+        Some((_, value)) if !value.eq_ignore_ascii_case(b"utf-8") => Err(format!(
+            "declares the encoding \"{}\", but is UTF-8",
+            value[..value.len().min(40)].escape_ascii()
+        )),
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn too_deep() -> String {
