@@ -23,8 +23,7 @@ use crate::failure::Failure;
 use crate::log::Logger;
 use crate::planner::{Effect, Next, Planner};
 use crate::report::{self, Report};
-use crate::setup::{self, Launch};
-use crate::{bus, tunnel};
+use crate::{bus, environment, setup, tunnel};
 
 const NAME: &str = "guest-agent";
 /// Time beyond the role's own for the bootstrapper to end.
@@ -45,7 +44,7 @@ pub async fn run() -> io::Result<()> {
         planner,
         role,
         status,
-        environment: Environment::new(RwLock::new(Vec::new())),
+        environment: Environment::new(RwLock::new(environment::of_command(None))),
         tunnels: BTreeMap::new(),
         bootstrapper: None,
         set_up: None,
@@ -194,7 +193,7 @@ impl Agent {
     fn serve(&mut self, goal: &Goal) -> Result<(), Failure> {
         let endpoints = &goal.role.endpoints;
         if let Ok(mut environment) = self.environment.write() {
-            *environment = Launch::of(goal).environment.into_iter().collect();
+            *environment = environment::of_command(Some(goal));
         }
         self.tunnels.retain(|port, task| {
             let wanted = endpoints.iter().any(|it| it.local_port == *port);

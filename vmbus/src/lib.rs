@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod channel;
+pub mod environment;
 pub mod frame;
 pub mod launch;
 pub mod message;

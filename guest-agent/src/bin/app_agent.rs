@@ -282,7 +282,7 @@ async fn take_program() -> Open {
 fn start_agent(shared: &SharedMonitor, agent: &watch::Sender<Process>) -> std::io::Result<()> {
     let child = Command::new(PROGRAM)
         .env_clear()
-        .env("PATH", guest_agent::setup::PATH)
+        .env("PATH", guest_agent::environment::PATH)
         .spawn()?;
     let pid = i32::try_from(child.id()).expect("a process id is a positive i32");
     agent.send_replace(Process::Running(Pid::from_raw(pid)));

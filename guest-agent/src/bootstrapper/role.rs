@@ -24,12 +24,13 @@ use super::recycle::Recycling;
 use super::serve::{SharedOutbox, serve};
 use super::{Order, Role};
 use crate::backoff::Backoff;
+use crate::environment::ROLE_ROOT;
 use crate::failure::Failure;
 use crate::log::lines;
 use crate::os::cgroup::{self, Group};
 use crate::os::child;
 use crate::os::user::ROLE_ID;
-use crate::setup::{Launch, ROLE_ROOT};
+use crate::setup::Launch;
 
 /// Socket on which a role reports `READY=1` (sd_notify).
 const NOTIFY: &str = "/run/host-agent/role-notify";

@@ -13,6 +13,7 @@ use vmbus::message::{ExecInput, ExecOutput, ExecRequest};
 use vmbus::stream::{FrameReader, StreamError, send};
 
 use crate::bus;
+use crate::environment::Variables;
 use crate::os::cgroup::{self, Group};
 use crate::os::child;
 use program::Program;
@@ -22,8 +23,8 @@ const BACKLOG: usize = 8;
 /// Most time for commands of an earlier guest agent to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
-/// The variables of commands: those of the role, once it is set up.
-pub type Environment = Arc<RwLock<Vec<(String, String)>>>;
+/// The variables of commands, which describe the role once it is set up.
+pub type Environment = Arc<RwLock<Variables>>;
 
 /// Serves exec requests for the life of the process. Kills commands of an earlier guest
 /// agent first: their connections to the operator are gone.

@@ -1,6 +1,5 @@
 //! One command of an operator: its process, its standard streams or terminal.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
@@ -15,10 +14,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecOutput, ExecRequest};
 
+use crate::environment::Variables;
 use crate::os::cgroup::Group;
 use crate::os::child;
 use crate::os::terminal::{self, Size};
-use crate::setup::PATH;
 
 /// After the end of the command its output counts as complete once it was silent for this
 /// long: a background process may hold the stream open.
@@ -43,7 +42,7 @@ impl Program {
     /// Starts the command in `group`; its output goes to `frames`.
     pub fn start(
         request: &ExecRequest,
-        variables: Vec<(String, String)>,
+        variables: Variables,
         group: &Group,
         frames: &Frames,
     ) -> Result<Self, ExecOutput> {
@@ -55,7 +54,9 @@ impl Program {
         command
             .args(arguments)
             .env_clear()
-            .envs(environment(variables, &request.environment))
+            .envs(variables)
+            // The operator's own, such as TERM.
+            .envs(request.environment.iter().cloned())
             .current_dir("/")
             .kill_on_drop(true);
         let host_side = |error: io::Error| refuse(error.to_string(), 125);
@@ -141,23 +142,6 @@ impl Program {
         self.ended.send_replace(true);
         while self.pumps.join_next().await.is_some() {}
     }
-}
-
-/// The role's variables without those that name directories that the role can write. A
-/// command runs as root: a start-up file of a shell in such a directory would let the role
-/// become root.
-fn environment(
-    role: Vec<(String, String)>,
-    asked: &[(String, String)],
-) -> BTreeMap<String, String> {
-    let mut all = BTreeMap::from([("PATH".to_owned(), PATH.to_owned())]);
-    all.extend(role);
-    for name in ["TEMP", "TMP", "TMPDIR"] {
-        all.remove(name);
-    }
-    all.insert("HOME".to_owned(), "/root".to_owned());
-    all.extend(asked.iter().cloned());
-    all
 }
 
 /// Makes a terminal the command's standard streams; the guest agent's end of it.
@@ -253,6 +237,7 @@ async fn feed(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::environment::of_command;
 
     async fn outcome(
         command: &[&str],
@@ -264,11 +249,11 @@ mod tests {
         let group = Group::at(directory.path().to_str().unwrap()).unwrap();
         let request = ExecRequest {
             command: command.iter().map(ToString::to_string).collect(),
-            environment: Vec::new(),
+            environment: vec![("TERM".to_owned(), "dumb".to_owned())],
             terminal: size,
         };
         let (frames, mut queue) = mpsc::channel(1024);
-        let mut program = Program::start(&request, Vec::new(), &group, &frames).unwrap();
+        let mut program = Program::start(&request, of_command(None), &group, &frames).unwrap();
         drop(frames);
         let mut text = act(&mut program, &mut queue).await;
         let status = program.child.wait().await.unwrap();
@@ -339,23 +324,14 @@ mod tests {
         assert_eq!(status.signal(), Some(libc::SIGTERM));
     }
 
-    #[test]
-    fn a_command_gets_no_variable_with_a_directory_of_the_role() {
-        let pairs = |names: &[&str], value: &str| -> Vec<(String, String)> {
-            let pair = |name: &&str| ((*name).to_owned(), value.to_owned());
-            names.iter().map(pair).collect()
-        };
-        let role = pairs(&["HOME", "TEMP", "TMP", "TMPDIR", "RoleName"], "role's");
-        let seen = environment(role.clone(), &pairs(&["TERM"], "xterm"));
-        let seen: Vec<(&str, &str)> = seen.iter().map(|(n, v)| (&**n, &**v)).collect();
-        let wanted = [
-            ("HOME", "/root"),
-            ("PATH", PATH),
-            ("RoleName", "role's"),
-            ("TERM", "xterm"),
-        ];
-        assert_eq!(seen, wanted);
-        let seen = environment(role, &pairs(&["HOME", "TMPDIR"], "asked for"));
-        assert_eq!([&seen["HOME"], &seen["TMPDIR"]], ["asked for"; 2]);
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_command_has_the_variables_given_to_it_and_no_other() {
+        let act = async |_: &mut Program, _: &mut mpsc::Receiver<ExecOutput>| String::new();
+        let (text, status) = outcome(&["env"], None, act).await;
+        assert!(status.success());
+        let mut seen: Vec<&str> = text.lines().collect();
+        seen.sort_unstable();
+        let path = format!("PATH={}", crate::environment::PATH);
+        assert_eq!(seen, ["HOME=/root", &path, "TERM=dumb"]);
     }
 }

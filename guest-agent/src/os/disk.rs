@@ -153,7 +153,7 @@ mod tests {
             .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
             .arg(&path)
             .arg("10001")
-            .env("PATH", crate::setup::PATH)
+            .env("PATH", crate::environment::PATH)
             .status()
             .unwrap();
         assert!(made.success());

@@ -10,7 +10,8 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, sync};
 use vmbus::message::PowerAction;
 
-use crate::setup::{RESOURCE, ROLE_ROOT};
+use crate::environment::ROLE_ROOT;
+use crate::setup::RESOURCE;
 
 /// Most time after SIGTERM for processes that no agent stopped.
 const LAST_PROCESSES: Duration = Duration::from_secs(2);

@@ -9,7 +9,7 @@ use vmbus::role::{
 
 use super::error::{ServiceError, nearest};
 use super::model::{PublicPort, VmSize};
-use super::xml::{self, EMPTY, Element, Names, Schema};
+use super::xml::{self, EMPTY, Element, Names, Schema, Value};
 use super::{command, size, xpath};
 
 /// Namespace of definitions.
@@ -314,6 +314,7 @@ fn local_storage(role: Element<'_>, size: VmSize) -> Result<Vec<LocalStorage>, S
         element.check(&LOCAL_STORAGE)?;
         let name = element.required("name")?;
         names.take(name)?;
+        not_reserved(name)?;
         let size_mib = match element.attribute("sizeInMB") {
             Some(value) => value.number(1..=u64::from(u32::MAX))?,
             None => DEFAULT_STORAGE_MIB,
@@ -462,6 +463,7 @@ fn environment(
                 ))
                 .with_hint("use letters, digits and \"_\", not a digit first"));
         }
+        not_reserved(name_value)?;
         let literal = element.attribute("value");
         let instance = element.child("RoleInstanceValue")?;
         let value = match (literal, instance) {
@@ -483,6 +485,19 @@ fn environment(
         environment.push((name.to_owned(), value));
     }
     Ok(environment)
+}
+
+/// Refuses a name whose environment variable the platform sets.
+fn not_reserved(name: Value<'_>) -> Result<(), ServiceError> {
+    if !vmbus::environment::is_reserved(name.text) {
+        return Ok(());
+    }
+    Err(name
+        .refuse(format!(
+            "{} is the name of a variable that the platform sets",
+            name.quoted()
+        ))
+        .with_hint("choose another name; a script can set the variable for what it starts"))
 }
 
 fn instance_value(
