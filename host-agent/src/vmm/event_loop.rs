@@ -25,8 +25,11 @@ pub trait Guest: Send + 'static {
     fn disks(&self) -> &[DiskState];
     /// Devices that met a violation since the last call.
     fn broken_devices(&mut self) -> Vec<Event>;
-    /// Takes the processors out of the guest until [`Guest::resume`].
+    /// Takes the processors out of the guest until [`Guest::resume`]. It may return
+    /// before all of them are: [`Guest::is_paused`].
     fn pause(&self);
+    /// Whether every processor is out of the guest, after [`Guest::pause`].
+    fn is_paused(&self) -> bool;
     /// Lets the processors run.
     fn resume(&self);
     /// Connects `socket` to `port`; the outcome is reported under `number`.
@@ -69,6 +72,8 @@ pub struct EventLoop<G> {
     last_stats: Stats,
     ignored_commands: u64,
     log: LogLimit<Instant>,
+    /// [`STOP_LIMIT`], except in tests.
+    stop_limit: Duration,
 }
 
 /// Why the processors are paused: each reason is enough.
@@ -76,6 +81,8 @@ pub struct EventLoop<G> {
 struct PauseReasons {
     /// [`Command::Pause`].
     command: bool,
+    /// The command is not answered yet: a processor is late.
+    unanswered: bool,
     /// A disk holds a write for which the host has no space.
     no_space: bool,
 }
@@ -95,6 +102,7 @@ impl<G: Guest> EventLoop<G> {
             last_stats: Stats::default(),
             ignored_commands: 0,
             log: LogLimit::new(VMM_LOG),
+            stop_limit: STOP_LIMIT,
         }
     }
 
@@ -109,10 +117,16 @@ impl<G: Guest> EventLoop<G> {
                 break reason;
             }
         };
-        self.stop();
+        let flushed = self.stop();
         // The last flush is part of the stop.
         self.disks.report_failures(self.peers.outbox());
-        reason
+        if flushed {
+            return reason;
+        }
+        let limit = self.stop_limit;
+        ExitReason::Failed {
+            detail: format!("{reason:?}, and the disks were not flushed within {limit:?}"),
+        }
     }
 
     fn turn(&mut self) -> io::Result<()> {
@@ -127,18 +141,21 @@ impl<G: Guest> EventLoop<G> {
             }
             self.disks.report_failures(self.peers.outbox());
             self.pause_without_space();
+            self.answer_pause();
         }
         Ok(())
     }
 
     /// Stops the guest on a thread of its own, and answers supervisors meanwhile:
-    /// the process does not hang, its disk may be slow.
-    fn stop(&mut self) {
+    /// the process does not hang, its disk may be slow. False if the guest did not
+    /// stop in time.
+    fn stop(&mut self) -> bool {
         let Some(guest) = self.guest.take() else {
-            return;
+            return true;
         };
         self.last_stats = guest.stats();
         let wake = self.peers.wake().try_clone();
+        let limit = self.stop_limit;
         let serve = || {
             let messages = self.peers.wait()?;
             for message in messages {
@@ -146,9 +163,7 @@ impl<G: Guest> EventLoop<G> {
             }
             Ok(())
         };
-        if !teardown::run_while(guest, G::stop, wake, serve, STOP_LIMIT) {
-            tracing::warn!("the disks were not flushed in time");
-        }
+        teardown::run_while(guest, G::stop, wake, serve, limit)
     }
 
     fn reports(&mut self) {
@@ -233,13 +248,15 @@ impl<G: Guest> EventLoop<G> {
             (Command::Pause {}, Some(guest)) => {
                 guest.pause();
                 self.pause.command = true;
-                self.send(&Event::Paused { paused: true });
+                self.pause.unanswered = true;
+                self.answer_pause();
             }
             (Command::Resume {}, Some(guest)) => {
                 if !self.pause.no_space {
                     guest.resume();
                 }
                 self.pause.command = false;
+                self.pause.unanswered = false;
                 self.send(&Event::Paused { paused: false });
             }
             (Command::FailWhenFull {}, Some(_)) => {
@@ -260,6 +277,15 @@ impl<G: Guest> EventLoop<G> {
                 self.ignored_commands = self.ignored_commands.saturating_add(1);
                 self.warn(&"unknown command");
             }
+        }
+    }
+
+    /// Answers [`Command::Pause`] once every processor is out of the guest.
+    fn answer_pause(&mut self) {
+        let paused = self.guest.as_ref().is_some_and(G::is_paused);
+        if self.pause.unanswered && paused {
+            self.pause.unanswered = false;
+            self.send(&Event::Paused { paused: true });
         }
     }
 

@@ -247,12 +247,16 @@ impl Guest for MachineGuest {
         events
     }
 
-    /// A processor that is late is not in the guest: it may wait in a device's
-    /// reset for the host's disk. It stops before it enters the guest again.
+    /// A late processor may wait in a device's reset for the host's disk. It stops
+    /// before it enters the guest again.
     fn pause(&self) {
         if let Err(error) = self.machine.vcpus().pause() {
             note(&error);
         }
+    }
+
+    fn is_paused(&self) -> bool {
+        self.machine.vcpus().is_paused()
     }
 
     fn resume(&self) {

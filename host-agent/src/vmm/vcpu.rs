@@ -93,6 +93,11 @@ impl Vcpus {
         self.kick_until(|ended| self.shared.pause.paused() + ended)
     }
 
+    /// Whether every vCPU is out of the guest, after [`Vcpus::pause`].
+    pub fn is_paused(&self) -> bool {
+        self.running(|ended| self.shared.pause.paused() + ended) == 0
+    }
+
     /// Lets the vCPUs run again.
     pub fn resume(&self) {
         self.shared.pause.resume();
@@ -110,14 +115,19 @@ impl Vcpus {
         self.kick_until(|ended| ended)
     }
 
+    /// vCPUs that `outside`, given the number of ended threads, does not count.
+    fn running(&self, outside: impl Fn(usize) -> usize) -> usize {
+        let ended = self.threads.iter().filter(|t| t.is_finished()).count();
+        self.threads.len().saturating_sub(outside(ended))
+    }
+
     /// Kicks the vCPUs until `outside`, given the number of ended threads, counts
     /// all of them as outside the guest.
     fn kick_until(&self, outside: impl Fn(usize) -> usize) -> Result<(), KickTimeout> {
         let all = self.threads.len();
         let deadline = Instant::now() + KICK_LIMIT;
         loop {
-            let ended = self.threads.iter().filter(|t| t.is_finished()).count();
-            let running = all.saturating_sub(outside(ended));
+            let running = self.running(&outside);
             if running == 0 {
                 return Ok(());
             }

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
@@ -34,6 +35,8 @@ struct FakeGuest {
     flush: mpsc::Receiver<()>,
     disks: Vec<DiskState>,
     exits: Arc<Mutex<u64>>,
+    /// A processor leaves the guest late.
+    late: Arc<AtomicBool>,
 }
 
 impl FakeGuest {
@@ -55,6 +58,9 @@ impl Guest for FakeGuest {
     }
     fn pause(&self) {
         self.ask(Asked::Pause);
+    }
+    fn is_paused(&self) -> bool {
+        !self.late.load(Ordering::SeqCst)
     }
     fn resume(&self) {
         self.ask(Asked::Resume);
@@ -88,6 +94,7 @@ struct Fixture {
     report: mpsc::Sender<VcpuReport>,
     flush: Option<mpsc::Sender<()>>,
     hold: Arc<EnospcHold>,
+    late: Arc<AtomicBool>,
     ended: JoinHandle<ExitReason>,
 }
 
@@ -101,6 +108,14 @@ fn start(outlives: bool) -> (Fixture, Supervisor) {
 }
 
 fn start_with(outlives: bool, change: impl FnOnce(&mut Peers)) -> (Fixture, Supervisor) {
+    start_limited(outlives, STOP_LIMIT, change)
+}
+
+fn start_limited(
+    outlives: bool,
+    stop_limit: Duration,
+    change: impl FnOnce(&mut Peers),
+) -> (Fixture, Supervisor) {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = wire::pair().unwrap();
     let mut peers = Peers::new(ours, event()).unwrap();
@@ -125,7 +140,9 @@ fn start_with(outlives: bool, change: impl FnOnce(&mut Peers)) -> (Fixture, Supe
             hold: Arc::clone(&hold),
         }],
         exits: Arc::default(),
+        late: Arc::default(),
     };
+    let late = Arc::clone(&guest.late);
     let boot = Boot {
         name: "A_IN_0".into(),
         generation: 3,
@@ -134,7 +151,9 @@ fn start_with(outlives: bool, change: impl FnOnce(&mut Peers)) -> (Fixture, Supe
         outlives,
     };
     let (outbox, wake) = (peers.outbox().clone(), peers.wake().try_clone().unwrap());
-    let ended = std::thread::spawn(move || EventLoop::new(peers, guest, boot).run());
+    let mut event_loop = EventLoop::new(peers, guest, boot);
+    event_loop.stop_limit = stop_limit;
+    let ended = std::thread::spawn(move || event_loop.run());
     let fixture = Fixture {
         dir,
         outbox,
@@ -143,6 +162,7 @@ fn start_with(outlives: bool, change: impl FnOnce(&mut Peers)) -> (Fixture, Supe
         report,
         flush: Some(flush),
         hold,
+        late,
         ended,
     };
     (fixture, Supervisor(theirs))
@@ -489,6 +509,36 @@ fn a_supervisor_can_attach_while_the_disks_are_flushed() {
     // The supervisor may leave too.
     drop(second);
     assert_eq!(fixture.end(), ExitReason::PowerOff);
+}
+
+#[test]
+fn a_pause_is_confirmed_once_every_processor_is_out() {
+    let (fixture, supervisor) = start(false);
+    fixture.late.store(true, Ordering::SeqCst);
+    supervisor.send(&Command::Pause {});
+    supervisor.ping(1);
+    supervisor.ping(2);
+    fixture.late.store(false, Ordering::SeqCst);
+    assert_eq!(supervisor.next(), Some(Event::Paused { paused: true }));
+    // Confirmed once.
+    supervisor.ping(3);
+    // A pause that ends before it was confirmed never is.
+    fixture.late.store(true, Ordering::SeqCst);
+    supervisor.send(&Command::Pause {});
+    supervisor.send(&Command::Resume {});
+    assert_eq!(supervisor.next(), Some(Event::Paused { paused: false }));
+    fixture.late.store(false, Ordering::SeqCst);
+    supervisor.ping(4);
+}
+
+#[test]
+fn a_guest_whose_disks_are_not_flushed_in_time_has_failed() {
+    let (fixture, _supervisor) = start_limited(false, Duration::from_millis(10), |_| {});
+    fixture.report(VcpuReport::Exit(ExitReason::PowerOff));
+    // `flush` stays open: the disk never answers.
+    let reason = fixture.ended.join().unwrap();
+    let detail = "PowerOff, and the disks were not flushed within 10ms".into();
+    assert_eq!(reason, ExitReason::Failed { detail });
 }
 
 #[test]

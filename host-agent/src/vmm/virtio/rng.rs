@@ -92,11 +92,12 @@ fn run(mut queue: CheckedQueue, interrupt: &Interrupt, stop: &Stop) {
     loop {
         let events = [queue.kick(), &stop.wake];
         let mut fds = events.map(|event| PollFd::new(borrow_event(event), PollFlags::POLLIN));
-        let ready = match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
             Err(Errno::EINTR) => continue,
-            ready => ready.is_ok(),
-        };
-        if !ready || stop.wanted.load(Ordering::Acquire) {
+            Err(error) => return interrupt.needs_reset(&error),
+        }
+        if stop.wanted.load(Ordering::Acquire) {
             return;
         }
         // Fails only on an empty counter; the queue is polled in any case.

@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -35,8 +35,10 @@ use worker::{Worker, WorkerCommand};
 /// Largest size of each queue.
 const QUEUE_SIZE: u16 = 256;
 /// Longest time that a reset waits for the worker, which never waits for the guest
-/// or a disk. A worker that takes longer has panicked or hangs.
-const RESET_LIMIT: Duration = Duration::from_secs(5);
+/// or a disk: a worker that takes longer hangs. It is counted in steps of
+/// [`RESET_STEP`], so that a process that was suspended meanwhile gets its time.
+const RESET_STEPS: u32 = 300;
+const RESET_STEP: Duration = Duration::from_millis(100);
 
 /// An event for the rest of the process.
 #[derive(Debug)]
@@ -67,6 +69,8 @@ pub type EventSink = Box<dyn FnMut(VsockEvent) + Send>;
 pub struct Vsock {
     identity: Identity,
     handle: Handle,
+    /// [`RESET_STEPS`], except in tests.
+    reset_steps: u32,
 }
 
 /// Counters of the worker.
@@ -116,6 +120,7 @@ impl Vsock {
                 wake,
                 counters,
             },
+            reset_steps: RESET_STEPS,
         })
     }
 
@@ -176,11 +181,21 @@ impl Device for Vsock {
         }
     }
 
+    /// Panics if the worker hangs, which ends the process with a report. A reset that
+    /// returned would let the driver reuse memory that the worker still writes.
     fn reset(&mut self) {
         let (done, wait) = channel();
-        if self.handle.send(WorkerCommand::Reset(done)) {
-            // The worker drops its end after it dropped the queues.
-            let _ = wait.recv_timeout(RESET_LIMIT);
+        if !self.handle.send(WorkerCommand::Reset(done)) {
+            // The worker has ended, and dropped the queues before the commands.
+            return;
         }
+        for _ in 0..self.reset_steps {
+            match wait.recv_timeout(RESET_STEP) {
+                Err(RecvTimeoutError::Timeout) => {}
+                // The worker drops its end after it dropped the queues.
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+        panic!("vsock: reset while the thread hangs and may write to guest memory");
     }
 }

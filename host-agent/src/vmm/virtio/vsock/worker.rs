@@ -107,6 +107,9 @@ impl Worker {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => {
                     warn!(%error, "vsock: epoll failed");
+                    if let Some(rings) = &self.rings {
+                        rings.needs_reset(&error);
+                    }
                     return;
                 }
             };

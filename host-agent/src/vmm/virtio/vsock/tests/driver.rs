@@ -14,7 +14,7 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 pub(crate) use crate::vmm::virtio::test_driver::alone;
 use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, RAM, TestDriver, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation, TYPE_STREAM};
-use crate::vmm::virtio::vsock::{QUEUE_SIZE, Vsock, VsockEvent};
+use crate::vmm::virtio::vsock::{EventSink, QUEUE_SIZE, Vsock, VsockEvent};
 
 pub(crate) const RX: usize = 0;
 pub(crate) const TX: usize = 1;
@@ -96,6 +96,16 @@ impl Guest {
         let sink = Box::new(move |effect| {
             let _ = sender.send(effect);
         });
+        Self::with_sink(buffers, features, sink, events)
+    }
+
+    /// A guest whose device sends its events to `sink`.
+    pub(crate) fn with_sink(
+        buffers: Buffers,
+        features: u64,
+        sink: EventSink,
+        events: Receiver<VsockEvent>,
+    ) -> Self {
         let mut guest = Self {
             device: Vsock::new(CID, DIAL_LIMIT, sink).unwrap(),
             events,

@@ -3,6 +3,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown as Half;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use super::driver::*;
@@ -10,6 +12,7 @@ use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
 use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::open_files_and_threads;
+use crate::vmm::virtio::vsock::RESET_STEPS;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
 use crate::vmm::virtio::vsock::connection_table::{CHANNEL_RESERVE, MAX_CONNECTIONS, MAX_REPLIES};
 use crate::vmm::virtio::vsock::packet::Operation;
@@ -409,4 +412,31 @@ fn a_reset_ends_all_connections_and_leaks_nothing() {
     handle.probe(9, 80);
     drop((host, handle));
     assert_eq!(open_files_and_threads()[0], before);
+}
+
+#[test]
+fn a_reset_is_not_acknowledged_while_the_thread_hangs() {
+    let (entered, has_entered) = channel();
+    let (release, released) = channel::<()>();
+    let sink = Box::new(move |_| {
+        entered.send(()).unwrap();
+        // An error: the test releases the thread.
+        let _ = released.recv();
+    });
+    let mut guest = Guest::with_sink(Buffers::default(), 0, sink, channel().1);
+    guest.control(Operation::Request, PORT, 1);
+    has_entered.recv_timeout(PATIENCE).unwrap();
+    guest.device.reset_steps = 3;
+    // In a VMM process a panic ends the process.
+    let reset = catch_unwind(AssertUnwindSafe(|| guest.device.reset()));
+    assert!(reset.is_err());
+    drop(release);
+    guest.device.reset_steps = RESET_STEPS;
+    guest.device.reset();
+    // The driver uses the memory for something else.
+    let pattern = vec![0x5a; 0x3_0000];
+    guest.driver.write(0, &pattern);
+    guest.driver.kick(TX);
+    guest.device.reset();
+    assert!(guest.driver.read(0, pattern.len()) == pattern);
 }
