@@ -107,7 +107,10 @@ fn load_kernel(
     kernel.seek(SeekFrom::Start(0)).map_err(|e| error(&e))?;
     let start = Some(GuestAddress(layout::HIGH_MEMORY));
     if &magic == b"\x7fELF" {
-        let loaded = Elf::load(memory, None, kernel, start).map_err(|e| error(&e))?;
+        // With an offset, even of 0, the loader does not parse the ELF notes, whose
+        // PVH entry point is not used.
+        let offset = Some(GuestAddress(0));
+        let loaded = Elf::load(memory, offset, kernel, start).map_err(|e| error(&e))?;
         let header = setup_header {
             boot_flag: BOOT_FLAG,
             header: HEADER_MAGIC,
@@ -126,16 +129,18 @@ fn load_kernel(
             "boot protocol {version:#06x} has no 64-bit entry point"
         )));
     }
+    let overflow = || BootError::Kernel("an address of the setup header overflows".into());
     // The kernel decompresses itself into `init_size` bytes (boot.rst).
-    let end = loaded
-        .kernel_end
-        .max(loaded.kernel_load.raw_value() + u64::from(header.init_size))
-        .max(header.pref_address + u64::from(header.init_size));
-    let entry = loaded.kernel_load.unchecked_add(ENTRY_64);
-    Ok((EntryPoint(entry), header, end))
+    let mut end = loaded.kernel_end;
+    for start in [loaded.kernel_load.raw_value(), header.pref_address] {
+        let used = start.checked_add(u64::from(header.init_size));
+        end = end.max(used.ok_or_else(overflow)?);
+    }
+    let entry = loaded.kernel_load.checked_add(ENTRY_64);
+    Ok((EntryPoint(entry.ok_or_else(overflow)?), header, end))
 }
 
-/// Copies the initrd to the end of low RAM, aligned to a page.
+/// Copies the initrd to the end of low RAM, aligned to a page and above the kernel.
 fn load_initrd(
     memory: &GuestMemoryMmap,
     initrd: &mut File,
@@ -149,7 +154,7 @@ fn load_initrd(
     let start = low_end
         .checked_sub(size)
         .map(|start| start & !0xfff)
-        .filter(|start| *start >= kernel_end)
+        .filter(|start| *start >= kernel_end.max(layout::HIGH_MEMORY))
         .ok_or_else(|| {
             BootError::Initrd(format!(
                 "{size} bytes do not fit between the kernel's end at {kernel_end:#x} and {low_end:#x}"
@@ -180,8 +185,14 @@ fn e820(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
     ];
     for region in memory.iter() {
         let start = region.start_addr().raw_value().max(layout::HIGH_MEMORY);
-        let end = region.start_addr().raw_value() + region.len();
-        map.push(entry(start, end, E820_RAM));
+        // Cannot overflow: the last byte of a region has an address.
+        let end = region.last_addr().raw_value() + 1;
+        if end > start {
+            map.push(entry(start, end, E820_RAM));
+        }
     }
     map
 }
+
+#[cfg(test)]
+mod tests;
