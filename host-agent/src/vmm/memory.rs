@@ -101,6 +101,32 @@ mod tests {
     }
 
     #[test]
+    fn ram_is_not_part_of_core_dumps() {
+        let memory = allocate(3).unwrap();
+        let region = memory.iter().next().unwrap();
+        let first = region.as_ptr() as usize;
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        let mut checked = 0;
+        // proc(5), smaps: a line with the range of each mapping, then its properties.
+        for line in smaps.lines() {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            if let Some((Some(start), Some(end))) = range.map(|(a, b)| (number(a), number(b))) {
+                inside = start < first + (3 << 20) && first < end;
+            }
+            if let (true, Some(flags)) = (inside, line.strip_prefix("VmFlags:")) {
+                assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 0, "{smaps}");
+    }
+
+    #[test]
     fn ram_is_aligned_to_huge_pages_and_usable_to_its_end() {
         let memory = allocate(3).unwrap();
         let region = memory.iter().next().unwrap();

@@ -158,6 +158,16 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_sees_the_hypervisor_and_the_tsc_deadline_timer() {
+        // Linux uses kvmclock and the deadline timer only with these bits.
+        for (id, count) in [(0, 1), (1, 2)] {
+            let [.., ecx, _] = leaf(&adapted(&[(1, 0)], id, count), 1, 0).unwrap();
+            assert_eq!(ecx, 0x7777 | HYPERVISOR | TSC_DEADLINE);
+            assert_eq!(HYPERVISOR | TSC_DEADLINE, 0x8100_0000);
+        }
+    }
+
+    #[test]
     fn leaves_that_the_host_lacks_are_not_added() {
         let cpuid = adapted(&[(0, 0), (1, 0)], 1, 2);
         assert_eq!(cpuid.as_slice().len(), 2);

@@ -148,8 +148,13 @@ fn fill(buffer: &mut [u8]) -> usize {
 mod tests {
     use std::time::{Duration, Instant};
 
+    use proptest::prelude::{ProptestConfig, prop, prop_assert_eq, proptest};
+
     use super::*;
-    use crate::vmm::virtio::test_driver::{BUFFERS, RAM, TestDriver, alone, memory_for};
+    use crate::vmm::virtio::test_driver::{
+        BUFFERS, RAM, RingAction, TestDriver, alone, memory_for, open_files_and_threads,
+        ring_action,
+    };
 
     /// Longest time that a driver keeps offering chains.
     const PATIENCE: Duration = Duration::from_secs(20);
@@ -235,6 +240,85 @@ mod tests {
             assert_eq!(driver.read(BUFFERS, MAX_BYTES), zeros);
         }
         assert_eq!(driver.interrupt.violations(), 0);
+    }
+
+    #[test]
+    fn a_reset_waits_until_the_queue_is_dropped() {
+        // In a process of its own, because it counts descriptors.
+        if !alone("rng::tests::a_reset_waits_until_the_queue_is_dropped") {
+            return;
+        }
+        let mut driver = TestDriver::new(&[QUEUE_SIZE]);
+        let mut rng = Rng::default();
+        let [before, _] = open_files_and_threads();
+        for round in 0..200 {
+            rng.activate(driver.activation(EVENT_IDX)).unwrap();
+            driver.chain(0, 0, &[(BUFFERS, MAX_BYTES as u32, true)]);
+            for _ in 0..QUEUE_SIZE {
+                driver.offer(0, 0);
+            }
+            driver.kick(0);
+            // The worker fills the next buffer when the reset begins.
+            driver.wait_used(0);
+            rng.reset();
+            // The queue holds a descriptor of its kick.
+            let [after, _] = open_files_and_threads();
+            assert_eq!(after, before, "round {round}");
+        }
+    }
+
+    #[test]
+    fn chains_are_filled_while_the_16_bit_indices_wrap() {
+        for features in [0, EVENT_IDX] {
+            let (mut rng, mut driver) = start(features);
+            for head in 0..QUEUE_SIZE {
+                let at = BUFFERS + 8 * u64::from(head);
+                driver.chain(0, head, &[(at, 8, true)]);
+            }
+            let mut done = 0;
+            while done < 3 * (1 << 16) {
+                let batch = 1 + done % 60;
+                (0..batch).for_each(|head| driver.offer(0, head as u16));
+                driver.kick(0);
+                for head in 0..batch {
+                    assert_eq!(driver.wait_used(0), (head, 8));
+                }
+                done += batch;
+            }
+            assert_eq!(driver.interrupt.violations(), 0);
+            rng.reset();
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            max_shrink_iters: 200,
+            failure_persistence: None,
+            ..crate::property::cases(100)
+        })]
+
+        #[test]
+        fn a_reset_recovers_from_any_ring_content(
+            actions in prop::collection::vec(ring_action(QUEUE_SIZE), 1..150),
+            event_idx: bool,
+        ) {
+            let features = if event_idx { EVENT_IDX } else { 0 };
+            let (mut rng, mut driver) = start(features);
+            for action in &actions {
+                match action {
+                    RingAction::Reset => {
+                        rng.reset();
+                        rng.activate(driver.activation(features)).unwrap();
+                    }
+                    action => driver.act(action),
+                }
+            }
+            rng.reset();
+            rng.activate(driver.activation(features)).unwrap();
+            driver.submit(&[(BUFFERS, 8, true)]);
+            prop_assert_eq!(driver.wait_used(0), (0, 8));
+            rng.reset();
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
@@ -286,4 +287,74 @@ pub(crate) fn avail(queue: usize) -> u64 {
 
 fn used(queue: usize) -> u64 {
     RINGS * queue as u64 + 0xc000
+}
+
+/// An action of a hostile driver on queue 0.
+#[derive(Debug, Clone)]
+pub(crate) enum RingAction {
+    /// Writes a descriptor: index, buffer, flags, next.
+    Describe(u16, (u64, u32), u16, u16),
+    /// Makes a head available, with or without a kick.
+    Offer(u16, bool),
+    /// Moves the available index without a chain.
+    Jump(u16),
+    /// Overwrites two bytes of the rings.
+    Poke(u64, u16),
+    Kick,
+    /// Resets the device and starts it again.
+    Reset,
+}
+
+/// Actions on a queue of `size`, mostly near what is valid.
+pub(crate) fn ring_action(size: u16) -> impl Strategy<Value = RingAction> {
+    let index = || prop_oneof![30 => 0..size, 1 => any::<u16>()];
+    let address = prop_oneof![
+        6 => BUFFERS..RAM,
+        3 => 0..RINGS,
+        1 => RAM - 100..RAM + 100,
+        1 => any::<u64>(),
+    ];
+    let length = prop_oneof![
+        4 => 0..5000_u32,
+        4 => (0..20_u32).prop_map(|sectors| sectors * 512),
+        1 => any::<u32>(),
+        1 => Just(u32::MAX),
+    ];
+    let flags =
+        prop_oneof![3 => Just(0_u16), 3 => Just(1), 2 => Just(2), 2 => Just(3), 1 => 4..8_u16];
+    let step = prop_oneof![20 => 1..3_u16, 1 => any::<u16>()];
+    let ring_header = prop::sample::select(vec![avail(0), avail(0) + 2, used(0), used(0) + 2]);
+    prop_oneof![
+        4 => (0..size, (address, length), flags, index())
+            .prop_map(|(at, part, flags, next)| RingAction::Describe(at, part, flags, next)),
+        3 => (index(), any::<bool>()).prop_map(|(head, kick)| RingAction::Offer(head, kick)),
+        1 => step.prop_map(RingAction::Jump),
+        1 => (0..RINGS - 2, any::<u16>()).prop_map(|(at, value)| RingAction::Poke(at, value)),
+        2 => (ring_header, any::<u16>()).prop_map(|(at, value)| RingAction::Poke(at, value)),
+        2 => Just(RingAction::Kick),
+        1 => Just(RingAction::Reset),
+    ]
+}
+
+impl TestDriver {
+    /// Carries out `action`. The test resets the device itself.
+    pub(crate) fn act(&mut self, action: &RingAction) {
+        match *action {
+            RingAction::Describe(index, part, flags, next) => {
+                self.describe(0, index, part, flags, next);
+            }
+            RingAction::Offer(head, kick) => {
+                self.offer(0, head);
+                if kick {
+                    self.kick(0);
+                }
+            }
+            RingAction::Jump(by) => {
+                self.jump(0, by);
+                self.kick(0);
+            }
+            RingAction::Poke(at, value) => self.put(at, value),
+            RingAction::Kick | RingAction::Reset => self.kick(0),
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod enospc_hold;
+mod hostile;
 mod reset;
 
 use std::collections::HashSet;

@@ -336,7 +336,7 @@ fn events() -> impl Strategy<Value = Vec<TransportEvent>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..crate::property::cases(400) })]
 
     #[test]
     fn every_access_behaves_as_in_the_reference_model(
@@ -442,4 +442,43 @@ fn a_slow_reset_blocks_only_the_vcpu_that_requests_it() {
     assert!(!stopping.is_finished());
     go_on.send(()).unwrap();
     stopping.join().unwrap();
+}
+
+#[test]
+fn a_queue_size_of_more_than_16_bits_is_refused() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let device = Recorder {
+        identity: identity(),
+        calls: Arc::clone(&calls),
+        fails: false,
+    };
+    let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap(), "recorder");
+    let transport = Transport::new(Box::new(device), memory, interrupt).unwrap();
+    let write = |offset, value: u32| transport.write(offset, &value.to_le_bytes());
+    for status in [1, 3] {
+        write(register::STATUS, status);
+    }
+    write(register::DRIVER_FEATURES_SEL, 1);
+    write(register::DRIVER_FEATURES, 1);
+    write(register::STATUS, 0xb);
+    for queue in 0..3 {
+        write(register::QUEUE_SEL, queue);
+        write(register::QUEUE_SIZE, 4);
+        // The lower 16 bits alone would be valid.
+        for size in [0x1_0002, 0x8000_0001, 0xffff_0002] {
+            write(register::QUEUE_SIZE, size);
+        }
+        let base = 0x1000 * queue;
+        write(register::QUEUE_DESC_LOW, base);
+        write(register::QUEUE_DRIVER_LOW, base + 0x400);
+        write(register::QUEUE_DEVICE_LOW, base + 0x800);
+        write(register::QUEUE_READY, 1);
+    }
+    write(register::STATUS, 0xf);
+    let calls = calls.lock().unwrap();
+    let [Some((_, queues))] = &calls[..] else {
+        panic!("{calls:?}");
+    };
+    assert!(queues.iter().all(|(size, _)| *size == 4), "{queues:?}");
 }

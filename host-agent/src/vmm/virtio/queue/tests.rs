@@ -215,3 +215,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_chain_of_over_4_gib_is_refused() {
+    let (mut driver, mut queue) = setup(256, 0);
+    // All of RAM, again and again: 256 times 16 MiB are 4 GiB. Neither the readable
+    // nor the writable half is too long.
+    let mut parts = [(0, RAM as u32, false); 256];
+    for part in &mut parts[128..] {
+        part.2 = true;
+    }
+    driver.chain(0, 0, &parts);
+    driver.offer(0, 0);
+    let error = queue.pop().unwrap_err();
+    assert!(matches!(error, QueueError::TooLong { head: 0 }), "{error}");
+    // One byte less is valid.
+    let (mut driver, mut queue) = setup(256, 0);
+    parts[255].1 -= 1;
+    driver.chain(0, 0, &parts);
+    driver.offer(0, 0);
+    let chain = queue.pop().unwrap().unwrap();
+    assert_eq!(chain.readable_len(), 1 << 31);
+    assert_eq!(chain.writable_len(), (1 << 31) - 1);
+}

@@ -249,3 +249,25 @@ fn after_a_failed_sync_every_flush_and_write_fails() {
     assert!(write(&mut disk, one, &mut random).is_err());
     assert_eq!(read_all(&mut disk)[0], 7);
 }
+
+#[test]
+fn first_writes_that_fail_use_up_no_clusters() {
+    let memory = fresh();
+    let mut disk = open(&memory);
+    let mut random = Random(5);
+    let one = Write {
+        first: 0,
+        count: 1,
+        tag: 7,
+    };
+    memory.fail(Fault::From(0));
+    for _ in 0..1000 {
+        let error = write(&mut disk, one, &mut random).unwrap_err();
+        assert!(is_full(&error), "{error}");
+    }
+    memory.fail(Fault::None);
+    write(&mut disk, one, &mut random).unwrap();
+    disk.flush().unwrap();
+    let metadata = Layout::new(SIZE).unwrap().metadata_bytes();
+    assert_eq!(memory.bytes().len() as u64, metadata + CLUSTER);
+}

@@ -302,7 +302,7 @@ fn session() -> impl Strategy<Value = (Buffers, Vec<(usize, SessionStep)>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 100, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 100, failure_persistence: None, ..crate::property::cases(32) })]
 
     #[test]
     fn every_byte_arrives_within_the_credit(
@@ -424,7 +424,7 @@ static NEARLY_WRAPPED: LazyLock<(Connection, CreditModel)> = LazyLock::new(|| {
 });
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..crate::property::cases(500) })]
 
     #[test]
     fn no_claim_exceeds_a_buffer_while_counters_wrap(

@@ -194,7 +194,7 @@ impl Host {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 200, failure_persistence: None, ..crate::property::cases(150) })]
 
     #[test]
     fn a_reset_recovers_from_any_ring_content(

@@ -415,6 +415,28 @@ fn a_reset_ends_all_connections_and_leaks_nothing() {
 }
 
 #[test]
+fn a_connection_without_a_socket_on_the_host_is_reset() {
+    // In a process of its own, because it uses up the descriptors.
+    const NAME: &str = "vsock::tests::limits::a_connection_without_a_socket_on_the_host_is_reset";
+    if !alone(NAME) {
+        return;
+    }
+    let mut guest = Guest::new();
+    let mut used: Vec<UnixStream> = Vec::new();
+    while let Ok((near, far)) = UnixStream::pair() {
+        used.extend([near, far]);
+    }
+    for port in 0..3 {
+        guest.control(Operation::Request, PORT, port);
+        guest.expect(Operation::Reset, PORT, port);
+    }
+    assert!(guest.events.try_recv().is_err());
+    drop(used);
+    guest.connect(PORT, 3);
+    assert_eq!(guest.device.handle().connections(), 1);
+}
+
+#[test]
 fn a_reset_is_not_acknowledged_while_the_thread_hangs() {
     let (entered, has_entered) = channel();
     let (release, released) = channel::<()>();
