@@ -7,6 +7,9 @@ use std::time::Duration;
 pub const TIMELINE: Rate = Rate::new(20, Duration::from_millis(500));
 /// Timeline events about one kind of misbehaviour of a guest.
 pub const MISBEHAVIOUR: Rate = Rate::new(10, Duration::from_mins(1));
+/// Connections that a guest opens to the host's channels, as events of its VMM
+/// process. Agents dial seven channels again after a restart, with back-off.
+pub const GUEST_CONNECTS: Rate = Rate::new(128, Duration::from_millis(50));
 /// Log lines of a VMM process about one kind of error. A guest can cause them
 /// for weeks, and nothing bounds the file that standard error may be.
 pub const VMM_LOG: Rate = Rate::new(10, Duration::from_hours(1));

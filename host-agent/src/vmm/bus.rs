@@ -25,7 +25,7 @@ pub enum Action {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest's kernel panicked; a reset follows.
+    /// The guest's kernel panicked, for the first time; a reset follows.
     Panicked,
 }
 
@@ -81,8 +81,12 @@ impl Bus {
             }
             layout::RESET if byte == layout::RESET_VALUE => Action::Reset,
             layout::PANIC if byte & PANICKED != 0 => {
-                self.panicked.store(true, Ordering::Release);
-                Action::Panicked
+                // Reported once: a guest can write to the port without end.
+                if self.panicked.swap(true, Ordering::AcqRel) {
+                    Action::None
+                } else {
+                    Action::Panicked
+                }
             }
             _ => Action::None,
         }
@@ -177,7 +181,8 @@ mod tests {
                     let expected = match (port, value, len) {
                         (layout::SLEEP_CONTROL, 0x34, 1) => Action::PowerOff,
                         (layout::RESET, layout::RESET_VALUE, 1) => Action::Reset,
-                        (layout::PANIC, layout::RESET_VALUE | 0xff, 1) => Action::Panicked,
+                        // The first write reports the panic, and no later one.
+                        (layout::PANIC, layout::RESET_VALUE, 1) => Action::Panicked,
                         _ => Action::None,
                     };
                     let action = bus.port_out(port, &vec![value; len]);

@@ -1,13 +1,20 @@
 //! Reports full and failing disks of the host to the supervisor.
 
+use std::time::Instant;
+
 use super::control::{DiskFailed, Event, NoSpace};
 use super::machine::DiskState;
 use super::outbox::Outbox;
 use super::virtio::blk::Shortage;
+use crate::token_bucket::{TIMELINE, TokenBucket};
 
 /// The disks of a guest, and what the supervisor knows of them.
 #[derive(Debug)]
-pub struct DiskWatch(Vec<WatchedDisk>);
+pub struct DiskWatch {
+    disks: Vec<WatchedDisk>,
+    /// Limits reports of shortages: resets of a disk can end one early.
+    shortages: TokenBucket<Instant>,
+}
 
 #[derive(Debug)]
 struct WatchedDisk {
@@ -29,41 +36,46 @@ impl DiskWatch {
             shortage: None,
             shortage_reported: false,
         };
-        Self(disks.iter().map(fresh).collect())
+        Self {
+            disks: disks.iter().map(fresh).collect(),
+            shortages: TokenBucket::new(TIMELINE),
+        }
     }
 
     /// Whether a disk holds a request because the host's disk is full. The guest
     /// is paused until none does.
     pub fn check(&mut self) -> bool {
-        for watched in &mut self.0 {
+        for watched in &mut self.disks {
             watched.shortage = watched.disk.hold.shortage();
         }
         self.is_any_full()
     }
 
     fn is_any_full(&self) -> bool {
-        self.0.iter().any(|watched| watched.shortage.is_some())
+        self.disks.iter().any(|watched| watched.shortage.is_some())
     }
 
     /// From now on ENOSPC fails the request instead of holding it.
     pub fn fail_when_full(&self) {
-        for watched in &self.0 {
+        for watched in &self.disks {
             watched.disk.hold.fail_when_full();
         }
     }
 
     /// Reports each full disk, and later that none is full. A report that the outbox
-    /// did not take is repeated: after `NoSpace` the supervisor counts no silence
+    /// did not take, or that came too often, is repeated: after `NoSpace` the supervisor counts no silence
     /// until it receives `SpaceBack`.
     pub fn report_space(&mut self, outbox: &Outbox) {
-        for watched in &mut self.0 {
-            if let (Some(no_space), false) = (watched.no_space(), watched.shortage_reported) {
+        for watched in &mut self.disks {
+            if let (Some(no_space), false) = (watched.no_space(), watched.shortage_reported)
+                && self.shortages.take(Instant::now())
+            {
                 watched.shortage_reported = outbox.send(&Event::NoSpace(no_space), vec![]);
             }
         }
-        let reported = self.0.iter().any(|watched| watched.shortage_reported);
+        let reported = self.disks.iter().any(|watched| watched.shortage_reported);
         if reported && !self.is_any_full() && outbox.send(&Event::SpaceBack {}, vec![]) {
-            for watched in &mut self.0 {
+            for watched in &mut self.disks {
                 watched.shortage_reported = false;
             }
         }
@@ -73,7 +85,7 @@ impl DiskWatch {
     /// attaches. From here on it is sent only changes.
     pub fn attached(&mut self) -> (Vec<NoSpace>, Vec<DiskFailed>) {
         let (mut no_space, mut failures) = (Vec::new(), Vec::new());
-        for watched in &mut self.0 {
+        for watched in &mut self.disks {
             let (shortage, failure) = (watched.no_space(), watched.failure());
             watched.shortage_reported = shortage.is_some();
             watched.failure_reported = failure.is_some();
@@ -85,7 +97,7 @@ impl DiskWatch {
 
     /// Reports the first failure of each disk, until the outbox takes it.
     pub fn report_failures(&mut self, outbox: &Outbox) {
-        for watched in &mut self.0 {
+        for watched in &mut self.disks {
             if let (Some(failure), false) = (watched.failure(), watched.failure_reported) {
                 watched.failure_reported = outbox.send(&Event::DiskFailed(failure), vec![]);
             }
@@ -186,9 +198,30 @@ mod tests {
     }
 
     #[test]
+    fn shortages_that_come_and_go_are_reported_at_a_limited_rate() {
+        let ([os, _], mut watch, outbox, theirs) = watch();
+        let quota = io::Error::from_raw_os_error(libc::EDQUOT);
+        let begin = Instant::now();
+        let mut events = Vec::new();
+        for _ in 0..10_000 {
+            os.begin(512, &quota);
+            assert!(watch.check());
+            watch.report_space(&outbox);
+            os.end();
+            assert!(!watch.check());
+            watch.report_space(&outbox);
+            events.extend(received(&theirs));
+        }
+        let most = 2 * (21 + begin.elapsed().as_millis() as usize / 500);
+        assert!((40..=most).contains(&events.len()), "{}", events.len());
+        let pair = [no_space("os"), Event::SpaceBack {}];
+        assert!(events.chunks(2).all(|events| events == pair));
+    }
+
+    #[test]
     fn reports_that_the_outbox_refused_are_repeated() {
         let ([os, _], mut watch, outbox, theirs) = watch();
-        let counters = Arc::clone(&watch.0[0].disk.counters);
+        let counters = Arc::clone(&watch.disks[0].disk.counters);
         let quota = io::Error::from_raw_os_error(libc::EDQUOT);
         let stuff = || while outbox.send(&Event::Pong { id: 0 }, vec![]) {};
         let relieve = || {

@@ -11,7 +11,7 @@ use super::machine::DiskState;
 use super::peers::{Candidate, Message, Peers};
 use super::teardown;
 use super::vcpu::VcpuReport;
-use crate::token_bucket::{LogLimit, VMM_LOG};
+use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket, VMM_LOG};
 
 /// Most time for the guest to stop, with the last flush of its disks. What the
 /// guest flushed itself is safe by then.
@@ -67,6 +67,9 @@ pub struct EventLoop<G> {
     pause: PauseReasons,
     fails_when_full: bool,
     panicked: bool,
+    panic_reported: bool,
+    /// Limits reports about devices, which a guest can break again and again.
+    broken_devices: TokenBucket<Instant>,
     exit: Option<ExitReason>,
     /// Of a guest that is being stopped.
     last_stats: Stats,
@@ -98,6 +101,8 @@ impl<G: Guest> EventLoop<G> {
             pause: PauseReasons::default(),
             fails_when_full: false,
             panicked: false,
+            panic_reported: false,
+            broken_devices: TokenBucket::new(MISBEHAVIOUR),
             exit: None,
             last_stats: Stats::default(),
             ignored_commands: 0,
@@ -132,12 +137,16 @@ impl<G: Guest> EventLoop<G> {
     fn turn(&mut self) -> io::Result<()> {
         let messages = self.peers.wait()?;
         self.reports();
+        self.report_panic();
         for message in messages {
             self.message(message);
         }
         if let (Some(guest), None) = (&mut self.guest, &self.exit) {
             for event in guest.broken_devices() {
-                self.peers.outbox().send(&event, vec![]);
+                // `Stats` counts the violations that are not reported.
+                if self.broken_devices.take(Instant::now()) {
+                    self.peers.outbox().send(&event, vec![]);
+                }
             }
             self.disks.report_failures(self.peers.outbox());
             self.pause_without_space();
@@ -173,11 +182,15 @@ impl<G: Guest> EventLoop<G> {
                     self.exit.get_or_insert(reason);
                     return;
                 }
-                VcpuReport::Panicked => {
-                    self.panicked = true;
-                    self.send(&Event::GuestPanicked {});
-                }
+                VcpuReport::Panicked => self.panicked = true,
             }
+        }
+    }
+
+    /// Reports a panic once, as soon as the outbox takes it.
+    fn report_panic(&mut self) {
+        if self.panicked && !self.panic_reported {
+            self.panic_reported = self.peers.outbox().send(&Event::GuestPanicked {}, vec![]);
         }
     }
 
@@ -222,8 +235,9 @@ impl<G: Guest> EventLoop<G> {
             stats: self.stats(),
             ignored_commands: self.ignored_commands,
         };
-        if let Err(error) = self.peers.attach(candidate, attached) {
-            self.warn(&format_args!("attach a supervisor: {error}"));
+        match self.peers.attach(candidate, attached) {
+            Ok(()) => self.panic_reported = self.panicked,
+            Err(error) => self.warn(&format_args!("attach a supervisor: {error}")),
         }
     }
 

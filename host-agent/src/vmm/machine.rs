@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::boot::{self, BootError};
 use super::bus::Bus;
-use super::control::Event;
 use super::cpu::regs::{self, RegsError};
 use super::disk::{self, Backing};
 use super::memory::{self, MemoryError};
@@ -25,9 +24,9 @@ use super::virtio::blk::{Block, DiskCounters, EnospcHold};
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
-use super::virtio::vsock::{self, Vsock, VsockEvent};
+use super::virtio::vsock::{self, Vsock};
 use super::vm::{Vm, VmError};
-use super::{acpi, layout};
+use super::{acpi, guest_events, layout};
 
 /// Least guest RAM in MiB: room for kernel, initrd and a minimal user space.
 const LEAST_MEMORY: u32 = 64;
@@ -147,7 +146,7 @@ impl Machine {
             devices.push(Box::new(block));
         }
         let dial_limit = Duration::from_millis(u64::from(spec.dial_limit_ms));
-        let sink = send_effects(outbox.clone());
+        let sink = guest_events::vsock_sink(outbox.clone());
         let vsock =
             Vsock::new(u64::from(GUEST_CID), dial_limit, sink).map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
@@ -242,21 +241,6 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
         return Err(MachineError::Spec(text));
     }
     Ok(())
-}
-
-/// Sends effects of the vsock device to the supervisor. If the outbox does not
-/// take one, its descriptor is dropped and the guest's connection closes.
-fn send_effects(outbox: Outbox) -> vsock::EventSink {
-    Box::new(move |effect| {
-        match effect {
-            VsockEvent::Opened {
-                port,
-                source_port,
-                fd,
-            } => outbox.send(&Event::Opened { port, source_port }, vec![fd]),
-            VsockEvent::Dialed { id, outcome } => outbox.dialed(id, outcome),
-        };
-    })
 }
 
 fn open_disk(

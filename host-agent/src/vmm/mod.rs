@@ -13,6 +13,7 @@ pub mod disk;
 mod disk_watch;
 mod event_loop;
 mod exit_report;
+mod guest_events;
 mod layout;
 mod machine;
 mod memory;

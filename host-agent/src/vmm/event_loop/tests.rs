@@ -37,6 +37,8 @@ struct FakeGuest {
     exits: Arc<Mutex<u64>>,
     /// A processor leaves the guest late.
     late: Arc<AtomicBool>,
+    /// The guest breaks a device again and again.
+    breaks: Arc<AtomicBool>,
 }
 
 impl FakeGuest {
@@ -54,7 +56,11 @@ impl Guest for FakeGuest {
         &self.disks
     }
     fn broken_devices(&mut self) -> Vec<Event> {
-        Vec::new()
+        let event = Event::DeviceNeedsReset {
+            device: "rng".into(),
+            reason: "test".into(),
+        };
+        vec![event; usize::from(self.breaks.load(Ordering::SeqCst))]
     }
     fn pause(&self) {
         self.ask(Asked::Pause);
@@ -95,6 +101,7 @@ struct Fixture {
     flush: Option<mpsc::Sender<()>>,
     hold: Arc<EnospcHold>,
     late: Arc<AtomicBool>,
+    breaks: Arc<AtomicBool>,
     ended: JoinHandle<ExitReason>,
 }
 
@@ -141,8 +148,9 @@ fn start_limited(
         }],
         exits: Arc::default(),
         late: Arc::default(),
+        breaks: Arc::default(),
     };
-    let late = Arc::clone(&guest.late);
+    let (late, breaks) = (Arc::clone(&guest.late), Arc::clone(&guest.breaks));
     let boot = Boot {
         name: "A_IN_0".into(),
         generation: 3,
@@ -163,6 +171,7 @@ fn start_limited(
         flush: Some(flush),
         hold,
         late,
+        breaks,
         ended,
     };
     (fixture, Supervisor(theirs))
@@ -509,6 +518,35 @@ fn a_supervisor_can_attach_while_the_disks_are_flushed() {
     // The supervisor may leave too.
     drop(second);
     assert_eq!(fixture.end(), ExitReason::PowerOff);
+}
+
+#[test]
+fn a_panic_is_reported_once_the_outbox_has_space() {
+    let (fixture, supervisor) = start(false);
+    while fixture.outbox.send(&Event::SpaceBack {}, vec![]) {}
+    fixture.report(VcpuReport::Panicked);
+    fixture.report(VcpuReport::Panicked);
+    let mut event = supervisor.next().unwrap();
+    while event == (Event::SpaceBack {}) {
+        event = supervisor.next().unwrap();
+    }
+    assert_eq!(event, Event::GuestPanicked {});
+    supervisor.ping(1);
+}
+
+#[test]
+fn devices_that_break_again_and_again_are_reported_rarely() {
+    let (fixture, supervisor) = start(false);
+    fixture.breaks.store(true, Ordering::SeqCst);
+    let mut reported = 0;
+    for id in 0..1000 {
+        supervisor.send(&Command::Ping { id });
+        while supervisor.next() != Some(Event::Pong { id }) {
+            reported += 1;
+        }
+    }
+    // Ten at once, then one a minute.
+    assert!((10..=12).contains(&reported), "{reported}");
 }
 
 #[test]
