@@ -12,10 +12,13 @@ pub mod cgroup;
 pub mod channels;
 pub mod child;
 pub mod cli;
+mod closer;
 pub mod descriptors;
 pub mod digest;
 pub mod doctor;
 pub mod endpoints;
+mod event_budget;
+mod guest_stream;
 pub mod progress;
 #[cfg(test)]
 mod property;

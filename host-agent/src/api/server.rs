@@ -238,7 +238,7 @@ async fn exec_in(
     send(&mut guest, &request).await?;
     guest.write_all(&early).await?;
     send(stream, &Response::Ok {}).await?;
-    join(stream.split(), guest.split(), MAX_CHUNK).await;
+    join(stream.split(), tokio::io::split(guest), MAX_CHUNK).await;
     Ok(())
 }
 

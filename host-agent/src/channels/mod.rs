@@ -14,14 +14,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use vmbus::channel::{Channel, PRIVILEGED_PORTS};
 use vmbus::message::{Beat, Goal, LogSource, PowerAction, Status};
 use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::text::chain;
 use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
 
+use crate::closer::Closer;
+use crate::event_budget::{EventBudget, PAUSE};
+use crate::guest_stream::GuestStream;
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::AgentProgram;
 
@@ -91,6 +94,10 @@ pub struct GuestChannels {
     pub alive: mpsc::Sender<Infallible>,
     /// Last heartbeat question of this boot, over all its connections.
     pub sequence: AtomicU64,
+    /// Events that the guest may cause in this boot.
+    pub budget: Arc<EventBudget>,
+    /// Closes the sockets of connections.
+    pub closer: Closer,
 }
 
 /// Why a connection ended before its guest did.
@@ -106,32 +113,32 @@ impl GuestChannels {
     /// Serves a connection that the guest opened to host port `port`. Returns at once.
     /// Closes a connection to a port that is not a channel's, or from an unprivileged port.
     pub fn accept(self: &Arc<Self>, port: u32, source_port: u32, socket: OwnedFd) {
-        let Some(channel) = Channel::from_port(port) else {
-            return;
+        let channel = Channel::from_port(port).filter(|_| source_port < PRIVILEGED_PORTS);
+        let Some(channel) = channel else {
+            return self.closer.close([socket]);
         };
-        if source_port >= PRIVILEGED_PORTS {
-            return;
-        }
         let shared = Arc::clone(self);
         tokio::spawn(async move {
             if let Err(error) = shared.connection(channel, socket).await {
                 let reason = match error {
                     // The guest closed the connection or ended, which is reported elsewhere.
-                    ChannelError::Stream(StreamError::Io(_)) => return,
+                    ChannelError::Stream(StreamError::Io(error))
+                        if error.kind() != io::ErrorKind::InvalidData =>
+                    {
+                        return;
+                    }
                     other => serve::bounded(&chain(&other)),
                 };
                 shared
-                    .report(ChannelEvent::Violation { channel, reason })
+                    .report_caused(ChannelEvent::Violation { channel, reason })
                     .await;
             }
         });
     }
 
     async fn connection(&self, channel: Channel, socket: OwnedFd) -> Result<(), ChannelError> {
-        let stream = std::os::unix::net::UnixStream::from(socket);
-        stream.set_nonblocking(true).map_err(StreamError::Io)?;
-        let stream = UnixStream::from_std(stream).map_err(StreamError::Io)?;
-        let (reader, mut writer) = stream.into_split();
+        let stream = GuestStream::received(socket, self.closer.clone()).map_err(StreamError::Io)?;
+        let (reader, mut writer) = tokio::io::split(stream);
         let mut reader = FrameReader::new(reader);
         let hello = tokio::time::timeout(self.hello_limit, reader.next::<Hello>())
             .await
@@ -158,6 +165,15 @@ impl GuestChannels {
             }
         }
         self.serve(channel, &hello, reader, writer).await
+    }
+
+    /// Reports what the guest caused. Its connection is read again when the budget allows.
+    async fn report_caused(&self, event: ChannelEvent) {
+        let within = self.budget.spend(Instant::now());
+        self.report(event).await;
+        if !within {
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 
     async fn report(&self, event: ChannelEvent) {

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::Instant;
 use vmbus::channel::Channel;
 use vmbus::message::{LogRecord, MAX_DETAIL, Status, ToGuest, ToHost};
@@ -11,6 +10,7 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::version::Hello;
 
 use super::{ChannelError, ChannelEvent, GuestChannels};
+use crate::guest_stream::GuestStream;
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
@@ -22,7 +22,8 @@ const MAX_AGENT_NAME: usize = 100;
 const STATUS_RATE: Rate = Rate::new(20, STATUS_PAUSE);
 const STATUS_PAUSE: Duration = Duration::from_millis(50);
 
-type Reader = FrameReader<OwnedReadHalf>;
+type Reader = FrameReader<ReadHalf<GuestStream>>;
+type Writer = WriteHalf<GuestStream>;
 
 impl GuestChannels {
     pub(super) async fn serve(
@@ -30,7 +31,7 @@ impl GuestChannels {
         channel: Channel,
         hello: &Hello,
         reader: Reader,
-        writer: OwnedWriteHalf,
+        writer: Writer,
     ) -> Result<(), ChannelError> {
         match channel {
             Channel::Control => self.control(hello, reader).await,
@@ -49,27 +50,31 @@ impl GuestChannels {
                 return Err(unexpected(&message));
             };
             let agent = clean(&hello.agent, MAX_AGENT_NAME);
-            self.report(ChannelEvent::Booted { init_ms, agent }).await;
+            self.report_caused(ChannelEvent::Booted { init_ms, agent })
+                .await;
         }
         Ok(())
     }
 
-    async fn heartbeat(
-        &self,
-        mut reader: Reader,
-        mut writer: OwnedWriteHalf,
-    ) -> Result<(), ChannelError> {
+    async fn heartbeat(&self, mut reader: Reader, mut writer: Writer) -> Result<(), ChannelError> {
         loop {
             let sequence = self.next_sequence();
             self.report(ChannelEvent::Asked(sequence)).await;
             send(&mut writer, &ToGuest::Ask { sequence }).await?;
             let pause = tokio::time::sleep(self.interval.mul_f64(jitter(sequence)));
             tokio::pin!(pause);
+            // The host causes one answer.
+            let mut is_due = true;
             loop {
                 tokio::select! {
                     () = &mut pause => break,
                     message = reader.next() => match message? {
-                        Some(ToHost::Beat(beat)) => self.report(ChannelEvent::Beat(beat)).await,
+                        Some(ToHost::Beat(beat)) if std::mem::take(&mut is_due) => {
+                            self.report(ChannelEvent::Beat(beat)).await;
+                        }
+                        Some(ToHost::Beat(beat)) => {
+                            self.report_caused(ChannelEvent::Beat(beat)).await;
+                        }
                         Some(other) => return Err(unexpected(&other)),
                         None => return Ok(()),
                     },
@@ -78,11 +83,7 @@ impl GuestChannels {
         }
     }
 
-    async fn goal(
-        &self,
-        mut reader: Reader,
-        mut writer: OwnedWriteHalf,
-    ) -> Result<(), ChannelError> {
+    async fn goal(&self, mut reader: Reader, mut writer: Writer) -> Result<(), ChannelError> {
         let mut goal = self.goal.clone();
         loop {
             let current = goal.borrow_and_update().clone();
@@ -104,7 +105,7 @@ impl GuestChannels {
                 return Err(unexpected(&message));
             };
             let detail = clean(&status.detail, MAX_TEXT);
-            self.report(ChannelEvent::Status(Status { detail, ..status }))
+            self.report_caused(ChannelEvent::Status(Status { detail, ..status }))
                 .await;
             while !bucket.take(Instant::now()) {
                 tokio::time::sleep(STATUS_PAUSE).await;
@@ -113,11 +114,7 @@ impl GuestChannels {
         Ok(())
     }
 
-    async fn agent(
-        &self,
-        mut reader: Reader,
-        mut writer: OwnedWriteHalf,
-    ) -> Result<(), ChannelError> {
+    async fn agent(&self, mut reader: Reader, mut writer: Writer) -> Result<(), ChannelError> {
         while let Some(message) = reader.next().await? {
             match message {
                 ToHost::AgentRequest {} => {
@@ -132,7 +129,8 @@ impl GuestChannels {
                 }
                 ToHost::AgentResult { error } => {
                     let error = error.map(|text| clean(&text, MAX_TEXT));
-                    self.report(ChannelEvent::AgentResult { error }).await;
+                    self.report_caused(ChannelEvent::AgentResult { error })
+                        .await;
                 }
                 other => return Err(unexpected(&other)),
             }
@@ -165,11 +163,7 @@ impl GuestChannels {
         Ok(())
     }
 
-    async fn shutdown(
-        &self,
-        mut reader: Reader,
-        mut writer: OwnedWriteHalf,
-    ) -> Result<(), ChannelError> {
+    async fn shutdown(&self, mut reader: Reader, mut writer: Writer) -> Result<(), ChannelError> {
         let mut wanted = self.shutdown.clone();
         let mut sent = false;
         loop {
@@ -185,7 +179,9 @@ impl GuestChannels {
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return Ok(()) },
                 message = reader.next() => match message? {
-                    Some(ToHost::ShutdownBegun {}) => self.report(ChannelEvent::ShutdownBegun).await,
+                    Some(ToHost::ShutdownBegun {}) => {
+                        self.report_caused(ChannelEvent::ShutdownBegun).await;
+                    }
                     Some(other) => return Err(unexpected(&other)),
                     None => return Ok(()),
                 },

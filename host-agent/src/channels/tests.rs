@@ -10,6 +10,7 @@ use vmbus::message::{ExpectedState, Health, LogRecord, RoleState, Status, ToGues
 use vmbus::role::{EntryPoint, RoleDefinition};
 
 use super::*;
+use crate::token_bucket::Rate;
 
 const HELLO_LIMIT: Duration = Duration::from_millis(500);
 
@@ -65,6 +66,8 @@ fn host(interval: Duration) -> Host {
         agent_log: log("agent.log"),
         alive: mpsc::channel(1).0,
         sequence: AtomicU64::new(0),
+        budget: Arc::default(),
+        closer: Closer::default(),
     };
     Host {
         channels: Arc::new(channels),
@@ -143,6 +146,7 @@ async fn a_malformed_message_is_quoted_in_short_and_without_escapes() {
 #[tokio::test]
 async fn a_flood_on_other_channels_delays_no_heartbeat() {
     let mut host = host(Duration::from_secs(1));
+    let started = Instant::now();
     let over = Arc::new(AtomicBool::new(false));
     let mut floods = Vec::new();
     let record = ToHost::Log(LogRecord {
@@ -167,7 +171,7 @@ async fn a_flood_on_other_channels_delays_no_heartbeat() {
             while !over.load(Ordering::Relaxed) && guest.write_all(&frames).is_ok() {
                 written += frames.len();
             }
-            written
+            (channel, written)
         }));
     }
     let mut guest = host.dial(Channel::Heartbeat);
@@ -211,15 +215,19 @@ async fn a_flood_on_other_channels_delays_no_heartbeat() {
         }
         assert!(asked - answered <= 2, "{answered} of {asked} answered");
     }
+    let took = started.elapsed();
     over.store(true, Ordering::Relaxed);
     drop(host.events);
     for flood in floods {
-        // The host read megabytes of each meanwhile. The runtime goes on reading until the
-        // writers have seen `over`.
+        // The host read megabytes of each log meanwhile. The runtime goes on reading until
+        // the writers have seen `over`.
         let written = tokio::task::spawn_blocking(|| flood.join().unwrap());
-        assert!(written.await.unwrap() > 1 << 20);
+        let (channel, written) = written.await.unwrap();
+        assert!(channel == Channel::Agent || written > 1 << 20);
     }
-    assert!(others > 1000);
+    // Events of one connection: the burst, then one each 10 ms, and those of the refill.
+    let most = 512 + 2 * u64::try_from(took.as_millis()).unwrap() / 10;
+    assert!((512..=most).contains(&others), "{others} in {took:?}");
     drop(host.dir);
 }
 
@@ -248,4 +256,79 @@ async fn a_burst_of_states_arrives_at_once_and_a_flood_slowly() {
         }
     }
     assert!(started.elapsed() >= Duration::from_millis(450));
+}
+
+#[tokio::test]
+async fn every_channel_counts_in_the_one_budget_of_a_boot() {
+    let mut host = host(Duration::from_secs(3600));
+    let rate = |burst| Rate::new(burst, Duration::from_secs(3600));
+    let channels = Arc::get_mut(&mut host.channels).unwrap();
+    channels.budget = Arc::new(EventBudget::new(rate(12), rate(1)));
+    let beat = ToHost::Beat(Beat {
+        boot_id: "boot".into(),
+        sequence: 1,
+        health: Health::Healthy,
+    });
+    let booted = ToHost::Booted { init_ms: 1 };
+    let garbage = ToHost::ShutdownBegun {};
+    for (channel, message, events) in [
+        (Channel::Control, booted, 3),
+        // The host asked for one of them.
+        (Channel::Heartbeat, beat, 3),
+        (Channel::Agent, ToHost::AgentResult { error: None }, 3),
+        (Channel::Shutdown, ToHost::ShutdownBegun {}, 3),
+        // Ends the connection.
+        (Channel::Status, garbage, 1),
+    ] {
+        let mut guest = host.dial(channel);
+        let message = frame::encode(&message).unwrap().repeat(3);
+        guest
+            .write_all(&[hello(channel), message].concat())
+            .unwrap();
+        let mut seen = 0;
+        while seen < events {
+            let (_, event) = host.events.recv().await.unwrap();
+            seen += i32::from(!matches!(event, ChannelEvent::Asked(_)));
+        }
+    }
+    assert!(!host.channels.budget.floods());
+    // The budget is spent to the last token: one more is an excess, two are a flood.
+    assert!(!host.channels.budget.spend(tokio::time::Instant::now()));
+    assert!(!host.channels.budget.spend(tokio::time::Instant::now()));
+    assert!(host.channels.budget.floods());
+}
+
+#[tokio::test]
+async fn a_hello_for_another_channel_is_refused() {
+    let mut host = host(Duration::from_secs(5));
+    let mut guest = host.dial(Channel::Log);
+    guest.write_all(&hello(Channel::Control)).unwrap();
+    let (_, event) = host.events.recv().await.unwrap();
+    let ChannelEvent::Violation { channel, reason } = event else {
+        panic!("{event:?}");
+    };
+    assert_eq!(channel, Channel::Log);
+    assert!(reason.contains("hello for channel Control"), "{reason}");
+    let mut answer = Vec::new();
+    let answer =
+        tokio::task::spawn_blocking(move || guest.read_to_end(&mut answer).map(|_| answer));
+    let mut decoder = frame::Decoder::new();
+    decoder.push(&answer.await.unwrap().unwrap());
+    let welcome = decoder.take_frame::<Welcome>().unwrap();
+    assert!(matches!(welcome, Some(Welcome::Refused { .. })));
+}
+
+#[tokio::test]
+async fn a_connection_from_an_unprivileged_port_is_closed() {
+    let host = host(Duration::from_secs(5));
+    for (source_port, served) in [(PRIVILEGED_PORTS - 1, true), (PRIVILEGED_PORTS, false)] {
+        let (mut guest, theirs) = Blocking::pair().unwrap();
+        let port = Channel::Heartbeat.port();
+        host.channels.accept(port, source_port, theirs.into());
+        // Fails if the connection is closed already.
+        let _ = guest.write_all(&hello(Channel::Heartbeat));
+        let read = tokio::task::spawn_blocking(move || guest.read(&mut [0; 64]));
+        let count = read.await.unwrap().unwrap_or(0);
+        assert_eq!(count > 0, served);
+    }
 }

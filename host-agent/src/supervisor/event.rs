@@ -239,6 +239,8 @@ pub enum Verdict {
     },
     /// The VMM process does not answer its control socket.
     VmmHung,
+    /// The guest or its VMM process causes more events than the host agent takes.
+    Floods,
 }
 
 impl fmt::Display for Verdict {
@@ -249,6 +251,7 @@ impl fmt::Display for Verdict {
                 write!(f, "no contact {} after start", ms(*waited_ms))
             }
             Self::VmmHung => write!(f, "VMM process does not answer"),
+            Self::Floods => write!(f, "guest floods the host agent with events"),
         }
     }
 }

@@ -155,7 +155,7 @@ impl Instance {
                     while more && let Ok((generation, event)) = channels.try_recv() {
                         more = self.channel(generation, event);
                     }
-                    more && self.tick()
+                    more && self.tick() && self.judge_flood()
                 }
                 _ = ping.tick() => self.ping(),
             };

@@ -2,31 +2,29 @@
 //! driven over its control socket, reaped.
 
 mod attach;
+mod control_socket;
 mod handle;
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use serde::de::DeserializeOwned;
-use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use crate::closer::Closer;
+use crate::event_budget::EventBudget;
 use crate::vmm::control::{Adoption, Attached, Command, Event, ExitReason, Start};
 use crate::vmm::spec::{FileIndex, GuestSpec};
 use crate::vmm::wire;
 pub use attach::{AttachError, Expected, prepare as prepare_adoption};
+use control_socket::ControlSocket;
 use handle::ProcessHandle;
 pub use handle::ProcessId;
-
-/// Commands that wait for a full socket before those on behalf of clients are
-/// refused.
-const MAX_WAITING: usize = 192;
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +56,7 @@ pub struct Launch<'a> {
 #[derive(Debug)]
 pub struct VmmProcess {
     process: ProcessHandle,
-    control: UnixStream,
-    waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    control: ControlSocket,
     /// The exit file of a process that may outlive this one.
     exit: Option<PathBuf>,
     /// The control socket failed.
@@ -117,7 +114,7 @@ impl VmmProcess {
         let control = UnixStream::from_std(ours.into()).map_err(step("control socket"))?;
         wire::send(control.as_fd(), &Command::Start(Box::new(start)), &borrowed)
             .map_err(step("send the guest specification"))?;
-        Ok(Self::new(process, control, exit))
+        Ok(Self::new(process, ControlSocket::new(control), exit))
     }
 
     /// Attaches to the VMM process that listens in the instance's directory `dir`;
@@ -127,11 +124,10 @@ impl VmmProcess {
         attach::attach(dir, expected).await
     }
 
-    const fn new(process: ProcessHandle, control: UnixStream, exit: Option<PathBuf>) -> Self {
+    const fn new(process: ProcessHandle, control: ControlSocket, exit: Option<PathBuf>) -> Self {
         Self {
             process,
             control,
-            waiting: VecDeque::new(),
             exit,
             hung_up: false,
             killed: false,
@@ -154,67 +150,46 @@ impl VmmProcess {
     /// requests of clients checks [`VmmProcess::is_behind`] first; the
     /// supervisor's own commands are few.
     pub fn send(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {
-        self.waiting.push_back((wire::encode(command)?, files));
-        self.flush()
+        self.control.send(command, files)
     }
 
     /// Whether too many commands wait to add requests of clients.
     pub fn is_behind(&self) -> bool {
-        self.waiting.len() >= MAX_WAITING
+        self.control.is_behind()
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        while let Some((bytes, files)) = self.waiting.front() {
-            let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-            let sent = self.control.try_io(Interest::WRITABLE, || {
-                wire::send_bytes(self.control.as_fd(), bytes, &borrowed)
-            });
-            match sent {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                other => other?,
-            }
-            self.waiting.pop_front();
-        }
-        Ok(())
+    /// The events that the guest may cause in this boot. Once it floods, no more of its
+    /// events are read.
+    pub const fn budget(&self) -> &Arc<EventBudget> {
+        &self.control.budget
     }
 
-    /// The next event with its files, or the end of the process. Cancelling loses
-    /// nothing.
+    /// Closes descriptors that the VMM process has had.
+    pub const fn closer(&self) -> &Closer {
+        &self.control.closer
+    }
+
+    /// The next event with the descriptor that belongs to it, or the end of the process.
+    /// Cancelling loses nothing.
     pub async fn next(&mut self) -> VmmEvent {
         if self.hung_up {
             return self.end().await;
         }
-        while !self.waiting.is_empty() {
-            tokio::select! {
-                biased;
-                ready = self.control.readable() => {
-                    let _ = ready;
-                    break;
-                }
-                ready = self.control.writable() => {
-                    if let Err(error) = ready.and_then(|()| self.flush()) {
-                        // Its last events are still to be read.
-                        tracing::debug!(pid = self.pid(), %error, "takes no commands");
-                        self.waiting.clear();
-                    }
-                }
-            }
-        }
         let received = tokio::select! {
             biased;
-            event = receive::<Event>(&self.control) => event,
+            received = self.control.next() => received,
             // The runtime may report the end of the process before its last events:
             // read them first.
-            _ = self.process.ended() => wire::recv(self.control.as_fd()),
+            _ = self.process.ended() => self.control.last(),
         };
         match received {
-            Ok(Some((event, files))) => {
+            Ok(Some((Ok(event), file))) => {
                 if event == Event::Unknown {
                     self.note_unknown();
                 }
-                VmmEvent::Event(event, files)
+                VmmEvent::Event(event, file)
             }
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => VmmEvent::Garbled(error),
+            Ok(Some((Err(error), _))) => VmmEvent::Garbled(error),
             // The socket closes a moment before the process ends.
             Ok(None) | Err(_) => {
                 self.hung_up = true;
@@ -260,8 +235,8 @@ impl Drop for VmmProcess {
 /// An event of a VMM process or about it.
 #[derive(Debug)]
 pub enum VmmEvent {
-    /// The process sent an event.
-    Event(Event, Vec<OwnedFd>),
+    /// The process sent an event, with a descriptor if it is [`Event::Opened`].
+    Event(Event, Option<OwnedFd>),
     /// The process sent a packet that is no event. It is ignored.
     Garbled(io::Error),
     /// The process ended.
@@ -298,17 +273,5 @@ impl Ending {
     }
 }
 
-async fn receive<T: DeserializeOwned>(
-    socket: &UnixStream,
-) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    loop {
-        socket.readable().await?;
-        match socket.try_io(Interest::READABLE, || wire::recv(socket.as_fd())) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            result => return result,
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

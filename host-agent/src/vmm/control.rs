@@ -17,15 +17,23 @@
 use serde::{Deserialize, Serialize};
 
 use super::spec::{FileIndex, GuestSpec};
+use super::wire::Packet;
 
 /// Versions of this protocol that this build speaks, the preferred one first.
 pub const VERSIONS: &[u32] = &[1];
 
-/// Longest packet in bytes.
-pub const MAX_PACKET: usize = 64 * 1024;
+/// Longest command in bytes: [`Command::Start`] names every disk.
+pub const MAX_COMMAND: usize = 64 * 1024;
 
-/// Most file descriptors in one packet (the kernel's own limit is 253).
+/// Most file descriptors of a command: those of [`Command::Start`].
 pub const MAX_FILES: usize = 32;
+
+/// Longest event in bytes. The supervisor receives the events of every guest, so they are
+/// cheap to receive; [`Event::Attached`] and a long reason of an exit fit.
+pub const MAX_EVENT: usize = 16 * 1024;
+
+/// Longest text in an event in bytes. In JSON each may become six.
+pub const MAX_TEXT: usize = 2 * 1024;
 
 /// Supervisor to VMM process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +83,17 @@ pub enum Command {
     /// A command of another build.
     #[serde(other)]
     Unknown,
+}
+
+impl Packet for Command {
+    const MAX_BYTES: usize = MAX_COMMAND;
+    const MAX_FILES: usize = MAX_FILES;
+}
+
+impl Packet for Event {
+    const MAX_BYTES: usize = MAX_EVENT;
+    // That of `Opened`.
+    const MAX_FILES: usize = 1;
 }
 
 /// How a VMM process starts. Only the program that started it sends this, so both
@@ -271,6 +290,18 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
+    /// The reason with at most [`MAX_TEXT`] bytes of text, so that it fits into an event.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        match self {
+            Self::Failed { mut detail } => {
+                detail.truncate(detail.floor_char_boundary(MAX_TEXT));
+                Self::Failed { detail }
+            }
+            other => other,
+        }
+    }
+
     /// Exit code of the VMM process for this reason. 0 and 1 are left to the
     /// run-time, 2 to bad usage.
     pub const fn code(&self) -> u8 {

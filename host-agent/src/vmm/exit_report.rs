@@ -36,6 +36,7 @@ impl ExitReport {
 
     /// Reports `reason`, and waits a limited time for the supervisor to receive it.
     pub fn finish(&self, reason: ExitReason) -> io::Result<()> {
+        let reason = reason.bounded();
         let file = self
             .file
             .lock()

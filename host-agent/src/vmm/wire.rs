@@ -3,6 +3,7 @@
 //! Both ends use these functions. Whether a call waits depends on `O_NONBLOCK` of
 //! the socket; `WouldBlock` is returned for the caller's event loop.
 
+use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -13,10 +14,39 @@ use nix::sys::socket::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::control::{MAX_FILES, MAX_PACKET};
-
 /// Bytes before the descriptors in a control message.
 const CMSG_HEADER: usize = 16;
+/// Most descriptors that the kernel puts into one packet (`SCM_MAX_FD`). All are taken,
+/// also where none belong: those without space the kernel drops on the thread that
+/// receives, and their close may wait.
+const KERNEL_FILES: usize = 253;
+/// Bytes of a control message with that many descriptors.
+const CONTROL: usize = CMSG_HEADER + (KERNEL_FILES * size_of::<RawFd>()).next_multiple_of(8);
+
+/// A direction of the control socket, and its bounds.
+pub trait Packet: Serialize {
+    /// Longest packet in bytes.
+    const MAX_BYTES: usize;
+    /// Most file descriptors in one packet.
+    const MAX_FILES: usize;
+}
+
+/// One packet.
+#[derive(Debug)]
+pub struct Received<T> {
+    /// The message. `InvalidData` if the packet is longer or carries more files than the
+    /// protocol allows, or is not a `T`.
+    pub message: io::Result<T>,
+    /// Every file of the packet, whatever the message is. They are close-on-exec. Files for
+    /// which this process has no descriptor left are missing at the end: the caller must
+    /// check that they are there.
+    pub files: Vec<OwnedFd>,
+}
+
+thread_local! {
+    /// The last packet that this thread received.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A connected pair of control sockets, both close-on-exec and blocking.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -39,25 +69,37 @@ pub fn set_nonblocking(socket: &OwnedFd) -> io::Result<()> {
 /// socket.
 ///
 /// # Errors
-/// `InvalidInput` if the message is longer than [`MAX_PACKET`] or carries more
-/// than [`MAX_FILES`] files; otherwise the error of the socket.
-pub fn send<T: Serialize>(
+/// `InvalidInput` if the message is longer or carries more files than a `T` may;
+/// otherwise the error of the socket.
+pub fn send<T: Packet>(
     socket: BorrowedFd<'_>,
     message: &T,
     files: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    send_bytes(socket, &encode(message)?, files)
-}
-
-/// The bytes of a message, for a caller that may have to send them later.
-pub fn encode<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
-    let bytes = serde_json::to_vec(message)?;
-    if bytes.len() > MAX_PACKET {
+    let bytes = encode(message)?;
+    if files.len() > T::MAX_FILES {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
-                "control message of {} bytes, the limit is {MAX_PACKET}",
-                bytes.len()
+                "control message with {} files, the limit is {}",
+                files.len(),
+                T::MAX_FILES
+            ),
+        ));
+    }
+    send_bytes(socket, &bytes, files)
+}
+
+/// The bytes of a message, for a caller that may have to send them later.
+pub fn encode<T: Packet>(message: &T) -> io::Result<Vec<u8>> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > T::MAX_BYTES {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "control message of {} bytes, the limit is {}",
+                bytes.len(),
+                T::MAX_BYTES
             ),
         ));
     }
@@ -70,15 +112,6 @@ pub fn send_bytes(
     bytes: &[u8],
     files: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    if files.len() > MAX_FILES {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!(
-                "control message with {} files, the limit is {MAX_FILES}",
-                files.len()
-            ),
-        ));
-    }
     let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
@@ -97,53 +130,85 @@ pub fn send_bytes(
     }
 }
 
-/// Receives one message and its files; `None` when the other end is closed.
-/// The files are close-on-exec. Files for which this process has no descriptor
-/// left are missing at the end: the caller must check that they are there.
+/// Receives one message and its files, and closes the files of a packet that is not
+/// valid; `None` when the other end is closed. See [`receive`].
 ///
 /// # Errors
-/// `InvalidData` if the packet is longer or carries more files than the
-/// protocol allows, or is not a `T`; its files are closed, and the next call
-/// receives the next packet. Otherwise the error of the socket.
-pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    recv_with(socket, &mut nix::cmsg_space!([RawFd; MAX_FILES]))
+/// That of the message or of the socket.
+pub fn recv<T: Packet + DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    match receive(socket)? {
+        Some(Received { message, files }) => Ok(Some((message?, files))),
+        None => Ok(None),
+    }
 }
 
-fn recv_with<T: DeserializeOwned>(
+/// Receives one packet; `None` when the other end is closed.
+///
+/// # Errors
+/// That of the socket. After a packet that is not valid the next call receives the next
+/// packet.
+pub fn receive<T: Packet + DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+) -> io::Result<Option<Received<T>>> {
+    receive_with(socket, &mut [0; CONTROL])
+}
+
+fn receive_with<T: Packet + DeserializeOwned>(
     socket: BorrowedFd<'_>,
     control: &mut [u8],
-) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut bytes = vec![0; MAX_PACKET];
-    control.fill(0);
-    let (length, flags) = loop {
-        let mut parts = [IoSliceMut::new(&mut bytes)];
+) -> io::Result<Option<Received<T>>> {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < T::MAX_BYTES {
+            buffer.resize(T::MAX_BYTES, 0);
+        }
+        let bytes = &mut buffer[..T::MAX_BYTES];
+        let (length, flags) = receive_into(socket, bytes, control)?;
+        let files = installed(control);
+        let message = if flags.contains(MsgFlags::MSG_TRUNC) || files.len() > T::MAX_FILES {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "control packet is longer or carries more files than the protocol allows",
+            ))
+        } else if length == 0 {
+            return Ok(None);
+        } else {
+            serde_json::from_slice(&bytes[..length])
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        };
+        Ok(Some(Received { message, files }))
+    })
+}
+
+/// Receives bytes of a stream socket, and the descriptors beside them.
+pub fn recv_bytes(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = [0; CONTROL];
+    let (length, _) = receive_into(socket, bytes, &mut control)?;
+    Ok((length, installed(&control)))
+}
+
+/// One `recvmsg(2)`. `control` must be all zeros.
+fn receive_into(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    control: &mut [u8],
+) -> io::Result<(usize, MsgFlags)> {
+    loop {
+        let mut parts = [IoSliceMut::new(bytes)];
         match recvmsg::<()>(
             socket.as_raw_fd(),
             &mut parts,
             Some(&mut *control),
             MsgFlags::MSG_CMSG_CLOEXEC,
         ) {
-            Ok(message) => break (message.bytes, message.flags),
+            Ok(message) => return Ok((message.bytes, message.flags)),
             // The other end closed with a packet unread: reported once, before the
             // packets that it sent.
             Err(Errno::EINTR | Errno::ECONNRESET) => {}
             Err(error) => return Err(error.into()),
         }
-    };
-    let files = installed(control);
-    let many = flags.contains(MsgFlags::MSG_CTRUNC) && files.len() == MAX_FILES;
-    if many || flags.contains(MsgFlags::MSG_TRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "control packet is longer or carries more files than the protocol allows",
-        ));
     }
-    if length == 0 {
-        return Ok(None);
-    }
-    let message = serde_json::from_slice(&bytes[..length])
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    Ok(Some((message, files)))
 }
 
 /// The files in a control buffer that was all zeros before `recvmsg(2)`. `nix`
@@ -188,8 +253,15 @@ mod tests {
 
     use super::*;
     use crate::vmm::control::{
-        Attached, Command, DialOutcome, DiskFailed, Event, ExitReason, NoSpace, Stats,
+        Attached, Command, DialOutcome, DiskFailed, Event, ExitReason, MAX_COMMAND, MAX_EVENT,
+        MAX_FILES, MAX_TEXT, NoSpace, Stats,
     };
+
+    /// A packet of a stranger.
+    impl Packet for &str {
+        const MAX_BYTES: usize = MAX_COMMAND;
+        const MAX_FILES: usize = MAX_FILES;
+    }
 
     #[test]
     fn files_arrive_with_their_message_and_close_on_exec() {
@@ -229,54 +301,73 @@ mod tests {
     #[test]
     fn both_ends_refuse_packets_over_the_limits() {
         let (a, b) = pair().unwrap();
-        let error = send(a.as_fd(), &"x".repeat(MAX_PACKET), &[]).unwrap_err();
+        let error = send(a.as_fd(), &&*"x".repeat(MAX_COMMAND), &[]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         let file = tempfile::tempfile().unwrap();
         let files = vec![file.as_fd(); MAX_FILES + 1];
         let error = send(a.as_fd(), &"x", &files).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
 
-        let long = vec![b' '; MAX_PACKET + 1];
-        nix::sys::socket::send(a.as_raw_fd(), &long, MsgFlags::empty()).unwrap();
-        let error = recv::<Command>(b.as_fd()).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let long = vec![b' '; MAX_COMMAND + 1];
+        for (length, is_event) in [(MAX_COMMAND + 1, false), (MAX_EVENT + 1, true)] {
+            send_bytes(a.as_fd(), &long[..length], &[]).unwrap();
+            let error = if is_event {
+                recv::<Event>(b.as_fd()).unwrap_err()
+            } else {
+                recv::<Command>(b.as_fd()).unwrap_err()
+            };
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            assert!(error.to_string().contains("longer"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_longest_reason_of_an_exit_fits_into_an_event() {
+        let detail = "\u{1}".repeat(10 * MAX_TEXT);
+        let reason = ExitReason::Failed { detail }.bounded();
+        encode(&Event::Exited(reason.clone())).unwrap();
+        let attached = Attached {
+            exit: Some(reason),
+            ..Attached::default()
+        };
+        let length = encode(&Event::Attached(Box::new(attached))).unwrap().len();
+        assert!(MAX_EVENT - length > 2048, "{length}");
+        let detail = "\u{10ffff}".repeat(MAX_TEXT);
+        let ExitReason::Failed { detail } = ExitReason::Failed { detail }.bounded() else {
+            panic!("it became another reason");
+        };
+        assert_eq!(detail.len(), MAX_TEXT);
     }
 
     #[test]
     fn missing_files_cost_neither_the_others_nor_the_message() {
         let (a, b) = pair().unwrap();
         let (carried, far) = pair().unwrap();
-        let pong = Event::Pong { id: 7 };
-        send(a.as_fd(), &pong, &[carried.as_fd(); 3]).unwrap();
+        let stop = Command::Stop {};
+        send(a.as_fd(), &stop, &[carried.as_fd(); 3]).unwrap();
         // As if this process had two descriptors left.
         let mut control = nix::cmsg_space!([RawFd; 2]);
-        let (event, files) = recv_with::<Event>(b.as_fd(), &mut control)
-            .unwrap()
-            .unwrap();
-        assert_eq!((event, files.len()), (pong.clone(), 2));
-        send(a.as_fd(), &pong, &[carried.as_fd()]).unwrap();
-        let (event, none) = recv_with::<Event>(b.as_fd(), &mut []).unwrap().unwrap();
-        assert_eq!((event, none.len()), (pong, 0));
+        let next = |control: &mut [u8]| receive_with::<Command>(b.as_fd(), control);
+        let Received { message, files } = next(&mut control).unwrap().unwrap();
+        assert_eq!((message.unwrap(), files.len()), (stop.clone(), 2));
+        send(a.as_fd(), &stop, &[carried.as_fd()]).unwrap();
+        let none = next(&mut []).unwrap().unwrap();
+        assert_eq!((none.message.unwrap(), none.files.len()), (stop, 0));
         drop((carried, files));
         assert!(recv::<Event>(far.as_fd()).unwrap().is_none());
     }
 
     #[test]
-    fn a_packet_with_too_many_files_leaves_none_open() {
+    fn every_file_of_a_packet_with_too_many_is_taken() {
         let (a, b) = pair().unwrap();
         let (carried, far) = pair().unwrap();
-        let raw = [carried.as_raw_fd(); MAX_FILES + 1];
         let bytes = encode(&Event::Pong { id: 7 }).unwrap();
-        sendmsg::<()>(
-            a.as_raw_fd(),
-            &[IoSlice::new(&bytes)],
-            &[ControlMessage::ScmRights(&raw)],
-            MsgFlags::empty(),
-            None,
-        )
-        .unwrap();
-        let error = recv::<Event>(b.as_fd()).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        for count in [2, KERNEL_FILES] {
+            send_bytes(a.as_fd(), &bytes, &vec![carried.as_fd(); count]).unwrap();
+            let Received { message, files } = receive::<Event>(b.as_fd()).unwrap().unwrap();
+            assert_eq!(message.unwrap_err().kind(), io::ErrorKind::InvalidData);
+            assert_eq!(files.len(), count);
+        }
         drop(carried);
         assert!(recv::<Event>(far.as_fd()).unwrap().is_none());
         // The next packet is received as usual.
@@ -360,7 +451,7 @@ mod tests {
         #[test]
         fn damaged_events_never_leak_files(
             event in event(),
-            files in 0..=MAX_FILES,
+            files in 0..=1_usize,
             damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
         ) {
             let (a, b) = pair().unwrap();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use vmbus::text::chain;
 
-use super::super::event::EventKind;
+use super::super::event::{EventKind, Verdict};
 use super::super::guest;
 use super::super::lifecycle::Input;
 use super::super::process::{Ending, Launch, VmmEvent, VmmProcess};
@@ -39,6 +39,8 @@ pub(super) struct GuestBoot {
     pub(super) no_space_reported: bool,
     pub(super) misbehaviour: HashMap<Discriminant<EventKind>, LogLimit<Duration>>,
     pub(super) execs: BTreeMap<u64, PendingExec>,
+    /// The guest is being ended because it floods.
+    condemned: bool,
 }
 
 /// The guest's connections to the channels.
@@ -120,6 +122,8 @@ impl Instance {
             agent_log: Arc::clone(&self.agent_log),
             alive,
             sequence: AtomicU64::new(0),
+            budget: Arc::clone(process.budget()),
+            closer: process.closer().clone(),
         });
         self.boot = Some(GuestBoot {
             process,
@@ -130,6 +134,7 @@ impl Instance {
             no_space_reported: false,
             misbehaviour: HashMap::new(),
             execs: BTreeMap::new(),
+            condemned: false,
         });
     }
 
@@ -145,16 +150,32 @@ impl Instance {
         channels: &mut mpsc::Receiver<(u64, ChannelEvent)>,
     ) -> bool {
         match event {
-            VmmEvent::Event(event, files) => self.event(event, files),
+            VmmEvent::Event(event, file) => self.event(event, file) && self.judge_flood(),
             VmmEvent::Garbled(error) => {
                 // Limited like everything that a guest can cause: its VMM process
                 // is restarted only if it does not answer pings either.
                 let text = format!("VMM process sent an invalid event: {}", chain(&error));
                 self.report_limited(EventKind::Warning { text });
-                true
+                self.judge_flood()
             }
             VmmEvent::Ended(ending) => self.drain(channels).await && self.ended(ending),
         }
+    }
+
+    /// Ends a guest that has caused too many events for too long.
+    pub(super) fn judge_flood(&mut self) -> bool {
+        let Some(boot) = &mut self.boot else {
+            return true;
+        };
+        if boot.condemned || !boot.process.budget().floods() {
+            return true;
+        }
+        boot.condemned = true;
+        self.feed(Input::Condemned {
+            verdict: Verdict::Floods,
+            evidence: "its events exceeded their limit for seconds".into(),
+            kernel_alive: false,
+        })
     }
 
     /// Takes in the guest's last channel events, so that its end is judged by its
@@ -194,7 +215,7 @@ impl Instance {
         self.feed(Input::Ended(reason))
     }
 
-    fn event(&mut self, event: Event, files: Vec<OwnedFd>) -> bool {
+    fn event(&mut self, event: Event, file: Option<OwnedFd>) -> bool {
         let Some(boot) = &mut self.boot else {
             return true;
         };
@@ -203,7 +224,7 @@ impl Instance {
             Event::StartFailed { reason } => {
                 boot.exit = Some(ExitReason::Failed { detail: reason });
             }
-            Event::Opened { port, source_port } => self.opened(port, source_port, files),
+            Event::Opened { port, source_port } => self.opened(port, source_port, file),
             Event::Dialed { id, outcome } => return self.dialed(id, outcome),
             Event::Paused { paused } => {
                 if self.liveness.paused(paused) {
@@ -248,17 +269,22 @@ impl Instance {
     }
 
     /// The guest opened a connection to a channel.
-    fn opened(&mut self, port: u32, source_port: u32, files: Vec<OwnedFd>) {
-        let boot = self.boot.as_ref();
-        let Some(connections) = boot.and_then(|boot| boot.connections.as_ref()) else {
+    fn opened(&mut self, port: u32, source_port: u32, socket: Option<OwnedFd>) {
+        let (Some(boot), Some(socket)) = (&self.boot, socket) else {
             return;
         };
-        // One share is ours.
-        if Arc::strong_count(&connections.channels) > MAX_CONNECTIONS {
-            let text = "too many connections to channels".into();
-            self.report_limited(EventKind::Warning { text });
-        } else if let Some(socket) = files.into_iter().next() {
-            connections.channels.accept(port, source_port, socket);
+        match &boot.connections {
+            // One share is ours.
+            Some(connections) if Arc::strong_count(&connections.channels) <= MAX_CONNECTIONS => {
+                connections.channels.accept(port, source_port, socket);
+            }
+            connections => {
+                boot.process.closer().close([socket]);
+                if connections.is_some() {
+                    let text = "too many connections to channels".into();
+                    self.report_limited(EventKind::Warning { text });
+                }
+            }
         }
     }
 }

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use vmbus::message::Goal;
 
 use super::super::spec::InstanceSpec;
 use super::super::status::InstanceStatus;
+use crate::guest_stream::GuestStream;
 
 /// Most time for an answer. A VMM process that takes longer is hung: its pings end
 /// it.
@@ -27,7 +27,7 @@ pub enum Request {
     /// Stop or resume the vCPUs.
     Pause(bool, oneshot::Sender<Result<(), String>>),
     /// A connection to the guest agent's exec service.
-    Exec(oneshot::Sender<Result<UnixStream, String>>),
+    Exec(oneshot::Sender<Result<GuestStream, String>>),
 }
 
 /// A handle to a running actor.
@@ -81,7 +81,7 @@ impl InstanceHandle {
     }
 
     /// Connects to the guest agent's exec service.
-    pub async fn exec(&self) -> Result<UnixStream, String> {
+    pub async fn exec(&self) -> Result<GuestStream, String> {
         self.ask(Request::Exec).await
     }
 

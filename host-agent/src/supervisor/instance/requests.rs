@@ -11,6 +11,7 @@ use vmbus::channel::{EXEC_PORT, tunnel_port};
 use super::super::lifecycle::Input;
 use super::{Instance, MAX_OPEN_REQUESTS, Request};
 use crate::endpoints::Incoming;
+use crate::guest_stream::GuestStream;
 use crate::vmm::control::{Command, DialOutcome};
 
 /// Error for too many outstanding requests.
@@ -20,7 +21,7 @@ const NO_SPACE: &str = "the guest is paused: the host has no space for its write
     by itself when there is space";
 
 /// A dial to the exec service: our end, and where the outcome goes.
-pub(super) type PendingExec = (UnixStream, oneshot::Sender<Result<UnixStream, String>>);
+pub(super) type PendingExec = (GuestStream, oneshot::Sender<Result<GuestStream, String>>);
 
 impl Instance {
     pub(super) fn request(&mut self, request: Request) -> bool {
@@ -78,7 +79,7 @@ impl Instance {
         boot.is_some_and(|boot| boot.process.is_behind())
     }
 
-    fn exec(&mut self, answer: oneshot::Sender<Result<UnixStream, String>>) {
+    fn exec(&mut self, answer: oneshot::Sender<Result<GuestStream, String>>) {
         let result = (|| {
             let (ours, theirs) = UnixStream::pair()?;
             let theirs = OwnedFd::from(theirs.into_std()?);
@@ -89,6 +90,7 @@ impl Instance {
         })();
         match (result, &mut self.boot) {
             (Ok((id, stream)), Some(boot)) => {
+                let stream = GuestStream::new(stream, boot.process.closer().clone());
                 boot.execs.insert(id, (stream, answer));
             }
             (Err(error), _) => {

@@ -40,7 +40,7 @@ pub(super) enum Origin {
     Ended(Option<ExitReason>),
     /// The VMM process of the last boot runs.
     Attached {
-        process: VmmProcess,
+        process: Box<VmmProcess>,
         attached: Box<Attached>,
         group: Option<GuestGroup>,
     },
@@ -85,7 +85,7 @@ impl PreparedInstance {
         self.history = history;
         self.origin = Origin::Attached {
             group: GuestGroup::of_process(process.pid()),
-            process,
+            process: Box::new(process),
             attached: Box::new(attached),
         };
         self
@@ -155,7 +155,7 @@ impl Instance {
                 process,
                 attached,
                 group,
-            } => self.adopt(process, *attached, group),
+            } => self.adopt(*process, *attached, group),
         }
     }
 

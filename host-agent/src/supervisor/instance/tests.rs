@@ -2,8 +2,9 @@
 //! last messages of one that ended.
 
 use std::fs::{self, OpenOptions};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -20,11 +21,16 @@ use vmbus::version::{Hello, SUPPORTED};
 use super::drain::drain;
 use super::*;
 use crate::channels::GuestChannels;
+use crate::closer::Closer;
 use crate::store::content::ContentStore;
+use crate::supervisor::event::Verdict;
 use crate::supervisor::guest;
 use crate::supervisor::guest::tests::image;
+use crate::supervisor::lifecycle::RestartHistory;
+use crate::supervisor::process::tests::limited;
 use crate::supervisor::timeline::Events;
-use crate::vmm::control::ExitReason;
+use crate::vmm::control::{Attached, Event, ExitReason};
+use crate::vmm::wire;
 
 const LIMITS: Limits = Limits {
     role_stop: Duration::from_secs(30),
@@ -49,6 +55,13 @@ struct Started {
 
 /// Starts an instance without disks, after `change` has changed its directory.
 fn started(change: impl FnOnce(&Path)) -> Started {
+    started_as(change, |prepared| prepared)
+}
+
+fn started_as(
+    change: impl FnOnce(&Path),
+    origin: impl FnOnce(PreparedInstance) -> PreparedInstance,
+) -> Started {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("instance");
     fs::create_dir(&path).unwrap();
@@ -71,12 +84,53 @@ fn started(change: impl FnOnce(&Path)) -> Started {
         timeline,
         durable: false,
     };
-    let (handle, task) = PreparedInstance::new(parts).unwrap().start();
+    let prepared = origin(PreparedInstance::new(parts).unwrap());
+    let (handle, task) = prepared.start();
     Started {
         dir,
         handle,
         task: tokio::spawn(task),
         events,
+    }
+}
+
+/// An instance with a VMM process that sends what the test sends on the socket.
+fn running() -> (Started, OwnedFd) {
+    let (ours, theirs) = wire::pair().unwrap();
+    let history = RestartHistory {
+        generation: 1,
+        running: true,
+        ..RestartHistory::default()
+    };
+    let attached = Attached {
+        generation: 1,
+        ..Attached::default()
+    };
+    let started = started_as(
+        |_| {},
+        |prepared| prepared.attached(history, limited(ours), attached),
+    );
+    (started, theirs)
+}
+
+impl Started {
+    /// The first event of the timeline for which `wanted` is true.
+    async fn event(&mut self, wanted: impl Fn(&EventKind) -> bool) -> EventKind {
+        let found = async {
+            loop {
+                let event = self.events.next().await.expect("the instance runs");
+                if wanted(&event.kind) {
+                    return event.kind;
+                }
+            }
+        };
+        let limit = Duration::from_secs(20);
+        tokio::time::timeout(limit, found).await.unwrap()
+    }
+
+    async fn end(self) {
+        self.handle.send(Request::Kill).await;
+        self.task.await.unwrap();
     }
 }
 
@@ -154,6 +208,8 @@ fn guest() -> Guest {
         agent_log: log("agent.log"),
         alive,
         sequence: AtomicU64::new(0),
+        budget: Arc::default(),
+        closer: Closer::default(),
     });
     let (mut stream, theirs) = UnixStream::pair().unwrap();
     channels.accept(Channel::Status.port(), 700, theirs.into());
@@ -223,4 +279,75 @@ async fn a_connection_that_stays_open_is_not_waited_for() {
     assert!(drain(&mut guest.events, &mut guest.open, limit, |_, _| true).await);
     assert!(guest.open.try_recv() == Err(mpsc::error::TryRecvError::Empty));
     drop(guest.stream);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_guest_has_two_connections_for_each_channel_at_most() {
+    let (mut started, theirs) = running();
+    let open = || {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let opened = Event::Opened {
+            port: Channel::Heartbeat.port(),
+            source_port: 7,
+        };
+        wire::send(theirs.as_fd(), &opened, &[host.as_fd()]).unwrap();
+        guest
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        guest
+    };
+    let mut guests: Vec<UnixStream> = (0..14).map(|_| open()).collect();
+    let mut excess = open();
+    let warned = |kind: &EventKind| kind.to_string().contains("too many connections");
+    started.event(warned).await;
+    let closed = tokio::task::spawn_blocking(move || excess.read(&mut [0]));
+    assert_eq!(closed.await.unwrap().unwrap(), 0);
+    for guest in &guests {
+        guest.set_nonblocking(true).unwrap();
+        let mut stream = guest;
+        let open = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock);
+    }
+    // The end of one makes space for another.
+    drop(guests.pop());
+    let hello = Hello {
+        channel: Channel::Heartbeat,
+        versions: SUPPORTED.to_vec(),
+        boot_id: "boot".into(),
+        agent: "test".into(),
+    };
+    let hello = frame::encode(&hello).unwrap();
+    let served = async {
+        loop {
+            let mut guest = open();
+            // Fails if the connection is closed already.
+            let _ = guest.write_all(&hello);
+            let read = tokio::task::spawn_blocking(move || guest.read(&mut [0; 64]));
+            if read.await.unwrap().unwrap_or(0) > 0 {
+                return;
+            }
+        }
+    };
+    let limit = Duration::from_secs(20);
+    tokio::time::timeout(limit, served).await.unwrap();
+    started.end().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_guest_that_floods_is_ended_and_restarted() {
+    let (mut started, theirs) = running();
+    std::thread::spawn(move || {
+        let event = wire::encode(&Event::Pong { id: 1 }).unwrap();
+        while wire::send_bytes(theirs.as_fd(), &event, &[]).is_ok() {}
+    });
+    let verdict = |kind: &EventKind| matches!(kind, EventKind::Verdict { .. });
+    let EventKind::Verdict { verdict, .. } = started.event(verdict).await else {
+        panic!("not a verdict");
+    };
+    assert_eq!(verdict, Verdict::Floods);
+    let restarting = |kind: &EventKind| matches!(kind, EventKind::Restarting { .. });
+    let restarting = started.event(restarting).await;
+    let text = restarting.to_string();
+    assert!(text.contains("floods the host agent"), "{text}");
+    started.end().await;
 }

@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use super::VmmProcess;
+use super::control_socket::ControlSocket;
 use super::handle::{ProcessHandle, ProcessId};
-use super::{VmmProcess, receive};
 use crate::vmm::control::{Attached, Command, Event, ExitReason, VERSIONS};
 use crate::vmm::wire;
 
@@ -194,25 +195,27 @@ async fn attach_once(
     };
     wire::send(socket.as_fd(), &attach, &[]).map_err(system("send Attach"))?;
     let control = UnixStream::from_std(socket.into()).map_err(system("register the socket"))?;
+    let mut control = ControlSocket::new(control);
     let answer = tokio::time::timeout(ANSWER_LIMIT, async {
-        match receive::<Event>(&control).await {
+        match control.next().await {
             // The socket closes a moment before the process ends.
             Ok(None) => process.ended().await.map(|_| None),
-            other => other,
+            Ok(Some((event, _))) => event.map(Some),
+            Err(error) => Err(error),
         }
     });
     let attached = match answer.await {
         Err(_) => return Err(AttachError::NoAnswer),
         Ok(Ok(None)) => return Err(gone()),
-        Ok(Ok(Some((Event::Attached(attached), _)))) => *attached,
-        Ok(Ok(Some((Event::Refused { busy: true, .. }, _)))) => return Err(AttachError::Busy),
-        Ok(Ok(Some((Event::Refused { versions, .. }, _)))) => {
+        Ok(Ok(Some(Event::Attached(attached)))) => *attached,
+        Ok(Ok(Some(Event::Refused { busy: true, .. }))) => return Err(AttachError::Busy),
+        Ok(Ok(Some(Event::Refused { versions, .. }))) => {
             return Err(AttachError::Version {
                 ours: VERSIONS.to_vec(),
                 theirs: versions,
             });
         }
-        Ok(Ok(Some((event, _)))) => return Err(AttachError::BadAnswer(format!("{event:?}"))),
+        Ok(Ok(Some(event))) => return Err(AttachError::BadAnswer(format!("{event:?}"))),
         Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
             return Err(AttachError::BadAnswer(error.to_string()));
         }
