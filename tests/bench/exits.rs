@@ -1,5 +1,6 @@
 //! VM exits of a process, as KVM counts them in debugfs for every VMM alike.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result};
 /// (kernel, virt/kvm/kvm_main.c, kvm_create_vm_debugfs).
 const VMS: &str = "/sys/kernel/debug/kvm";
 
-/// The exit counter of one VM: the sum over its vCPUs.
+/// The counters of one VM, each the sum over its vCPUs.
 #[derive(Debug)]
 pub struct ExitCounter(PathBuf);
 
@@ -30,16 +31,30 @@ impl ExitCounter {
         let threads = names(Path::new(&format!("/proc/{pid}/task")))?;
         let name = vm_of(&threads, &found)
             .with_context(|| format!("{VMS} has no VM of process {pid}: {found:?}"))?;
-        Ok(Self(vms.join(name).join("exits")))
+        Ok(Self(vms.join(name)))
     }
 
     /// Exits so far.
     pub fn read(&self) -> Result<u64> {
-        let text = fs::read_to_string(&self.0)
-            .with_context(|| format!("cannot read {}", self.0.display()))?;
+        let file = self.0.join("exits");
+        let text =
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         text.trim()
             .parse()
-            .with_context(|| format!("{} is not a number", self.0.display()))
+            .with_context(|| format!("{} is not a number", file.display()))
+    }
+
+    /// Every counter of the VM by name: those of exits by their cause among them.
+    pub fn all(&self) -> BTreeMap<String, u64> {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let counters = entries.filter_map(|entry| {
+            let text = fs::read_to_string(entry.path()).ok()?;
+            Some((
+                entry.file_name().into_string().ok()?,
+                text.trim().parse().ok()?,
+            ))
+        });
+        counters.collect()
     }
 }
 
@@ -69,11 +84,13 @@ mod tests {
     fn a_counter_is_one_number_and_anything_else_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("exits");
-        let counter = ExitCounter(file.clone());
+        let counter = ExitCounter(dir.path().to_owned());
         assert!(counter.read().is_err());
         fs::write(&file, "18446744073709551615\n").unwrap();
         assert_eq!(counter.read().unwrap(), u64::MAX);
         fs::write(&file, "many\n").unwrap();
         assert!(counter.read().is_err());
+        fs::write(dir.path().join("halt_exits"), "3\n").unwrap();
+        assert_eq!(counter.all(), BTreeMap::from([("halt_exits".into(), 3)]));
     }
 }

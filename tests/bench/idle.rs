@@ -2,12 +2,13 @@
 //! Both guests have the same kernel, initrd, RAM and kinds of devices. They run at the
 //! same time, and each sample covers the same interval for both.
 
+use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use e2e::bare::{BareGuest, Disk};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::exits::ExitCounter;
 use crate::measure::{Found, median};
@@ -25,6 +26,10 @@ struct Idle {
     exits: Result<ExitCounter, String>,
     exits_per_second: Vec<f64>,
     cpu_percent: Vec<f64>,
+    /// KVM's counters at the start of the first sample, and their growth a second
+    /// up to the last.
+    start: Option<(Instant, BTreeMap<String, u64>)>,
+    causes: BTreeMap<String, f64>,
 }
 
 impl Idle {
@@ -37,6 +42,8 @@ impl Idle {
             exits,
             exits_per_second: vec![],
             cpu_percent: vec![],
+            start: None,
+            causes: BTreeMap::new(),
         })
     }
 
@@ -57,7 +64,24 @@ impl Idle {
         }
         self.cpu_percent
             .push((after.2 - before.2) / seconds * 100.0);
+        self.count_causes();
         Ok(())
+    }
+
+    /// Notes KVM's counters the first time, and after that what was added to them.
+    fn count_causes(&mut self) {
+        let Ok(exits) = &self.exits else { return };
+        let now = exits.all();
+        let Some((since, start)) = &self.start else {
+            self.start = Some((Instant::now(), now));
+            return;
+        };
+        let seconds = since.elapsed().as_secs_f64();
+        let grown = now.into_iter().filter_map(|(name, value)| {
+            let more = value.checked_sub(*start.get(&name)?)?;
+            (more > 0).then(|| (name, more as f64 / seconds))
+        });
+        self.causes = grown.collect();
     }
 }
 
@@ -94,7 +118,9 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
     for round in 0..=rounds {
         let before: Vec<_> = guests.iter().map(Idle::counters).collect::<Result<_>>()?;
         sleep(INTERVAL);
-        if round > 0 {
+        if round == 0 {
+            guests.iter_mut().for_each(Idle::count_causes);
+        } else {
             for (guest, before) in guests.iter_mut().zip(before) {
                 guest.sample(before)?;
             }
@@ -106,18 +132,21 @@ pub fn measure(setting: &Setting, findings: &mut Findings) -> Result<()> {
         Err(reason) => Err(reason.clone()),
     });
     let cpu = guests.iter().map(|guest| Ok(guest.cpu_percent.clone()));
-    add(findings, "idle-exits", exits.collect(), &peer);
-    add(findings, "idle-vmm-cpu", cpu.collect(), &peer);
+    let causes: Vec<_> = guests.iter().map(|guest| &guest.causes).collect();
+    let causes = json!({ "causes": causes });
+    add(findings, "idle-exits", exits.collect(), &peer, &causes);
+    add(findings, "idle-vmm-cpu", cpu.collect(), &peer, &json!({}));
     Ok(())
 }
 
 /// Adds line `id`, the samples of our guest, and their ratio to those of the peer, which
-/// are the last.
+/// are the last. `details` of all guests are added to the line.
 fn add(
     findings: &mut Findings,
     id: &str,
     samples: Vec<Result<Vec<f64>, String>>,
     peer: &Result<(), String>,
+    details: &Value,
 ) {
     let ours = samples.first().cloned().unwrap_or(Ok(vec![]));
     let theirs = samples.last().cloned().unwrap_or(Ok(vec![]));
@@ -127,7 +156,8 @@ fn add(
         Ok(Found::ratio(&ours, &theirs).with(details))
     });
     findings.add(&format!("{id}-vs-firecracker"), ratio);
-    let details = json!({ "seconds": INTERVAL.as_secs() });
+    let mut details = details.clone();
+    details["seconds"] = json!(INTERVAL.as_secs());
     findings.add(id, ours.map(|ours| Found::samples(ours).with(details)));
 }
 
@@ -151,7 +181,7 @@ mod tests {
     fn the_ratio_is_of_our_median_to_the_peers() {
         let mut findings = Findings::default();
         let samples = vec![Ok(vec![30.0, 32.0]), Ok(vec![62.0, 62.0])];
-        add(&mut findings, "x", samples, &Ok(()));
+        add(&mut findings, "x", samples, &Ok(()), &json!({}));
         let ratio = verdict(&findings, "x-vs-firecracker");
         assert_eq!(ratio, (Verdict::Met, Some(0.5)));
         assert_eq!(verdict(&findings, "x").1, Some(31.0));
@@ -161,12 +191,24 @@ mod tests {
     fn without_a_peer_or_a_counter_the_line_has_a_reason() {
         let mut findings = Findings::default();
         let absent = Err("firecracker is not on PATH".to_owned());
-        add(&mut findings, "x", vec![Ok(vec![30.0])], &absent);
+        add(
+            &mut findings,
+            "x",
+            vec![Ok(vec![30.0])],
+            &absent,
+            &json!({}),
+        );
         assert_eq!(verdict(&findings, "x").1, Some(30.0));
         let ratio = findings.0["x-vs-firecracker"].clone();
         assert_eq!(ratio.unwrap_err(), "firecracker is not on PATH");
         let uncounted = || Err("no debugfs".to_owned());
-        add(&mut findings, "y", vec![uncounted(), uncounted()], &Ok(()));
+        add(
+            &mut findings,
+            "y",
+            vec![uncounted(), uncounted()],
+            &Ok(()),
+            &json!({}),
+        );
         for id in ["y", "y-vs-firecracker"] {
             assert_eq!(findings.0[id].clone().unwrap_err(), "no debugfs");
         }

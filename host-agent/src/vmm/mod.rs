@@ -22,6 +22,7 @@ mod peers;
 pub mod process;
 mod serial;
 pub mod spec;
+mod start_code;
 mod teardown;
 mod vcpu;
 mod vcpu_pause;

@@ -19,6 +19,7 @@ use super::machine::{DiskState, Files, Machine, MachineError};
 use super::peers::Peers;
 use super::serial::SerialOutput;
 use super::spec::GuestSpec;
+use super::start_code;
 use super::vcpu::VcpuReport;
 use super::wire;
 use crate::queued_writer::{QueuedWriter, RotatingFile};
@@ -197,6 +198,7 @@ fn run(
         setup_us,
         outlives: start.adoption.is_some(),
     };
+    start_code::release();
     let reason = EventLoop::new(peers, guest, boot).run();
     serial.finish(LAST_OUTPUT);
     Ok(match reason {
