@@ -153,7 +153,7 @@ mod tests {
         let vsock = Vsock::new(3, Duration::from_secs(2), Box::new(|_| {})).unwrap();
         let devices: [Box<dyn Device>; 2] = [Box::new(Rng::default()), Box::new(vsock)];
         let virtio = devices.map(|device| {
-            let interrupt = Interrupt::new(event(), device.name());
+            let interrupt = Interrupt::new(event(), device.name(), event());
             Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())
         });
         let log = QueuedWriter::start("serial", std::io::sink()).unwrap();

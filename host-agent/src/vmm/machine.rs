@@ -154,7 +154,7 @@ impl Machine {
         devices.push(Box::new(Rng::default()));
         let mut transports = Vec::new();
         for (number, device) in devices.into_iter().enumerate() {
-            let transport = plug(&vm, &memory, number, device)?;
+            let transport = plug(&vm, &memory, number, device, wake)?;
             transports.push(Arc::new(transport));
         }
         let bus = Arc::new(Bus::new(port, transports));
@@ -272,11 +272,13 @@ fn plug(
     memory: &GuestMemoryMmap,
     number: usize,
     device: Box<dyn Device>,
+    wake: &EventFd,
 ) -> Result<Transport, MachineError> {
     let host = |what| move |source| MachineError::Host { what, source };
+    let wake = wake.try_clone().map_err(host("eventfd"))?;
     let irq = new_eventfd().map_err(host("eventfd"))?;
     vm.register_irqfd(&irq, layout::VIRTIO_GSI + number as u32)?;
-    let interrupt = Interrupt::new(irq, device.name());
+    let interrupt = Interrupt::new(irq, device.name(), wake);
     let transport = Transport::new(device, memory.clone(), interrupt).map_err(host("eventfd"))?;
     let base = layout::MMIO_START + number as u64 * layout::VIRTIO_STRIDE;
     let kicks = transport.kicks().map_err(host("eventfd"))?;

@@ -21,8 +21,12 @@ use super::outbox::Outbox;
 use super::virtio::borrow_event;
 use super::wire;
 
-/// How often the main thread looks at everything, in milliseconds.
+/// How often the main thread looks at everything while an event or a connection
+/// waits, in milliseconds.
 const LOOK_MS: u16 = 500;
+/// The same while nothing waits: what changes wakes the thread, except for the
+/// second and later violations of a device.
+const IDLE_LOOK_MS: u16 = 5000;
 /// Time for a connection to send `Attach`.
 const ATTACH_LIMIT: Duration = Duration::from_secs(2);
 /// Most connections that have not sent `Attach`. More wait in the backlog.
@@ -174,7 +178,9 @@ impl Peers {
             fds.push(PollFd::new(attached.as_fd(), interest));
             fds.len() - 1
         });
-        match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
+        let waits = !self.waiting.is_empty() || self.outbox.is_behind();
+        let look = if waits { LOOK_MS } else { IDLE_LOOK_MS };
+        match poll(&mut fds, PollTimeout::from(look)) {
             Err(Errno::EINTR) => return Ok(Vec::new()),
             other => other?,
         };

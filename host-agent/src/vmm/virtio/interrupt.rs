@@ -24,6 +24,8 @@ pub struct Interrupt(Arc<InterruptState>);
 #[derive(Debug)]
 struct InterruptState {
     line: EventFd,
+    /// Wakes the main thread.
+    wake: EventFd,
     status: AtomicU32,
     needs_reset: AtomicBool,
     violations: AtomicU64,
@@ -39,10 +41,12 @@ struct LastViolation {
 }
 
 impl Interrupt {
-    /// The interrupt of the device `name`; `line` is its irqfd.
-    pub fn new(line: EventFd, name: &str) -> Self {
+    /// The interrupt of the device `name`; `line` is its irqfd, and `wake` is
+    /// signalled by the first violation. A guest can cause any number of others.
+    pub fn new(line: EventFd, name: &str, wake: EventFd) -> Self {
         Self(Arc::new(InterruptState {
             line,
+            wake,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             violations: AtomicU64::new(0),
@@ -75,7 +79,10 @@ impl Interrupt {
         }
         last.reason = reason;
         drop(last);
-        self.0.violations.fetch_add(1, Ordering::Release);
+        if self.0.violations.fetch_add(1, Ordering::Release) == 0 {
+            // Fails only on a full counter: the main thread is about to wake up.
+            let _ = self.0.wake.write(1);
+        }
         self.0.needs_reset.store(true, Ordering::Release);
         self.raise(CONFIG_CHANGE);
     }

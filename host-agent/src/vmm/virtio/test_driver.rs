@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::{Interrupt, USED_BUFFER};
-use super::{Activation, ActiveQueue};
+use super::{Activation, ActiveQueue, new_event};
 
 /// `VIRTQ_DESC_F_NEXT` (virtio 1.2, 2.7.5).
 pub(crate) const NEXT: u16 = 1;
@@ -119,7 +119,7 @@ impl TestDriver {
         };
         Self {
             memory,
-            interrupt: Interrupt::new(line.try_clone().unwrap(), "test"),
+            interrupt: Interrupt::new(line.try_clone().unwrap(), "test", new_event().unwrap()),
             line,
             epoll,
             rings: sizes.iter().map(ring).collect(),

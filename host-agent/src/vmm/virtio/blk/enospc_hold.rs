@@ -69,9 +69,14 @@ impl EnospcHold {
     fn set(&self, shortage: Option<Shortage>) {
         let before = std::mem::replace(&mut *self.lock(), shortage);
         if before.is_some() != shortage.is_some() {
-            // Fails only on a full counter: the main thread is about to wake up.
-            let _ = self.changed.write(1);
+            self.notify();
         }
+    }
+
+    /// Wakes the main thread, which looks at the state of all disks.
+    pub(super) fn notify(&self) {
+        // Fails only on a full counter: the main thread is about to wake up.
+        let _ = self.changed.write(1);
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Shortage>> {

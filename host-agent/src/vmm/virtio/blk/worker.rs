@@ -339,7 +339,9 @@ impl Worker {
     }
 
     fn host_error(&mut self, error: &io::Error) {
-        self.counters.first_failure.get_or_init(|| error.into());
+        if self.counters.first_failure.set(error.into()).is_ok() {
+            self.hold.notify();
+        }
         if let Some(suppressed) = self.host_errors.allow(Instant::now()) {
             tracing::error!(disk = self.name, %error, suppressed, "host cannot serve the disk");
         }

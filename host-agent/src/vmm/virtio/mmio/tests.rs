@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
-use crate::vmm::virtio::Identity;
+use crate::vmm::virtio::{Identity, new_event};
 
 const SIZES: [u16; 3] = [8, 4, 256];
 const CONFIG: [u8; 6] = [1, 2, 3, 4, 5, 6];
@@ -347,7 +347,7 @@ proptest! {
         let calls = Arc::new(Mutex::new(Vec::new()));
         let device = Recorder { identity: identity(), calls: Arc::clone(&calls), fails };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap(), "recorder");
+        let interrupt = Interrupt::new(line.try_clone().unwrap(), "recorder", new_event().unwrap());
         let transport = Transport::new(Box::new(device), memory, interrupt.clone()).unwrap();
         let kicks = transport.kicks().unwrap();
         let mut model = RegisterModel::new(fails);
@@ -415,7 +415,7 @@ fn a_slow_reset_blocks_only_the_vcpu_that_requests_it() {
     let (begun, has_begun) = mpsc::channel();
     let (go_on, goes_on) = mpsc::channel();
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
-    let interrupt = Interrupt::new(line, "slow");
+    let interrupt = Interrupt::new(line, "slow", new_event().unwrap());
     let device = Box::new(Slow {
         identity: identity(),
         begun,
