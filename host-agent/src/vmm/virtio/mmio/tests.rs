@@ -453,7 +453,11 @@ fn a_queue_size_of_more_than_16_bits_is_refused() {
         calls: Arc::clone(&calls),
         fails: false,
     };
-    let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap(), "recorder");
+    let interrupt = Interrupt::new(
+        EventFd::new(EFD_NONBLOCK).unwrap(),
+        "recorder",
+        new_event().unwrap(),
+    );
     let transport = Transport::new(Box::new(device), memory, interrupt).unwrap();
     let write = |offset, value: u32| transport.write(offset, &value.to_le_bytes());
     for status in [1, 3] {
