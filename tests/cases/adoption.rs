@@ -7,17 +7,12 @@ use std::process::Child;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::bare::{BareGuest, CONSOLE};
+use e2e::bare::{BareGuest, CONSOLE, elf};
 use e2e::run::eventually;
 use e2e::{limit, program};
 use host_agent::supervisor::process::{AttachError, Expected, ProcessId, VmmEvent, VmmProcess};
 use host_agent::vmm::control::{Attached, Command, Event, ExitReason};
 use host_agent::vmm::wire;
-
-/// Where the program is loaded and starts.
-const LOAD: u64 = 0x10_0000;
-/// Size of an ELF header and of one program header.
-const HEADERS: u64 = 64 + 56;
 
 /// Writes a dot to the serial port now and then, for ever.
 const DOTS: &[u8] = &[
@@ -37,30 +32,6 @@ const POWER_OFF: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xfe, // jmp (here)
 ];
-
-/// An ELF file of `code`, which starts at [`LOAD`] in 64-bit mode.
-fn elf(code: &[u8]) -> Vec<u8> {
-    let size = HEADERS + code.len() as u64;
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    // Executable, x86-64, version 1.
-    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    // Entry, program headers, section headers.
-    for field in [LOAD + HEADERS, 64, 0] {
-        file.extend(u64::to_le_bytes(field));
-    }
-    // Flags; sizes and counts of headers.
-    file.extend([0; 4]);
-    for field in [64u16, 56, 1, 0, 0, 0] {
-        file.extend(field.to_le_bytes());
-    }
-    // One loaded segment: the whole file.
-    file.extend([1, 0, 0, 0, 7, 0, 0, 0]);
-    for field in [0, LOAD, LOAD, size, size, 0x1000] {
-        file.extend(u64::to_le_bytes(field));
-    }
-    file.extend_from_slice(code);
-    file
-}
 
 /// Records that name no process.
 fn expected() -> Expected {

@@ -1,7 +1,8 @@
-//! Tests of the program that need no guest: they run on any machine.
+//! Tests of the program that need no guest image: they run on any machine.
 
 mod costly_files;
 mod disk_full;
+mod evil_guest;
 mod first_service;
 mod memory;
 mod no_kvm;

@@ -23,6 +23,11 @@ pub const MESSAGES: &str = "messages";
 /// Size at which the serial log is rotated: far more than a boot writes.
 const CONSOLE_BYTES: u64 = 1 << 20;
 
+/// Where a program of [`elf`] is loaded.
+const LOAD: u64 = 0x10_0000;
+/// Size of an ELF header and of one program header.
+const HEADERS: u64 = 64 + 56;
+
 /// A guest to boot.
 #[derive(Debug, Clone)]
 pub struct BareGuest {
@@ -259,6 +264,30 @@ impl Drop for RunningGuest {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A kernel of `code` alone, which starts at its first byte in 64-bit mode.
+pub fn elf(code: &[u8]) -> Vec<u8> {
+    let size = HEADERS + code.len() as u64;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // Executable, x86-64, version 1.
+    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    // Entry, program headers, section headers.
+    for field in [LOAD + HEADERS, 64, 0] {
+        file.extend(u64::to_le_bytes(field));
+    }
+    // Flags; sizes and counts of headers.
+    file.extend([0; 4]);
+    for field in [64u16, 56, 1, 0, 0, 0] {
+        file.extend(field.to_le_bytes());
+    }
+    // One loaded segment: the whole file.
+    file.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    for field in [0, LOAD, LOAD, size, size, 0x1000] {
+        file.extend(u64::to_le_bytes(field));
+    }
+    file.extend_from_slice(code);
+    file
 }
 
 /// An initial RAM file system that holds `/init` alone (cpio "newc",

@@ -46,7 +46,9 @@ mod tests {
     #[test]
     fn a_flood_of_connects_causes_few_events_and_delays_no_dial() {
         let (ours, theirs) = wire::pair().unwrap();
-        wire::set_nonblocking(&ours).unwrap();
+        for socket in [&ours, &theirs] {
+            wire::set_nonblocking(socket).unwrap();
+        }
         let outbox = Outbox::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         outbox.attach(Arc::new(ours), None).unwrap();
         let dial = outbox.dial(7);
@@ -66,9 +68,9 @@ mod tests {
             outcome: DialOutcome::Connected,
         });
         let ticks = begin.elapsed().as_millis() / 50;
-        outbox.flush();
         let mut opened = 0;
         loop {
+            outbox.flush();
             let (event, files) = wire::recv::<Event>(theirs.as_fd()).unwrap().unwrap();
             match event {
                 Event::Opened { .. } => opened += files.len() as u128,
