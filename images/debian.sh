@@ -1,23 +1,39 @@
 # shellcheck shell=bash
-# Sourced: fetches Debian bookworm packages without installing them. The apt state is
+# Sourced: fetches Debian packages of a suite without installing them. The apt state is
 # below $cache, so this needs no root, does not change the state of the machine, and
-# gives the same kernel on every distribution with apt.
+# gives the same kernels and tools on every distribution with apt.
 
-suite=bookworm
+# Suites that guests can run: Debian 12 and 13. The last one is the default.
+guest_suites=(bookworm trixie)
+# Kernel, QEMU and busybox of the lab: the versions that are known to work there.
+lab_suite=bookworm
 mirror=${HOST_AGENT_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 mirror_security=${HOST_AGENT_DEBIAN_SECURITY_MIRROR:-http://deb.debian.org/debian-security}
+keyrings=/usr/share/keyrings
 
+# keyring SUITE: prints the file of keys that verify the suite. A keyring package that is
+# older than trixie has only bookworm's keys; they verify a newer keyring package.
+keyring() {
+  local dir=$keyrings
+  if [ "$1" != bookworm ] && ! compgen -G "$keyrings/debian-archive-$1-automatic.*" >/dev/null; then
+    dir=$(unpacked keyring debian-archive-keyring)$dir
+  fi
+  printf '%s/debian-archive-keyring.gpg\n' "$dir"
+}
+
+# debian_sources SUITE: prints the lines of sources.list.
 debian_sources() {
-  local signed='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]'
+  local suite=$1 signed
+  signed="[signed-by=$(keyring "$suite")]"
   printf 'deb %s %s %s main\n' "$signed" "$mirror" "$suite" \
     "$signed" "$mirror" "$suite-updates" \
     "$signed" "$mirror_security" "$suite-security"
 }
 
-# private_apt PROGRAM ARG...: apt-get or apt-cache on the private state.
+# private_apt SUITE PROGRAM ARG...: apt-get or apt-cache on the private state.
 private_apt() {
-  local program=$1 state=$cache/apt
-  shift
+  local state=$cache/apt-$1 program=$2
+  shift 2
   "$program" -o Dir::State="$state" -o Dir::State::status=/dev/null -o Dir::Cache="$state" \
     -o Dir::Etc::sourcelist="$state/sources.list" -o Dir::Etc::sourceparts=/dev/null \
     -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null \
@@ -25,40 +41,49 @@ private_apt() {
     -o Acquire::Retries=3 -o APT::Sandbox::User="$(id -un)" "$@"
 }
 
-# private_update: updates the lists of packages, unless they are less than an hour old: a
-# first run fetches kernels, QEMU and busybox one after the other.
+# private_update SUITE: updates the lists of packages, unless they are less than an hour
+# old: a first run fetches kernels, QEMU and busybox one after the other.
 private_update() {
-  [ -z "$(find "$cache/apt/updated" -mmin -60 2>/dev/null)" ] || return 0
-  mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
-  debian_sources >"$cache/apt/sources.list"
-  private_apt apt-get update
-  touch "$cache/apt/updated"
+  local state=$cache/apt-$1
+  [ -z "$(find "$state/updated" -mmin -60 2>/dev/null)" ] || return 0
+  mkdir -p "$state/lists/partial" "$state/archives/partial"
+  debian_sources "$1" >"$state/sources.list"
+  private_apt "$1" apt-get update
+  touch "$state/updated"
 }
 
-# kernel_dir FLAVOUR: prints the directory of an unpacked Debian kernel and fetches the
-# kernel if necessary: cloud for guests, generic for the lab, which needs 9p.
+# kernel_dir SUITE FLAVOUR: prints the directory of an unpacked Debian kernel and fetches
+# the kernel if necessary. FLAVOUR: cloud for guests; generic for the lab, which needs 9p.
 # `scripts/setup --refresh` fetches a newer one.
 kernel_dir() {
-  local meta dir=$cache/kernel-$1
-  case $1 in
+  local meta dir=$cache/kernel-$1-$2
+  case $2 in
     cloud) meta=linux-image-cloud-amd64 ;;
     generic) meta=linux-image-amd64 ;;
-    *) die "kernel_dir: no such flavour: $1" ;;
+    *) die "kernel_dir: no such flavour: $2" ;;
   esac
-  [ -e "$dir/version" ] || step "fetch Debian's $1 kernel (unpacked, not installed)" fetch_kernel "$meta" "$dir" >&2
+  [ -e "$dir/version" ] || step "fetch the $2 kernel of $1 (unpacked, not installed)" fetch_kernel "$1" "$meta" "$dir" >&2
   printf '%s\n' "$dir"
 }
 
 fetch_kernel() {
-  local meta=$1 dir=$2 package version
-  private_update
-  package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ && !n++ { print $2 }')
+  local suite=$1 meta=$2 dir=$3 package version
+  private_update "$suite"
+  package=$(private_apt "$suite" apt-cache depends "$meta" | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ && !n++ { print $2 }')
   [ -n "$package" ] || die "$meta names no kernel package"
   rm -rf "$dir" "$dir.partial"
   mkdir -p "$dir.partial"
-  ( cd "$dir.partial" && private_apt apt-get download "$package" \
+  ( cd "$dir.partial" && private_apt "$suite" apt-get download "$package" \
     && dpkg-deb -x ./*.deb . && rm ./*.deb )
   version=${package#linux-image-}
+  # The modules are in lib in Debian 12 and in usr/lib in Debian 13; versions of kmod
+  # look in one or the other.
+  if [ -d "$dir.partial/lib" ]; then
+    mkdir -p "$dir.partial/usr/lib"
+    ln -s ../../lib/modules "$dir.partial/usr/lib/modules"
+  else
+    ln -s usr/lib "$dir.partial/lib"
+  fi
   PATH=$PATH:/usr/sbin:/sbin depmod -b "$dir.partial" "$version"
   extract_vmlinux "$dir.partial/boot/vmlinuz-$version" "$dir.partial/vmlinux"
   printf '%s\n' "$version" >"$dir.partial/version"
@@ -93,18 +118,31 @@ extract_vmlinux() {
 }
 
 # kernel_modules DIR MODULE...: prints the files of the modules and their dependencies in
-# load order, without those that are built in.
+# load order, without those that are built in. The files may be compressed.
 kernel_modules() {
   local dir=$1 module
   shift
   for module; do
     PATH=$PATH:/usr/sbin:/sbin modprobe -d "$dir" -C /dev/null -S "$(cat "$dir/version")" --show-depends "$module"
-  done | sed -n 's/^insmod \(.*\.ko\).*/\1/p' | awk '!seen[$0]++'
+  done | sed -n 's/^insmod \([^ ]*\.ko[.xzgst]*\).*/\1/p' | awk '!seen[$0]++'
+}
+
+# put_module FILE DIR: writes the module without compression to DIR and prints its name.
+put_module() {
+  local name=${1##*/}
+  name=${name%.ko*}.ko
+  case $1 in
+    *.ko) cp "$1" "$2/$name" ;;
+    *.ko.xz) xz -dc "$1" >"$2/$name" ;;
+    *.ko.zst) zstd -qdc "$1" >"$2/$name" ;;
+    *) die "$1: module of unknown compression" ;;
+  esac
+  printf '%s\n' "$name"
 }
 
 # unpacked NAME PACKAGE...: prints the directory with these packages and all their
 # dependencies, down to the C library, unpacked and not installed: the machine is not
-# changed, and the programs are the same on every machine.
+# changed, and the programs, of $lab_suite, are the same on every machine.
 unpacked() {
   local dir=$cache/unpacked-$1 name=$1
   shift
@@ -117,10 +155,10 @@ unpacked() {
 fetch_unpacked() {
   local dir=$1 deb
   shift
-  private_update
+  private_update "$lab_suite"
   rm -rf "$dir" "$dir.partial"
   mkdir -p "$dir.partial/debs/partial"
-  private_apt apt-get -o Dir::Cache::archives="$dir.partial/debs" -o Debug::NoLocking=1 \
+  private_apt "$lab_suite" apt-get -o Dir::Cache::archives="$dir.partial/debs" -o Debug::NoLocking=1 \
     --no-install-recommends --download-only -y install "$@"
   for deb in "$dir.partial"/debs/*.deb; do dpkg-deb -x "$deb" "$dir.partial"; done
   rm -r "$dir.partial/debs"

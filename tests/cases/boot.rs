@@ -56,6 +56,8 @@ fn exec_returns_the_exit_code_and_logs_show_the_role() -> Result<()> {
     ensure!(run.exec(&["/no/such/program"])?.status.code() == Some(127));
     ensure!(run.exec(&["/etc/passwd"])?.status.code() == Some(126));
     ensure!(run.shell("echo out")? == "out\n");
+    let release = run.release()?;
+    ensure!(release.starts_with("13\n6.12."), "{release}");
     let missing = sandbox.output(&["exec", "Nobody_IN_0", "--", "true"])?;
     ensure!(missing.status.code() == Some(125), "{}", text(&missing));
     ensure!(text(&missing).contains("HA-0501"), "{}", text(&missing));

@@ -5,6 +5,7 @@ mod adoption;
 mod agent;
 mod bad_input;
 mod boot;
+mod debian;
 mod disk;
 mod disk_full;
 mod exits;

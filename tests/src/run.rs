@@ -155,6 +155,11 @@ impl<'a> Run<'a> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// The guest's Debian release, as in `13`, and its kernel version, a line each.
+    pub fn release(&self) -> Result<String> {
+        self.shell(". /etc/os-release; echo $VERSION_ID; uname -r")
+    }
+
     /// Sends SIGINT, as one Ctrl-C does.
     pub fn interrupt(&self) -> Result<()> {
         self.signal(Signal::SIGINT)
