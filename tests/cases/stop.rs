@@ -4,7 +4,8 @@ use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::run::{INSTANCE, Run, end, eventually};
@@ -40,8 +41,11 @@ fn a_second_ctrl_c_kills_a_guest_whose_role_does_not_stop() -> Result<()> {
     wait_for_log(&sandbox, "at work")?;
     run.interrupt()?;
     run.event("stopping", |_| true)?;
+    let first = Instant::now();
     // The role has got SIGTERM and has time to stop.
     wait_for_log(&sandbox, "not yet")?;
+    // Another signal within a second of the first is the same request.
+    sleep(Duration::from_secs(1).saturating_sub(first.elapsed()));
     let asked = Instant::now();
     run.interrupt()?;
     let (status, seen) = run.wait()?;
@@ -85,6 +89,29 @@ fn a_signal_to_every_process_stops_the_role_before_its_guest() -> Result<()> {
     ensure!(status.code() == Some(0), "{status}: {seen}");
     ensure!(seen.contains(r#""clean":true"#), "{seen}");
     ensure!(!seen.contains(r#""event":"restarting""#), "{seen}");
+    sandbox.assert_nothing_left()
+}
+
+/// GNU `timeout` passes a signal to the command and then to the process group, so that
+/// the command gets it twice.
+#[test]
+fn the_two_signals_of_timeout_stop_the_service_cleanly() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let service = Service::script(POLITE).write(&sandbox.file("service"))?;
+    let mut command = Command::new("timeout");
+    command
+        .arg("10000")
+        .arg(e2e::program())
+        .args(["run", "--format", "jsonl"])
+        .arg(&service);
+    sandbox.set_environment(&mut command);
+    let mut run = Run::from_command(&sandbox, command)?;
+    run.ready()?;
+    wait_for_log(&sandbox, "at work")?;
+    run.signal(Signal::SIGTERM)?;
+    let (status, seen) = run.wait()?;
+    ensure!(status.code() == Some(0), "{status}: {seen}");
+    ensure!(seen.contains(r#""clean":true"#), "{seen}");
     sandbox.assert_nothing_left()
 }
 

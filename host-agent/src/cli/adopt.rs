@@ -43,7 +43,11 @@ pub fn run(output: &Output) -> Result<Exit, CliError> {
             tokio::select! {
                 biased;
                 Some(event) = events.next() => show(output, &event)?,
-                _ = interrupts.next() => {
+                number = interrupts.next() => {
+                    // A closing terminal sends SIGHUP twice.
+                    if signals > 0 && i32::from(number) == libc::SIGHUP {
+                        continue;
+                    }
                     signals += 1;
                     for deployment in &adopted {
                         if signals == 1 {
