@@ -19,6 +19,7 @@ pub mod doctor;
 pub mod endpoints;
 mod event_budget;
 mod guest_stream;
+pub mod printable;
 pub mod progress;
 #[cfg(test)]
 mod property;

@@ -4,14 +4,16 @@ use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 
-/// `argument` as bash reads it back, in quotes only where it needs them. Control
-/// characters are escaped, because the result goes to terminals.
+use crate::printable::is_printable;
+
+/// `argument` as bash reads it back, in quotes only where it needs them. Characters
+/// that are not printable are escaped, because the result goes to terminals.
 pub fn quoted(argument: impl AsRef<OsStr>) -> String {
     let bytes = argument.as_ref().as_bytes();
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"_@%+=:,./-".contains(byte);
     match std::str::from_utf8(bytes) {
         Ok(text) if !text.is_empty() && bytes.iter().all(plain) => text.to_owned(),
-        Ok(text) if !text.contains(char::is_control) => {
+        Ok(text) if text.chars().all(is_printable) => {
             format!("'{}'", text.replace('\'', r"'\''"))
         }
         _ => {
@@ -42,7 +44,7 @@ mod tests {
 
     #[test]
     fn a_shell_reads_back_a_quoted_argument() {
-        let cases: [&[u8]; 8] = [
+        let cases: [&[u8]; 9] = [
             b"./redis",
             b"",
             b"my dir/s\xc3\xa9rvice",
@@ -50,6 +52,7 @@ mod tests {
             b"~root",
             b"line\nend\x1b[2J'\\1",
             b"\xff\xfe0",
+            "over\u{202e}ride\u{2028}".as_bytes(),
             b"a;b&c|d<e>f(g)*?#!",
         ];
         for case in cases {

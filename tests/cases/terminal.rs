@@ -1,109 +1,16 @@
 //! `exec` on a terminal and with pipes.
 
-use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use e2e::Sandbox;
 use e2e::run::{INSTANCE, Run, end, eventually};
 use e2e::service::Service;
-use e2e::{Sandbox, limit};
-use nix::pty::{Winsize, openpty};
+use e2e::terminal::Terminal;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 use nix::unistd::Pid;
-
-/// A pseudo-terminal.
-struct Terminal {
-    master: File,
-    /// What the master side reads.
-    output: Receiver<Vec<u8>>,
-    slave: OwnedFd,
-    /// The modes before a command changes them.
-    modes: Termios,
-}
-
-impl Terminal {
-    fn open(rows: u16, columns: u16) -> Result<Self> {
-        let size = Winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let pair = openpty(Some(&size), None)?;
-        let master = File::from(pair.master);
-        let mut reader = master.try_clone()?;
-        let (sender, output) = channel();
-        thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = reader.read(&mut bytes) {
-                if sender.send(bytes[..count].to_vec()).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Self {
-            master,
-            output,
-            modes: tcgetattr(&pair.slave)?,
-            slave: pair.slave,
-        })
-    }
-
-    /// Starts the program with these arguments on the terminal.
-    fn start(&self, sandbox: &Sandbox, arguments: &[&str]) -> Result<Child> {
-        let plain = sandbox.command();
-        let mut command = Command::new("setsid");
-        command
-            .arg("--ctty")
-            .arg(plain.get_program())
-            .args(arguments);
-        for (name, value) in plain.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        Ok(command
-            .env("TERM", "xterm-lab")
-            .stdin(Stdio::from(self.slave.try_clone()?))
-            .stdout(Stdio::from(self.slave.try_clone()?))
-            .stderr(Stdio::from(self.slave.try_clone()?))
-            .spawn()?)
-    }
-
-    fn write(&mut self, text: &str) -> Result<()> {
-        Ok(self.master.write_all(text.as_bytes())?)
-    }
-
-    /// Waits until the output since the last call contains this.
-    fn wait_for(&self, wanted: &str) -> Result<()> {
-        let deadline = Instant::now() + limit(10);
-        let mut shown = String::new();
-        while !shown.contains(wanted) {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            let Ok(bytes) = self.output.recv_timeout(rest) else {
-                bail!("no {wanted:?} on the terminal:\n{shown}");
-            };
-            shown.push_str(&String::from_utf8_lossy(&bytes));
-        }
-        Ok(())
-    }
-
-    fn is_raw(&self) -> Result<bool> {
-        let modes = tcgetattr(&self.slave)?.local_flags;
-        Ok(!modes.intersects(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG))
-    }
-
-    fn is_restored(&self) -> Result<bool> {
-        Ok(tcgetattr(&self.slave)? == self.modes)
-    }
-}
 
 #[test]
 fn exec_gives_the_guest_a_terminal_and_restores_its_own() -> Result<()> {
@@ -121,7 +28,7 @@ fn exec_gives_the_guest_a_terminal_and_restores_its_own() -> Result<()> {
     ensure!(terminal.is_raw()?);
     let resized = Command::new("stty")
         .args(["rows", "50", "cols", "132"])
-        .stdin(Stdio::from(terminal.slave.try_clone()?))
+        .stdin(terminal.side()?)
         .status()?;
     ensure!(resized.success());
     terminal.write("until stty size | grep '50 132'; do sleep 0.1; done\n")?;

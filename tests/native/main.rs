@@ -8,4 +8,5 @@ mod memory;
 mod no_kvm;
 mod packages;
 mod signals;
+mod terminal_output;
 mod unsupported;

@@ -7,6 +7,7 @@ pub mod mount_namespace;
 pub mod peak;
 pub mod run;
 pub mod service;
+pub mod terminal;
 pub mod web;
 
 use std::env;

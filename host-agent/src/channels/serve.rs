@@ -11,6 +11,7 @@ use vmbus::version::Hello;
 
 use super::{ChannelError, ChannelEvent, GuestChannels};
 use crate::guest_stream::GuestStream;
+use crate::printable::{escaped, is_printable};
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
@@ -157,7 +158,7 @@ impl GuestChannels {
             let (seconds, millis) = (uptime_ms / 1000, uptime_ms % 1000);
             self.log(
                 source,
-                &format!("[{seconds:>6}.{millis:03}] {stream}: {}", escape(&text)),
+                &format!("[{seconds:>6}.{millis:03}] {stream}: {}", escaped(&text)),
             );
         }
         Ok(())
@@ -208,23 +209,10 @@ pub(super) fn bounded(text: &str) -> String {
     clean(text, MAX_TEXT)
 }
 
-/// Guest text without control characters, cut at `most` characters.
+/// Guest text with blanks for characters that are not printable, cut at `most` characters.
 fn clean(text: &str, most: usize) -> String {
-    let printable = |c: char| if c.is_control() { ' ' } else { c };
+    let printable = |c| if is_printable(c) { c } else { ' ' };
     text.chars().map(printable).take(most).collect()
-}
-
-/// A log line whose control characters, but for tabs, cannot drive a terminal.
-fn escape(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() && c != '\t' {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
 }
 
 #[cfg(test)]
@@ -241,6 +229,6 @@ mod tests {
     #[test]
     fn guest_text_cannot_forge_lines_or_drive_a_terminal() {
         assert_eq!(clean("a\nb\x1b[2J", 5), "a b [");
-        assert_eq!(escape("a\tb\x1b[31m\r"), "a\tb\\u{1b}[31m\\r");
+        assert_eq!(clean("a\u{202e}b\u{2028}c", 5), "a b c");
     }
 }

@@ -140,13 +140,18 @@ Examples:
     #[command(after_help = "\
 Examples:
   host-agent exec -i Cache_IN_0 -- redis-cli --pipe < keys
-  host-agent exec -it Cache_IN_0 -- sh")]
+  host-agent exec -it Cache_IN_0 -- sh
+
+The output of the command is passed on as it is, also to a terminal, like that of ssh.")]
     Exec(ExecArgs),
     /// Print a log of an instance
     #[command(after_help = "\
 Examples:
   host-agent logs Cache_IN_0 -f
-  host-agent logs Cache_IN_0 --source serial")]
+  host-agent logs Cache_IN_0 --source serial
+
+On a terminal characters that are not printable are replaced; a pipe or a file gets the
+bytes of the log.")]
     Logs(LogsArgs),
     /// List running instances of this user
     #[command(after_help = "\

@@ -7,10 +7,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::exit::Exit;
-use super::printable::{printable, printable_code, printable_lines};
 use crate::api::client::ClientError;
 use crate::api::types::RefusalKind;
 use crate::doctor::{self, HostReport, Verdict};
+use crate::printable::{printable, printable_code, printable_lines};
 use crate::service::{Blame, Position, ServiceError, SourceLocation};
 use crate::shell::quoted;
 

@@ -6,7 +6,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::printable::printable;
+use crate::printable::printable;
 
 /// How much of the end of a file is searched for lines.
 const TAIL_BYTES: u64 = 64 * 1024;

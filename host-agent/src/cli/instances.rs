@@ -11,6 +11,7 @@ use super::output::Output;
 use super::runtime;
 use crate::api::client::{self, Connection, InstanceTarget, RunningDeployment};
 use crate::api::types::Request;
+use crate::printable::printable;
 use crate::store::paths;
 
 /// Lists what runs.
@@ -66,7 +67,7 @@ fn table(running: &[RunningDeployment]) -> String {
             let endpoints: Vec<_> = endpoints
                 .map(|e| format!("{} {} -> {}", e.name, e.address, e.local_port))
                 .collect();
-            rows.push([
+            let row = [
                 info.deployment.get(..8).unwrap_or(&info.deployment).into(),
                 info.service.clone(),
                 instance.name.clone(),
@@ -74,7 +75,9 @@ fn table(running: &[RunningDeployment]) -> String {
                 instance.generation.to_string(),
                 uptime(Duration::from_millis(instance.uptime_ms)),
                 endpoints.join(", "),
-            ]);
+            ];
+            // A newline in a cell would forge a row.
+            rows.push(row.map(|cell| printable(&cell)));
         }
     }
     if rows.len() == 1 {

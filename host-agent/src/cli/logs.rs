@@ -1,7 +1,8 @@
 //! `host-agent logs`: from a running deployment, else from the files of one that
-//! ended and was kept.
+//! ended and was kept. A terminal gets printable characters only; a file or a pipe gets
+//! the bytes of the log.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,6 +15,7 @@ use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
 use crate::api::client::{Connection, InstanceTarget};
 use crate::api::types::{Request, Response};
+use crate::printable::PrintableStream;
 use crate::queued_writer::previous;
 use crate::store::paths;
 
@@ -39,7 +41,7 @@ async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliErr
     let stdout = LosslessOutput::to(io::stdout());
     let stdout = stdout.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     tokio::select! {
-        copied = copy(&mut connection, stdout) => copied,
+        copied = copy(&mut connection, stdout, Filter::of_stdout()) => copied,
         // A signal is the normal end of `-f`.
         number = interrupts.next() => {
             Ok(if args.follow { Exit::Success } else { Exit::Signal(number) })
@@ -48,7 +50,11 @@ async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliErr
 }
 
 /// Copies the log to `stdout` until the log ends or the reader closes the pipe.
-async fn copy(connection: &mut Connection, stdout: LosslessOutput) -> Result<Exit, CliError> {
+async fn copy(
+    connection: &mut Connection,
+    stdout: LosslessOutput,
+    mut filter: Filter,
+) -> Result<Exit, CliError> {
     let ended = loop {
         let answer = tokio::select! {
             answer = connection.answer() => answer,
@@ -60,7 +66,7 @@ async fn copy(connection: &mut Connection, stdout: LosslessOutput) -> Result<Exi
                 let Some(slot) = stdout.reserve().await else {
                     break Ok(Exit::Success);
                 };
-                slot.send(bytes);
+                slot.send(filter.next(bytes));
             }
             Ok(Response::LogEnd {}) => break Ok(Exit::Success),
             Ok(Response::Ok {}) => {}
@@ -71,8 +77,43 @@ async fn copy(connection: &mut Connection, stdout: LosslessOutput) -> Result<Exi
             Err(error) => break Err(error.into()),
         }
     };
+    if let Some(slot) = stdout.reserve().await {
+        slot.send(filter.end());
+    }
     stdout.finish().await?;
     ended
+}
+
+/// What standard output gets of a log.
+enum Filter {
+    /// A terminal.
+    Printable(PrintableStream),
+    /// Anything else.
+    Bytes,
+}
+
+impl Filter {
+    fn of_stdout() -> Self {
+        if io::stdout().is_terminal() {
+            Self::Printable(PrintableStream::default())
+        } else {
+            Self::Bytes
+        }
+    }
+
+    fn next(&mut self, bytes: Vec<u8>) -> Vec<u8> {
+        match self {
+            Self::Printable(stream) => stream.next(&bytes).into_bytes(),
+            Self::Bytes => bytes,
+        }
+    }
+
+    fn end(self) -> Vec<u8> {
+        match self {
+            Self::Printable(stream) => stream.end().into_bytes(),
+            Self::Bytes => Vec::new(),
+        }
+    }
 }
 
 /// Prints the log of the newest kept deployment that has it, if there is one.
@@ -102,6 +143,7 @@ fn newest(deployments: &Path, name: &str, log: &str) -> Option<PathBuf> {
 
 /// Prints a log after its rotated part. The size of both is bounded.
 fn print(log: &Path) -> Result<Exit, CliError> {
+    let mut filter = Filter::of_stdout();
     for part in [previous(log).as_path(), log] {
         let failed = |error: io::Error| {
             let what = format!("cannot read {}", part.display());
@@ -109,9 +151,10 @@ fn print(log: &Path) -> Result<Exit, CliError> {
         };
         match std::fs::read(part) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            read => output::write(&read.map_err(failed)?)?,
+            read => output::write(&filter.next(read.map_err(failed)?))?,
         }
     }
+    output::write(&filter.end())?;
     Ok(Exit::Success)
 }
 

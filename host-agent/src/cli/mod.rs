@@ -17,7 +17,6 @@ mod logs;
 mod lossless_output;
 mod meter;
 mod output;
-mod printable;
 mod report;
 mod run;
 mod running;
@@ -27,6 +26,7 @@ mod test;
 mod ticker;
 mod watch;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -38,6 +38,8 @@ use args::{CommandLine, Verb};
 use error::{CliError, Code};
 use exit::Exit;
 use output::Output;
+
+use crate::printable::printable;
 
 /// Runs the verb that the arguments name.
 pub fn main() -> ExitCode {
@@ -158,12 +160,28 @@ fn start_log(verbose: u8, output: &Output) {
         }
     }
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(|| PrintableLines(std::io::stderr()))
         .with_ansi(false)
         .with_target(verbose > 1);
     tracing_subscriber::registry()
         .with(lines.with_filter(filter))
         .init();
+}
+
+/// Writes log lines, whose fields may quote guests and files, in printable characters. The
+/// subscriber writes each line as a whole.
+struct PrintableLines(std::io::Stderr);
+
+impl Write for PrintableLines {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let text = String::from_utf8_lossy(line);
+        let shown = printable(text.trim_end_matches('\n')) + "\n";
+        self.0.write_all(shown.as_bytes()).map(|()| line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// An asynchronous runtime on this thread.

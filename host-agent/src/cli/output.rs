@@ -1,5 +1,5 @@
 //! Prints: the result of a command to standard output, everything else to standard
-//! error.
+//! error. Whatever text a caller gives, only printable characters reach the streams.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,6 +15,7 @@ use super::environment;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::terminal::window_size;
+use crate::printable::{printable, printable_json, printable_lines};
 use crate::queued_writer::QueuedWriter;
 
 /// The signal of a program whose reader closed the pipe.
@@ -106,9 +107,9 @@ impl Output {
     /// Prints the whole result: `text`, or `json` with `--format json`.
     pub fn answer(&self, text: &str, json: impl FnOnce() -> Value) -> Result<(), CliError> {
         match self.format {
-            Format::Table => write(format!("{text}\n").as_bytes()),
-            Format::Json => write(format!("{:#}\n", json()).as_bytes()),
-            Format::Jsonl => write(format!("{}\n", json()).as_bytes()),
+            Format::Table => write(format!("{}\n", printable_lines(text)).as_bytes()),
+            Format::Json => write(printable_json(&format!("{:#}\n", json())).as_bytes()),
+            Format::Jsonl => write(json_line(&json()).as_bytes()),
         }
     }
 
@@ -121,8 +122,8 @@ impl Output {
         missed: impl FnOnce(u64) -> Value,
     ) -> Result<(), CliError> {
         let line = match self.format {
-            Format::Table => format!("{text}\n"),
-            Format::Json | Format::Jsonl => format!("{}\n", json()),
+            Format::Table => format!("{}\n", printable(text)),
+            Format::Json | Format::Jsonl => json_line(&json()),
         };
         self.clear();
         let Some((stdout, _)) = self.screen.threads.get() else {
@@ -130,7 +131,7 @@ impl Output {
         };
         let queued = stdout.push(line.as_bytes(), |count| match self.format {
             Format::Table => lines_dropped(count),
-            Format::Json | Format::Jsonl => format!("{}\n", missed(count)),
+            Format::Json | Format::Jsonl => json_line(&missed(count)),
         });
         queued.map_err(|error| cannot_write(&error))
     }
@@ -168,7 +169,7 @@ impl Output {
     /// Prints that a step is done.
     pub fn progress(&self, text: &str) {
         if self.progress != ProgressStyle::None {
-            self.line_to_stderr(text);
+            self.line_to_stderr(&printable(text));
         }
     }
 
@@ -181,7 +182,7 @@ impl Output {
     pub fn show_live(&self, text: &str) {
         // A carriage return cannot erase a line that wraps.
         let width = usize::from(window_size().1).saturating_sub(1);
-        let text: String = text.chars().take(width).collect();
+        let text: String = printable(text).chars().take(width).collect();
         self.to_stderr(&format!("\r{text}\u{1b}[K"));
         *self.live_line() = true;
     }
@@ -220,7 +221,7 @@ impl Output {
             } else {
                 ("", "")
             };
-            self.line_to_stderr(&format!("{on}warning{off}: {text}"));
+            self.line_to_stderr(&format!("{on}warning{off}: {}", printable(text)));
         }
     }
 
@@ -228,13 +229,17 @@ impl Output {
     pub fn error(&self, error: &CliError) {
         match self.error_format {
             ErrorFormat::Human => self.line_to_stderr(&error.human(self.color)),
-            ErrorFormat::Json => self.line_to_stderr(&error.json().to_string()),
+            ErrorFormat::Json => self.line_to_stderr(&printable_json(&error.json().to_string())),
         }
     }
 }
 
 fn lines_dropped(count: u64) -> String {
     format!("[{count} lines dropped: the reader is too slow]\n")
+}
+
+fn json_line(value: &Value) -> String {
+    printable_json(&format!("{value}\n"))
 }
 
 /// Writes bytes of the result and flushes them.

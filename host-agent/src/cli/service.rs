@@ -19,6 +19,7 @@ use super::running::interrupted;
 use super::runtime;
 use crate::digest::Digest;
 use crate::doctor::iec;
+use crate::printable::printable;
 use crate::progress::Progress;
 use crate::service::{self, Validated};
 
@@ -104,15 +105,16 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     for file in &args.files {
         // Names that are not UTF-8 are shown with replacement characters.
         let name = file.display().to_string();
+        let shown = printable(&name);
         match service::validate(file, args.config.as_deref(), meter.progress()) {
             Ok(found) => {
-                lines.push(format!("ok    {name}  {}", describe(found)));
+                lines.push(format!("ok    {shown}  {}", describe(found)));
                 results.push(json!({"file": name, "valid": true, "what": describe(found)}));
             }
             Err(error) => {
                 let error = CliError::from(error);
                 output.error(&error);
-                lines.push(format!("fail  {name}  {}", error.code().name()));
+                lines.push(format!("fail  {shown}  {}", error.code().name()));
                 results.push(json!({"file": name, "valid": false, "error": error.json()}));
                 if exit == Exit::Success {
                     exit = error.exit();

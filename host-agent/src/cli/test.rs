@@ -13,7 +13,6 @@ use super::endpoint_probe::{EndpointProbe, UnresolvedEndpoint};
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
-use super::printable::printable;
 use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, StepReport, TestReport, rfc3339, stages,
 };
@@ -23,6 +22,7 @@ use super::ticker::Ticker;
 use super::watch::RunError;
 use super::{deploy, environment, evidence, runtime};
 use crate::doctor::{HostReport, Verdict};
+use crate::printable::printable;
 use crate::service::model::ServiceModel;
 use crate::shell::quoted;
 use crate::store::deployment::Retention;

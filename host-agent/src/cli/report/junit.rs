@@ -5,7 +5,7 @@ use std::time::Duration;
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite, XmlString};
 
 use super::{Outcome, TestReport};
-use crate::cli::printable::printable_lines;
+use crate::printable::printable_lines;
 
 /// The document.
 pub fn junit(report: &TestReport) -> String {

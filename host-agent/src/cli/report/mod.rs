@@ -14,6 +14,8 @@ use serde_json::Value;
 pub use junit::junit;
 pub use stages::{StageFailure, stages};
 
+use crate::printable::printable_json;
+
 /// A report file to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportFile {
@@ -49,7 +51,7 @@ impl ReportFile {
     /// Content of the file.
     pub fn render(&self, report: &TestReport) -> String {
         match self {
-            Self::Json(_) => format!("{:#}\n", report.json()),
+            Self::Json(_) => printable_json(&format!("{:#}\n", report.json())),
             Self::Junit(_) => junit(report),
         }
     }
