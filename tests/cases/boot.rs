@@ -1,6 +1,6 @@
 //! A service from its directory to Ready, and its end.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::run::{INSTANCE, Run};
 use e2e::service::Service;
 use e2e::{Sandbox, text};
@@ -12,17 +12,21 @@ fn test_reports_ready_probe_and_clean_stop() -> Result<()> {
     let service = service.write(&sandbox.file("service"))?;
     let json = sandbox.file("report.json");
     let junit = sandbox.file("report.xml");
-    let output = sandbox.output(&[
-        "test",
-        &service.to_string_lossy(),
-        "--probe",
-        "tcp://Echo",
-        "--report",
-        &format!("json={}", json.display()),
-        "--report",
-        &format!("junit={}", junit.display()),
-    ])?;
+    let output = sandbox
+        .command()
+        .args(["test", "--probe", "tcp://Echo", "--report"])
+        .arg(format!("json={}", json.display()))
+        .arg("--report")
+        .arg(format!("junit={}", junit.display()))
+        .arg(&service)
+        .env("HOST_AGENT_TIMEOUT_SCALE", "60")
+        .output()?;
     ensure!(output.status.code() == Some(0), "{}", text(&output));
+    // The second of being Ready is not scaled.
+    let shown = String::from_utf8_lossy(&output.stderr);
+    let at = |what| seconds(&shown, what).with_context(|| format!("no {what} in {shown}"));
+    let steady = at("role Ready")?..at("stopping")?;
+    ensure!(steady.end - steady.start < 30.0, "{steady:?}: {shown}");
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(json)?)?;
     ensure!(report["result"] == "ok", "{report}");
     let junit = std::fs::read_to_string(junit)?;
@@ -31,6 +35,13 @@ fn test_reports_ready_probe_and_clean_stop() -> Result<()> {
         "{junit}"
     );
     sandbox.assert_nothing_left()
+}
+
+/// Time of the first line of the timeline that ends with `what`.
+fn seconds(timeline: &str, what: &str) -> Option<f64> {
+    let line = timeline.lines().find(|line| line.ends_with(what))?;
+    let (minutes, seconds) = line.get(1..)?.split_once(']')?.0.split_once(':')?;
+    Some(minutes.parse::<f64>().ok()? * 60.0 + seconds.parse::<f64>().ok()?)
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! `host-agent run`: deploys a service and stays with it.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 
 use super::args::{RunArgs, Until};
@@ -10,7 +8,7 @@ use super::error::{CliError, Code};
 use super::evidence;
 use super::exit::Exit;
 use super::output::Output;
-use super::running::{Running, STEADY, WaitEnd, interrupted};
+use super::running::{Running, WaitEnd, interrupted};
 use super::watch::RunError;
 use super::{deploy, runtime};
 use crate::store::deployment::Retention;
@@ -41,8 +39,7 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let show = |event: &TimelineEvent, line| show(output, event, line);
         let mut running = Running::start(model, options, retention, output, show).await?;
-        let steady = host.scaled(STEADY);
-        let result = follow(&mut running, args, deadline, steady, output).await;
+        let result = follow(&mut running, args, deadline, output).await;
         // Before the logs are removed.
         let result = result.map_err(|failed| with_logs(failed, &running, args.keep));
         if args.keep {
@@ -64,7 +61,6 @@ async fn follow(
     running: &mut Running,
     args: &RunArgs,
     deadline: Option<Instant>,
-    steady: Duration,
     output: &Output,
 ) -> Result<Exit, RunError> {
     let show = |event: &TimelineEvent, line| show(output, event, line);
@@ -73,7 +69,7 @@ async fn follow(
     let mut hint = Some("Ready. Ctrl-C stops it");
     let outcome = loop {
         let ended = match args.until {
-            Until::Ready => running.steady(steady, deadline, show).await,
+            Until::Ready => running.steady(deadline, show).await,
             Until::Stopped => running.wait(deadline, show).await,
         };
         match ended? {

@@ -65,8 +65,9 @@ pub enum WaitEnd {
 }
 
 /// A role may be Ready as soon as its process runs. One that stays Ready for this
-/// long, times the slowness of the host, did not fail at once.
-pub const STEADY: Duration = Duration::from_secs(1);
+/// long did not fail at once. Not scaled: a wait that always passes in full only makes
+/// each run slower.
+const STEADY: Duration = Duration::from_secs(1);
 
 /// Most time for the current step to return after the command was interrupted.
 const GIVE_UP: Duration = Duration::from_secs(5);
@@ -237,10 +238,9 @@ impl Running {
     }
 
     /// Like [`Running::wait`], but returns Ready only when every instance has been Ready
-    /// for `steady` without a break. The time before this call counts.
+    /// for a second without a break. The time before this call counts.
     pub async fn steady(
         &mut self,
-        steady: Duration,
         deadline: Option<Instant>,
         mut show: impl FnMut(&TimelineEvent, String) -> Result<(), CliError>,
     ) -> Result<WaitEnd, CliError> {
@@ -248,7 +248,7 @@ impl Running {
             let steady_at = self
                 .ready_at
                 .filter(|_| self.watch.all_ready())
-                .map(|ready| ready + steady);
+                .map(|ready| ready + STEADY);
             let limit = [steady_at, deadline].into_iter().flatten().min();
             let ended = self.wait(limit, &mut show).await?;
             let passed = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());

@@ -17,7 +17,7 @@ use super::report::{
     self, HostFacts, InstanceReport, Outcome, ReportFile, StepReport, TestReport, rfc3339, stages,
 };
 use super::run::{not_ready, tails};
-use super::running::{Running, STEADY, WaitEnd, interrupted};
+use super::running::{Running, WaitEnd, interrupted};
 use super::ticker::Ticker;
 use super::watch::RunError;
 use super::{deploy, environment, evidence, runtime};
@@ -236,8 +236,7 @@ async fn drive(
         report.probes.push(step);
     }
     if result.is_ok() {
-        let steady = host.scaled(STEADY);
-        let ended = running.steady(steady, Some(deadline), show).await?;
+        let ended = running.steady(Some(deadline), show).await?;
         result = ready(running, ended);
     }
     let took = running.stop(output, show).await?;
