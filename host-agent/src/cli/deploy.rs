@@ -2,8 +2,8 @@
 //! errors of a deployment that cannot begin.
 
 use std::env;
-use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ use crate::store::paths;
 use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::host::{HostError, HostOptions};
 use crate::supervisor::liveness::heartbeat::HeartbeatRule;
+
+/// Longest manifest of an image that a hint is made of, in bytes.
+const MAX_MANIFEST: u64 = 4 << 20;
 
 /// Hint for a full disk.
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
@@ -96,40 +99,67 @@ pub fn refused(error: &HostError, model: &ServiceModel) -> CliError {
 
 fn image(error: &ImageError) -> CliError {
     match error {
-        ImageError::Missing { name, .. } => {
-            CliError::chain(Code::ImageMissing, error).hint(build_image(name.as_ref()))
+        ImageError::Missing { path, .. } => {
+            CliError::chain(Code::ImageMissing, error).hint(build_hint(path))
         }
         ImageError::Read { path, source } => {
             let this = CliError::chain(Code::ImageDamaged, error);
             match source.kind() {
                 io::ErrorKind::PermissionDenied => this.exit_with(Exit::Permission),
-                _ => this.hint(build_again(path)),
+                _ => this.hint(build_hint(path)),
             }
         }
         ImageError::Manifest { path, .. }
         | ImageError::Incomplete { path, .. }
         | ImageError::Digest { path, .. } => {
-            CliError::chain(Code::ImageDamaged, error).hint(build_again(path))
+            CliError::chain(Code::ImageDamaged, error).hint(build_hint(path))
         }
     }
 }
 
-/// How to build the image again that has the file at `path`.
-fn build_again(path: &Path) -> String {
-    let name = path.parent().and_then(Path::file_name).unwrap_or_default();
-    build_image(name)
+/// How to build the image that has the file at `path`, where this command looks for it,
+/// and with the packages that it had.
+fn build_hint(path: &Path) -> String {
+    let directory = path.parent().unwrap_or(path);
+    let name = directory.file_name().unwrap_or_default();
+    let mut hint = format!("{} {}", builder(), quoted(name));
+    let options = built_with(&directory.join("manifest.json"));
+    for option in options.iter().flatten() {
+        hint.push_str(&format!(" {}", quoted(option)));
+    }
+    if let Some(images) = directory.parent() {
+        hint.push_str(&format!(" --out {}", quoted(images)));
+    }
+    if options.is_none() {
+        hint.push_str("   (and --include PACKAGE for each Debian package that the role needs)");
+    }
+    hint
 }
 
-/// The command that builds image `name`: `host-agent-image` where `scripts/install` has
-/// installed it beside this program, else the script of the checkout.
-fn build_image(name: &OsStr) -> String {
+/// The options of the build that wrote `manifest`, if it can still be read.
+fn built_with(manifest: &Path) -> Option<Vec<String>> {
+    let mut text = String::new();
+    let file = File::open(manifest).ok()?;
+    file.take(MAX_MANIFEST).read_to_string(&mut text).ok()?;
+    let manifest: serde_json::Value = serde_json::from_str(&text).ok()?;
+    serde_json::from_value(manifest["options"].clone()).ok()
+}
+
+/// The program that builds images: `host-agent-image` where `scripts/install` has
+/// installed it beside this program, else the script of the checkout that this program
+/// was built in.
+fn builder() -> String {
     let program = env::current_exe().unwrap_or_default();
-    let builder = if program.with_file_name("host-agent-image").exists() {
-        "host-agent-image"
-    } else {
-        "images/build"
-    };
-    format!("{builder} {}", quoted(name))
+    if program.with_file_name("host-agent-image").exists() {
+        return "host-agent-image".into();
+    }
+    let scripts = program.ancestors().map(|dir| dir.join("images/build"));
+    let script = scripts.into_iter().find(|script| script.exists());
+    let here = env::current_dir().unwrap_or_default();
+    script.map_or_else(
+        || "images/build".into(),
+        |script| quoted(script.strip_prefix(&here).unwrap_or(&script)),
+    )
 }
 
 fn listen(error: &ListenError) -> CliError {
@@ -239,23 +269,38 @@ mod tests {
     }
 
     #[test]
-    fn the_error_of_a_missing_image_has_the_build_command() {
-        let error = HostError::Image(ImageError::Missing {
+    fn the_hint_of_an_image_builds_the_same_one_in_its_place() {
+        let data = tempfile::tempdir().unwrap();
+        let images = data.path().join("images");
+        let manifest = images.join("web/manifest.json");
+        let hint = |error| {
+            let error = refused(&HostError::Image(error), &model());
+            assert!(error.json()["line"].as_u64().unwrap() > 0);
+            (error.exit(), error.hint_text().unwrap().to_owned())
+        };
+        let (exit, missing) = hint(ImageError::Missing {
             name: "web".into(),
-            path: "/data/images/web".into(),
+            path: manifest.clone(),
         });
-        let error = refused(&error, &model());
-        assert!(error.json()["line"].as_u64().unwrap() > 0);
-        assert_eq!(error.exit(), Exit::NotFound);
-        assert_eq!(error.hint_text(), Some("images/build web"));
-        let error = HostError::Image(ImageError::Incomplete {
-            path: "/data/images/web/manifest.json".into(),
-            what: "no kernel".into(),
-        });
-        assert_eq!(
-            refused(&error, &model()).hint_text(),
-            Some("images/build web")
+        assert_eq!(exit, Exit::NotFound);
+        // The tests run in a directory of the checkout.
+        let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let build = checkout.join("images/build").display().to_string();
+        let out = format!("--out {}", images.display());
+        assert!(
+            missing.starts_with(&format!("{build} web {out}   (and --include PACKAGE")),
+            "{missing}"
         );
+        std::fs::create_dir_all(images.join("web")).unwrap();
+        let options = r#"{"options": ["--suite", "bookworm", "--include", "a b"]}"#;
+        std::fs::write(&manifest, options).unwrap();
+        let (_, damaged) = hint(ImageError::Digest {
+            path: images.join("web/kernel"),
+            actual: "1".into(),
+            expected: "2".into(),
+        });
+        let wanted = format!("{build} web --suite bookworm --include 'a b' {out}");
+        assert_eq!(damaged, wanted);
     }
 
     #[test]
