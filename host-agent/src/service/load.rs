@@ -18,7 +18,7 @@ use vmbus::role::RoleDefinition;
 use super::configuration::{self, Configuration};
 use super::definition::{self, DefinedRole, Definition};
 use super::error::{ServiceError, nearest};
-use super::model::{Payload, Role, ServiceModel};
+use super::model::{Payload, Role, ServiceModel, VerifiedPackage};
 use super::package::Package;
 use super::payload::{Files, Total};
 use crate::progress::Progress;
@@ -71,7 +71,7 @@ pub(super) fn load_package(
     let configuration = configuration::read(config, package.definition())?;
     let package = verified(package, progress)?;
     let payload = |role: &DefinedRole| Payload::Package {
-        file: package.path().to_owned(),
+        package: VerifiedPackage(Arc::clone(&package)),
         role: role.definition.name.clone(),
     };
     join(package.definition(), configuration, payload)

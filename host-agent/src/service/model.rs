@@ -1,10 +1,13 @@
 //! A service that passed every check: what the supervisor works from.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use vmbus::role::{Endpoint, RoleDefinition};
 
 use super::error::SourceLocation;
+use super::package::Package;
 
 /// A definition and a configuration that agree, with the payload of each role.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,11 +88,32 @@ pub enum Payload {
     /// Layout `Roles/<role>` of a package.
     Package {
         /// The `.cspkg`.
-        file: PathBuf,
+        package: VerifiedPackage,
         /// Name of the role's layout.
         role: String,
     },
 }
+
+/// A package whose contents were checked, with its open file: its name may be given to
+/// another file before a role's application disk is built.
+#[derive(Clone)]
+pub struct VerifiedPackage(pub(super) Arc<Package>);
+
+impl fmt::Debug for VerifiedPackage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("VerifiedPackage")
+            .field(&self.0.path())
+            .finish()
+    }
+}
+
+impl PartialEq for VerifiedPackage {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for VerifiedPackage {}
 
 /// A size of the classic table (role model, section 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

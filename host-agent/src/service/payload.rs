@@ -65,9 +65,7 @@ impl Files {
     pub fn open(payload: &Payload) -> Result<Self, ServiceError> {
         match payload {
             Payload::Directory(path) => Self::of_directory(path, &mut Total::default()),
-            Payload::Package { file, role } => {
-                Self::of_package(Arc::new(Package::open(file)?), role)
-            }
+            Payload::Package { package, role } => Self::of_package(Arc::clone(&package.0), role),
         }
     }
 
