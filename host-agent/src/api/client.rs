@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use vmbus::stream::{FrameReader, StreamError, send};
 
-use super::types::{DeploymentInfo, RefusalKind, Request, Response};
+use super::types::{Call, DeploymentInfo, PROGRAM, RefusalKind, Request, Response};
 use crate::store::paths;
 
 /// A host agent that does not answer within this is passed over. It is a local process
@@ -52,6 +52,15 @@ pub enum ClientError {
         /// Why.
         #[source]
         source: StreamError,
+    },
+    /// The answer is not one of this version: the host agent is older than the versions.
+    #[error(
+        "the host agent behind {} answers in another version of the protocol than this program \
+         ({PROGRAM})", socket.display()
+    )]
+    Version {
+        /// Its socket.
+        socket: PathBuf,
     },
     /// The host agent refused the request.
     #[error("{message}")]
@@ -109,6 +118,10 @@ pub async fn list(runtime: &Path) -> Result<Vec<RunningDeployment>, ClientError>
                 socket: socket.clone(),
                 info,
             })),
+            // It runs, but speaks another version.
+            Ok(Err(error @ (ClientError::Refused { .. } | ClientError::Version { .. }))) => {
+                tracing::warn!(socket = %socket.display(), "skipped: {error}");
+            }
             Ok(Err(error)) => {
                 tracing::debug!(socket = %socket.display(), %error, "skipped");
             }
@@ -182,7 +195,13 @@ impl Connection {
             .await
             .map_err(|error| unreachable(error.into()))?;
         let (reader, mut writer) = stream.into_split();
-        send(&mut writer, request).await.map_err(unreachable)?;
+        // A host agent that refuses at once may close before it has read the call: its answer
+        // says why.
+        let call = Call::Request(request.clone());
+        match send(&mut writer, &call).await {
+            Err(StreamError::Io(_)) | Ok(()) => {}
+            Err(error) => return Err(unreachable(error)),
+        }
         Ok(Self {
             socket: socket.to_owned(),
             reader: FrameReader::new(reader),
@@ -198,6 +217,9 @@ impl Connection {
             }
             Ok(Some(response)) => Ok(response),
             Ok(None) => Err(self.broken("closed the connection")),
+            Err(StreamError::Frame(_)) => Err(ClientError::Version {
+                socket: self.socket.clone(),
+            }),
             Err(source) => Err(self.unreachable(source)),
         }
     }

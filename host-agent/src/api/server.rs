@@ -2,21 +2,27 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{self, MsgFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio::time::error::Elapsed;
+use vmbus::frame;
 use vmbus::message::ExecRequest;
 use vmbus::stream::{FrameReader, StreamError, join, send};
+use vmbus::text::chain;
 
 use super::types::{
-    DeploymentInfo, EndpointInfo, InstanceInfo, MAX_CHUNK, RefusalKind, Request, Response,
+    Call, DeploymentInfo, EndpointInfo, InstanceInfo, MAX_CHUNK, PROGRAM, RefusalKind, Request,
+    Response, Speaker, VERSION,
 };
 use crate::store::log_tail::LogTail;
 use crate::store::paths;
@@ -32,6 +38,12 @@ const STALE: Duration = Duration::from_mins(1);
 /// Most time at the end for clients to receive the rest of a log.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
+/// Most time for a client to send its request. A client sends it at once.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// Most connections. Each command of a user has one, for as long as it runs.
+const MAX_CONNECTIONS: usize = 256;
+
 /// Pause after `accept` failed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
@@ -45,6 +57,10 @@ pub struct Server {
 
 /// Serves `host` on its socket.
 pub fn serve(host: &Host) -> io::Result<Server> {
+    serve_within(host, REQUEST_LIMIT)
+}
+
+fn serve_within(host: &Host, request_limit: Duration) -> io::Result<Server> {
     let runtime_dir = &host.options().runtime_dir;
     fs::DirBuilder::new()
         .recursive(true)
@@ -61,7 +77,9 @@ pub fn serve(host: &Host) -> io::Result<Server> {
         host: host.clone(),
         ended: Arc::clone(&ended),
         started: Instant::now(),
+        request_limit,
     });
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let task = tokio::spawn(async move {
         loop {
             let Ok((stream, _)) = listener.accept().await else {
@@ -69,14 +87,28 @@ pub fn serve(host: &Host) -> io::Result<Server> {
                 tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
             };
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                refuse(&stream);
+                continue;
+            };
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
+                let _place = place;
                 // An error ends only this connection.
                 let _ = shared.answer(stream).await;
             });
         }
     });
     Ok(Server { path, task, ended })
+}
+
+/// Answers a client for which there is no place. Never waits.
+fn refuse(stream: &UnixStream) {
+    let text = format!("this host agent serves {MAX_CONNECTIONS} commands already; end one");
+    let answer = frame::encode(&failed(RefusalKind::Internal, text));
+    // The buffer of a new connection is empty.
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let _ = answer.map(|bytes| socket::send(stream.as_raw_fd(), &bytes, flags));
 }
 
 impl Server {
@@ -124,15 +156,19 @@ struct Api {
     /// Whether the deployment has ended. Each request for a log has a receiver.
     ended: Arc<watch::Sender<bool>>,
     started: Instant,
+    request_limit: Duration,
 }
 
 impl Api {
     async fn answer(&self, mut stream: UnixStream) -> Result<(), StreamError> {
         let mut reader = FrameReader::new(&mut stream);
-        let Some(request) = reader.next::<Request>().await? else {
-            return Ok(());
-        };
+        let call = tokio::time::timeout(self.request_limit, reader.next::<Call>()).await;
         let (_, early) = reader.into_parts();
+        let request = match call {
+            Ok(Ok(Some(Call::Request(request)))) => request,
+            Ok(Ok(None)) => return Ok(()),
+            other => return send(&mut stream, &invalid(other)).await,
+        };
         match request {
             Request::Ps {} => {
                 let deployments = self.host.deployments();
@@ -218,6 +254,24 @@ impl Api {
     }
 }
 
+/// The answer to a client that sent no request of this version.
+fn invalid(call: Result<Result<Option<Call>, StreamError>, Elapsed>) -> Response {
+    let text = match call {
+        Err(_) => "the request did not arrive in time".to_owned(),
+        Ok(Ok(Some(Call::OtherVersion(Speaker { version, program })))) => format!(
+            "the host agent is version {PROGRAM} and speaks version {VERSION} of its protocol, \
+             this program is {} and speaks version {version}: use the same program for both",
+            match program.as_str() {
+                "" => "an older version",
+                other => other,
+            }
+        ),
+        Ok(Err(error)) => format!("the request is not valid: {}", chain(&error)),
+        Ok(Ok(_)) => "no request".to_owned(),
+    };
+    failed(RefusalKind::Invalid, text)
+}
+
 fn failed(kind: RefusalKind, message: impl Into<String>) -> Response {
     Response::Error {
         kind,
@@ -290,68 +344,4 @@ async fn blocking<T: Send + 'static>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write as _;
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn only_stale_sockets_without_a_listener_are_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let [dead, live, file] =
-            ["dead.sock", "live.sock", "file.sock"].map(|name| dir.path().join(name));
-        drop(UnixListener::bind(&dead).unwrap());
-        let _listener = UnixListener::bind(&live).unwrap();
-        fs::write(&file, b"").unwrap();
-        sweep(dir.path(), STALE).await;
-        assert!(dead.exists());
-        sweep(dir.path(), Duration::ZERO).await;
-        assert!(!dead.exists() && live.exists() && file.exists());
-    }
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn following_a_log_ends_when_the_client_closes() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("role.log");
-        fs::write(&path, "all there is\n").unwrap();
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let (_going_on, ended) = watch::channel(false);
-        let following = tokio::spawn(async move { logs(path, true, ended, &mut ours).await });
-        let mut client = FrameReader::new(theirs);
-        let first = client.next::<Response>().await.unwrap();
-        assert!(matches!(first, Some(Response::LogChunk { .. })));
-        drop(client);
-        let ended = tokio::time::timeout(Duration::from_secs(20), following);
-        ended.await.expect("it ends").unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_followed_log_ends_with_its_last_lines_and_an_end_frame() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("role.log");
-        let mut log = fs::File::create(&path).unwrap();
-        log.write_all(b"first\n").unwrap();
-        let ended = watch::Sender::new(false);
-        let receiver = ended.subscribe();
-        let (mut near, far) = UnixStream::pair().unwrap();
-        let of_task = path.clone();
-        let sending = tokio::spawn(async move { logs(of_task, true, receiver, &mut near).await });
-        let mut reader = FrameReader::new(far);
-        let first = reader.next().await.unwrap();
-        let chunk = |text: &str| {
-            Some(Response::LogChunk {
-                bytes: text.as_bytes().to_vec(),
-            })
-        };
-        assert_eq!(first, chunk("first\n"));
-        log.write_all(b"last\n").unwrap();
-        // As at the end of a deployment that is not kept.
-        fs::remove_file(&path).unwrap();
-        ended.send_replace(true);
-        assert_eq!(reader.next().await.unwrap(), chunk("last\n"));
-        let end: Option<Response> = reader.next().await.unwrap();
-        assert_eq!(end, Some(Response::LogEnd {}));
-        sending.await.unwrap().unwrap();
-        // No receiver is left.
-        ended.closed().await;
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! The messages on the socket of a host.
 //!
-//! A connection carries one [`Request`] as a VMBus frame, then [`Response`] frames. After
+//! A connection carries one [`Call`] as a VMBus frame, then [`Response`] frames. After
 //! [`Response::Ok`] to [`Request::Exec`] the connection carries
 //! [`vmbus::message::ExecInput`] frames to the host and [`vmbus::message::ExecOutput`]
 //! frames back.
@@ -13,6 +13,13 @@ use vmbus::message::ExecRequest;
 use vmbus::piece;
 
 use crate::supervisor::status::InstanceStatus;
+
+/// Version of the messages on this socket, those of exec included. A program of another
+/// version is refused, in words that both versions know: [`Response::Error`].
+pub const VERSION: u32 = 1;
+
+/// Version of this program, for messages.
+pub const PROGRAM: &str = env!("CARGO_PKG_VERSION");
 
 /// Most bytes in one [`Response::LogChunk`].
 pub const MAX_CHUNK: usize = 64 * 1024;
@@ -102,7 +109,64 @@ pub enum Response {
     LogEnd {},
 }
 
-impl Message for Request {}
+/// The first frame of a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Call {
+    /// A request of this version.
+    Request(Request),
+    /// The client speaks another version.
+    OtherVersion(Speaker),
+}
+
+/// What a client speaks. Later versions keep both fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Speaker {
+    /// Its [`VERSION`]; 0 of programs that sent none.
+    #[serde(default)]
+    pub version: u32,
+    /// Its [`PROGRAM`].
+    #[serde(default)]
+    pub program: String,
+}
+
+#[derive(Serialize)]
+struct Sent<'a> {
+    #[serde(flatten)]
+    speaker: Speaker,
+    #[serde(flatten)]
+    request: &'a Request,
+}
+
+impl Speaker {
+    /// This program.
+    pub fn own() -> Self {
+        Self {
+            version: VERSION,
+            program: PROGRAM.to_owned(),
+        }
+    }
+}
+
+impl Message for Call {
+    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Request(request) => {
+                let speaker = Speaker::own();
+                frame::write_json(&Sent { speaker, request }, body)
+            }
+            Self::OtherVersion(speaker) => frame::write_json(speaker, body),
+        }
+    }
+
+    fn read(body: &[u8]) -> Result<Self, FrameError> {
+        let speaker: Speaker = frame::parse(body)?;
+        if speaker.version != VERSION {
+            return Ok(Self::OtherVersion(speaker));
+        }
+        frame::parse(body).map(Self::Request)
+    }
+}
 
 impl Message for Response {
     fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
@@ -195,7 +259,7 @@ mod tests {
 
         #[test]
         fn no_input_makes_the_readers_of_the_socket_panic(body in vec(any::<u8>(), 0..200)) {
-            let _ = Request::read(&body);
+            let _ = Call::read(&body);
             let _ = Response::read(&body);
         }
     }
@@ -216,15 +280,18 @@ mod tests {
 
     #[test]
     fn the_wire_format_does_not_change() {
-        let request = Request::Logs {
+        let call = Call::Request(Request::Logs {
             instance: "Cache_IN_0".into(),
             source: LogFile::Serial,
             follow: true,
-        };
-        assert_eq!(
-            serde_json::to_string(&request).unwrap(),
-            r#"{"request":"logs","instance":"Cache_IN_0","source":"serial","follow":true}"#
+        });
+        let mut body = Vec::new();
+        call.write(&mut body).unwrap();
+        let sent = format!(
+            r#"{{"version":1,"program":"{PROGRAM}","request":"logs","instance":"Cache_IN_0","source":"serial","follow":true}}"#
         );
+        assert_eq!(String::from_utf8_lossy(&body), sent);
+        assert_eq!(Call::read(&body).unwrap(), call);
         let answer = Response::Error {
             kind: RefusalKind::NotFound,
             message: "no".into(),
@@ -233,5 +300,18 @@ mod tests {
             serde_json::to_string(&answer).unwrap(),
             r#"{"response":"error","kind":"not-found","message":"no"}"#
         );
+    }
+
+    #[test]
+    fn a_request_of_another_version_is_recognized_whatever_it_asks() {
+        for (body, version) in [
+            (r#"{"request":"ps"}"#, 0),
+            (r#"{"version":2,"program":"9.9","request":"future"}"#, 2),
+        ] {
+            let Call::OtherVersion(speaker) = Call::read(body.as_bytes()).unwrap() else {
+                panic!("{body} was taken");
+            };
+            assert_eq!(speaker.version, version);
+        }
     }
 }

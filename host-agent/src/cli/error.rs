@@ -403,6 +403,7 @@ impl From<ClientError> for CliError {
             } => Code::NoInstance,
             ClientError::Ambiguous { .. } => Code::Ambiguous,
             ClientError::Unreachable { .. }
+            | ClientError::Version { .. }
             | ClientError::Refused {
                 kind: RefusalKind::Unreachable,
                 ..

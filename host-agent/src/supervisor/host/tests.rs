@@ -26,24 +26,28 @@ struct TestHost {
 fn host() -> TestHost {
     let dir = tempfile::tempdir().unwrap();
     guest::tests::image(dir.path());
-    let timeline = Timeline::start();
-    let events = timeline.subscribe();
-    let host = Host(Arc::new(HostState {
+    let host = empty(dir.path(), &dir.path().join("run"));
+    let events = host.0.timeline.subscribe();
+    TestHost { host, events, dir }
+}
+
+/// A host without a cgroup, a janitor and deployments.
+pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
+    Host(Arc::new(HostState {
         id: "f".repeat(32),
         options: HostOptions {
-            data_dir: dir.path().to_owned(),
-            runtime_dir: dir.path().join("run"),
+            data_dir: data_dir.to_owned(),
+            runtime_dir: runtime_dir.to_owned(),
             rule: HeartbeatRule::DEFAULT,
             timeout_scale: 1.0,
         },
-        content: ContentStore::new(dir.path()),
-        timeline,
+        content: ContentStore::new(data_dir),
+        timeline: Timeline::start(),
         group: None,
         images: Mutex::default(),
         deployments: Mutex::default(),
         _janitor: Janitor::none(),
-    }));
-    TestHost { host, events, dir }
+    }))
 }
 
 impl TestHost {
