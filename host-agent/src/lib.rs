@@ -18,6 +18,8 @@ pub mod digest;
 pub mod doctor;
 pub mod endpoints;
 mod event_budget;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod guest_stream;
 pub mod printable;
 pub mod progress;

@@ -81,6 +81,12 @@ impl DiskWatch {
         }
     }
 
+    /// Whether a disk is full, and its report came too often.
+    pub fn is_report_late(&self) -> bool {
+        let late = |watched: &WatchedDisk| watched.shortage.is_some() && !watched.shortage_reported;
+        self.disks.iter().any(late)
+    }
+
     /// The state found by the last [`DiskWatch::check`], for a supervisor that
     /// attaches. From here on it is sent only changes.
     pub fn attached(&mut self) -> (Vec<NoSpace>, Vec<DiskFailed>) {

@@ -135,7 +135,8 @@ impl<G: Guest> EventLoop<G> {
     }
 
     fn turn(&mut self) -> io::Result<()> {
-        let messages = self.peers.wait()?;
+        let soon = self.pause.unanswered || self.disks.is_report_late();
+        let messages = self.peers.wait(soon)?;
         self.reports();
         self.report_panic();
         for message in messages {
@@ -166,7 +167,7 @@ impl<G: Guest> EventLoop<G> {
         let wake = self.peers.wake().try_clone();
         let limit = self.stop_limit;
         let serve = || {
-            let messages = self.peers.wait()?;
+            let messages = self.peers.wait(false)?;
             for message in messages {
                 self.message(message);
             }

@@ -153,7 +153,7 @@ impl Peers {
 
     /// Waits for a message, a wake-up, or the time of the next look, and sends
     /// events that had to wait. At most one command at a time.
-    pub fn wait(&mut self) -> nix::Result<Vec<Message>> {
+    pub fn wait(&mut self, soon: bool) -> nix::Result<Vec<Message>> {
         let mut fds = vec![PollFd::new(borrow_event(&self.wake), PollFlags::POLLIN)];
         let listening = self.listener.as_ref();
         let listening = listening.filter(|_| self.waiting.len() < MAX_CANDIDATES);
@@ -178,7 +178,7 @@ impl Peers {
             fds.push(PollFd::new(attached.as_fd(), interest));
             fds.len() - 1
         });
-        let waits = !self.waiting.is_empty() || self.outbox.is_behind();
+        let waits = soon || !self.waiting.is_empty() || self.outbox.is_behind();
         let look = if waits { LOOK_MS } else { IDLE_LOOK_MS };
         match poll(&mut fds, PollTimeout::from(look)) {
             Err(Errno::EINTR) => return Ok(Vec::new()),

@@ -9,7 +9,7 @@ pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod test_driver;
 pub mod vsock;
 

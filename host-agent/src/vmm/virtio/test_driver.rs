@@ -1,9 +1,15 @@
-//! A virtio driver for unit tests of devices: it fills real rings in memory.
+//! A virtio driver for unit tests and fuzz targets of devices: it fills real rings in
+//! memory.
+
+// Fuzz targets do not use all of it.
+#![cfg_attr(not(test), allow(dead_code))]
+#![allow(clippy::unwrap_used)]
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
+#[cfg(test)]
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -306,6 +312,7 @@ pub(crate) enum RingAction {
 }
 
 /// Actions on a queue of `size`, mostly near what is valid.
+#[cfg(test)]
 pub(crate) fn ring_action(size: u16) -> impl Strategy<Value = RingAction> {
     let index = || prop_oneof![30 => 0..size, 1 => any::<u16>()];
     let address = prop_oneof![
