@@ -134,6 +134,7 @@ impl Prepared {
         let (control, theirs) = wire::pair()?;
         let child = Program::new(program)
             .arg("vmm")
+            .env_clear()
             .stdin(Stdio::from(theirs))
             .stderr(self.messages)
             .spawn()?;
@@ -142,6 +143,7 @@ impl Prepared {
             generation: 1,
             guest: self.spec,
             adoption,
+            require_sandbox: false,
         };
         wire::send(control.as_fd(), &Command::Start(Box::new(start)), &passed)?;
         Ok((child, control))

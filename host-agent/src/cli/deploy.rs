@@ -59,6 +59,7 @@ pub fn options(
         runtime_dir: paths::runtime_dir(),
         rule: HeartbeatRule::DEFAULT,
         timeout_scale: f64::from(host.timeout_scale()),
+        require_sandbox: false,
     };
     if let Some(limit) = heartbeat_limit {
         // The limit of the first contact stays, because it depends on the boot.

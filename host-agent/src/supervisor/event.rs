@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vmbus::message::{ExitCause, RoleState};
 
 use crate::vmm::control::ExitReason;
+use crate::vmm::sandbox::SandboxReport;
 
 /// Schema of an event as JSON.
 const SCHEMA: &str = "host-agent.event/1";
@@ -84,6 +85,8 @@ pub enum EventKind {
     GuestRunning {
         /// Microseconds from start of the process.
         setup_us: u64,
+        /// What its VMM process has given up.
+        sandbox: SandboxReport,
     },
     /// PID 1 of the guest has connected.
     AgentConnected {
@@ -274,8 +277,9 @@ impl fmt::Display for EventKind {
             Self::GuestAdopted { generation, pid } => {
                 write!(f, "guest adopted, generation {generation} (process {pid})")
             }
-            Self::GuestRunning { setup_us } => {
-                write!(f, "guest running, built in {}", ms(setup_us / 1000))
+            Self::GuestRunning { setup_us, sandbox } => {
+                let built = ms(setup_us / 1000);
+                write!(f, "guest running, built in {built}; sandbox: {sandbox}")
             }
             Self::AgentConnected { init_ms, agent } => {
                 write!(f, "{agent} connected, kernel took {} to init", ms(*init_ms))

@@ -43,6 +43,8 @@ pub struct HostOptions {
     pub rule: HeartbeatRule,
     /// Factor on every limit that depends on the speed of this machine.
     pub timeout_scale: f64,
+    /// Start no guest whose VMM process lacks a layer of the sandbox.
+    pub require_sandbox: bool,
 }
 
 impl HostOptions {

@@ -90,6 +90,8 @@ pub struct InstanceParts {
     pub timeline: Timeline,
     /// The guest outlives this process, and its state is recorded for the next.
     pub durable: bool,
+    /// Start no guest whose VMM process lacks a layer of the sandbox.
+    pub require_sandbox: bool,
 }
 
 struct Instance {

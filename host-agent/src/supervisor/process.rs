@@ -49,6 +49,8 @@ pub struct Launch<'a> {
     /// Directory of the instance if the process is to outlive this one:
     /// [`VmmProcess::attach`] finds it there.
     pub outlive_in: Option<&'a Path>,
+    /// Start no guest if a layer of the sandbox is missing.
+    pub require_sandbox: bool,
 }
 
 /// A running VMM process. Dropped, it is killed, or left to the next supervisor
@@ -94,7 +96,8 @@ impl VmmProcess {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::from(launch.log))
-            // A Ctrl-C at the terminal is for the supervisor alone.
+            // A Ctrl-C at the terminal is for the supervisor alone. The process begins
+            // its own session as soon as it has blocked the signal.
             .process_group(0)
             .spawn()
             .map_err(step("exec"))?;
@@ -106,6 +109,7 @@ impl VmmProcess {
             generation: launch.generation,
             guest: launch.guest,
             adoption,
+            require_sandbox: launch.require_sandbox,
         };
         let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))

@@ -16,6 +16,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::sandbox::SandboxReport;
 use super::spec::{FileIndex, GuestSpec};
 use super::wire::Packet;
 
@@ -107,6 +108,8 @@ pub struct Start {
     pub guest: GuestSpec,
     /// Without it the process ends when its supervisor closes the socket.
     pub adoption: Option<Adoption>,
+    /// Start no guest if a layer of the sandbox is missing.
+    pub require_sandbox: bool,
 }
 
 /// What a VMM process that outlives its supervisor needs for the next one.
@@ -128,6 +131,9 @@ pub enum Event {
     Running {
         /// Microseconds from process start to here.
         setup_us: u64,
+        /// What the process has given up.
+        #[serde(default)]
+        sandbox: SandboxReport,
     },
     /// The guest cannot be built; the process ends.
     StartFailed {

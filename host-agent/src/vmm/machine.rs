@@ -109,6 +109,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     serial: SerialOutput,
     vsock: vsock::Handle,
+    max_file_size: u64,
     _vm: Vm,
     _memory: GuestMemoryMmap,
 }
@@ -135,9 +136,11 @@ impl Machine {
 
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
         let mut disks = Vec::new();
+        let mut max_file_size = 0;
         for (index, disk) in spec.disks.iter().enumerate() {
             let changed = wake.try_clone().map_err(host("eventfd"))?;
-            let block = open_disk(index, disk, &mut files, changed)?;
+            let (block, size) = open_disk(index, disk, &mut files, changed)?;
+            max_file_size = max_file_size.max(size);
             disks.push(DiskState {
                 serial: disk.serial.clone(),
                 counters: block.counters(),
@@ -176,6 +179,7 @@ impl Machine {
             bus,
             serial,
             vsock: vsock_handle,
+            max_file_size,
             _vm: vm,
             _memory: memory,
         })
@@ -199,6 +203,11 @@ impl Machine {
     /// The serial port's output.
     pub const fn serial(&self) -> &SerialOutput {
         &self.serial
+    }
+
+    /// Largest size in bytes that a file of a disk can reach.
+    pub const fn max_file_size(&self) -> u64 {
+        self.max_file_size
     }
 
     /// The vsock device, to dial into the guest.
@@ -243,12 +252,13 @@ fn check(spec: &GuestSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// The device of a disk, and the largest size of its files.
 fn open_disk(
     index: usize,
     spec: &DiskSpec,
     files: &mut Files,
     changed: EventFd,
-) -> Result<Block, MachineError> {
+) -> Result<(Block, u64), MachineError> {
     let backing = match spec.backing {
         DiskBacking::Raw { file, read_only } => Backing::Raw {
             file: files.take(file)?.into(),
@@ -264,7 +274,9 @@ fn open_disk(
         source,
     };
     let disk = disk::open(backing).map_err(|error| failed(error.into()))?;
-    Block::new(index, &spec.serial, disk, changed).map_err(|error| failed(error.into()))
+    let size = disk.max_file_size();
+    let block = Block::new(index, &spec.serial, disk, changed);
+    Ok((block.map_err(|error| failed(error.into()))?, size))
 }
 
 fn plug(

@@ -134,4 +134,32 @@ mod tests {
         memory.write_obj(7_u8, GuestAddress((3 << 20) - 1)).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
     }
+
+    #[test]
+    fn ram_is_left_out_of_core_dumps() {
+        let memory = allocate(3).unwrap();
+        let address = memory.iter().next().unwrap().as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut found = false;
+        let mut here = false;
+        for line in maps.lines() {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let range = range.and_then(|(start, end)| {
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                Some(number(start)?..number(end)?)
+            });
+            if let Some(range) = range {
+                here = range.contains(&address);
+            } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+                // dd: "do not include area into core dump" (proc(5)).
+                let left_out = flags.split_whitespace().any(|flag| flag == "dd");
+                assert!(!here || left_out, "{flags}");
+                found |= here;
+            }
+        }
+        assert!(found);
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! The process receives open file descriptors and a [`spec::GuestSpec`] on an
 //! inherited socket ([`control`]) and opens nothing itself. [`process`] starts it,
-//! `event_loop` is its main thread, `peers` are its supervisors.
+//! [`sandbox`] is what it gives up, `event_loop` is its main thread, `peers` are its
+//! supervisors.
 
 mod acpi;
 mod boot;
@@ -20,6 +21,7 @@ mod memory;
 mod outbox;
 mod peers;
 pub mod process;
+pub mod sandbox;
 mod serial;
 pub mod spec;
 mod start_code;

@@ -1,5 +1,6 @@
 //! A VMM process from its start to its exit code.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -8,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
+use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmbus::text::chain;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,6 +19,7 @@ use super::event_loop::{Boot, EventLoop, Guest};
 use super::exit_report::ExitReport;
 use super::machine::{DiskState, Files, Machine, MachineError};
 use super::peers::Peers;
+use super::sandbox::{self, SandboxReport};
 use super::serial::SerialOutput;
 use super::spec::GuestSpec;
 use super::start_code;
@@ -30,6 +33,9 @@ const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Descriptors: one for each of 1,023 connections, those of the devices, and as
 /// many again on their way in packets.
 const MAX_FILES: u64 = 4096;
+/// Largest size in bytes of `vmm.log`, far more than its lines, which are limited
+/// in rate, reach.
+const MAX_LOG: u64 = 64 << 20;
 /// Of 1000: the OOM killer ends guests before the host agent and other processes.
 const OOM_SCORE: &str = "500";
 
@@ -40,6 +46,8 @@ enum StartError {
     Socket(#[source] io::Error),
     #[error("the first command is not Start")]
     NoStart,
+    #[error("the sandbox is required and incomplete: {0}")]
+    Sandbox(SandboxReport),
     #[error("listening socket")]
     Listen(#[source] io::Error),
     #[error("serial log")]
@@ -53,7 +61,8 @@ enum StartError {
 pub fn main() -> ExitCode {
     let started = Instant::now();
     limit_itself();
-    // Waits for the first command. Peers makes the socket non-blocking.
+    // Waits for the first command, before which the supervisor reads what it has to
+    // know of this process from /proc. Peers makes the socket non-blocking.
     let start = wire::recv::<Command>(io::stdin().as_fd());
     let peers = match connect() {
         Ok(peers) => peers,
@@ -63,13 +72,16 @@ pub fn main() -> ExitCode {
         }
     };
     let outbox = peers.outbox().clone();
+    let sandbox = sandbox::enter();
     let report = Arc::new(ExitReport::new(outbox.clone()));
     report_panics(Arc::clone(&report));
     if let Err(error) = start_log() {
         note(&format!("warnings are not logged: {error}"));
     }
     let ran = match start.map_err(StartError::Socket) {
-        Ok(Some((Command::Start(start), files))) => run(*start, files, peers, &report, started),
+        Ok(Some((Command::Start(start), files))) => {
+            run(*start, files, peers, &report, started, sandbox)
+        }
         Ok(_) => Err(StartError::NoStart),
         Err(error) => Err(error),
     };
@@ -123,9 +135,10 @@ fn start_log() -> io::Result<()> {
     Ok(())
 }
 
-/// No core file with guest memory, a bound on descriptors, and a high OOM score.
-/// The guest runs even if one of them fails.
+/// No terminal, no core file with guest memory, a bound on descriptors, and a high
+/// OOM score. The guest runs even if one of them fails.
 fn limit_itself() {
+    sandbox::leave_session();
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let most = MAX_FILES.min(hard);
@@ -167,7 +180,11 @@ fn run(
     mut peers: Peers,
     report: &ExitReport,
     started: Instant,
+    sandbox: SandboxReport,
 ) -> Result<ExitReason, StartError> {
+    if start.require_sandbox && !sandbox.is_complete() {
+        return Err(StartError::Sandbox(sandbox));
+    }
     let spec = start.guest;
     let mut files = Files::new(files);
     if let Some(adoption) = &start.adoption {
@@ -175,17 +192,24 @@ fn run(
         let listener = files.take(adoption.listener)?;
         peers.listen(listener).map_err(StartError::Listen)?;
     }
-    let name: String = spec.name.chars().take(15).collect();
-    // Only what a process list shows depends on it.
-    let _ = std::fs::write("/proc/self/comm", name);
+    if let Ok(name) = CString::new(spec.name.as_str()) {
+        // Only what a process list shows depends on it.
+        let _ = prctl::set_name(&name);
+    }
     let log = serial_log(&spec, &mut files)?;
     let log = QueuedWriter::start("serial", log).map_err(StartError::Serial)?;
     let serial = SerialOutput::new(started, log);
     let (reports, reported) = mpsc::channel();
     let output = serial.clone();
     let machine = Machine::build(&spec, files, peers.outbox(), peers.wake(), reports, output)?;
+    let max_file_size = machine.max_file_size().max(2 * spec.serial.max_bytes);
+    // A guest that takes over this process fills no file system beyond that. Fails
+    // only if the limit was lower before.
+    let _ = sandbox::limit_file_size(max_file_size.max(MAX_LOG));
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    peers.outbox().send(&Event::Running { setup_us }, vec![]);
+    peers
+        .outbox()
+        .send(&Event::Running { setup_us, sandbox }, vec![]);
     let guest = MachineGuest {
         machine,
         reported,

@@ -2,7 +2,7 @@
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -47,13 +47,15 @@ fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
 /// A virtual machine.
 #[derive(Debug)]
 pub struct Vm {
-    kvm: Kvm,
     fd: VmFd,
+    /// What the host's processors and KVM support.
+    cpuid: CpuId,
 }
 
 impl Vm {
     /// Creates a machine without vCPUs on the open `/dev/kvm`, with `memory` as its
-    /// RAM and KVM's in-kernel interrupt controllers.
+    /// RAM and KVM's in-kernel interrupt controllers. `device` is closed: with it a
+    /// guest that takes over this process could make more machines.
     pub fn new(device: OwnedFd, memory: &GuestMemoryMmap) -> Result<Self, VmError> {
         let kvm_device = open(device);
         if kvm_device.get_api_version() != KVM_API_VERSION {
@@ -77,10 +79,10 @@ impl Vm {
         map(&fd, memory)?;
         fd.create_irq_chip()
             .map_err(kvm("create interrupt controllers"))?;
-        Ok(Self {
-            kvm: kvm_device,
-            fd,
-        })
+        let cpuid = kvm_device
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("get CPUID"))?;
+        Ok(Self { fd, cpuid })
     }
 
     /// Makes each signal of `event` raise the interrupt line `gsi` (`KVM_IRQFD`).
@@ -109,10 +111,7 @@ impl Vm {
             .fd
             .create_vcpu(u64::from(id))
             .map_err(kvm("create a vCPU"))?;
-        let mut cpuid = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(kvm("get CPUID"))?;
+        let mut cpuid = self.cpuid.clone();
         cpuid::adapt(&mut cpuid, id, count).map_err(|_| VmError::Missing("room for CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
         regs::set(&vcpu, id == 0, entry).map_err(|source| VmError::Vcpu { id, source })?;

@@ -401,7 +401,10 @@ mod tests {
             any::<(u64, u64, u64, u32)>(),
         );
         prop_oneof![
-            any::<u64>().prop_map(|setup_us| Event::Running { setup_us }),
+            any::<u64>().prop_map(|setup_us| Event::Running {
+                setup_us,
+                sandbox: crate::vmm::sandbox::SandboxReport::default(),
+            }),
             text().prop_map(|reason| Event::StartFailed { reason }),
             any::<(u32, u32)>().prop_map(|(port, source_port)| Event::Opened { port, source_port }),
             (any::<u64>(), outcome).prop_map(|(id, outcome)| Event::Dialed { id, outcome }),

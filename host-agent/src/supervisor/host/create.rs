@@ -196,6 +196,7 @@ impl Host {
             ping_every: options.scaled(10),
             rotation,
             durable: false,
+            require_sandbox: options.require_sandbox,
         }
     }
 

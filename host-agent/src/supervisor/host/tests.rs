@@ -40,6 +40,7 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
             runtime_dir: runtime_dir.to_owned(),
             rule: HeartbeatRule::DEFAULT,
             timeout_scale: 1.0,
+            require_sandbox: false,
         },
         content: ContentStore::new(data_dir),
         timeline: Timeline::start(),

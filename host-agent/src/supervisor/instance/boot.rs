@@ -84,6 +84,7 @@ impl Instance {
             files,
             log,
             outlive_in: self.parts.durable.then_some(dir.as_path()),
+            require_sandbox: self.parts.require_sandbox,
         };
         let process = VmmProcess::spawn(launch, |pid| {
             if let Some(group) = &group
@@ -220,7 +221,9 @@ impl Instance {
             return true;
         };
         match event {
-            Event::Running { setup_us } => self.report(EventKind::GuestRunning { setup_us }),
+            Event::Running { setup_us, sandbox } => {
+                self.report(EventKind::GuestRunning { setup_us, sandbox });
+            }
             Event::StartFailed { reason } => {
                 boot.exit = Some(ExitReason::Failed { detail: reason });
             }

@@ -83,6 +83,7 @@ fn started_as(
         rotation: Rotation::default(),
         timeline,
         durable: false,
+        require_sandbox: false,
     };
     let prepared = origin(PreparedInstance::new(parts).unwrap());
     let (handle, task) = prepared.start();

@@ -39,6 +39,11 @@ pub trait Disk: Send {
     /// Whether every write fails.
     fn read_only(&self) -> bool;
 
+    /// Largest size in bytes that a file of the disk can reach.
+    fn max_file_size(&self) -> u64 {
+        self.size()
+    }
+
     /// Fills `to` with the content from `offset` on. The range must be in the disk.
     fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()>;
 

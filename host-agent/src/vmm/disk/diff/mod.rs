@@ -213,6 +213,10 @@ impl<S: Storage, B: Storage> Disk for Diff<S, B> {
         false
     }
 
+    fn max_file_size(&self) -> u64 {
+        u64::from(self.layout.end) * CLUSTER
+    }
+
     fn read(&mut self, offset: u64, to: &[VolatileSlice<'_>]) -> io::Result<()> {
         check_range(self.size(), offset, to)?;
         let len = slices::total(to);
