@@ -1,9 +1,10 @@
-//! The program's entry point: a VMM process, the janitor, or the command line.
+//! The program's entry point: a helper process, or the command line.
 
 use std::process::ExitCode;
 
 use host_agent::child;
 use host_agent::store::janitor;
+use host_agent::vmm::sandbox::probe;
 
 fn main() -> ExitCode {
     host_agent::descriptors::raise_limit();
@@ -12,6 +13,10 @@ fn main() -> ExitCode {
     if verb == "vmm" {
         child::begin();
         return host_agent::vmm::process::main();
+    }
+    if verb == probe::VERB {
+        child::begin();
+        return probe::main();
     }
     if verb == janitor::VERB {
         child::begin();

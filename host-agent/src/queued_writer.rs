@@ -102,7 +102,19 @@ impl QueuedWriter {
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn start(name: &str, mut target: impl Write + Send + 'static) -> io::Result<Self> {
+    pub fn start(name: &str, target: impl Write + Send + 'static) -> io::Result<Self> {
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        Self::start_by(|work| builder.spawn(work).map(drop), target)
+    }
+
+    /// The same, on a thread that `spawn` starts.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start_by(
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<()>,
+        mut target: impl Write + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             queued: Condvar::new(),
@@ -112,14 +124,12 @@ impl QueuedWriter {
         let of_thread = Arc::clone(&shared);
         // Never joined: a write to a stalled disk or a full pipe cannot be
         // cancelled, so the thread may last as long as the process.
-        std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                while let Some(entry) = of_thread.next() {
-                    let written = target.write_all(&entry.bytes);
-                    of_thread.remove(&entry, written);
-                }
-            })?;
+        spawn(Box::new(move || {
+            while let Some(entry) = of_thread.next() {
+                let written = target.write_all(&entry.bytes);
+                of_thread.remove(&entry, written);
+            }
+        }))?;
         Ok(Self(shared))
     }
 

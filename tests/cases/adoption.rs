@@ -15,7 +15,7 @@ use host_agent::vmm::control::{Attached, Command, Event, ExitReason};
 use host_agent::vmm::wire;
 
 /// Writes a dot to the serial port now and then, for ever.
-const DOTS: &[u8] = &[
+pub const DOTS: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0xb0, 0x2e, // mov al, '.'
     0xee, // out dx, al
@@ -42,11 +42,11 @@ fn expected() -> Expected {
     }
 }
 
-struct Guest {
+pub struct Guest {
     dir: tempfile::TempDir,
-    child: Child,
+    pub child: Child,
     /// End of the first supervisor.
-    control: OwnedFd,
+    pub control: OwnedFd,
 }
 
 impl Drop for Guest {
@@ -57,7 +57,13 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    fn start(code: &[u8]) -> Result<Self> {
+    pub fn start(code: &[u8]) -> Result<Self> {
+        Self::start_by(code, &program(), false)
+    }
+
+    /// The same, of a VMM process that `program` becomes, which needs the whole
+    /// sandbox if `require_sandbox`.
+    pub fn start_by(code: &[u8], program: &Path, require_sandbox: bool) -> Result<Self> {
         let dir = tempfile::Builder::new()
             // Longer than a socket's address may be.
             .prefix(&"long".repeat(40))
@@ -73,8 +79,9 @@ impl Guest {
             memory_mib: 64,
             disks: vec![],
         };
-        let prepared = guest.prepare(dir.path())?;
-        let (child, control) = prepared.spawn_in(&program(), dir.path())?;
+        let mut prepared = guest.prepare(dir.path())?;
+        prepared.require_sandbox = require_sandbox;
+        let (child, control) = prepared.spawn_in(program, dir.path())?;
         Ok(Self {
             dir,
             child,
@@ -91,7 +98,7 @@ impl Guest {
         fs::read(self.path().join(CONSOLE)).map_or(0, |bytes| bytes.len())
     }
 
-    fn runs_on(&self) -> Result<()> {
+    pub fn runs_on(&self) -> Result<()> {
         let before = self.output();
         eventually("the guest writes on", || Ok(self.output() > before))
     }

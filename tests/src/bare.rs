@@ -111,6 +111,8 @@ pub struct Prepared {
     spec: GuestSpec,
     files: Files,
     messages: File,
+    /// Whether no guest starts if a layer of the sandbox is missing.
+    pub require_sandbox: bool,
 }
 
 impl Prepared {
@@ -143,7 +145,7 @@ impl Prepared {
             generation: 1,
             guest: self.spec,
             adoption,
-            require_sandbox: false,
+            require_sandbox: self.require_sandbox,
         };
         wire::send(control.as_fd(), &Command::Start(Box::new(start)), &passed)?;
         Ok((child, control))
@@ -179,6 +181,7 @@ impl BareGuest {
             spec,
             files,
             messages: File::create(dir.join(MESSAGES))?,
+            require_sandbox: false,
         })
     }
 

@@ -219,6 +219,9 @@ pub struct RunArgs {
     /// Guests outlive this command when it is killed; `adopt` takes them over
     #[arg(long, hide = true, conflicts_with = "keep")]
     pub outlive: bool,
+    /// Refuse to run guests whose VMM process lacks a layer of the sandbox
+    #[arg(long)]
+    pub require_sandbox: bool,
     /// Restart a guest that is silent this long [default: 10m]
     #[arg(long, value_name = "S", value_parser = duration)]
     pub heartbeat_limit: Option<Duration>,

@@ -35,6 +35,8 @@ pub enum Code {
     KvmUnusable,
     /// Not enough memory or disk.
     HostFull,
+    /// `--require-sandbox`: a layer is missing.
+    Sandbox,
     /// The guest image does not exist.
     ImageMissing,
     /// The guest image does not match its manifest.
@@ -72,7 +74,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 25] = [
+    const ALL: [Self; 26] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -82,6 +84,7 @@ impl Code {
         Self::KvmDenied,
         Self::KvmUnusable,
         Self::HostFull,
+        Self::Sandbox,
         Self::ImageMissing,
         Self::ImageDamaged,
         Self::PortInUse,
@@ -117,6 +120,7 @@ impl Code {
             Self::ImageDamaged => (206, Exit::Invalid),
             Self::PortInUse => (207, Exit::Conflict),
             Self::Start => (208, Exit::Unclassified),
+            Self::Sandbox => (209, Exit::Host),
             Self::Boot => (301, Exit::Boot),
             Self::Timeout => (302, Exit::Timeout),
             Self::Role => (401, Exit::Role),
@@ -238,6 +242,16 @@ impl CliError {
             error.0.causes.push(check.text.clone());
             let hint = check.hint.as_deref();
             error.0.hint = hint.map(|hint| hint.replace(doctor::SERVICE, &quoted(service)));
+        }
+        error.logs("host-agent doctor")
+    }
+
+    /// The host does not give VMM processes every layer of the sandbox.
+    pub fn sandbox(report: &HostReport) -> Self {
+        let mut error = Self::new(Code::Sandbox, "the sandbox of guests would be incomplete");
+        if let Some(check) = report.sandbox_check() {
+            error.0.causes.push(check.text.clone());
+            error.0.hint.clone_from(&check.hint);
         }
         error.logs("host-agent doctor")
     }

@@ -27,7 +27,14 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
         return Err(CliError::host(&host, &args.service.service));
     }
     output.progress(&format!("host-agent: {}", host.summary()));
-    let options = deploy::options(&host, args.heartbeat_limit)?;
+    let mut options = deploy::options(&host, args.heartbeat_limit)?;
+    if args.require_sandbox {
+        if !host.has_sandbox() {
+            return Err(CliError::sandbox(&host));
+        }
+        // A VMM process that gets less than the probe did is refused too.
+        options.require_sandbox = true;
+    }
     let retention = match (args.keep, args.outlive) {
         (true, _) => Retention::Kept,
         (false, true) => Retention::Durable,

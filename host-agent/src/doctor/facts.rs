@@ -10,6 +10,7 @@ use nix::unistd::{Gid, Group, Uid, User};
 use super::kvm_probe;
 use super::verdict::{Facts, KvmFact};
 use crate::cgroup;
+use crate::vmm::sandbox::probe::probe;
 
 const KVM: &str = "/dev/kvm";
 
@@ -30,6 +31,7 @@ pub fn gather(data_dir: PathBuf) -> Facts {
         disk: free_space(&data_dir),
         data_dir,
         cgroup: cgroup::find_parent(),
+        sandbox: probe(),
         scale_variable: std::env::var_os("HOST_AGENT_TIMEOUT_SCALE")
             .filter(|value| !value.is_empty())
             .map(|value| value.to_string_lossy().into_owned()),

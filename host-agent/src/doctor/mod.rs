@@ -13,6 +13,8 @@ use serde::Serialize;
 pub use verdict::{Check, Level, SERVICE, TimeoutScale, Verdict, iec};
 use verdict::{Facts, KvmFact};
 
+use crate::vmm::sandbox::SandboxReport;
+
 use kvm_probe::KvmProbe;
 
 /// The result of all checks.
@@ -37,6 +39,8 @@ pub struct HostReport {
     pub memory_bytes: u64,
     /// Free bytes of the data directory's file system.
     pub disk_bytes: u64,
+    /// The sandbox of a VMM process; null if it is not known.
+    pub sandbox: Option<SandboxReport>,
     /// The checks, one per line of the report.
     pub checks: Vec<Check>,
 }
@@ -63,6 +67,7 @@ impl HostReport {
             scale_refused: verdict::scale_refused(facts),
             memory_bytes: facts.memory,
             disk_bytes: facts.disk,
+            sandbox: facts.sandbox.as_ref().ok().cloned(),
             checks: verdict::checks(facts),
         }
     }
@@ -70,6 +75,18 @@ impl HostReport {
     /// Whether guests can run.
     pub fn is_usable(&self) -> bool {
         self.verdict == Verdict::Usable
+    }
+
+    /// Whether a VMM process has every layer of the sandbox.
+    pub fn has_sandbox(&self) -> bool {
+        self.sandbox
+            .as_ref()
+            .is_some_and(SandboxReport::is_complete)
+    }
+
+    /// The check of the sandbox.
+    pub fn sandbox_check(&self) -> Option<&Check> {
+        self.checks.iter().find(|check| check.name == "sandbox")
     }
 
     /// The factor of every timeout.

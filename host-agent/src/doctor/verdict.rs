@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::kvm_probe::{KvmFigures, KvmProbe};
 use crate::cgroup::{NotEnforced, ParentCgroup};
+use crate::vmm::sandbox::{Layer, SandboxReport};
 
 /// Placeholder in a hint's command for the service, which the caller fills in.
 pub const SERVICE: &str = "SERVICE";
@@ -46,6 +47,8 @@ pub struct Facts {
     pub data_dir: PathBuf,
     /// The parent of guests' cgroups.
     pub cgroup: Result<ParentCgroup, NotEnforced>,
+    /// The sandbox of a VMM process, or why it is not known.
+    pub sandbox: Result<SandboxReport, String>,
     /// Value of `HOST_AGENT_TIMEOUT_SCALE`.
     pub scale_variable: Option<String>,
 }
@@ -130,6 +133,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     checks.push(memory_check(facts.memory));
     checks.push(disk_check(facts));
     checks.push(cgroup_check(&facts.cgroup));
+    checks.push(sandbox_check(&facts.sandbox));
     if let Some(why) = scale_refused(facts) {
         checks.push(Check {
             level: Level::Warn,
@@ -368,6 +372,35 @@ fn cgroup_check(parent: &Result<ParentCgroup, NotEnforced>) -> Check {
     }
 }
 
+/// The check of the sandbox of VMM processes.
+pub fn sandbox_check(sandbox: &Result<SandboxReport, String>) -> Check {
+    let missing = |layer| {
+        let report = sandbox.as_ref();
+        report.is_ok_and(|report| report.missing().any(|state| state.layer == layer))
+    };
+    let (level, text) = match sandbox {
+        Ok(report) if report.is_complete() => (Level::Ok, report.to_string()),
+        Ok(report) => (Level::Warn, report.to_string()),
+        Err(why) => (Level::Warn, format!("not known: {why}")),
+    };
+    let hint = if missing(Layer::Namespaces) {
+        Some(
+            "sysctl user.max_user_namespaces kernel.unprivileged_userns_clone \
+             kernel.apparmor_restrict_unprivileged_userns   (shows what forbids namespaces)",
+        )
+    } else if missing(Layer::Landlock) {
+        Some("boot with lsm=landlock and the names in /sys/kernel/security/lsm")
+    } else {
+        None
+    };
+    Check {
+        level,
+        name: "sandbox",
+        text,
+        hint: hint.map(Into::into),
+    }
+}
+
 /// A size in IEC units.
 pub fn iec(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -400,6 +433,7 @@ mod tests {
                 reason: "cgroup / has no controller memory".into(),
                 hint: "boot with cgroup v2".into(),
             }),
+            sandbox: Err("not probed".into()),
             scale_variable: None,
         }
     }
@@ -462,6 +496,22 @@ mod tests {
         assert_eq!(verdict(&host), Verdict::NoDisk);
         host.memory = 1 << 20;
         assert_eq!(verdict(&host), Verdict::NoMemory);
+    }
+
+    #[test]
+    fn a_missing_layer_of_the_sandbox_is_a_warning_with_a_hint() {
+        let report = |json: &str| Ok(serde_json::from_str(json).unwrap());
+        let complete = r#"[{"layer":"landlock","missing":null,"detail":"ABI 7"}]"#;
+        let check = sandbox_check(&report(complete));
+        assert_eq!((check.level, check.hint), (Level::Ok, None));
+        let missing = r#"[{"layer":"namespaces","missing":"unshare: EPERM","detail":null}]"#;
+        let check = sandbox_check(&report(missing));
+        assert_eq!(check.level, Level::Warn);
+        assert!(check.text.contains("unshare: EPERM"), "{}", check.text);
+        assert!(check.hint.unwrap().contains("max_user_namespaces"));
+        let check = sandbox_check(&Err("no memory".into()));
+        assert_eq!(check.level, Level::Warn);
+        assert!(check.text.contains("no memory"), "{}", check.text);
     }
 
     #[test]

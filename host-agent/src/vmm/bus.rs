@@ -151,7 +151,7 @@ mod tests {
     fn bus() -> Bus {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
         let vsock = Vsock::new(3, Duration::from_secs(2), Box::new(|_| {})).unwrap();
-        let devices: [Box<dyn Device>; 2] = [Box::new(Rng::default()), Box::new(vsock)];
+        let devices: [Box<dyn Device>; 2] = [Box::new(Rng::new().unwrap()), Box::new(vsock)];
         let virtio = devices.map(|device| {
             let interrupt = Interrupt::new(event(), device.name(), event());
             Arc::new(Transport::new(device, memory.clone(), interrupt).unwrap())

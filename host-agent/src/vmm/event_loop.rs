@@ -9,7 +9,7 @@ use super::control::{Attached, Command, DialOutcome, Event, ExitReason, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::DiskState;
 use super::peers::{Candidate, Message, Peers};
-use super::teardown;
+use super::teardown::Teardown;
 use super::vcpu::VcpuReport;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket, VMM_LOG};
 
@@ -62,6 +62,8 @@ pub struct EventLoop<G> {
     peers: Peers,
     /// `None` once the guest is being stopped.
     guest: Option<G>,
+    /// `None` from then on too.
+    teardown: Option<Teardown<G>>,
     boot: Boot,
     disks: DiskWatch,
     pause: PauseReasons,
@@ -91,12 +93,13 @@ struct PauseReasons {
 }
 
 impl<G: Guest> EventLoop<G> {
-    /// A loop for a guest that has just started.
-    pub fn new(peers: Peers, guest: G, boot: Boot) -> Self {
+    /// A loop for a guest that has just started. `teardown` calls [`Guest::stop`].
+    pub fn new(peers: Peers, guest: G, boot: Boot, teardown: Teardown<G>) -> Self {
         Self {
             peers,
             disks: DiskWatch::new(guest.disks()),
             guest: Some(guest),
+            teardown: Some(teardown),
             boot,
             pause: PauseReasons::default(),
             fails_when_full: false,
@@ -160,11 +163,10 @@ impl<G: Guest> EventLoop<G> {
     /// the process does not hang, its disk may be slow. False if the guest did not
     /// stop in time.
     fn stop(&mut self) -> bool {
-        let Some(guest) = self.guest.take() else {
+        let (Some(guest), Some(teardown)) = (self.guest.take(), self.teardown.take()) else {
             return true;
         };
         self.last_stats = guest.stats();
-        let wake = self.peers.wake().try_clone();
         let limit = self.stop_limit;
         let serve = || {
             let messages = self.peers.wait(false)?;
@@ -173,7 +175,7 @@ impl<G: Guest> EventLoop<G> {
             }
             Ok(())
         };
-        teardown::run_while(guest, G::stop, wake, serve, limit)
+        teardown.run_while(guest, serve, limit)
     }
 
     fn reports(&mut self) {

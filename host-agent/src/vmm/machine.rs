@@ -102,7 +102,7 @@ pub struct DiskState {
     pub hold: Arc<EnospcHold>,
 }
 
-/// A running machine.
+/// A machine.
 pub struct Machine {
     vcpus: Vcpus,
     disks: Vec<DiskState>,
@@ -115,7 +115,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds and starts the guest of `spec`.
+    /// Builds the guest of `spec` and starts its threads. The vCPUs wait for
+    /// [`Vcpus::resume`].
     pub fn build(
         spec: &GuestSpec,
         mut files: Files,
@@ -154,7 +155,7 @@ impl Machine {
             Vsock::new(u64::from(GUEST_CID), dial_limit, sink).map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
         devices.push(Box::new(vsock));
-        devices.push(Box::new(Rng::default()));
+        devices.push(Box::new(Rng::new().map_err(host("entropy thread"))?));
         let mut transports = Vec::new();
         for (number, device) in devices.into_iter().enumerate() {
             let transport = plug(&vm, &memory, number, device, wake)?;
@@ -168,7 +169,6 @@ impl Machine {
         let entry = boot::load(&memory, &mut kernel, &mut initrd, &spec.cmdline, &tables)?;
         regs::write_tables(&memory)?;
 
-        // Last, because the guest runs from here on.
         let vcpus = (0..spec.vcpus)
             .map(|id| vm.create_vcpu(id, spec.vcpus, entry))
             .collect::<Result<Vec<_>, _>>()?;

@@ -19,10 +19,11 @@ use super::event_loop::{Boot, EventLoop, Guest};
 use super::exit_report::ExitReport;
 use super::machine::{DiskState, Files, Machine, MachineError};
 use super::peers::Peers;
-use super::sandbox::{self, SandboxReport};
+use super::sandbox::{self, FilterError, SandboxReport, ThreadClass};
 use super::serial::SerialOutput;
 use super::spec::GuestSpec;
 use super::start_code;
+use super::teardown::Teardown;
 use super::vcpu::VcpuReport;
 use super::wire;
 use crate::queued_writer::{QueuedWriter, RotatingFile};
@@ -54,6 +55,10 @@ enum StartError {
     Serial(#[source] io::Error),
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error("thread for the end")]
+    Teardown(#[source] io::Error),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
 }
 
 /// The whole process, after [`crate::child::begin`]: standard input is the
@@ -120,7 +125,7 @@ static LOG: OnceLock<QueuedWriter> = OnceLock::new();
 /// Sends warnings to `vmm.log`. Those that a guest can cause are limited in rate.
 fn start_log() -> io::Result<()> {
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
-    let log = QueuedWriter::start("log", stderr)?;
+    let log = queued_writer("log", stderr)?;
     let log = LOG.get_or_init(|| log);
     let lines = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
@@ -133,6 +138,14 @@ fn start_log() -> io::Result<()> {
     // Fails only if there is a subscriber already; this is the only call.
     let _ = tracing::subscriber::set_global_default(lines);
     Ok(())
+}
+
+/// A writer whose thread has a filter.
+fn queued_writer(name: &str, target: impl io::Write + Send + 'static) -> io::Result<QueuedWriter> {
+    QueuedWriter::start_by(
+        |work| sandbox::spawn(ThreadClass::Log, name, work).map(drop),
+        target,
+    )
 }
 
 /// No terminal, no core file with guest memory, a bound on descriptors, and a high
@@ -197,7 +210,7 @@ fn run(
         let _ = prctl::set_name(&name);
     }
     let log = serial_log(&spec, &mut files)?;
-    let log = QueuedWriter::start("serial", log).map_err(StartError::Serial)?;
+    let log = queued_writer("serial", log).map_err(StartError::Serial)?;
     let serial = SerialOutput::new(started, log);
     let (reports, reported) = mpsc::channel();
     let output = serial.clone();
@@ -206,6 +219,12 @@ fn run(
     // A guest that takes over this process fills no file system beyond that. Fails
     // only if the limit was lower before.
     let _ = sandbox::limit_file_size(max_file_size.max(MAX_LOG));
+    let teardown = peers.wake().try_clone();
+    let teardown = teardown.and_then(|wake| Teardown::start(MachineGuest::stop, wake));
+    let teardown = teardown.map_err(StartError::Teardown)?;
+    // Every thread has its filter before the guest runs.
+    sandbox::filter_this(ThreadClass::Main)?;
+    machine.vcpus().resume();
     let setup_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     peers
         .outbox()
@@ -223,7 +242,7 @@ fn run(
         outlives: start.adoption.is_some(),
     };
     start_code::release();
-    let reason = EventLoop::new(peers, guest, boot).run();
+    let reason = EventLoop::new(peers, guest, boot, teardown).run();
     serial.finish(LAST_OUTPUT);
     Ok(match reason {
         ExitReason::Reboot if serial.shows_panic() => ExitReason::Panic,

@@ -12,6 +12,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::{Action, Bus};
 use super::control::ExitReason;
+use super::sandbox::{self, ThreadClass};
 use super::vcpu_pause::VcpuPause;
 
 /// Limit for a vCPU to leave the guest after a kick, in [`KickTimeout`]'s text too.
@@ -51,8 +52,8 @@ pub struct KickTimeout {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. A thread sends its reports to `reports` and
-    /// then signals `wake`.
+    /// Starts a thread for each vCPU, which waits for [`Vcpus::resume`]. A thread
+    /// sends its reports to `reports` and then signals `wake`.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         bus: &Arc<Bus>,
@@ -63,26 +64,25 @@ impl Vcpus {
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let shared = Arc::new(VcpuShared {
-            pause: VcpuPause::default(),
+            pause: VcpuPause::paused_at_start(),
             exits: vcpus.iter().map(|_| AtomicU64::new(0)).collect(),
         });
         let mut threads = Vec::new();
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let (shared, bus) = (Arc::clone(&shared), Arc::clone(bus));
             let (reports, wake) = (reports.clone(), wake.try_clone()?);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu-{id}"))
-                .spawn(move || {
-                    let report = |report| {
-                        // Fails only while the process ends.
-                        let _ = reports.send(report);
-                        let _ = wake.write(1);
-                    };
-                    if let Some(reason) = run(id, vcpu, &shared, &bus, &report) {
-                        report(VcpuReport::Exit(reason));
-                    }
-                })?;
-            threads.push(thread);
+            let work = move || {
+                let report = |report| {
+                    // Fails only while the process ends.
+                    let _ = reports.send(report);
+                    let _ = wake.write(1);
+                };
+                if let Some(reason) = run(id, vcpu, &shared, &bus, &report) {
+                    report(VcpuReport::Exit(reason));
+                }
+            };
+            let name = format!("vcpu-{id}");
+            threads.push(sandbox::spawn(ThreadClass::Vcpu, &name, work)?);
         }
         Ok(Self { shared, threads })
     }
@@ -98,7 +98,7 @@ impl Vcpus {
         self.running(|ended| self.shared.pause.paused() + ended) == 0
     }
 
-    /// Lets the vCPUs run again.
+    /// Lets the vCPUs run, at first or again.
     pub fn resume(&self) {
         self.shared.pause.resume();
     }

@@ -19,6 +19,14 @@ pub struct VcpuPause {
 }
 
 impl VcpuPause {
+    /// Threads wait until [`VcpuPause::resume`].
+    pub fn paused_at_start() -> Self {
+        Self {
+            wanted: AtomicU8::new(PAUSE),
+            ..Self::default()
+        }
+    }
+
     /// Makes threads wait in [`VcpuPause::enter`].
     pub fn pause(&self) {
         self.set(PAUSE);

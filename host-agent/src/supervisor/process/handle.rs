@@ -145,6 +145,9 @@ fn reap(pidfd: &OwnedFd) -> io::Result<String> {
     let status = status.ok_or(io::ErrorKind::WouldBlock)?;
     Ok(match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => format!("ended with code {code}"),
+        (_, Some(libc::SIGSYS)) => "was killed: it made a system call that its \
+                                     sandbox forbids (SIGSYS)"
+            .to_owned(),
         (_, Some(signal)) => format!("was killed by signal {signal}"),
         _ => "ended".to_owned(),
     })
@@ -191,6 +194,15 @@ mod tests {
         assert!(!id.runs());
         let error = ProcessHandle::running(id.pid).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_end_by_the_sandbox_is_reported_as_that() {
+        let kill = ["-c", "kill -SYS $$"];
+        let child = Command::new("sh").args(kill).spawn().unwrap();
+        let mut handle = ProcessHandle::child(child).unwrap();
+        let how = handle.ended().await.unwrap();
+        assert!(how.contains("its sandbox forbids"), "{how}");
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -159,7 +159,9 @@ fn start_limited(
         outlives,
     };
     let (outbox, wake) = (peers.outbox().clone(), peers.wake().try_clone().unwrap());
-    let mut event_loop = EventLoop::new(peers, guest, boot);
+    let done = wake.try_clone().unwrap();
+    let teardown = Teardown::start(FakeGuest::stop, done).unwrap();
+    let mut event_loop = EventLoop::new(peers, guest, boot, teardown);
     event_loop.stop_limit = stop_limit;
     let ended = std::thread::spawn(move || event_loop.run());
     let fixture = Fixture {

@@ -10,18 +10,29 @@
 //! called while there is one thread. Where the kernel refuses a layer, the process
 //! runs without it and [`SandboxReport`] names the layer and the reason.
 
+mod filter;
+#[cfg(test)]
+mod filter_tests;
 mod namespaces;
 mod privileges;
+pub mod probe;
 mod report;
+mod rules;
 mod ruleset;
 #[cfg(test)]
 mod tests;
+mod threads;
 
+pub use filter::FilterError;
 pub use privileges::{leave_session, limit_file_size};
 pub use report::{Layer, LayerState, SandboxReport};
+pub use rules::ThreadClass;
+pub use threads::{filter_this, spawn};
 
 /// Gives up privileges and the view of the host. Call this in a process with one
-/// thread that needs no path any more.
+/// thread that needs no path any more. Every thread is then started by [`spawn`]
+/// and has a filter from its start; the calling one gets its own by [`filter_this`]
+/// when it has started the last of them.
 pub fn enter() -> SandboxReport {
     let mut report = SandboxReport::default();
     let separated = namespaces::enter();
@@ -32,12 +43,14 @@ pub fn enter() -> SandboxReport {
         Ok(namespaces::Separated { new_user: true }) => false,
         _ => nix::unistd::Uid::effective().is_root(),
     };
-    if own_user {
-        report.add(Layer::OwnUser, privileges::take_own_user());
-    }
+    let user = own_user.then(privileges::take_own_user);
     report.add(Layer::NoPrivileges, privileges::drop_all());
+    if let Some(user) = user {
+        report.add(Layer::OwnUser, user);
+    }
     report.add(Layer::Namespaces, separated.map(|_| None));
-    // Last: it forbids mounts.
+    // After the namespaces: it forbids mounts.
     report.add(Layer::Landlock, ruleset::apply());
+    report.add(Layer::Filters, threads::require_filters());
     report
 }

@@ -16,6 +16,8 @@ pub enum Layer {
     Namespaces,
     /// A Landlock ruleset without rules.
     Landlock,
+    /// A seccomp filter in each thread.
+    Filters,
 }
 
 impl fmt::Display for Layer {
@@ -25,6 +27,7 @@ impl fmt::Display for Layer {
             Self::OwnUser => "own user",
             Self::Namespaces => "namespaces",
             Self::Landlock => "Landlock",
+            Self::Filters => "seccomp",
         })
     }
 }
@@ -57,6 +60,13 @@ impl SandboxReport {
             missing,
             detail,
         });
+    }
+
+    /// A layer that seemed to be in force is not.
+    pub(super) fn fail(&mut self, layer: Layer, why: &str) {
+        for state in self.0.iter_mut().filter(|state| state.layer == layer) {
+            state.missing = Some(why.to_owned());
+        }
     }
 
     /// Every layer.

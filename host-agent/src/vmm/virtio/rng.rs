@@ -1,8 +1,9 @@
 //! virtio-rng (virtio 1.2, 5.4): random bytes of the host kernel.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -12,34 +13,58 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::Interrupt;
 use super::queue::{CheckedQueue, EVENT_IDX, QueueError};
 use super::{ActivateError, Activation, Device, Identity, borrow_event, new_event};
+use crate::vmm::sandbox::{self, ThreadClass};
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes per chain: a chain that lists one buffer many times must not make
 /// the worker fill it many times.
 const MAX_BYTES: usize = 64 * 1024;
 
-/// The device.
+/// The device. Dropping it ends the worker.
 #[derive(Debug)]
 pub struct Rng {
     identity: Identity,
-    worker: Option<Worker>,
-}
-
-#[derive(Debug)]
-struct Worker {
+    commands: Sender<WorkerCommand>,
     stop: Arc<Stop>,
-    thread: JoinHandle<()>,
+    active: bool,
 }
 
-/// Ends the worker. `wake` ends its wait, `wanted` its work on the queue.
+/// A command of the front.
+#[derive(Debug)]
+enum WorkerCommand {
+    /// Serve this queue.
+    Activate(Box<(CheckedQueue, Interrupt)>),
+    /// Answer: the queue is dropped.
+    Reset(Sender<()>),
+}
+
+/// Takes the worker from its queue. `wake` ends its wait, `wanted` its work.
 #[derive(Debug)]
 struct Stop {
     wanted: AtomicBool,
     wake: EventFd,
 }
 
-impl Default for Rng {
-    fn default() -> Self {
+impl Stop {
+    fn set(&self) {
+        self.wanted.store(true, Ordering::Release);
+        // Cannot fail: the counter is 0.
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Rng {
+    /// The device, with its worker.
+    pub fn new() -> io::Result<Self> {
+        let stop = Arc::new(Stop {
+            wanted: AtomicBool::new(false),
+            wake: new_event()?,
+        });
+        let (commands, received) = channel();
+        let of_worker = Arc::clone(&stop);
+        sandbox::spawn(ThreadClass::Rng, "rng", move || {
+            work(&received, &of_worker);
+        })?;
         let identity = Identity {
             id: VIRTIO_ID_RNG,
             name: "rng".into(),
@@ -47,10 +72,12 @@ impl Default for Rng {
             queue_sizes: &[QUEUE_SIZE],
             config: Vec::new(),
         };
-        Self {
+        Ok(Self {
             identity,
-            worker: None,
-        }
+            commands,
+            stop,
+            active: false,
+        })
     }
 }
 
@@ -60,29 +87,50 @@ impl Device for Rng {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let host = |what| move |source| ActivateError::Host { what, source };
         let interrupt = activation.interrupt.clone();
         let [queue] = activation.checked_queues()?;
-        let stop = Arc::new(Stop {
-            wanted: AtomicBool::new(false),
-            wake: new_event().map_err(host("eventfd"))?,
-        });
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("rng".into())
-            .spawn(move || run(queue, &interrupt, &stopped))
-            .map_err(host("thread"))?;
-        self.worker = Some(Worker { stop, thread });
+        self.stop.wanted.store(false, Ordering::Release);
+        let command = WorkerCommand::Activate(Box::new((queue, interrupt)));
+        self.commands
+            .send(command)
+            .map_err(|_| ActivateError::ThreadGone)?;
+        self.active = true;
         Ok(())
     }
 
     /// Waits for at most one chain, even if the driver keeps offering chains.
     fn reset(&mut self) {
-        if let Some(Worker { stop, thread }) = self.worker.take() {
-            stop.wanted.store(true, Ordering::Release);
-            // Cannot fail: the counter is 0.
-            let _ = stop.wake.write(1);
-            let _ = thread.join();
+        if !std::mem::take(&mut self.active) {
+            return;
+        }
+        self.stop.set();
+        let (done, wait) = channel();
+        if self.commands.send(WorkerCommand::Reset(done)).is_ok() {
+            // An error means that the worker is gone, and with it the queue.
+            let _ = wait.recv();
+        }
+    }
+}
+
+impl Drop for Rng {
+    /// The worker ends when it sees that the commands end.
+    fn drop(&mut self) {
+        self.stop.set();
+    }
+}
+
+fn work(commands: &Receiver<WorkerCommand>, stop: &Stop) {
+    for command in commands {
+        match command {
+            WorkerCommand::Activate(active) => {
+                let (queue, interrupt) = *active;
+                run(queue, &interrupt, stop);
+            }
+            WorkerCommand::Reset(done) => {
+                // Fails only on an empty counter.
+                let _ = stop.wake.read();
+                let _ = done.send(());
+            }
         }
     }
 }
@@ -161,7 +209,7 @@ mod tests {
 
     fn start(features: u64) -> (Rng, TestDriver) {
         let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        let mut rng = Rng::default();
+        let mut rng = Rng::new().unwrap();
         rng.activate(driver.activation(features)).unwrap();
         (rng, driver)
     }
@@ -206,7 +254,7 @@ mod tests {
     #[test]
     fn a_reset_returns_while_the_driver_keeps_offering() {
         let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        let mut rng = Rng::default();
+        let mut rng = Rng::new().unwrap();
         let length = MAX_BYTES as u32;
         for round in 0..200 {
             rng.activate(driver.activation(EVENT_IDX)).unwrap();
@@ -249,7 +297,7 @@ mod tests {
             return;
         }
         let mut driver = TestDriver::new(&[QUEUE_SIZE]);
-        let mut rng = Rng::default();
+        let mut rng = Rng::new().unwrap();
         let [before, _] = open_files_and_threads();
         for round in 0..200 {
             rng.activate(driver.activation(EVENT_IDX)).unwrap();

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActivateError, Activation, Device, Identity, new_event, queue};
 use crate::vmm::disk::{Disk, SECTOR, is_full};
+use crate::vmm::sandbox::{self, ThreadClass};
 pub use enospc_hold::{EnospcHold, Shortage};
 use request::Geometry;
 use worker::{ActiveDisk, WaitSet, Worker, WorkerCommand};
@@ -114,9 +115,9 @@ impl Block {
             Arc::clone(&stop),
         );
         let wait_set = WaitSet::new(wake.try_clone()?)?;
-        let thread = std::thread::Builder::new()
-            .name(name.clone())
-            .spawn(move || worker.run(&received, &wait_set))?;
+        let thread = sandbox::spawn(ThreadClass::Block, &name, move || {
+            worker.run(&received, &wait_set);
+        })?;
         Ok(Self {
             identity: identity(name, geometry),
             counters,

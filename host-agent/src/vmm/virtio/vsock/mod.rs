@@ -29,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::queue::EVENT_IDX;
 use super::{ActivateError, Activation, Device, Identity, new_event};
 use crate::vmm::control::DialOutcome;
+use crate::vmm::sandbox::{self, ThreadClass};
 use rings::{QUEUES, Rings};
 use worker::{Worker, WorkerCommand};
 
@@ -103,9 +104,7 @@ impl Vsock {
             Arc::clone(&counters),
             sink,
         )?;
-        std::thread::Builder::new()
-            .name("vsock".into())
-            .spawn(move || worker.run())?;
+        sandbox::spawn(ThreadClass::Vsock, "vsock", move || worker.run())?;
         Ok(Self {
             identity: Identity {
                 id: VIRTIO_ID_VSOCK,
