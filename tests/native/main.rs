@@ -1,12 +1,14 @@
 //! Tests of the program that need no guest image: they run on any machine.
 
 mod costly_files;
+mod descriptors;
 mod disk_full;
 mod evil_guest;
 mod first_service;
 mod memory;
 mod no_kvm;
 mod packages;
+mod security_page;
 mod signals;
 mod terminal_output;
 mod unsupported;

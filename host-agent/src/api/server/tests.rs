@@ -74,6 +74,21 @@ fn served(limit: Duration) -> (tempfile::TempDir, Server, PathBuf) {
     (dir, server, socket)
 }
 
+#[tokio::test(flavor = "current_thread")]
+async fn only_its_user_can_reach_the_socket() {
+    let (dir, server, socket) = served(REQUEST_LIMIT);
+    let mode = fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    drop(server);
+    // Others could replace the socket.
+    for mode in [0o710, 0o701, 0o770, 0o1777] {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
+        let refused = serve(&host).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+    }
+}
+
 async fn answer(stream: UnixStream) -> Option<Response> {
     let mut reader = FrameReader::new(stream);
     let answer = tokio::time::timeout(Duration::from_secs(20), reader.next());

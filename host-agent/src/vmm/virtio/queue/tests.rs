@@ -1,5 +1,7 @@
 //! The queue against a reference implementation of the chain walk.
 
+use std::sync::atomic::AtomicBool;
+
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
@@ -81,6 +83,41 @@ fn more_chains_in_flight_than_the_queue_size_are_refused() {
     ));
     queue.push_used(held.pop().unwrap(), 0).unwrap();
     assert!(queue.pop().unwrap().is_some());
+}
+
+#[test]
+fn an_index_that_changes_is_read_whole() {
+    // Both bytes of the index change. One byte of each value is a jump.
+    const INDICES: [u16; 2] = [0x00ff, 0x0100];
+    let stop = AtomicBool::new(false);
+    let mut driver = TestDriver::new(&[16]);
+    let activation = driver.activation(0);
+    let state = activation.queues[0].queue.state();
+    driver.chain(0, 0, &[(BUFFERS + 0x4000, 1, false)]);
+    driver.put(avail(0) + 2, INDICES[0]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for index in INDICES {
+                    let at = GuestAddress(avail(0) + 2);
+                    driver.memory.store(index, at, Ordering::Relaxed).unwrap();
+                }
+            }
+        });
+        let results: Vec<_> = (0..100_000)
+            .map(|_| {
+                let mut active = ActiveQueue {
+                    queue: Queue::try_from(state).unwrap(),
+                    kick: activation.queues[0].kick.try_clone().unwrap(),
+                };
+                active.queue.set_next_avail(0x00f8);
+                CheckedQueue::new(active, driver.memory.clone(), 0).pop()
+            })
+            .filter_map(Result::err)
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        assert!(results.is_empty(), "{:?}", results.first());
+    });
 }
 
 #[test]

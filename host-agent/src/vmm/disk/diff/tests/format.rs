@@ -318,6 +318,35 @@ fn two_entries_for_one_cluster_are_refused() {
 }
 
 #[test]
+fn a_compressed_cluster_is_refused() {
+    let memory = fresh();
+    let mut disk = open(&memory);
+    let one = Write {
+        first: 0,
+        count: 1,
+        tag: 5,
+    };
+    write(&mut disk, one, &mut Random(1)).unwrap();
+    disk.flush().unwrap();
+    let good = memory.bytes();
+    let table = Layout::new(SIZE).unwrap().l2_offset(0) as usize;
+    // Bit 62 of an entry: the cluster is compressed; bit 0: it reads as zeros
+    // (qcow2.txt, "L2 table entry").
+    for (byte, bit) in [(0, 0x40), (7, 1)] {
+        let mut image = good.clone();
+        image[table + byte] |= bit;
+        let error = Diff::open(Memory::new(image), Computed { len: BASE_LEN }).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DiskError::Layout(LayoutError::Entry { index: 0, .. })
+            ),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn images_of_other_tools_are_refused() {
     let dir = image_dir();
     let path = dir.path().join("foreign.qcow2");
