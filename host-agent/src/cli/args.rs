@@ -138,20 +138,19 @@ Examples:
     Test(TestArgs),
     /// Run a command in a guest and exit with its exit code
     #[command(after_help = "\
+The output of the command is passed on as it is, also to a terminal, like that of ssh.
+
 Examples:
   host-agent exec -i Cache_IN_0 -- redis-cli --pipe < keys
-  host-agent exec -it Cache_IN_0 -- sh
-
-The output of the command is passed on as it is, also to a terminal, like that of ssh.")]
+  host-agent exec -it Cache_IN_0 -- sh")]
     Exec(ExecArgs),
     /// Print a log of an instance
     #[command(after_help = "\
+A terminal gets printable characters only; a pipe or a file gets the bytes of the log.
+
 Examples:
   host-agent logs Cache_IN_0 -f
-  host-agent logs Cache_IN_0 --source serial
-
-On a terminal characters that are not printable are replaced; a pipe or a file gets the
-bytes of the log.")]
+  host-agent logs Cache_IN_0 --source serial")]
     Logs(LogsArgs),
     /// List running instances of this user
     #[command(after_help = "\
