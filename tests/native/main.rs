@@ -11,4 +11,5 @@ mod packages;
 mod security_page;
 mod signals;
 mod terminal_output;
+mod test_runner;
 mod unsupported;
