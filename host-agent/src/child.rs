@@ -2,10 +2,13 @@
 
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::dispositions;
+
 /// Prepares a helper process, which ends when its standard input closes. Call
 /// this before the process opens a file or starts a thread.
 pub fn begin() {
     close_inherited();
+    dispositions::begin_helper();
     block_termination_signals();
 }
 

@@ -15,6 +15,7 @@ pub mod cli;
 mod closer;
 pub mod descriptors;
 pub mod digest;
+pub mod dispositions;
 pub mod doctor;
 pub mod endpoints;
 mod event_budget;

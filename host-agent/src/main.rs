@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use host_agent::child;
 use host_agent::store::janitor;
 use host_agent::vmm::sandbox::probe;
+use host_agent::{child, dispositions};
 
 fn main() -> ExitCode {
     host_agent::descriptors::raise_limit();
@@ -23,5 +23,6 @@ fn main() -> ExitCode {
         let arguments = std::env::args_os().skip(2).map(Into::into);
         return janitor::main(arguments).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     }
+    dispositions::begin_command();
     host_agent::cli::main()
 }

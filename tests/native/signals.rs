@@ -12,15 +12,16 @@ use nix::unistd::Pid;
 
 const ENDS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
 
-/// The mask of signals that a process ignores or blocks (proc(5), SigIgn and SigBlk).
-fn ignored_signals(pid: u32) -> Result<u64> {
+/// A mask of signals of a process (proc(5)): `SigIgn` or `SigBlk`.
+fn mask(pid: u32, name: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let mut mask = 0;
-    for name in ["SigBlk:", "SigIgn:"] {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        mask |= u64::from_str_radix(line.context("a mask")?.trim(), 16)?;
-    }
-    Ok(mask)
+    let mut lines = status.lines();
+    let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    Ok(u64::from_str_radix(line.context("a mask")?.trim(), 16)?)
+}
+
+fn mask_of(signals: &[Signal]) -> u64 {
+    signals.iter().map(|signal| 1 << (*signal as u64 - 1)).sum()
 }
 
 #[test]
@@ -30,16 +31,28 @@ fn guests_and_janitor_ignore_signals_and_end_with_the_command() -> Result<()> {
     let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, &nowhere]];
     for arguments in processes {
         let (ours, theirs) = host_agent::vmm::wire::pair()?;
-        let mut child = Command::new(e2e::program())
+        // As from a background job of a script, and worse.
+        let mut child = Command::new("env")
+            .args([
+                "--ignore-signal=INT,QUIT,CHLD,USR2",
+                "--block-signal=USR1,CHLD",
+            ])
+            .arg(e2e::program())
             .args(arguments)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
         let pid = child.id();
-        let wanted = ENDS.iter().map(|end| 1 << (*end as u64 - 1)).sum::<u64>();
-        let ignored = eventually("the process ignores the signals", || {
-            Ok(ignored_signals(pid)? & wanted == wanted)
+        let inherited = mask_of(&[
+            Signal::SIGQUIT,
+            Signal::SIGCHLD,
+            Signal::SIGUSR1,
+            Signal::SIGUSR2,
+        ]);
+        let ignored = eventually("the process ignores these signals and no others", || {
+            let ignored = mask(pid, "SigBlk")? | mask(pid, "SigIgn")?;
+            Ok(ignored & (inherited | mask_of(&ENDS)) == mask_of(&ENDS))
         });
         for end in ENDS {
             kill(Pid::from_raw(i32::try_from(pid)?), end)?;
