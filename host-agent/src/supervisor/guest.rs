@@ -225,6 +225,16 @@ fn prepare_on(
     Ok((guest, files))
 }
 
+/// The OS disk of the instance in `dir`.
+pub fn diff_path(dir: &Path) -> PathBuf {
+    dir.join(DIFF)
+}
+
+/// The resource disk of the instance in `dir`.
+pub fn resource_path(dir: &Path) -> PathBuf {
+    dir.join(RESOURCE)
+}
+
 /// File name of the disk with this serial number.
 pub fn disk_file(serial: &str) -> Option<&'static str> {
     match serial {

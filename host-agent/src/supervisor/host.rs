@@ -28,7 +28,8 @@ use crate::store::content::{ContentStore, SweepOnDrop};
 use crate::store::deployment::{DeploymentDir, random_id, short_id, sweep};
 use crate::store::image::{self, Image};
 use crate::store::janitor::{self, Janitor, Remains};
-use blocking::{DropBlocking, blocking};
+pub use blocking::DropBlocking;
+use blocking::blocking;
 pub use create::{HeldContent, NewDeployment, Published};
 pub use error::HostError;
 
@@ -80,7 +81,7 @@ struct HostState {
     options: HostOptions,
     content: ContentStore,
     timeline: Timeline,
-    group: Option<Arc<HostGroup>>,
+    group: Option<Arc<DropBlocking<HostGroup>>>,
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
     _janitor: Janitor,
@@ -142,7 +143,7 @@ impl Host {
             warn(text);
         }
         let group = match group {
-            Ok(group) => Some(Arc::new(group)),
+            Ok(group) => Some(Arc::new(DropBlocking::new(group))),
             Err(why) => {
                 warn(format!("memory limit of guests is not enforced: {why}"));
                 None

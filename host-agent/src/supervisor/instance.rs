@@ -4,10 +4,12 @@
 mod boot;
 mod drain;
 mod handle;
+mod headroom;
 mod prepare;
 pub mod record;
 mod requests;
 mod space;
+mod space_claim;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -20,11 +22,13 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health, RoleState};
 
 use super::event::EventKind;
+use super::host::DropBlocking;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
 use super::liveness::{Liveness, LivenessEffect};
@@ -38,11 +42,13 @@ use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket};
 use crate::vmm::control::Command;
-use boot::{GuestBoot, next_vmm_event};
+use boot::{EarlierGroup, GuestBoot, next_vmm_event};
 pub use handle::{InstanceHandle, Request};
+use headroom::Headroom;
 use prepare::{Preparation, next_prepared};
 use record::{InstanceRecord, PendingRecord, Records};
 use space::{DiskSpace, HeldReports};
+use space_claim::SpaceClaim;
 use start::Origin;
 pub use start::PreparedInstance;
 
@@ -75,7 +81,7 @@ pub struct InstanceParts {
     /// Limits of its shutdown.
     pub limits: Limits,
     /// The host's cgroup, if guests can be limited.
-    pub group: Option<Arc<HostGroup>>,
+    pub group: Option<Arc<DropBlocking<HostGroup>>>,
     /// Most time for a channel's hello.
     pub hello_limit: Duration,
     /// Most time for the guest's kernel to answer a dial.
@@ -84,6 +90,8 @@ pub struct InstanceParts {
     pub probe_limit: Duration,
     /// Time between two pings of the VMM process.
     pub ping_every: Duration,
+    /// Time after which a boot whose files are not ready is reported.
+    pub prepare_limit: Duration,
     /// One rotation per endpoint of the role, all the same.
     pub rotation: Rotation,
     /// The deployment's timeline.
@@ -102,6 +110,11 @@ struct Instance {
     /// The next boot, until its VMM process can be started.
     preparation: Option<Preparation>,
     boot: Option<GuestBoot>,
+    earlier_group: EarlierGroup,
+    headroom: Headroom,
+    space_claim: SpaceClaim,
+    /// The write of the last record.
+    recording: Option<JoinHandle<()>>,
     wait: Option<(Instant, Wait)>,
     last_id: u64,
     last_health: Option<Health>,
@@ -135,8 +148,10 @@ impl Instance {
                 event = next_vmm_event(&mut self.boot) => {
                     self.vmm_event(event, &mut channels).await
                 }
-                (generation, prepared) = next_prepared(&mut self.preparation) => {
-                    self.prepared(generation, prepared)
+                prepared = next_prepared(&mut self.preparation) => self.prepared(prepared),
+                is_false = self.space_claim.checked() => {
+                    self.space_checked(is_false);
+                    true
                 }
                 measured = self.held_reports.measured() => {
                     self.release_reports(measured);
@@ -165,10 +180,17 @@ impl Instance {
         self
     }
 
-    /// Waits until the guest's last lines are in its logs: the owner, for whom
-    /// the timeline ends with this task, looks for the reason there.
+    /// Waits until the guest's last lines are in its logs, where the owner, for whom the
+    /// timeline ends with this task, looks for the reason; and until the directory is as it
+    /// stays.
     async fn flush_logs(self) {
+        let (recording, dir) = (self.recording, self.parts.dir.clone());
+        let released = tokio::task::spawn_blocking(move || headroom::release(&dir));
         let written = async {
+            let _ = released.await;
+            if let Some(recording) = recording {
+                let _ = recording.await;
+            }
             self.role_log.written().await;
             self.agent_log.written().await;
         };
@@ -187,7 +209,10 @@ impl Instance {
                 match self.perform(effect) {
                     Performed::Done => {}
                     Performed::Then(input) => inputs.push_back(input),
-                    Performed::Finished => return false,
+                    Performed::Finished => {
+                        self.record();
+                        return false;
+                    }
                 }
             }
         }
@@ -199,13 +224,14 @@ impl Instance {
     fn record(&mut self) {
         if let Some(record) = self.changed_record() {
             let name = self.parts.spec.name().to_owned();
-            tokio::task::spawn_blocking(move || {
+            let recording = tokio::task::spawn_blocking(move || {
                 // A supervisor that adopts by an older record finds less, and the
                 // next change is recorded again.
                 if let Err(error) = record.write() {
                     tracing::warn!(instance = name, %error, "cannot record the state");
                 }
             });
+            self.recording = Some(recording);
         }
     }
 
@@ -226,7 +252,13 @@ impl Instance {
             Effect::Spawn { generation } => {
                 self.wait = None;
                 let record = self.changed_record();
-                self.preparation = Some(Preparation::start(generation, &self.parts, record));
+                self.preparation = Some(Preparation::start(
+                    generation,
+                    &self.parts,
+                    record,
+                    self.earlier_group.0.take(),
+                    self.parts.prepare_limit,
+                ));
             }
             Effect::AskShutdown { then, deadline } => {
                 self.liveness.taken_down();
@@ -340,6 +372,10 @@ impl Instance {
             boottime: clock(ClockId::CLOCK_BOOTTIME),
         };
         let effect = self.liveness.tick(now, id);
+        if self.boot.is_some() {
+            self.headroom.extend(&self.parts.dir);
+        }
+        self.check_space_claim(now.monotonic);
         self.perform_liveness(effect)
     }
 

@@ -530,6 +530,7 @@ impl Lifecycle {
             effects.push(Effect::Report(EventKind::Failed { error }));
         }
         self.state = State::Finished;
+        self.restart_at = None;
         effects.push(Effect::Report(EventKind::Stopped { clean }));
         effects.push(Effect::Finish);
     }

@@ -12,9 +12,11 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 use crate::closer::Closer;
 use crate::event_budget::EventBudget;
@@ -25,6 +27,9 @@ pub use attach::{AttachError, Expected, prepare as prepare_adoption};
 use control_socket::ControlSocket;
 use handle::ProcessHandle;
 pub use handle::ProcessId;
+
+/// Most time for the exit file to be read.
+const EXIT_FILE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +66,7 @@ pub struct VmmProcess {
     control: ControlSocket,
     /// The exit file of a process that may outlive this one.
     exit: Option<PathBuf>,
+    exit_reading: Option<JoinHandle<Option<ExitReason>>>,
     /// The control socket failed.
     hung_up: bool,
     killed: bool,
@@ -133,6 +139,7 @@ impl VmmProcess {
             process,
             control,
             exit,
+            exit_reading: None,
             hung_up: false,
             killed: false,
             unknown_events: 0,
@@ -204,7 +211,18 @@ impl VmmProcess {
 
     async fn end(&mut self) -> VmmEvent {
         let how = self.process.ended().await;
-        let reason = self.exit.as_deref().and_then(attach::exit_reason);
+        let reason = match &self.exit {
+            None => None,
+            Some(path) => {
+                let path = path.clone();
+                let read = || tokio::task::spawn_blocking(move || attach::exit_reason(&path));
+                let reading = self.exit_reading.get_or_insert_with(read);
+                // A file system that hangs holds up no restart.
+                let read = tokio::time::timeout(EXIT_FILE_LIMIT, reading).await;
+                self.exit_reading = None;
+                read.ok().and_then(Result::ok).flatten()
+            }
+        };
         VmmEvent::Ended(Ending { how, reason })
     }
 

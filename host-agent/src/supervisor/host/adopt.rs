@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use tokio::task::JoinSet;
 use vmbus::text::chain;
 
 use super::super::event::EventKind;
@@ -11,6 +12,7 @@ use super::super::instance::record::InstanceRecord;
 use super::super::process::{AttachError, Expected, VmmProcess};
 use super::create::{NewDeployment, Published};
 use super::{DeploymentHandle, Files, Host, HostError, blocking};
+use crate::endpoints::Rotation;
 use crate::store::deployment::{DeploymentDir, Retention, durable};
 
 /// Directory and record of an instance.
@@ -27,9 +29,19 @@ impl Host {
         let data_dir = self.0.options.data_dir.clone();
         let failed = HostError::directory("list the deployments in", &data_dir);
         let found = blocking(move || durable(&data_dir)).await?;
+        let mut adopting = JoinSet::new();
+        for (number, path) in found.map_err(failed)?.into_iter().enumerate() {
+            let this = self.clone();
+            adopting.spawn(async move {
+                let result = this.adopt_deployment(&path).await;
+                (number, path, result)
+            });
+        }
+        let mut results = adopting.join_all().await;
+        results.sort_by_key(|(number, ..)| *number);
         let mut adopted = Vec::new();
-        for path in found.map_err(failed)? {
-            match self.adopt_deployment(&path).await {
+        for (_, path, result) in results {
+            match result {
                 Ok(handle) => adopted.extend(handle),
                 Err(error) => {
                     let id = path.file_name().unwrap_or_default().to_string_lossy();
@@ -70,9 +82,21 @@ impl Host {
             specs: Vec::new(),
         };
         let count = recorded.len();
+        // At once: each may wait seconds for a VMM process.
+        let mut adopting = JoinSet::new();
+        for (number, (path, record)) in recorded.into_iter().enumerate() {
+            let role = record.as_ref().map_or("", |record| record.spec.role());
+            let (this, rotation) = (self.clone(), published.rotation(role));
+            adopting.spawn(async move {
+                let result = this.adopt_instance(&path, record, rotation).await;
+                (number, path, result)
+            });
+        }
+        let mut results = adopting.join_all().await;
+        results.sort_by_key(|(number, ..)| *number);
         let mut prepared = Vec::new();
-        for (path, record) in recorded {
-            match self.adopt_instance(&path, record, &published).await {
+        for (_, path, result) in results {
+            match result {
                 Ok((record, instance)) => {
                     new.service.clone_from(&record.spec.service);
                     new.specs.push(record.spec);
@@ -95,11 +119,10 @@ impl Host {
         &self,
         dir: &Path,
         record: io::Result<InstanceRecord>,
-        published: &Published,
+        rotation: Rotation,
     ) -> Result<(InstanceRecord, PreparedInstance), Box<dyn std::error::Error + Send + Sync>> {
         let record = record?;
         let image = self.image(&record.spec.image).await?;
-        let rotation = published.rotation(record.spec.role());
         let expected = Expected {
             name: record.spec.name().to_owned(),
             generation: record.history.generation,

@@ -194,6 +194,7 @@ impl Host {
             dial_limit: options.scaled(2),
             probe_limit: options.scaled(3),
             ping_every: options.scaled(10),
+            prepare_limit: options.scaled(30),
             rotation,
             durable: false,
             require_sandbox: options.require_sandbox,

@@ -9,18 +9,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use vmbus::text::chain;
 
 use super::super::event::{EventKind, Verdict};
 use super::super::guest;
 use super::super::lifecycle::Input;
-use super::super::process::{Ending, Launch, VmmEvent, VmmProcess};
+use super::super::process::{Ending, VmmEvent, VmmProcess};
 use super::drain::drain;
-use super::prepare::PreparedBoot;
+use super::prepare::{Prepared, StartedBoot};
 use super::requests::PendingExec;
+use super::space_claim::SpaceClaim;
 use super::{DRAIN_LIMIT, Instance, MAX_CONNECTIONS};
-use crate::cgroup::{GroupError, GuestGroup};
+use crate::cgroup::GuestGroup;
 use crate::channels::{ChannelEvent, GuestChannels, ShutdownRequest};
 use crate::token_bucket::LogLimit;
 use crate::vmm::control::{self, Event, ExitReason};
@@ -29,7 +31,7 @@ use crate::vmm::control::{self, Event, ExitReason};
 #[derive(Debug)]
 pub(super) struct GuestBoot {
     pub(super) process: VmmProcess,
-    // Dropped after the process, which is in it.
+    /// Taken when the process has ended.
     group: Option<GuestGroup>,
     /// Taken when the process has ended.
     connections: Option<Connections>,
@@ -53,51 +55,38 @@ struct Connections {
 }
 
 impl Instance {
-    /// What the boot needs is ready: starts its VMM process.
-    pub(super) fn prepared(
-        &mut self,
-        generation: u64,
-        prepared: Result<PreparedBoot, String>,
-    ) -> bool {
-        let started = prepared.and_then(|prepared| self.start_vmm(generation, prepared));
-        self.feed(match started {
-            Ok(pid) => Input::Spawned { pid },
-            Err(error) => Input::SpawnFailed(error),
-        })
+    /// The preparation of a boot has ended, or takes long.
+    pub(super) fn prepared(&mut self, prepared: Prepared) -> bool {
+        match prepared {
+            Prepared::Ended(generation, Ok(started)) => {
+                let pid = self.started(generation, started);
+                self.feed(Input::Spawned { pid })
+            }
+            Prepared::Ended(_, Err(error)) => self.feed(Input::SpawnFailed(error)),
+            Prepared::Late(generation) => {
+                let seconds = self.parts.prepare_limit.as_secs();
+                let text = format!(
+                    "the files of generation {generation} are not ready after {seconds} s: the \
+                     file system of {} is slow or hangs",
+                    self.parts.dir.display()
+                );
+                self.report(EventKind::Warning { text });
+                true
+            }
+        }
     }
 
-    fn start_vmm(&mut self, generation: u64, prepared: PreparedBoot) -> Result<u32, String> {
-        let PreparedBoot {
-            guest,
-            files,
-            log,
-            group,
-        } = prepared;
-        let group = group.unwrap_or_else(|error| {
-            self.report_not_limited(&error);
-            None
-        });
-        let dir = self.parts.dir.clone();
-        let launch = Launch {
-            generation,
-            guest,
-            files,
-            log,
-            outlive_in: self.parts.durable.then_some(dir.as_path()),
-            require_sandbox: self.parts.require_sandbox,
-        };
-        let process = VmmProcess::spawn(launch, |pid| {
-            if let Some(group) = &group
-                && let Err(error) = group.enter(pid)
-            {
-                self.report_not_limited(&error);
-            }
-        })
-        .map_err(|error| chain(&error))?;
+    /// A VMM process was started; its process id.
+    fn started(&mut self, generation: u64, mut started: Box<StartedBoot>) -> u32 {
+        if let Some(error) = started.not_limited.take() {
+            let text = format!("memory limit is not enforced: {}", chain(&error));
+            self.report(EventKind::Warning { text });
+        }
+        let process = started.claim();
         let pid = process.pid();
-        self.begin_boot(generation, process, group, None);
+        self.begin_boot(generation, process, started.group.take(), None);
         self.liveness.spawned();
-        Ok(pid)
+        pid
     }
 
     /// A VMM process runs, whose guest has ended if there is an `exit`.
@@ -108,6 +97,7 @@ impl Instance {
         group: Option<GuestGroup>,
         exit: Option<ExitReason>,
     ) {
+        self.space_claim = SpaceClaim::default();
         let (shutdown, shutdown_receiver) = watch::channel(None);
         let (alive, open) = mpsc::channel(1);
         let parts = &self.parts;
@@ -139,11 +129,6 @@ impl Instance {
         });
     }
 
-    fn report_not_limited(&mut self, error: &GroupError) {
-        let text = format!("memory limit is not enforced: {}", chain(error));
-        self.report(EventKind::Warning { text });
-    }
-
     /// The VMM process sent an event or ended.
     pub(super) async fn vmm_event(
         &mut self,
@@ -159,7 +144,7 @@ impl Instance {
                 self.report_limited(EventKind::Warning { text });
                 self.judge_flood()
             }
-            VmmEvent::Ended(ending) => self.drain(channels).await && self.ended(ending),
+            VmmEvent::Ended(ending) => self.drain(channels).await && self.ended(ending).await,
         }
     }
 
@@ -196,12 +181,20 @@ impl Instance {
         .await
     }
 
-    fn ended(&mut self, ending: Ending) -> bool {
+    async fn ended(&mut self, ending: Ending) -> bool {
         let Some(mut boot) = self.boot.take() else {
             return true;
         };
-        let group = boot.group.as_ref();
-        let why = group.and_then(GuestGroup::killed_for_memory);
+        let group = boot.group.take();
+        let look = move || {
+            (
+                group.as_ref().and_then(GuestGroup::killed_for_memory),
+                group,
+            )
+        };
+        let looked = tokio::task::spawn_blocking(look).await;
+        let (why, group) = looked.unwrap_or_default();
+        self.earlier_group.0 = group;
         let killed = boot.process.was_killed();
         let reason = boot
             .exit
@@ -289,6 +282,25 @@ impl Instance {
                 }
             }
         }
+    }
+}
+
+/// The cgroup of an ended boot, which keeps its name until the next one. Its removal is
+/// file I/O: on a blocking thread.
+#[derive(Debug, Default)]
+pub(super) struct EarlierGroup(pub(super) Option<GuestGroup>);
+
+impl Drop for EarlierGroup {
+    fn drop(&mut self) {
+        if let (Some(group), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(group));
+        }
+    }
+}
+
+impl Drop for GuestBoot {
+    fn drop(&mut self) {
+        drop(EarlierGroup(self.group.take()));
     }
 }
 

@@ -1,10 +1,12 @@
-//! The files and the cgroup of a boot, made ready on a blocking thread: a file
+//! The files, the cgroup and the VMM process of a boot, made on a blocking thread: a file
 //! system that hangs must not hold up the other instances of this process.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use vmbus::text::chain;
 
 use super::InstanceParts;
@@ -12,16 +14,36 @@ use super::record::PendingRecord;
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::store::deployment::short_id;
 use crate::supervisor::guest;
-use crate::vmm::spec::GuestSpec;
+use crate::supervisor::process::{Launch, VmmProcess};
 
-/// What a VMM process is started with.
+/// A VMM process that has started.
 #[derive(Debug)]
-pub(super) struct PreparedBoot {
-    pub(super) guest: GuestSpec,
-    pub(super) files: Vec<OwnedFd>,
-    pub(super) log: File,
-    /// The cgroup for the process: `Ok(None)` where limits are not enforced.
-    pub(super) group: Result<Option<GuestGroup>, GroupError>,
+pub(super) struct StartedBoot {
+    process: Unclaimed,
+    /// The cgroup of the process: none where limits are not enforced.
+    pub(super) group: Option<GuestGroup>,
+    /// Why limits are not enforced, if they should be.
+    pub(super) not_limited: Option<GroupError>,
+}
+
+impl StartedBoot {
+    /// The process, which from here on ends as [`VmmProcess`] says.
+    pub(super) fn claim(&mut self) -> VmmProcess {
+        self.process.0.take().expect("a boot is claimed once")
+    }
+}
+
+/// A process whose boot may be cancelled: then it is killed, even if it could outlive this
+/// one.
+#[derive(Debug)]
+struct Unclaimed(Option<VmmProcess>);
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.0 {
+            process.kill();
+        }
+    }
 }
 
 /// The preparation of one boot, under way. If it is dropped, what it opens and
@@ -29,20 +51,30 @@ pub(super) struct PreparedBoot {
 #[derive(Debug)]
 pub(super) struct Preparation {
     generation: u64,
-    task: JoinHandle<Result<PreparedBoot, String>>,
+    task: JoinHandle<Result<Box<StartedBoot>, String>>,
+    cancelled: Arc<AtomicBool>,
+    /// When it is reported that it takes long.
+    pub(super) warn_at: Option<Instant>,
 }
 
 impl Preparation {
     /// `record` is written first: a VMM process that runs is recorded, whatever ends
-    /// this process.
+    /// this process. `earlier` is the cgroup of the boot before, which is removed.
     pub(super) fn start(
         generation: u64,
         parts: &InstanceParts,
         record: Option<PendingRecord>,
+        earlier: Option<GuestGroup>,
+        warn_after: Duration,
     ) -> Self {
         let (dir, spec, image) = (parts.dir.clone(), parts.spec.clone(), parts.image.clone());
-        let (group, dial_limit) = (parts.group.clone(), parts.dial_limit);
+        let (group, dial_limit, durable) = (parts.group.clone(), parts.dial_limit, parts.durable);
+        let require_sandbox = parts.require_sandbox;
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let is_cancelled = Arc::clone(&cancelled);
         let task = tokio::task::spawn_blocking(move || {
+            // Both have the same name.
+            drop(earlier);
             if let Some(record) = record {
                 let written = record.write();
                 written.map_err(|error| format!("cannot record the boot: {error}"))?;
@@ -56,34 +88,76 @@ impl Preparation {
                 let name = format!("{}.{}", short_id(spec.deployment()), spec.name());
                 group.guest(&name, limits)
             });
-            Ok(PreparedBoot {
+            let mut not_limited = None;
+            let group = group
+                .transpose()
+                .unwrap_or_else(|error| not_limited.replace(error).and(None));
+            if is_cancelled.load(Ordering::Relaxed) {
+                return Err("cancelled".into());
+            }
+            let launch = Launch {
+                generation,
                 guest,
                 files,
                 log,
-                group: group.transpose(),
-            })
+                outlive_in: durable.then_some(dir.as_path()),
+                require_sandbox,
+            };
+            let process = VmmProcess::spawn(launch, |pid| {
+                if let Some(Err(error)) = group.as_ref().map(|group| group.enter(pid)) {
+                    not_limited = Some(error);
+                }
+            });
+            let process = process.map_err(|error| chain(&error))?;
+            Ok(Box::new(StartedBoot {
+                process: Unclaimed(Some(process)),
+                group,
+                not_limited,
+            }))
         });
-        Self { generation, task }
+        Self {
+            generation,
+            task,
+            cancelled,
+            warn_at: Some(Instant::now() + warn_after),
+        }
     }
 }
 
 impl Drop for Preparation {
     fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
         // A preparation that waits for a thread does not begin.
         self.task.abort();
     }
 }
 
+/// What happens to a preparation.
+#[derive(Debug)]
+pub(super) enum Prepared {
+    /// It has ended.
+    Ended(u64, Result<Box<StartedBoot>, String>),
+    /// It takes long. Reported once.
+    Late(u64),
+}
+
 /// The end of the preparation, with the number of its boot. Cancelling loses
 /// nothing.
-pub(super) async fn next_prepared(
-    preparation: &mut Option<Preparation>,
-) -> (u64, Result<PreparedBoot, String>) {
-    let Some(Preparation { generation, task }) = preparation else {
+pub(super) async fn next_prepared(preparation: &mut Option<Preparation>) -> Prepared {
+    let Some(running) = preparation else {
         return std::future::pending().await;
     };
-    let (generation, result) = (*generation, task.await);
+    let generation = running.generation;
+    let warn_at = running.warn_at;
+    let result = tokio::select! {
+        biased;
+        result = &mut running.task => result,
+        () = super::until(warn_at) => {
+            running.warn_at = None;
+            return Prepared::Late(generation);
+        }
+    };
     *preparation = None;
     let result = result.unwrap_or_else(|error| Err(format!("preparation of a boot: {error}")));
-    (generation, result)
+    Prepared::Ended(generation, result)
 }

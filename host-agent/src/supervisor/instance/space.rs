@@ -26,8 +26,15 @@ impl Instance {
             self.report_limited(EventKind::Warning { text });
             return true;
         };
+        if self.space_claim.is_false {
+            let text = "VMM process says again that the host has no space".into();
+            self.report_limited(EventKind::Warning { text });
+            return true;
+        }
         let now = clock(ClockId::CLOCK_MONOTONIC);
         let reported = self.report_limit.take(now);
+        let needed_bytes = u64::from(needed).max(MIN_NEEDED);
+        self.space_claim.claimed = Some((needed_bytes, quota));
         let Some(boot) = &mut self.boot else {
             return true;
         };
@@ -38,7 +45,7 @@ impl Instance {
             disk,
             file: dir.join(name),
             mount: dir.clone(),
-            needed_bytes: u64::from(needed).max(MIN_NEEDED),
+            needed_bytes,
             free_bytes: None,
             quota,
         };
@@ -51,6 +58,7 @@ impl Instance {
     }
 
     pub(super) fn space_back(&mut self) -> bool {
+        self.space_claim.end();
         let now = clock(ClockId::CLOCK_MONOTONIC);
         let Some(paused) = self.liveness.space_back(now) else {
             return true;

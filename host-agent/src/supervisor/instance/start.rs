@@ -12,9 +12,12 @@ use super::super::lifecycle::{Input, Lifecycle, RestartHistory};
 use super::super::liveness::Liveness;
 use super::super::process::VmmProcess;
 use super::super::status::InstanceStatus;
+use super::boot::EarlierGroup;
 use super::handle::InstanceHandle;
+use super::headroom::Headroom;
 use super::record::Records;
 use super::space::HeldReports;
+use super::space_claim::SpaceClaim;
 use super::{CHANNEL_BACKLOG, INCOMING_BACKLOG, Instance, InstanceParts, clock};
 use crate::cgroup::GuestGroup;
 use crate::queued_writer::QueuedWriter;
@@ -111,6 +114,10 @@ impl PreparedInstance {
             records: parts.durable.then(|| Records::new(parts.dir.clone())),
             preparation: None,
             boot: None,
+            earlier_group: EarlierGroup::default(),
+            headroom: Headroom::default(),
+            space_claim: SpaceClaim::default(),
+            recording: None,
             wait: None,
             // Larger than the ids of an earlier host agent, so that late answers to its
             // requests match none of ours.
@@ -168,6 +175,12 @@ impl Instance {
     ) -> bool {
         let generation = attached.generation;
         let pid = process.pid();
+        if attached.fails_when_full {
+            // No command takes it back.
+            let text = "the guest was being stopped when its host agent ended: until its next \
+                        boot a write without disk space fails instead of pausing it";
+            self.report(EventKind::Warning { text: text.into() });
+        }
         let exit = match attached.exit {
             None if attached.panicked => Some(ExitReason::Panic),
             exit => exit,

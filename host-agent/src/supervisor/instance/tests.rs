@@ -55,10 +55,11 @@ struct Started {
 
 /// Starts an instance without disks, after `change` has changed its directory.
 fn started(change: impl FnOnce(&Path)) -> Started {
-    started_as(change, |prepared| prepared)
+    started_as(false, change, |prepared| prepared)
 }
 
 fn started_as(
+    durable: bool,
     change: impl FnOnce(&Path),
     origin: impl FnOnce(PreparedInstance) -> PreparedInstance,
 ) -> Started {
@@ -80,9 +81,10 @@ fn started_as(
         dial_limit: Duration::from_secs(2),
         probe_limit: Duration::from_secs(3),
         ping_every: Duration::from_secs(10),
+        prepare_limit: Duration::from_millis(10),
         rotation: Rotation::default(),
         timeline,
-        durable: false,
+        durable,
         require_sandbox: false,
     };
     let prepared = origin(PreparedInstance::new(parts).unwrap());
@@ -108,6 +110,7 @@ fn running() -> (Started, OwnedFd) {
         ..Attached::default()
     };
     let started = started_as(
+        false,
         |_| {},
         |prepared| prepared.attached(history, limited(ours), attached),
     );
@@ -162,7 +165,8 @@ async fn no_guest_starts_after_a_stop_in_its_preparation() {
         assert!(kinds.contains(&EventKind::Stopped { clean: true }));
         for kind in &kinds {
             let ends = matches!(kind, EventKind::Stopping | EventKind::Stopped { .. });
-            assert!(ends, "{kinds:?}");
+            let late = kind.to_string().contains("not ready after");
+            assert!(ends || late, "{kinds:?}");
         }
     }
 }
@@ -351,4 +355,33 @@ async fn a_guest_that_floods_is_ended_and_restarted() {
     let text = restarting.to_string();
     assert!(text.contains("floods the host agent"), "{text}");
     started.end().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_preparation_that_hangs_is_reported_once() {
+    let mut started = hanging();
+    let late = |kind: &EventKind| kind.to_string().contains("are not ready after");
+    started.event(late).await;
+    let_go(&started);
+    // The boot goes on, and fails without disks.
+    let restarting = |kind: &EventKind| {
+        assert!(!late(kind));
+        matches!(kind, EventKind::Restarting { .. })
+    };
+    started.event(restarting).await;
+    started.end().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_last_record_of_a_stopped_instance_says_so() {
+    let mut started = started_as(true, |_| {}, |prepared| prepared);
+    let restarting = |kind: &EventKind| matches!(kind, EventKind::Restarting { .. });
+    started.event(restarting).await;
+    started.handle.send(Request::Stop).await;
+    (&mut started.task).await.unwrap();
+    let record = InstanceRecord::read(&started.dir.path().join("instance")).unwrap();
+    assert_eq!(record.history.generation, 1);
+    assert!(!record.history.running);
+    // Neither does a restart wait that a stop has ended.
+    assert_eq!(record.history.restart_at, None);
 }

@@ -162,17 +162,23 @@ async fn attach_once(
     dir: &Path,
     expected: &Expected,
 ) -> Result<(VmmProcess, Attached), AttachError> {
-    let gone = || AttachError::Gone {
-        exit: exit_reason(&exit_path(dir)),
+    let gone = async || {
+        let path = exit_path(dir);
+        let exit = blocking(move || exit_reason(&path)).await;
+        AttachError::Gone {
+            exit: exit.ok().flatten(),
+        }
     };
-    let socket = match connect_in(dir) {
+    let of_connect = dir.to_owned();
+    let connected = blocking(move || connect_in(&of_connect)).await;
+    let socket = match connected.map_err(system("connect to the socket"))? {
         Ok(socket) => socket,
         Err(Errno::ENOENT) => return Err(AttachError::NoSocket(dir.join(SOCKET))),
         Err(Errno::ECONNREFUSED) => {
-            let running = expected.process.filter(|process| process.runs());
-            return Err(
-                running.map_or_else(gone, |ProcessId { pid, .. }| AttachError::Refused { pid })
-            );
+            return Err(match expected.process.filter(|process| process.runs()) {
+                Some(ProcessId { pid, .. }) => AttachError::Refused { pid },
+                None => gone().await,
+            });
         }
         // So many wait already.
         Err(Errno::EAGAIN) => return Err(AttachError::Busy),
@@ -183,7 +189,7 @@ async fn attach_once(
         .map_err(|errno| system("read the peer credentials")(errno.into()))?;
     let pid = u32::try_from(peer.pid()).unwrap_or_default();
     let mut process = match ProcessHandle::running(pid) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone().await),
         other => other.map_err(system("open the pidfd"))?,
     };
     let found = process.id();
@@ -206,7 +212,7 @@ async fn attach_once(
     });
     let attached = match answer.await {
         Err(_) => return Err(AttachError::NoAnswer),
-        Ok(Ok(None)) => return Err(gone()),
+        Ok(Ok(None)) => return Err(gone().await),
         Ok(Ok(Some(Event::Attached(attached)))) => *attached,
         Ok(Ok(Some(Event::Refused { busy: true, .. }))) => return Err(AttachError::Busy),
         Ok(Ok(Some(Event::Refused { versions, .. }))) => {
@@ -231,6 +237,12 @@ async fn attach_once(
     }
     let exit = Some(exit_path(dir));
     Ok((VmmProcess::new(process, control, exit), attached))
+}
+
+/// Runs file I/O on a blocking thread: the file system of the directory may hang.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(io::Error::other)
 }
 
 fn connect_in(dir: &Path) -> nix::Result<OwnedFd> {

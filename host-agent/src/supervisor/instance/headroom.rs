@@ -1,0 +1,192 @@
+//! Space that the disks of a guest have for themselves, so that a guest which fills the file
+//! system pauses alone: the others go on within theirs.
+//!
+//! A diff disk only grows at its end. `fallocate(2)` with `FALLOC_FL_KEEP_SIZE` keeps blocks
+//! for it there, which no other file gets. A resource disk is written anywhere; it is
+//! reserved as a whole, or not at all. Where blocks cannot be kept, a guest only pauses
+//! earlier.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statvfs::fstatvfs;
+use nix::unistd::{Whence, lseek};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::supervisor::guest;
+
+/// Bytes kept at the end of a diff disk.
+const HEADROOM: u64 = 64 << 20;
+/// A diff disk keeps at most this part of the free space, so that guests fit into a small
+/// file system as before.
+const DIFF_PART: u64 = 16;
+/// A resource disk is reserved if it takes at most this part of the free space.
+const RESOURCE_PART: u64 = 8;
+/// How often the headroom is kept up.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// Keeps up the space of a guest that runs.
+#[derive(Debug, Default)]
+pub(super) struct Headroom {
+    last: Option<Instant>,
+    /// One at a time, so that a file system that hangs takes one thread.
+    task: Option<JoinHandle<()>>,
+}
+
+impl Headroom {
+    /// Reserves space for the disks in `dir` if that is due.
+    pub(super) fn extend(&mut self, dir: &Path) {
+        let now = Instant::now();
+        let due = self.last.is_none_or(|last| now - last >= EVERY);
+        if due && self.task.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.last = Some(now);
+            let dir = dir.to_owned();
+            self.task = Some(tokio::task::spawn_blocking(move || reserve(&dir)));
+        }
+    }
+}
+
+fn reserve(dir: &Path) {
+    let _ = open(&guest::diff_path(dir)).and_then(|file| keep_ahead(&file));
+    let _ = open(&guest::resource_path(dir)).and_then(|file| reserve_whole(&file));
+}
+
+/// Gives back what the disks in `dir` have not used: a directory that is kept takes no more
+/// space than its data. Blocking.
+pub(super) fn release(dir: &Path) {
+    let diff = open(&guest::diff_path(dir));
+    // A truncation to the same length frees blocks after the end.
+    let _ = diff.and_then(|file| file.set_len(file.metadata()?.len()));
+    let _ = open(&guest::resource_path(dir)).and_then(|file| free_holes(&file));
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    // On tmpfs it would take memory, within the limit of the VMM process.
+    if statfs(path)?.filesystem_type() == TMPFS_MAGIC {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// Keeps blocks after the end of `file`. Those that it has already cost nothing.
+fn keep_ahead(file: &File) -> io::Result<()> {
+    let want = HEADROOM.min(free(file)? / DIFF_PART);
+    allocate(file, file.metadata()?.len(), want)
+}
+
+fn reserve_whole(file: &File) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    let length = metadata.len();
+    if metadata.blocks() * 512 >= length || length > free(file)? / RESOURCE_PART {
+        return Ok(());
+    }
+    allocate(file, 0, length)
+}
+
+/// Frees blocks that were reserved and not written, which `lseek(2)` reports as holes.
+fn free_holes(file: &File) -> io::Result<()> {
+    let end = file.metadata()?.len().cast_signed();
+    let mut at = 0;
+    while at < end {
+        let hole = lseek(file, at, Whence::SeekHole)?;
+        let data = match lseek(file, hole, Whence::SeekData) {
+            Err(Errno::ENXIO) => end,
+            other => other?,
+        };
+        if data > hole {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(file, flags, hole, data - hole)?;
+        }
+        at = data.max(hole + 1);
+    }
+    Ok(())
+}
+
+fn allocate(file: &File, at: u64, length: u64) -> io::Result<()> {
+    let signed = |value: u64| i64::try_from(value).map_err(io::Error::other);
+    if length == 0 {
+        return Ok(());
+    }
+    let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    Ok(fallocate(file, flags, signed(at)?, signed(length)?)?)
+}
+
+/// Bytes that an unprivileged user may still use.
+fn free(file: &File) -> io::Result<u64> {
+    let stat = fstatvfs(file)?;
+    Ok(stat.blocks_available() * stat.fragment_size())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt as _;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A directory where blocks can be kept, which tmpfs is not.
+    fn directory() -> Option<TempDir> {
+        let build = std::env::current_exe().unwrap();
+        let dir = tempfile::tempdir_in(build.parent().unwrap()).unwrap();
+        let file = tempfile::tempfile_in(dir.path()).unwrap();
+        fs::write(dir.path().join("probe"), "").unwrap();
+        let keeps = open(&dir.path().join("probe")).is_ok() && allocate(&file, 0, 4096).is_ok();
+        keeps.then_some(dir)
+    }
+
+    fn bytes(file: &File) -> u64 {
+        file.metadata().unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn a_diff_disk_has_blocks_ahead_of_its_end() {
+        let Some(dir) = directory() else { return };
+        let path = guest::diff_path(dir.path());
+        fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let file = open(&path).unwrap();
+        let want = HEADROOM.min(free(&file).unwrap() / DIFF_PART) / 2;
+        reserve(dir.path());
+        assert!(bytes(&file) > want);
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+        // The file grows into what is kept, and the rest can be given back.
+        let before = bytes(&file);
+        file.write_all_at(&[2; 4096], 1 << 20).unwrap();
+        file.sync_all().unwrap();
+        assert!(bytes(&file) <= before + 4096);
+        release(dir.path());
+        assert!(bytes(&file) < 2 << 20);
+        assert_eq!(fs::read(&path).unwrap().len(), (1 << 20) + 4096);
+    }
+
+    #[test]
+    fn a_resource_disk_is_reserved_only_where_there_is_plenty() {
+        let Some(dir) = directory() else { return };
+        let path = guest::resource_path(dir.path());
+        let file = File::create(&path).unwrap();
+        let plenty = free(&file).unwrap();
+        for (size, reserved) in [(plenty / 64, true), (plenty / 2, false)] {
+            file.set_len(0).unwrap();
+            file.set_len(size).unwrap();
+            file.write_all_at(b"data", 1 << 20).unwrap();
+            reserve(dir.path());
+            assert_eq!(bytes(&file) >= size / 2, reserved);
+            release(dir.path());
+            assert!(bytes(&file) < 1 << 20);
+            let mut data = [0; 4];
+            open(&path)
+                .unwrap()
+                .read_exact_at(&mut data, 1 << 20)
+                .unwrap();
+            assert_eq!(&data, b"data");
+        }
+    }
+}
