@@ -2,8 +2,6 @@
 //! the guest up, serves tunnels, has the bootstrapper run the role. A guest agent that
 //! finds a bootstrapper of an earlier one adopts it.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -23,7 +21,8 @@ use crate::failure::Failure;
 use crate::log::Logger;
 use crate::planner::{Effect, Next, Planner};
 use crate::report::{self, Report};
-use crate::{bus, environment, setup, tunnel};
+use crate::tunnel::{self, Endpoints};
+use crate::{bus, environment, setup};
 
 const NAME: &str = "guest-agent";
 /// Time beyond the role's own for the bootstrapper to end.
@@ -45,7 +44,7 @@ pub async fn run() -> io::Result<()> {
         role,
         status,
         environment: Environment::new(RwLock::new(environment::of_command(None))),
-        tunnels: BTreeMap::new(),
+        endpoints: Endpoints::default(),
         bootstrapper: None,
         set_up: None,
     };
@@ -58,6 +57,7 @@ pub async fn run() -> io::Result<()> {
     let (goals, mut wanted) = mpsc::channel(1);
     tokio::spawn(receive_goals(goals));
     exec::serve(Arc::clone(&agent.environment)).await?;
+    tokio::spawn(tunnel::serve(agent.endpoints.clone()));
     loop {
         let wait = match agent.planner.next(std::time::Instant::now()) {
             Next::Do(effect, goal) => {
@@ -123,7 +123,7 @@ struct Agent {
     role: Role,
     status: watch::Sender<Status>,
     environment: Environment,
-    tunnels: BTreeMap<u16, JoinHandle<()>>,
+    endpoints: Endpoints,
     bootstrapper: Option<Bootstrapper>,
     /// The set-up in progress: it may wait for a disk.
     set_up: Option<SetUpTask>,
@@ -174,7 +174,10 @@ impl Agent {
                 }));
                 return;
             }
-            Effect::Serve => self.serve(&goal),
+            Effect::Serve => {
+                self.serve(&goal);
+                Ok(())
+            }
             Effect::Start => self.start(goal).await,
         };
         self.finished(result);
@@ -188,29 +191,12 @@ impl Agent {
         self.publish();
     }
 
-    /// What this process itself serves of a goal: the environment of exec and the
-    /// tunnels. Tunnels that the goal does not have end.
-    fn serve(&mut self, goal: &Goal) -> Result<(), Failure> {
-        let endpoints = &goal.role.endpoints;
+    /// What this process itself serves of a goal: the environment of exec and the tunnels.
+    fn serve(&self, goal: &Goal) {
         if let Ok(mut environment) = self.environment.write() {
             *environment = environment::of_command(Some(goal));
         }
-        self.tunnels.retain(|port, task| {
-            let wanted = endpoints.iter().any(|it| it.local_port == *port);
-            if !wanted {
-                task.abort();
-            }
-            wanted
-        });
-        for endpoint in endpoints {
-            if let Entry::Vacant(free) = self.tunnels.entry(endpoint.local_port) {
-                let task = tunnel::serve(endpoint.local_port).map_err(|error| {
-                    Failure::passing(format!("tunnel {}: {error}", endpoint.name))
-                })?;
-                free.insert(task);
-            }
-        }
-        Ok(())
+        self.endpoints.set(goal);
     }
 
     async fn start(&mut self, goal: Goal) -> Result<(), Failure> {

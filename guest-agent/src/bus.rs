@@ -105,6 +105,19 @@ pub fn listen(port: u32) -> io::Result<VsockListener> {
     Ok(VsockListener::from(socket))
 }
 
+/// Listens on `port`, which only another program of root can have taken; tries again until it
+/// is free.
+pub async fn listen_when_free(port: u32) -> VsockListener {
+    let mut backoff = RETRY;
+    loop {
+        match listen(port) {
+            Ok(listener) => return listener,
+            Err(error) => eprintln!("vsock port {port}: {error}"),
+        }
+        tokio::time::sleep(backoff.failed()).await;
+    }
+}
+
 /// A connection to `port` of the host from a source port that only root has.
 fn connect_privileged(port: u32) -> io::Result<OwnedFd> {
     let socket = socket(

@@ -70,7 +70,8 @@ impl Running {
         match &self.dialer {
             Dialer::Control(control) => {
                 let (ours, theirs) = UnixStream::pair()?;
-                let dial = Command::Dial { id: 1, port };
+                let first = Vec::new();
+                let dial = Command::Dial { id: 1, port, first };
                 wire::send(control.as_fd(), &dial, &[theirs.as_fd()])?;
                 drop(theirs);
                 while let Some((event, _)) = wire::recv::<Event>(control.as_fd())? {

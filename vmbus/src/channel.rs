@@ -13,8 +13,12 @@ pub const GUEST_CID: u32 = 3;
 /// channels from such ports only, so that a role without privileges cannot pose as an agent.
 pub const PRIVILEGED_PORTS: u32 = 1024;
 
-/// Guest port of an endpoint tunnel is this plus the role's local TCP port.
-pub const TUNNEL_PORT_BASE: u32 = 0x1_0000;
+/// Guest port on which the guest agent accepts connections to the role's endpoints. A
+/// [`crate::message::TunnelRequest`] is the first frame of each; raw bytes follow.
+///
+/// Agents listen on [`PRIVILEGED_PORTS`] alone: a role without privileges could bind any other
+/// port while no agent listens, and take the connections of clients.
+pub const TUNNEL_PORT: u32 = 21;
 
 /// Guest port on which the guest agent accepts `exec` connections from the host. They speak
 /// the version of the guest agent's channels.
@@ -71,14 +75,15 @@ impl Channel {
     }
 }
 
-/// The guest vsock port whose connections reach `local_port` of the role.
-pub const fn tunnel_port(local_port: u16) -> u32 {
-    TUNNEL_PORT_BASE + local_port as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn agents_listen_on_privileged_ports_that_differ() {
+        assert!(EXEC_PORT < PRIVILEGED_PORTS && TUNNEL_PORT < PRIVILEGED_PORTS);
+        assert_ne!(EXEC_PORT, TUNNEL_PORT);
+    }
 
     #[test]
     fn only_the_port_of_a_channel_finds_it() {

@@ -12,6 +12,7 @@ use crate::role::RoleDefinition;
 impl Message for ToHost {}
 impl Message for ToGuest {}
 impl Message for ExecRequest {}
+impl Message for TunnelRequest {}
 
 /// Any frame that a guest may send after its hello, on whichever channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -227,6 +228,13 @@ pub enum ExpectedState {
     Started,
     /// Do not run.
     Stopped,
+}
+
+/// First frame from the host on a tunnel (guest port [`crate::channel::TUNNEL_PORT`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelRequest {
+    /// The local port of one of the role's endpoints.
+    pub local_port: u16,
 }
 
 /// First frame from the host on an `exec` connection (guest port

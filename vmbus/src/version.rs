@@ -11,7 +11,8 @@ use crate::frame::Message;
 /// The protocol versions that this build speaks, lowest first.
 ///
 /// 2: a goal carries the role's definition whole; bytes of `exec` travel raw.
-pub const SUPPORTED: &[u32] = &[2];
+/// 3: one port for all tunnels, with a request as the first frame of each.
+pub const SUPPORTED: &[u32] = &[3];
 
 /// The guest's first frame on a channel that it dials.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

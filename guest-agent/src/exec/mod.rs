@@ -31,8 +31,8 @@ pub type Environment = Arc<RwLock<Variables>>;
 pub async fn serve(environment: Environment) -> io::Result<()> {
     let group = Group::at(cgroup::EXEC)?;
     group.clear(KILL_LIMIT).await?;
-    let listener = bus::listen(EXEC_PORT)?;
     tokio::spawn(async move {
+        let listener = bus::listen_when_free(EXEC_PORT).await;
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) if peer.cid() == HOST_CID => {

@@ -56,6 +56,9 @@ pub enum Command {
         id: u64,
         /// Guest vsock port.
         port: u32,
+        /// Bytes for the guest before those of the socket.
+        #[serde(default)]
+        first: Vec<u8>,
     },
     /// Connect to `port` and drop the connection, to learn whether the guest's
     /// kernel answers. Answered by [`Event::Dialed`].

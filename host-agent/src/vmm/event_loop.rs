@@ -32,8 +32,9 @@ pub trait Guest: Send + 'static {
     fn is_paused(&self) -> bool;
     /// Lets the processors run.
     fn resume(&self);
-    /// Connects `socket` to `port`; the outcome is reported under `number`.
-    fn dial(&self, number: u64, port: u32, socket: OwnedFd);
+    /// Connects `socket` to `port`, which gets the bytes `first` before those of the socket;
+    /// the outcome is reported under `number`.
+    fn dial(&self, number: u64, port: u32, first: Vec<u8>, socket: OwnedFd);
     /// Connects to `port` and closes the connection.
     fn probe(&self, number: u64, port: u32);
     /// Counters.
@@ -250,9 +251,9 @@ impl<G: Guest> EventLoop<G> {
         match (command, guest) {
             (Command::Ping { id }, _) => self.send(&Event::Pong { id }),
             (Command::Stats {}, _) => self.send(&Event::Stats(self.stats())),
-            (Command::Dial { id, port }, Some(guest)) => {
+            (Command::Dial { id, port, first }, Some(guest)) => {
                 if let Some(socket) = files.into_iter().next() {
-                    guest.dial(self.peers.outbox().dial(id), port, socket);
+                    guest.dial(self.peers.outbox().dial(id), port, first, socket);
                 } else {
                     self.unavailable(id);
                     self.warn(&"a dial came without its descriptor");

@@ -308,8 +308,9 @@ impl Guest for MachineGuest {
         self.machine.vcpus().resume();
     }
 
-    fn dial(&self, number: u64, port: u32, socket: OwnedFd) {
-        self.machine.vsock().dial(number, port, socket);
+    fn dial(&self, number: u64, port: u32, first: Vec<u8>, socket: OwnedFd) {
+        let vsock = self.machine.vsock();
+        vsock.dial_with(number, port, first, socket);
     }
 
     fn probe(&self, number: u64, port: u32) {

@@ -246,6 +246,7 @@ enum Any {
     Request(ExecRequest),
     Input(ExecInput),
     Output(ExecOutput),
+    Tunnel(TunnelRequest),
 }
 
 fn any_message() -> impl Strategy<Value = Any> {
@@ -255,6 +256,7 @@ fn any_message() -> impl Strategy<Value = Any> {
         exec_request().prop_map(Any::Request),
         exec_input().prop_map(Any::Input),
         exec_output().prop_map(Any::Output),
+        any::<u16>().prop_map(|local_port| Any::Tunnel(TunnelRequest { local_port })),
     ]
 }
 
@@ -266,6 +268,7 @@ impl Any {
             Self::Request(message) => frame::encode(message),
             Self::Input(message) => frame::encode(message),
             Self::Output(message) => frame::encode(message),
+            Self::Tunnel(message) => frame::encode(message),
         }
         .unwrap()
     }
@@ -278,6 +281,7 @@ impl Any {
             Self::Request(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
             Self::Input(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
             Self::Output(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
+            Self::Tunnel(sent) => decoder.take_frame().unwrap().as_ref() == Some(sent),
         }
     }
 }

@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
-use vmbus::channel::{EXEC_PORT, tunnel_port};
+use vmbus::channel::{EXEC_PORT, TUNNEL_PORT};
+use vmbus::frame::encode;
+use vmbus::message::TunnelRequest;
 
 use super::super::lifecycle::Input;
 use super::{Instance, MAX_OPEN_REQUESTS, Request};
@@ -85,7 +87,12 @@ impl Instance {
             let theirs = OwnedFd::from(theirs.into_std()?);
             let id = self.next_id();
             let port = EXEC_PORT;
-            self.command(&Command::Dial { id, port }, vec![theirs])?;
+            let dial = Command::Dial {
+                id,
+                port,
+                first: Vec::new(),
+            };
+            self.command(&dial, vec![theirs])?;
             Ok::<_, io::Error>((id, ours))
         })();
         match (result, &mut self.boot) {
@@ -109,8 +116,15 @@ impl Instance {
             return;
         }
         let id = self.next_id();
-        let port = tunnel_port(connection.local_port);
-        let _ = self.command(&Command::Dial { id, port }, vec![connection.socket]);
+        let request = TunnelRequest {
+            local_port: connection.local_port,
+        };
+        let dial = Command::Dial {
+            id,
+            port: TUNNEL_PORT,
+            first: encode(&request).expect("a number fits into a frame"),
+        };
+        let _ = self.command(&dial, vec![connection.socket]);
     }
 
     pub(super) fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {

@@ -37,6 +37,7 @@ async fn many_client_requests_do_not_delay_own_commands() {
         let dial = Command::Dial {
             id: dialed,
             port: 1,
+            first: Vec::new(),
         };
         process.send(&dial, Vec::new()).unwrap();
         dialed += 1;

@@ -71,7 +71,7 @@ impl Guest for FakeGuest {
     fn resume(&self) {
         self.ask(Asked::Resume);
     }
-    fn dial(&self, number: u64, _: u32, _: OwnedFd) {
+    fn dial(&self, number: u64, _: u32, _: Vec<u8>, _: OwnedFd) {
         self.ask(Asked::Dial(number));
     }
     fn probe(&self, number: u64, _: u32) {
@@ -438,7 +438,11 @@ fn a_connection_of_the_guest_without_a_supervisor_is_reset() {
 #[test]
 fn a_dial_without_its_descriptor_is_answered() {
     let (_fixture, first) = start(true);
-    first.send(&Command::Dial { id: 7, port: 1 });
+    first.send(&Command::Dial {
+        id: 7,
+        port: 1,
+        first: Vec::new(),
+    });
     let outcome = DialOutcome::Unavailable;
     assert_eq!(first.next(), Some(Event::Dialed { id: 7, outcome }));
 }

@@ -32,6 +32,8 @@ pub struct Endpoint {
     pub readable: bool,
     /// The peer closed both directions (`EPOLLHUP`).
     pub hung_up: bool,
+    /// Bytes for the guest before those of the socket.
+    first: Vec<u8>,
     stream: Option<OwnedFd>,
     writable: bool,
     finished_reading: bool,
@@ -46,12 +48,39 @@ impl Endpoint {
             origin,
             readable: false,
             hung_up: false,
+            first: Vec::new(),
             stream,
             writable: true,
             finished_reading: false,
             finished_writing: false,
             backlog: VecDeque::new(),
         }
+    }
+
+    /// The end of a connection to the guest, which gets the bytes `first` before those of
+    /// `stream`.
+    pub fn dialing(origin: Origin, stream: OwnedFd, first: Vec<u8>) -> Self {
+        Self {
+            readable: !first.is_empty(),
+            first,
+            ..Self::new(origin, Some(stream))
+        }
+    }
+
+    /// Moves bytes that precede those of the socket into `slices`, in order; how many.
+    pub fn take_first<'m>(&mut self, slices: impl Iterator<Item = VolatileSlice<'m>>) -> u32 {
+        if self.first.is_empty() {
+            return 0;
+        }
+        let mut taken = 0;
+        for slice in slices {
+            let left = &self.first[taken..];
+            let part = slice.len().min(left.len());
+            slice.copy_from(&left[..part]);
+            taken += part;
+        }
+        self.first.drain(..taken);
+        taken as u32
     }
 
     /// The socket, unless it is closed.

@@ -139,7 +139,18 @@ impl Drop for Vsock {
 impl Handle {
     /// Connects `stream` to `port` of the guest.
     pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
-        self.send(WorkerCommand::Dial { id, port, stream });
+        self.dial_with(id, port, Vec::new(), stream)
+    }
+
+    /// Connects `stream` to `port` of the guest, which gets the bytes `first` before those of
+    /// the stream.
+    pub fn dial_with(&self, id: u64, port: u32, first: Vec<u8>, stream: OwnedFd) {
+        self.send(WorkerCommand::Dial {
+            id,
+            port,
+            first,
+            stream,
+        });
     }
 
     /// Dials `port` of the guest and ends the connection once it is accepted.

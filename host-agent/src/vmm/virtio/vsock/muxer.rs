@@ -88,8 +88,9 @@ impl Muxer {
         (self.sink)(event);
     }
 
-    /// Dials `port` of the guest for `stream`; a probe has none.
-    pub fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
+    /// Dials `port` of the guest for `endpoint`.
+    pub fn dial(&mut self, endpoint: Endpoint, port: u32, now: Instant) {
+        let origin = endpoint.origin;
         let admitted = match origin {
             // Clients must not make a probe fail, so it may use the reserve.
             Origin::Probe(_) => !self.table.is_full(),
@@ -101,7 +102,7 @@ impl Muxer {
         }
         let ports = self.table.dial_ports(port);
         let connection = Connection::dialing(ports, self.guest_cid);
-        let id = self.table.insert(connection, Endpoint::new(origin, stream));
+        let id = self.table.insert(connection, endpoint);
         self.table.set_deadline(id, Some(now + self.dial_limit));
         self.table.schedule(id);
     }
@@ -198,6 +199,7 @@ impl Muxer {
             }
         }
         self.answer(origin, DialOutcome::Connected);
+        self.schedule_if_due(id);
     }
 
     /// Applies the result of a write to the host socket.
@@ -418,7 +420,11 @@ impl Muxer {
                 self.table.put_back(id);
                 return Ok(());
             }
-            match receive(entry.endpoint.stream(), rings, want) {
+            let received = match entry.endpoint.take_first(rings.payload_slices(want)) {
+                0 => receive(entry.endpoint.stream(), rings, want),
+                count => Ok(count),
+            };
+            match received {
                 Ok(0) => {
                     entry.endpoint.readable = false;
                     let receive = entry.endpoint.hung_up;

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection_table::ConnectionId;
-use super::endpoint::Origin;
+use super::endpoint::{Endpoint, Origin};
 use super::muxer::Muxer;
 use super::rings::{QUEUES, Rings};
 use super::{EventSink, VsockCounters};
@@ -43,6 +43,8 @@ pub enum WorkerCommand {
         id: u64,
         /// Guest port.
         port: u32,
+        /// Bytes for the guest before those of the socket.
+        first: Vec<u8>,
         /// The socket.
         stream: OwnedFd,
     },
@@ -196,19 +198,27 @@ impl Worker {
                     self.drop_rings();
                     drop(done);
                 }
-                WorkerCommand::Dial { id, port, stream } => {
-                    self.dial(Origin::Dial(id), port, Some(stream), now);
+                WorkerCommand::Dial {
+                    id,
+                    port,
+                    first,
+                    stream,
+                } => {
+                    let endpoint = Endpoint::dialing(Origin::Dial(id), stream, first);
+                    self.dial(endpoint, port, now);
                 }
-                WorkerCommand::Probe { id, port } => self.dial(Origin::Probe(id), port, None, now),
+                WorkerCommand::Probe { id, port } => {
+                    self.dial(Endpoint::new(Origin::Probe(id), None), port, now);
+                }
             }
         }
     }
 
-    fn dial(&mut self, origin: Origin, port: u32, stream: Option<OwnedFd>, now: Instant) {
+    fn dial(&mut self, endpoint: Endpoint, port: u32, now: Instant) {
         if self.rings.is_some() {
-            self.muxer.dial(origin, port, stream, now);
+            self.muxer.dial(endpoint, port, now);
         } else {
-            self.muxer.answer(origin, DialOutcome::Unavailable);
+            self.muxer.answer(endpoint.origin, DialOutcome::Unavailable);
         }
     }
 

@@ -307,6 +307,29 @@ fn a_dial_connects_a_socket_to_a_port_of_the_guest() {
 }
 
 #[test]
+fn first_bytes_of_a_dial_precede_those_of_its_socket() {
+    let mut guest = Guest::new();
+    let (mut host, theirs) = pair();
+    host.write_all(b" later").unwrap();
+    let handle = guest.device.handle();
+    handle.dial_with(41, 21, b"request".to_vec(), theirs);
+    let (request, _) = guest.receive();
+    guest.control(Operation::Response, request.src_port, request.dst_port);
+    let mut seen = Vec::new();
+    while seen.len() < 13 {
+        seen.extend(guest.receive().1);
+    }
+    assert_eq!(seen, b"request later");
+    assert_eq!(guest.dialed(), (41, DialOutcome::Connected));
+    // The first bytes need no byte of the socket.
+    let (_silent, theirs) = pair();
+    handle.dial_with(42, 21, b"request".to_vec(), theirs);
+    let (request, _) = guest.receive();
+    guest.control(Operation::Response, request.src_port, request.dst_port);
+    assert_eq!(guest.receive().1, b"request");
+}
+
+#[test]
 fn every_dial_has_a_result() {
     let mut guest = Guest::new();
     let handle = guest.device.handle();
