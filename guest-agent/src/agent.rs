@@ -19,6 +19,7 @@ use crate::bootstrapper::{BootstrapperEvent, Role};
 use crate::exec::{self, Environment};
 use crate::failure::Failure;
 use crate::log::Logger;
+use crate::os::cgroup;
 use crate::planner::{Effect, Next, Planner};
 use crate::report::{self, Report};
 use crate::tunnel::{self, Endpoints};
@@ -48,6 +49,9 @@ pub async fn run() -> io::Result<()> {
         bootstrapper: None,
         set_up: None,
     };
+    if let Err(error) = cgroup::prepare() {
+        agent.log(format!("limits of role and exec: {error}"));
+    }
     // Before the first report: a running role is never reported as Unknown.
     if let Some(found) = Bootstrapper::find().await {
         agent.adopt(found).await;
@@ -341,9 +345,10 @@ async fn report_to_app_agent(mut status: watch::Receiver<Status>) {
                 if send(&mut socket, &Report { role }).await.is_err() {
                     break;
                 }
-                // Repeated when nothing changes: see `report::EVERY`.
-                if let Ok(Err(_)) = tokio::time::timeout(report::EVERY, status.changed()).await {
-                    return;
+                tokio::select! {
+                    changed = status.changed() => if changed.is_err() { return },
+                    // Repeated when nothing changes: see `report::EVERY`.
+                    () = tokio::time::sleep(report::EVERY) => {}
                 }
             }
         }

@@ -6,6 +6,7 @@ pub mod agent_monitor;
 pub mod backoff;
 pub mod bootstrapper;
 pub mod bus;
+pub mod clock;
 pub mod delivery;
 pub mod environment;
 pub mod exec;

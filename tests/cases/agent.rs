@@ -17,7 +17,7 @@ const HANG: &str = r#"for p in /proc/[0-9]*; do
     if [ "$(cat $p/comm)" = guest-agent ]; then
         setsid sh -c "sleep 5; kill -STOP ${p#/proc/}" </dev/null >/dev/null 2>&1 & fi; done"#;
 /// Prints the process ids of the bootstrapper and of every process of the role.
-const STACK: &str = "cat /sys/fs/cgroup/stack/cgroup.procs /sys/fs/cgroup/stack/role/cgroup.procs";
+const STACK: &str = "cd /sys/fs/cgroup/stack; cat bootstrapper/cgroup.procs role/cgroup.procs";
 
 /// The process ids of bootstrapper and role, once the role has both its processes:
 /// at Ready it may have only the first.
@@ -144,7 +144,7 @@ fn a_killed_bootstrapper_and_its_role_are_restarted() -> Result<()> {
     let mut run = Run::start(&sandbox, &service, &[])?;
     run.ready()?;
     let before = stack(&run)?;
-    run.shell("kill -9 $(cat /sys/fs/cgroup/stack/cgroup.procs)")?;
+    run.shell("kill -9 $(cat /sys/fs/cgroup/stack/bootstrapper/cgroup.procs)")?;
     run.event("role", |event| event["state"] == "recycling")?;
     run.ready()?;
     let after = stack(&run)?;

@@ -11,9 +11,9 @@ use guest_agent::agent_monitor::{AgentMonitor, TICK};
 use guest_agent::bootstrapper::client::Bootstrapper;
 use guest_agent::bus::Open;
 use guest_agent::log::uptime_ms;
-use guest_agent::os::{boot, disk, loopback, power};
+use guest_agent::os::{boot, disk, loopback, power, user};
 use guest_agent::report::{self, Report};
-use guest_agent::{RUN_DIR, bus, delivery};
+use guest_agent::{RUN_DIR, bus, clock, delivery};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -102,6 +102,9 @@ async fn init(init_ms: u64) {
     }
     if let Err(error) = loopback::up().and_then(|()| loopback::free_low_ports()) {
         eprintln!("{NAME}: loopback: {error}");
+    }
+    if let Err(error) = user::forbid_namespaces() {
+        eprintln!("{NAME}: user namespaces: {error}");
     }
     let (agent, current) = watch::channel(Process::None);
     let agent = Arc::new(agent);
@@ -308,21 +311,23 @@ async fn shut_down(
     deadline: Duration,
 ) {
     with(shared, AgentMonitor::leave);
-    let end = Instant::now() + deadline;
+    let mut end = clock::deadline(deadline);
     let process = agent.borrow().clone();
     if let Process::Running(pid) = process {
         // The guest agent stops the role within this limit, and reports how.
         let _ = kill(pid, Signal::SIGTERM);
-        let gone = agent.wait_for(|it| matches!(it, Process::Ended(_)));
-        let _ = tokio::time::timeout(deadline + REPORT_MARGIN, gone).await;
+        let mut gone = Box::pin(agent.wait_for(|it| matches!(it, Process::Ended(_))));
+        if clock::timeout_at(&mut end, &mut gone).await.is_err() {
+            let _ = clock::timeout(REPORT_MARGIN, gone).await;
+        }
     }
     // A role whose guest agent died is stopped too.
-    let left = end.saturating_duration_since(Instant::now());
+    let left = end.left(Instant::now());
     let orphan = async {
         if let Some(found) = Bootstrapper::find().await {
             let _ = found.bootstrapper.stop(left, drop).await;
         }
     };
-    let _ = tokio::time::timeout(left, orphan).await;
+    let _ = clock::timeout_at(&mut end, orphan).await;
     let _ = tokio::task::spawn_blocking(move || power::leave(then)).await;
 }

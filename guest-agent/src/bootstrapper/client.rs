@@ -12,12 +12,12 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Command;
-use tokio::time::{Instant, timeout, timeout_at};
 use vmbus::message::Goal;
 use vmbus::stream::{FrameReader, send};
 
 use super::{BootstrapperEvent, Order, Role, SOCKET};
-use crate::os::cgroup::{Group, STACK};
+use crate::clock::{self, timeout, timeout_at};
+use crate::os::cgroup::{BOOTSTRAPPER, Group, STACK};
 use crate::os::child;
 
 /// Most time for a bootstrapper's hello: one that sends none is not adopted.
@@ -73,7 +73,7 @@ impl Bootstrapper {
             .arg("bootstrapper")
             .stdin(Stdio::from(OwnedFd::from(listen()?)))
             .process_group(0);
-        child::join(&mut command, &group)?;
+        child::join(&mut command, &Group::at(BOOTSTRAPPER)?)?;
         // Dropped, not killed: the bootstrapper outlives this process.
         drop(command.spawn()?);
         // With the command goes this process's copy of the listening socket.
@@ -100,10 +100,10 @@ impl Bootstrapper {
         limit: Duration,
         mut on_event: impl FnMut(BootstrapperEvent),
     ) -> io::Result<()> {
-        let deadline = Instant::now() + limit;
+        let mut deadline = clock::deadline(limit);
         // Fails when the bootstrapper is gone already.
-        let _ = timeout_at(deadline, send(&mut self.orders, &Order::Stop)).await;
-        while let Ok(Some(event)) = timeout_at(deadline, self.next_event()).await {
+        let _ = timeout_at(&mut deadline, send(&mut self.orders, &Order::Stop)).await;
+        while let Ok(Some(event)) = timeout_at(&mut deadline, self.next_event()).await {
             on_event(event);
         }
         clear().await

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,12 +24,13 @@ use super::recycle::Recycling;
 use super::serve::{SharedOutbox, serve};
 use super::{Order, Role};
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::environment::ROLE_ROOT;
 use crate::failure::Failure;
 use crate::log::lines;
 use crate::os::cgroup::{self, Group};
-use crate::os::child;
 use crate::os::user::ROLE_ID;
+use crate::os::{child, remove};
 use crate::setup::Launch;
 
 /// Socket on which a role reports `READY=1` (sd_notify).
@@ -217,7 +218,7 @@ impl RoleRunner<'_> {
         // fails and tries again; after a stop the guest agent does.
         let _ = self.clear().await;
         // Their ends of the pipes are closed now: what is left to read is the last output.
-        let _ = tokio::time::timeout(LAST_LINES, output.join_all()).await;
+        let _ = clock::timeout(LAST_LINES, output.join_all()).await;
         end
     }
 
@@ -236,11 +237,11 @@ impl RoleRunner<'_> {
     /// Starts the role's program in a clean state; the program and its notify socket.
     async fn start(&self) -> Result<(Child, UnixDatagram), Failure> {
         self.clear().await?;
-        for directory in &self.launch.clean {
-            empty(directory).map_err(|error| {
-                Failure::passing(format!("cannot empty {}: {error}", directory.display()))
-            })?;
-        }
+        let directories = self.launch.clean.clone();
+        // Of a large tree this takes seconds, in which the guest agent is to be answered.
+        tokio::task::spawn_blocking(move || clean(&directories))
+            .await
+            .map_err(|error| Failure::passing(error.to_string()))??;
         // The socket of an earlier run.
         let _ = fs::remove_file(NOTIFY);
         let notify = UnixDatagram::bind(NOTIFY)
@@ -275,7 +276,11 @@ fn spawn(launch: &Launch, elevated: bool, group: &Group) -> Result<Child, Failur
         .kill_on_drop(true);
     child::join(&mut command, group)
         .map_err(|error| Failure::passing(format!("{program} has no control group: {error}")))?;
-    child::drop_agent_privileges(&mut command, (!elevated).then_some(ROLE_ID));
+    child::drop_agent_privileges(&mut command);
+    if !elevated {
+        child::confine(&mut command, ROLE_ID)
+            .map_err(|error| Failure::passing(format!("{program} has no filter: {error}")))?;
+    }
     command.spawn().map_err(|error| {
         Failure::of_program(format!("{program} cannot be started: {error}"), &error)
     })
@@ -298,17 +303,14 @@ async fn stop(child: &mut Child, notify: &UnixDatagram, limit: Duration) -> bool
             }
         }
     };
-    tokio::time::timeout(limit, ended).await.is_ok()
+    clock::timeout(limit, ended).await.is_ok()
 }
 
-fn empty(directory: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
+fn clean(directories: &[PathBuf]) -> Result<(), Failure> {
+    for directory in directories {
+        remove::empty(directory).map_err(|error| {
+            Failure::passing(format!("cannot empty {}: {error}", directory.display()))
+        })?;
     }
     Ok(())
 }
@@ -323,6 +325,7 @@ fn describe(cause: ExitCause) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
     use tokio::io::{AsyncBufReadExt, BufReader};
 
     /// A process in a group of its own that runs `script`, which has printed `runs`.

@@ -12,6 +12,7 @@ use vmbus::stream::{FrameReader, StreamError, send};
 use super::outbox::Outbox;
 use super::{Order, Role};
 use crate::bus::ACCEPT_PAUSE;
+use crate::clock;
 use crate::log::uptime_ms;
 
 /// The [`Outbox`], shared by the task that watches the role and the one that sends.
@@ -59,7 +60,7 @@ impl SharedOutbox {
                 self.sent.notified().await;
             }
         };
-        let _ = tokio::time::timeout(limit, sent).await;
+        let _ = clock::timeout(limit, sent).await;
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Outbox) -> T) -> T {

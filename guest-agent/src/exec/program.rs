@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecOutput, ExecRequest};
 
+use crate::clock;
 use crate::environment::Variables;
 use crate::os::cgroup::Group;
 use crate::os::child;
@@ -61,7 +62,7 @@ impl Program {
             .kill_on_drop(true);
         let host_side = |error: io::Error| refuse(error.to_string(), 125);
         child::join(&mut command, group).map_err(host_side)?;
-        child::drop_agent_privileges(&mut command, None);
+        child::drop_agent_privileges(&mut command);
         let terminal = match request.terminal {
             Some(size) => Some(give_terminal(&mut command, size).map_err(host_side)?),
             None => {
@@ -199,7 +200,7 @@ async fn pump(
             read = stream.read(&mut buffer) => read,
             () = async {
                 let _ = ended.wait_for(|ended| *ended).await;
-                tokio::time::sleep(SILENCE).await;
+                clock::deadline(SILENCE).passed().await;
             } => return,
         };
         match read {

@@ -12,7 +12,7 @@ use vmbus::channel::Channel;
 use vmbus::message::{LogRecord, LogSource, ToHost};
 use vmbus::stream::send;
 
-use crate::bus;
+use crate::{bus, clock};
 use backlog::Backlog;
 
 /// Bytes of records that may wait for the host.
@@ -85,7 +85,7 @@ impl Logger {
                 self.0.done.notified().await;
             }
         };
-        let _ = tokio::time::timeout(limit, sent).await;
+        let _ = clock::timeout(limit, sent).await;
     }
 }
 

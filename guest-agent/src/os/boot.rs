@@ -43,7 +43,8 @@ fn io_failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> BootError {
 pub fn mount_kernel_file_systems() -> Result<(), BootError> {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
     for (kind, target, flags, data) in [
-        ("proc", "/proc", safe, None),
+        // A user sees its own processes only.
+        ("proc", "/proc", safe, Some("hidepid=2")),
         ("sysfs", "/sys", safe, None),
         ("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")),
         (

@@ -6,11 +6,12 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use vmbus::text::chain;
 
+use crate::clock;
 use crate::failure::Failure;
 
 /// `EXT4_IOC_RESIZE_FS` (Linux `fs/ext4/ext4.h`), and its unit: blocks of the file system,
@@ -40,20 +41,22 @@ pub enum DiskError {
 
 /// The device of the disk with this serial number; waits at most `limit` for it to appear.
 pub fn by_serial(serial: &str, limit: Duration) -> Result<PathBuf, DiskError> {
-    let deadline = Instant::now() + limit;
-    loop {
-        for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
-            let found = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
-            let device = Path::new("/dev").join(entry.file_name());
-            if found.trim() == serial && device.exists() {
-                return Ok(device);
-            }
-        }
-        if Instant::now() > deadline {
-            return Err(DiskError::Missing(serial.to_owned()));
-        }
-        std::thread::sleep(POLL_EVERY);
-    }
+    let mut device = None;
+    clock::eventually(limit, POLL_EVERY, || {
+        device = find(serial);
+        device.is_some()
+    });
+    device.ok_or_else(|| DiskError::Missing(serial.to_owned()))
+}
+
+fn find(serial: &str) -> Option<PathBuf> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let mut devices = entries.filter_map(|entry| {
+        let found = fs::read_to_string(entry.path().join("serial")).ok()?;
+        let device = Path::new("/dev").join(entry.file_name());
+        (found.trim() == serial && device.exists()).then_some(device)
+    });
+    devices.next()
 }
 
 impl DiskError {

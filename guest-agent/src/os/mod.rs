@@ -8,5 +8,7 @@ pub mod limits;
 pub mod loopback;
 pub mod power;
 pub mod quota;
+pub mod remove;
+pub mod system_calls;
 pub mod terminal;
 pub mod user;

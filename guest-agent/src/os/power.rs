@@ -1,6 +1,6 @@
 //! The last steps of PID 1: end all processes, write all data, power off or reboot.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -10,6 +10,7 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, sync};
 use vmbus::message::PowerAction;
 
+use crate::clock::eventually;
 use crate::environment::ROLE_ROOT;
 use crate::setup::RESOURCE;
 
@@ -30,9 +31,9 @@ pub fn leave(then: PowerAction) {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     let none_left = || waitid(Id::All, look) == Err(Errno::ECHILD);
     let _ = kill(everyone, Signal::SIGTERM);
-    if !eventually(LAST_PROCESSES, none_left) {
+    if !eventually(LAST_PROCESSES, POLL_EVERY, none_left) {
         let _ = kill(everyone, Signal::SIGKILL);
-        if !eventually(KILLED, none_left) {
+        if !eventually(KILLED, POLL_EVERY, none_left) {
             eprintln!("app-agent: killed processes are still there");
         }
     }
@@ -64,15 +65,4 @@ fn read_only(target: &str) {
     if let Err(error) = mount(None::<&str>, target, None::<&str>, flags, None::<&str>) {
         eprintln!("app-agent: make {target} read-only: {error}");
     }
-}
-
-fn eventually(limit: Duration, condition: impl Fn() -> bool) -> bool {
-    let deadline = Instant::now() + limit;
-    while !condition() {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(POLL_EVERY);
-    }
-    true
 }

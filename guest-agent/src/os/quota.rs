@@ -15,8 +15,12 @@ const SET_ATTRIBUTES: libc::c_ulong = 0x401c_5820;
 const INHERIT: u32 = 0x200;
 /// `QCMD(Q_SETQUOTA, PRJQUOTA)` (Linux `include/uapi/linux/quota.h`).
 const SET_PROJECT_QUOTA: libc::c_int = (0x80_0008 << 8) | 2;
-/// `QIF_BLIMITS`: the block limits are valid.
-const BLOCK_LIMITS: u32 = 1;
+/// `QIF_BLIMITS` and `QIF_ILIMITS`: the limits of blocks and of inodes are valid.
+const LIMITS: u32 = 1 | 4;
+/// Inodes of the resource disk for each MiB: one for 16 KiB.
+const INODES_PER_MIB: u64 = 64;
+/// Least limit of inodes, for small directories of small files.
+const LEAST_INODES: u64 = 8192;
 
 /// `struct fsxattr`.
 #[repr(C)]
@@ -50,7 +54,17 @@ pub fn set_project(directory: &Path, project: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Limits `project` on the file system of `device` to `mib` MiB.
+/// Inodes of a directory of `mib` MiB: its share of the disk.
+const fn inodes(mib: u64) -> u64 {
+    let share = mib.saturating_mul(INODES_PER_MIB);
+    if share > LEAST_INODES {
+        share
+    } else {
+        LEAST_INODES
+    }
+}
+
+/// Limits `project` on the file system of `device` to `mib` MiB and their share of inodes.
 pub fn limit(device: &Path, project: u32, mib: u64) -> io::Result<()> {
     let device = CString::new(device.as_os_str().as_bytes())?;
     // SAFETY: `dqblk` is plain data for which all zeros is a value.
@@ -58,7 +72,9 @@ pub fn limit(device: &Path, project: u32, mib: u64) -> io::Result<()> {
     // In units of 1 KiB.
     quota.dqb_bhardlimit = mib.saturating_mul(1024);
     quota.dqb_bsoftlimit = quota.dqb_bhardlimit;
-    quota.dqb_valid = BLOCK_LIMITS;
+    quota.dqb_ihardlimit = inodes(mib);
+    quota.dqb_isoftlimit = quota.dqb_ihardlimit;
+    quota.dqb_valid = LIMITS;
     // SAFETY: the path ends with a NUL and the kernel reads one `dqblk`; both
     // live through the call.
     let result = unsafe {
@@ -73,4 +89,16 @@ pub fn limit(device: &Path, project: u32, mib: u64) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inodes_are_shared_like_the_space_of_the_disk() {
+        assert_eq!(inodes(1), LEAST_INODES);
+        assert_eq!(inodes(13_336), 13_336 * 64);
+        assert_eq!(inodes(u64::MAX), u64::MAX);
+    }
 }

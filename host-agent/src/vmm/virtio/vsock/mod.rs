@@ -139,7 +139,7 @@ impl Drop for Vsock {
 impl Handle {
     /// Connects `stream` to `port` of the guest.
     pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
-        self.dial_with(id, port, Vec::new(), stream)
+        self.dial_with(id, port, Vec::new(), stream);
     }
 
     /// Connects `stream` to `port` of the guest, which gets the bytes `first` before those of
