@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Instant;
 
-use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
+use vmbus::channel::{Channel, EXEC_PORT, HOST_CID, PRIVILEGED_PORTS};
 
 use super::connection::{Connection, Phase, Ports};
 use super::packet::{Header, Operation, TYPE_STREAM};
@@ -16,6 +16,10 @@ pub const MAX_CONNECTIONS: usize = 1023;
 /// Connections that dials must leave free for the guest's channels, so that any
 /// number of endpoint clients leaves its agents able to reconnect.
 pub const CHANNEL_RESERVE: usize = 2 * Channel::ALL.len();
+
+/// Connections that clients of endpoints must leave free for `exec`, so that an operator
+/// reaches a guest whose endpoints are full.
+pub const EXEC_RESERVE: usize = 32;
 
 /// Most replies that wait for receive buffers of the guest. Further replies are
 /// dropped: the connects of a guest that never receives time out.
@@ -103,9 +107,14 @@ impl<T> ConnectionTable<T> {
         self.entries.len() >= MAX_CONNECTIONS
     }
 
-    /// Whether one more dial leaves [`CHANNEL_RESERVE`] free.
-    pub fn can_dial(&self) -> bool {
-        self.entries.len() < MAX_CONNECTIONS - CHANNEL_RESERVE
+    /// Whether one more dial to `port` of the guest leaves the connections free that are
+    /// reserved for others.
+    pub fn can_dial(&self, port: u32) -> bool {
+        let reserve = match port {
+            EXEC_PORT => CHANNEL_RESERVE,
+            _ => CHANNEL_RESERVE + EXEC_RESERVE,
+        };
+        self.entries.len() < MAX_CONNECTIONS - reserve
     }
 
     /// Decides about a packet of the guest (virtio 1.2, 5.10.6).

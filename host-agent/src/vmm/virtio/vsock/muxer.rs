@@ -94,7 +94,7 @@ impl Muxer {
         let admitted = match origin {
             // Clients must not make a probe fail, so it may use the reserve.
             Origin::Probe(_) => !self.table.is_full(),
-            _ => self.table.can_dial(),
+            _ => self.table.can_dial(port),
         };
         if !admitted {
             self.answer(origin, DialOutcome::Unavailable);

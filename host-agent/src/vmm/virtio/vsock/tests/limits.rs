@@ -7,6 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
+use vmbus::channel::EXEC_PORT;
+
 use super::driver::*;
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
@@ -14,7 +16,9 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::open_files_and_threads;
 use crate::vmm::virtio::vsock::RESET_STEPS;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
-use crate::vmm::virtio::vsock::connection_table::{CHANNEL_RESERVE, MAX_CONNECTIONS, MAX_REPLIES};
+use crate::vmm::virtio::vsock::connection_table::{
+    CHANNEL_RESERVE, EXEC_RESERVE, MAX_CONNECTIONS, MAX_REPLIES,
+};
 use crate::vmm::virtio::vsock::packet::Operation;
 
 /// No receive buffers.
@@ -105,21 +109,25 @@ fn connection_1024_is_refused_until_another_one_ends() {
 }
 
 #[test]
-fn clients_leave_connections_for_channels_and_probes() {
+fn clients_leave_connections_for_exec_channels_and_probes() {
     crate::descriptors::raise_limit();
     let mut guest = Guest::new();
     let mut clients = Vec::new();
-    for id in 1..=(MAX_CONNECTIONS - CHANNEL_RESERVE) as u64 {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        clients.push(ours);
-        guest.device.handle().dial(id, 80, theirs.into());
-        let (request, _) = guest.receive();
-        guest.control(Operation::Response, request.src_port, 80);
-        assert_eq!(guest.dialed(), (id, DialOutcome::Connected));
+    let of_clients = MAX_CONNECTIONS - CHANNEL_RESERVE - EXEC_RESERVE;
+    // Idle clients of one endpoint, then commands of an operator.
+    for (port, count) in [(80, of_clients), (EXEC_PORT, EXEC_RESERVE)] {
+        for id in 1..=count as u64 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            clients.push(ours);
+            guest.device.handle().dial(id, port, theirs.into());
+            let (request, _) = guest.receive();
+            guest.control(Operation::Response, request.src_port, port);
+            assert_eq!(guest.dialed(), (id, DialOutcome::Connected));
+        }
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        guest.device.handle().dial(5000, port, theirs.into());
+        assert_eq!(guest.dialed(), (5000, DialOutcome::Unavailable));
     }
-    let (_ours, theirs) = UnixStream::pair().unwrap();
-    guest.device.handle().dial(5000, 80, theirs.into());
-    assert_eq!(guest.dialed(), (5000, DialOutcome::Unavailable));
     guest.device.handle().probe(5001, 81);
     let (request, _) = guest.receive();
     guest.send(&request.reset(), &[]);
