@@ -1,8 +1,6 @@
 //! Each thread class in a child process that makes one system call.
 #![allow(unsafe_code)]
 
-use std::io::{self, Read as _, Write as _};
-
 use libc::c_long;
 use nix::sys::signal::Signal;
 
@@ -232,40 +230,6 @@ fn calls_of_one_class_are_killed_in_the_others() {
             let result = call(class, number, arguments);
             assert_eq!(result, expected, "{class:?}: {number} of {owner:?}");
         }
-    }
-}
-
-/// Uses memory that the allocator maps. Not that of its heap: a test's thread has
-/// one of its own, unlike the threads of a VMM process (`threads::require_filters`).
-fn allocate() {
-    let mut bytes = vec![1_u8; 4 << 20];
-    bytes.resize(16 << 20, 2);
-    bytes.truncate(1 << 20);
-    bytes.shrink_to_fit();
-    std::hint::black_box(bytes);
-}
-
-#[test]
-fn a_panic_is_reported_under_each_filter() {
-    for class in ThreadClass::ALL {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let status = status_of(|| {
-            nix::unistd::dup2_stderr(&writer).unwrap();
-            // As `process::report_panics`.
-            let usual = std::panic::take_hook();
-            std::panic::set_hook(Box::new(move |panic| {
-                usual(panic);
-                let _ = writeln!(io::stderr(), "under its filter: {panic}");
-                std::process::exit(13);
-            }));
-            Filter::of(class).unwrap().install().unwrap();
-            allocate();
-            panic!("a bug");
-        });
-        assert_eq!(status, Ok(13), "{class:?}");
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert!(text.contains("a bug"), "{class:?}: {text}");
     }
 }
 
