@@ -274,7 +274,7 @@ impl BlockRun {
                 self.driver.kick(0);
             }
             6 => {
-                self.driver.jump(0, input.byte()?.into());
+                self.driver.jump(0, input.word()?);
                 self.driver.kick(0);
             }
             _ => self.restart(),
@@ -377,7 +377,12 @@ impl VsockRun {
                 let handle = self.device.handle();
                 handle.dial(self.dials, u32::from(slot), theirs.into());
             }
-            _ => self.restart(),
+            _ if slot < 0x80 => self.restart(),
+            _ => {
+                let queue = usize::from(slot % 2);
+                self.driver.jump(queue, 4 * u16::from(slot));
+                self.driver.kick(queue);
+            }
         }
         while let Ok(event) = self.events.try_recv() {
             if let VsockEvent::Opened { fd, .. } = event {
