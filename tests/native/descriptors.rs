@@ -15,7 +15,7 @@ const WITH_A_COPY: &str = r#"exec "$@" 9>&1 >/dev/null"#;
 fn helper_processes_close_what_they_inherited() -> Result<()> {
     let sandbox = Sandbox::new()?;
     let nowhere = sandbox.file("nowhere").display().to_string();
-    let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, &nowhere]];
+    let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, "owner", &nowhere]];
     for arguments in processes {
         let (ours, theirs) = host_agent::vmm::wire::pair()?;
         let (reader, writer) = pipe()?;

@@ -28,7 +28,7 @@ fn mask_of(signals: &[Signal]) -> u64 {
 fn guests_and_janitor_ignore_signals_and_end_with_the_command() -> Result<()> {
     let sandbox = Sandbox::new()?;
     let nowhere = sandbox.file("nowhere").display().to_string();
-    let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, &nowhere]];
+    let processes: [&[&str]; 2] = [&["vmm"], &["janitor", &nowhere, "owner", &nowhere]];
     for arguments in processes {
         let (ours, theirs) = host_agent::vmm::wire::pair()?;
         // As from a background job of a script, and worse.
