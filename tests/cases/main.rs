@@ -14,6 +14,7 @@ mod limits;
 mod machine;
 mod output;
 mod probe;
+mod role_limits;
 mod sandbox;
 mod service;
 mod stop;
