@@ -16,6 +16,7 @@ use vmbus::stream::send;
 
 use crate::bootstrapper::client::{self, Bootstrapper, Found};
 use crate::bootstrapper::{BootstrapperEvent, Role};
+use crate::bus::Dialer;
 use crate::exec::{self, Environment};
 use crate::failure::Failure;
 use crate::log::Logger;
@@ -23,7 +24,7 @@ use crate::os::cgroup;
 use crate::planner::{Effect, Next, Planner};
 use crate::report::{self, Report};
 use crate::tunnel::{self, Endpoints};
-use crate::{bus, environment, setup};
+use crate::{environment, setup};
 
 const NAME: &str = "guest-agent";
 /// Time beyond the role's own for the bootstrapper to end.
@@ -304,8 +305,9 @@ impl Agent {
 }
 
 async fn receive_goals(goals: mpsc::Sender<Goal>) {
+    let mut dialer = Dialer::new(Channel::Goal, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Goal, NAME).await;
+        let mut open = dialer.open().await;
         while let Ok(Some(message)) = open.reader.next::<ToGuest>().await {
             if let ToGuest::Goal(goal) = message
                 && goals.send(*goal).await.is_err()
@@ -317,8 +319,9 @@ async fn receive_goals(goals: mpsc::Sender<Goal>) {
 }
 
 async fn report_to_host(mut status: watch::Receiver<Status>) {
+    let mut dialer = Dialer::new(Channel::Status, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Status, NAME).await;
+        let mut open = dialer.open().await;
         loop {
             let current = status.borrow_and_update().clone();
             if send(&mut open.writer, &ToHost::Status(current))

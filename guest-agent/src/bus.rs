@@ -7,6 +7,7 @@ use std::time::Duration;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, getpeername, socket,
 };
+use tokio::time::Instant;
 use tokio_vsock::{OwnedReadHalf, OwnedWriteHalf, VsockListener, VsockStream};
 use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
 use vmbus::stream::{FrameReader, StreamError, send};
@@ -18,6 +19,10 @@ use crate::backoff::Backoff;
 const ANY_CID: u32 = u32::MAX;
 /// Waits between attempts to get something from the host.
 pub const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+
+/// The next dial follows at once after a connection that lasted this long, for example until
+/// the host agent ended.
+const LASTING: Duration = Duration::from_secs(30);
 
 /// Why a channel is not open.
 #[derive(Debug, thiserror::Error)]
@@ -72,16 +77,52 @@ pub async fn dial(channel: Channel, program: &str) -> Result<Open, DialError> {
     }
 }
 
-/// Dials until it works, with growing waits.
-pub async fn dial_until_open(channel: Channel, program: &str) -> Open {
-    let mut backoff = RETRY;
-    loop {
-        match dial(channel, program).await {
-            Ok(open) => return open,
-            Err(error) => eprintln!("{program}: {}", vmbus::text::chain(&error)),
+/// Opens a channel again and again, with growing waits after dials that fail and after
+/// connections that end soon: the host closes a channel on which it cannot go on.
+#[derive(Debug)]
+pub struct Dialer {
+    channel: Channel,
+    program: &'static str,
+    backoff: Backoff,
+    opened: Option<Instant>,
+}
+
+impl Dialer {
+    /// The channel is not open yet.
+    pub const fn new(channel: Channel, program: &'static str) -> Self {
+        Self {
+            channel,
+            program,
+            backoff: RETRY,
+            opened: None,
         }
-        tokio::time::sleep(backoff.failed()).await;
     }
+
+    /// Dials until it works. The connection before has ended.
+    pub async fn open(&mut self) -> Open {
+        if let Some(opened) = self.opened.take() {
+            tokio::time::sleep(wait_after(&mut self.backoff, opened.elapsed())).await;
+        }
+        loop {
+            match dial(self.channel, self.program).await {
+                Ok(open) => {
+                    self.opened = Some(Instant::now());
+                    return open;
+                }
+                Err(error) => eprintln!("{}: {}", self.program, vmbus::text::chain(&error)),
+            }
+            tokio::time::sleep(self.backoff.failed()).await;
+        }
+    }
+}
+
+/// The wait after a connection that `lasted` so long. Pure.
+fn wait_after(backoff: &mut Backoff, lasted: Duration) -> Duration {
+    if lasted < LASTING {
+        return backoff.failed();
+    }
+    backoff.reset();
+    Duration::ZERO
 }
 
 /// Connections that may wait to be accepted: as many as the device carries. With fewer,
@@ -139,4 +180,20 @@ fn connect_privileged(port: u32) -> io::Result<OwnedFd> {
         nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
     )?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_end_soon_are_dialed_less_and_less_often() {
+        let mut backoff = RETRY;
+        let mut wait = |seconds| wait_after(&mut backoff, Duration::from_secs(seconds)).as_secs();
+        let waits: Vec<u64> = (0..7).map(|_| wait(0)).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30]);
+        assert_eq!(wait(29), 30);
+        assert_eq!(wait(30), 0);
+        assert_eq!(wait(0), 1);
+    }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use guest_agent::agent_monitor::{AgentMonitor, TICK};
 use guest_agent::bootstrapper::client::Bootstrapper;
-use guest_agent::bus::Open;
+use guest_agent::bus::{Dialer, Open};
 use guest_agent::log::uptime_ms;
 use guest_agent::os::{boot, disk, loopback, power, user};
 use guest_agent::report::{self, Report};
@@ -127,8 +127,9 @@ fn with<T>(shared: &SharedMonitor, act: impl FnOnce(&mut AgentMonitor) -> T) -> 
 }
 
 async fn control(init_ms: u64) {
+    let mut dialer = Dialer::new(Channel::Control, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Control, NAME).await;
+        let mut open = dialer.open().await;
         if send(&mut open.writer, &ToHost::Booted { init_ms })
             .await
             .is_ok()
@@ -141,8 +142,9 @@ async fn control(init_ms: u64) {
 
 async fn heartbeat(shared: SharedMonitor) {
     let boot_id = bus::boot_id();
+    let mut dialer = Dialer::new(Channel::Heartbeat, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Heartbeat, NAME).await;
+        let mut open = dialer.open().await;
         while let Ok(Some(ToGuest::Ask { sequence })) = open.reader.next().await {
             let beat = with(&shared, |monitor| {
                 monitor.beat(sequence, boot_id.clone(), Instant::now())
@@ -155,8 +157,9 @@ async fn heartbeat(shared: SharedMonitor) {
 }
 
 async fn shutdown_channel(power: mpsc::Sender<(PowerAction, Duration)>) {
+    let mut dialer = Dialer::new(Channel::Shutdown, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Shutdown, NAME).await;
+        let mut open = dialer.open().await;
         while let Ok(Some(message)) = open.reader.next().await {
             if let ToGuest::Shutdown { then, deadline_ms } = message {
                 let _ = send(&mut open.writer, &ToHost::ShutdownBegun {}).await;
@@ -267,9 +270,9 @@ async fn keep_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
 /// Takes the program, with growing waits after attempts that fail; the channel on which it
 /// came.
 async fn take_program() -> Open {
-    let mut backoff = bus::RETRY;
+    let mut dialer = Dialer::new(Channel::Agent, NAME);
     loop {
-        let mut open = bus::dial_until_open(Channel::Agent, NAME).await;
+        let mut open = dialer.open().await;
         let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await else {
             return open;
         };
@@ -277,7 +280,6 @@ async fn take_program() -> Open {
         eprintln!("{NAME}: guest agent not delivered: {error}");
         let error = Some(error);
         let _ = send(&mut open.writer, &ToHost::AgentResult { error }).await;
-        tokio::time::sleep(backoff.failed()).await;
     }
 }
 

@@ -12,7 +12,8 @@ use vmbus::channel::Channel;
 use vmbus::message::{LogRecord, LogSource, ToHost};
 use vmbus::stream::send;
 
-use crate::{bus, clock};
+use crate::bus::Dialer;
+use crate::clock;
 use backlog::Backlog;
 
 /// Bytes of records that may wait for the host.
@@ -126,8 +127,9 @@ pub fn uptime_ms() -> u64 {
 
 async fn ship(queue: Arc<Queue>, program: &'static str) {
     let mut unsent: Option<ToHost> = None;
+    let mut dialer = Dialer::new(Channel::Log, program);
     loop {
-        let mut open = bus::dial_until_open(Channel::Log, program).await;
+        let mut open = dialer.open().await;
         loop {
             let message = match unsent.take() {
                 Some(message) => message,
