@@ -8,6 +8,7 @@
 //! [`vmm::disk::create_diff`].
 
 pub mod api;
+mod blocking;
 pub mod cgroup;
 pub mod channels;
 pub mod child;
@@ -32,4 +33,5 @@ pub mod shell;
 pub mod store;
 pub mod supervisor;
 pub mod token_bucket;
+mod until;
 pub mod vmm;

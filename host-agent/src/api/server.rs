@@ -24,6 +24,7 @@ use super::types::{
     Call, DeploymentInfo, EndpointInfo, InstanceInfo, MAX_CHUNK, PROGRAM, RefusalKind, Request,
     Response, Speaker, VERSION,
 };
+use crate::blocking::blocking;
 use crate::store::log_tail::LogTail;
 use crate::store::paths;
 use crate::supervisor::host::{DeploymentHandle, Host};
@@ -302,7 +303,9 @@ async fn logs(
     mut ended: watch::Receiver<bool>,
     stream: &mut UnixStream,
 ) -> Result<(), StreamError> {
-    let mut log = blocking(move || Ok(LogTail::open(&path))).await?;
+    let mut log = blocking(move || LogTail::open(&path))
+        .await
+        .map_err(io::Error::other)?;
     loop {
         // Checked before the file is read, so that its last lines are sent too.
         let last = !follow || *ended.borrow() || ended.has_changed().is_err();
@@ -322,25 +325,18 @@ async fn logs(
 /// Sends what is in the log.
 async fn send_log(mut log: LogTail, stream: &mut UnixStream) -> Result<LogTail, StreamError> {
     loop {
-        let (back, bytes) = blocking(move || {
-            let bytes = log.read(MAX_CHUNK)?;
-            Ok((log, bytes))
-        })
-        .await?;
+        let read = blocking(move || {
+            let bytes = log.read(MAX_CHUNK);
+            (log, bytes)
+        });
+        let (back, bytes) = read.await.map_err(io::Error::other)?;
         log = back;
+        let bytes = bytes?;
         if bytes.is_empty() {
             return Ok(log);
         }
         send(stream, &Response::LogChunk { bytes }).await?;
     }
-}
-
-/// Runs file I/O on a blocking thread, so that a slow disk delays no guest.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(io::Error::other)?
 }
 
 #[cfg(test)]

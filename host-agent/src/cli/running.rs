@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use vmbus::text::chain;
 
 use super::deploy::{refused, timeline_line};
@@ -23,6 +23,7 @@ use crate::supervisor::host::{DeploymentHandle, Host, HostOptions};
 use crate::supervisor::instance::InstanceHandle;
 use crate::supervisor::plan::instance_names;
 use crate::supervisor::timeline::{Events, Timeline};
+use crate::until::until;
 
 /// The deployment that this command runs.
 #[derive(Debug)]
@@ -360,11 +361,4 @@ async fn due(ticker: Option<&Ticker>) {
 /// The error of a command that a signal ended.
 pub fn interrupted(number: u8) -> CliError {
     CliError::new(Code::Interrupted, "interrupted").exit_with(Exit::Signal(number))
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }

@@ -2,7 +2,6 @@
 //! store, one cgroup and one janitor for all of them.
 
 mod adopt;
-mod blocking;
 mod create;
 mod error;
 #[cfg(test)]
@@ -22,14 +21,13 @@ use super::lifecycle::Limits;
 use super::liveness::heartbeat::HeartbeatRule;
 use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
 use super::timeline::Timeline;
+use crate::blocking::{DropBlocking, blocking};
 use crate::cgroup::{self, HostGroup};
 use crate::progress::Progress;
 use crate::store::content::{ContentStore, SweepOnDrop};
 use crate::store::deployment::{DeploymentDir, random_id, short_id, sweep};
 use crate::store::image::{self, Image};
 use crate::store::janitor::{self, Janitor, Remains};
-pub use blocking::DropBlocking;
-use blocking::blocking;
 pub use create::{HeldContent, NewDeployment, Published};
 pub use error::HostError;
 

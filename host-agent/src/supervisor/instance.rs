@@ -28,21 +28,22 @@ use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health, RoleState};
 
 use super::event::EventKind;
-use super::host::DropBlocking;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
 use super::liveness::{Liveness, LivenessEffect};
 use super::spec::InstanceSpec;
 use super::status::{InstanceStatus, Phase, is_outdated};
 use super::timeline::Timeline;
-use crate::cgroup::HostGroup;
+use crate::blocking::DropBlocking;
+use crate::cgroup::{GuestGroup, HostGroup};
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{Incoming, Rotation};
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket};
+use crate::until::until;
 use crate::vmm::control::Command;
-use boot::{EarlierGroup, GuestBoot, next_vmm_event};
+use boot::{GuestBoot, next_vmm_event};
 pub use handle::{InstanceHandle, Request};
 use headroom::Headroom;
 use prepare::{Preparation, next_prepared};
@@ -110,7 +111,8 @@ struct Instance {
     /// The next boot, until its VMM process can be started.
     preparation: Option<Preparation>,
     boot: Option<GuestBoot>,
-    earlier_group: EarlierGroup,
+    /// The cgroup of an ended boot, which keeps its name until the next one.
+    earlier_group: Option<DropBlocking<GuestGroup>>,
     headroom: Headroom,
     space_claim: SpaceClaim,
     /// The write of the last record.
@@ -256,8 +258,7 @@ impl Instance {
                     generation,
                     &self.parts,
                     record,
-                    self.earlier_group.0.take(),
-                    self.parts.prepare_limit,
+                    self.earlier_group.take().map(DropBlocking::into_inner),
                 ));
             }
             Effect::AskShutdown { then, deadline } => {
@@ -464,13 +465,6 @@ enum Performed {
     Done,
     Then(Input),
     Finished,
-}
-
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }
 
 fn clock(id: ClockId) -> Duration {

@@ -11,7 +11,8 @@ use super::super::instance::PreparedInstance;
 use super::super::instance::record::InstanceRecord;
 use super::super::process::{AttachError, Expected, VmmProcess};
 use super::create::{NewDeployment, Published};
-use super::{DeploymentHandle, Files, Host, HostError, blocking};
+use super::{DeploymentHandle, Files, Host, HostError};
+use crate::blocking::blocking;
 use crate::endpoints::Rotation;
 use crate::store::deployment::{DeploymentDir, Retention, durable};
 
@@ -29,18 +30,15 @@ impl Host {
         let data_dir = self.0.options.data_dir.clone();
         let failed = HostError::directory("list the deployments in", &data_dir);
         let found = blocking(move || durable(&data_dir)).await?;
-        let mut adopting = JoinSet::new();
-        for (number, path) in found.map_err(failed)?.into_iter().enumerate() {
+        let adopting = found.map_err(failed)?.into_iter().map(|path| {
             let this = self.clone();
-            adopting.spawn(async move {
+            async move {
                 let result = this.adopt_deployment(&path).await;
-                (number, path, result)
-            });
-        }
-        let mut results = adopting.join_all().await;
-        results.sort_by_key(|(number, ..)| *number);
+                (path, result)
+            }
+        });
         let mut adopted = Vec::new();
-        for (_, path, result) in results {
+        for (path, result) in at_once(adopting).await {
             match result {
                 Ok(handle) => adopted.extend(handle),
                 Err(error) => {
@@ -82,20 +80,16 @@ impl Host {
             specs: Vec::new(),
         };
         let count = recorded.len();
-        // At once: each may wait seconds for a VMM process.
-        let mut adopting = JoinSet::new();
-        for (number, (path, record)) in recorded.into_iter().enumerate() {
+        let adopting = recorded.into_iter().map(|(path, record)| {
             let role = record.as_ref().map_or("", |record| record.spec.role());
             let (this, rotation) = (self.clone(), published.rotation(role));
-            adopting.spawn(async move {
+            async move {
                 let result = this.adopt_instance(&path, record, rotation).await;
-                (number, path, result)
-            });
-        }
-        let mut results = adopting.join_all().await;
-        results.sort_by_key(|(number, ..)| *number);
+                (path, result)
+            }
+        });
         let mut prepared = Vec::new();
-        for (_, path, result) in results {
+        for (path, result) in at_once(adopting).await {
             match result {
                 Ok((record, instance)) => {
                     new.service.clone_from(&record.spec.service);
@@ -160,4 +154,20 @@ impl Host {
         let timeline = self.0.timeline.of(deployment);
         timeline.report(instance, EventKind::Warning { text });
     }
+}
+
+/// Does all of `work` at the same time, since each part may wait seconds for a VMM process.
+/// The results are in the order of the parts.
+async fn at_once<T, F>(work: impl IntoIterator<Item = F>) -> Vec<T>
+where
+    T: Send + 'static,
+    F: Future<Output = T> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    for (number, part) in work.into_iter().enumerate() {
+        tasks.spawn(async move { (number, part.await) });
+    }
+    let mut results = tasks.join_all().await;
+    results.sort_by_key(|(number, _)| *number);
+    results.into_iter().map(|(_, result)| result).collect()
 }

@@ -12,9 +12,8 @@ use super::super::instance::record::InstanceRecord;
 use super::super::instance::{InstanceParts, PreparedInstance};
 use super::super::lifecycle::RestartHistory;
 use super::super::spec::{InstanceSpec, PublicEndpoint};
-use super::{
-    Deployment, DeploymentHandle, DropBlocking, Files, Host, HostError, announce, blocking, lock,
-};
+use super::{Deployment, DeploymentHandle, Files, Host, HostError, announce, lock};
+use crate::blocking::{DropBlocking, blocking};
 use crate::digest::Digest;
 use crate::endpoints::{Rotation, listen, serve};
 use crate::progress::Progress;

@@ -80,7 +80,7 @@ pub enum HostError {
     },
     /// A panic in a blocking step.
     #[error("internal error")]
-    Blocking(#[source] JoinError),
+    Blocking(#[from] JoinError),
 }
 
 impl HostError {

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use vmbus::text::chain;
 
@@ -22,6 +21,7 @@ use super::prepare::{Prepared, StartedBoot};
 use super::requests::PendingExec;
 use super::space_claim::SpaceClaim;
 use super::{DRAIN_LIMIT, Instance, MAX_CONNECTIONS};
+use crate::blocking::DropBlocking;
 use crate::cgroup::GuestGroup;
 use crate::channels::{ChannelEvent, GuestChannels, ShutdownRequest};
 use crate::token_bucket::LogLimit;
@@ -32,7 +32,7 @@ use crate::vmm::control::{self, Event, ExitReason};
 pub(super) struct GuestBoot {
     pub(super) process: VmmProcess,
     /// Taken when the process has ended.
-    group: Option<GuestGroup>,
+    group: Option<DropBlocking<GuestGroup>>,
     /// Taken when the process has ended.
     connections: Option<Connections>,
     pub(super) shutdown: watch::Sender<Option<ShutdownRequest>>,
@@ -94,7 +94,7 @@ impl Instance {
         &mut self,
         generation: u64,
         process: VmmProcess,
-        group: Option<GuestGroup>,
+        group: Option<DropBlocking<GuestGroup>>,
         exit: Option<ExitReason>,
     ) {
         self.space_claim = SpaceClaim::default();
@@ -188,13 +188,13 @@ impl Instance {
         let group = boot.group.take();
         let look = move || {
             (
-                group.as_ref().and_then(GuestGroup::killed_for_memory),
+                group.as_ref().and_then(|group| group.killed_for_memory()),
                 group,
             )
         };
         let looked = tokio::task::spawn_blocking(look).await;
         let (why, group) = looked.unwrap_or_default();
-        self.earlier_group.0 = group;
+        self.earlier_group = group;
         let killed = boot.process.was_killed();
         let reason = boot
             .exit
@@ -282,25 +282,6 @@ impl Instance {
                 }
             }
         }
-    }
-}
-
-/// The cgroup of an ended boot, which keeps its name until the next one. Its removal is
-/// file I/O: on a blocking thread.
-#[derive(Debug, Default)]
-pub(super) struct EarlierGroup(pub(super) Option<GuestGroup>);
-
-impl Drop for EarlierGroup {
-    fn drop(&mut self) {
-        if let (Some(group), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
-            runtime.spawn_blocking(move || drop(group));
-        }
-    }
-}
-
-impl Drop for GuestBoot {
-    fn drop(&mut self) {
-        drop(EarlierGroup(self.group.take()));
     }
 }
 

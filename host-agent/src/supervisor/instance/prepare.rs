@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -11,17 +10,19 @@ use vmbus::text::chain;
 
 use super::InstanceParts;
 use super::record::PendingRecord;
+use crate::blocking::DropBlocking;
 use crate::cgroup::{self, GroupError, GuestGroup};
 use crate::store::deployment::short_id;
 use crate::supervisor::guest;
 use crate::supervisor::process::{Launch, VmmProcess};
+use crate::until::until;
 
 /// A VMM process that has started.
 #[derive(Debug)]
 pub(super) struct StartedBoot {
     process: Unclaimed,
     /// The cgroup of the process: none where limits are not enforced.
-    pub(super) group: Option<GuestGroup>,
+    pub(super) group: Option<DropBlocking<GuestGroup>>,
     /// Why limits are not enforced, if they should be.
     pub(super) not_limited: Option<GroupError>,
 }
@@ -65,7 +66,6 @@ impl Preparation {
         parts: &InstanceParts,
         record: Option<PendingRecord>,
         earlier: Option<GuestGroup>,
-        warn_after: Duration,
     ) -> Self {
         let (dir, spec, image) = (parts.dir.clone(), parts.spec.clone(), parts.image.clone());
         let (group, dial_limit, durable) = (parts.group.clone(), parts.dial_limit, parts.durable);
@@ -111,7 +111,7 @@ impl Preparation {
             let process = process.map_err(|error| chain(&error))?;
             Ok(Box::new(StartedBoot {
                 process: Unclaimed(Some(process)),
-                group,
+                group: group.map(DropBlocking::new),
                 not_limited,
             }))
         });
@@ -119,7 +119,7 @@ impl Preparation {
             generation,
             task,
             cancelled,
-            warn_at: Some(Instant::now() + warn_after),
+            warn_at: Some(Instant::now() + parts.prepare_limit),
         }
     }
 }
@@ -152,7 +152,7 @@ pub(super) async fn next_prepared(preparation: &mut Option<Preparation>) -> Prep
     let result = tokio::select! {
         biased;
         result = &mut running.task => result,
-        () = super::until(warn_at) => {
+        () = until(warn_at) => {
             running.warn_at = None;
             return Prepared::Late(generation);
         }

@@ -12,13 +12,13 @@ use super::super::lifecycle::{Input, Lifecycle, RestartHistory};
 use super::super::liveness::Liveness;
 use super::super::process::VmmProcess;
 use super::super::status::InstanceStatus;
-use super::boot::EarlierGroup;
 use super::handle::InstanceHandle;
 use super::headroom::Headroom;
 use super::record::Records;
 use super::space::HeldReports;
 use super::space_claim::SpaceClaim;
 use super::{CHANNEL_BACKLOG, INCOMING_BACKLOG, Instance, InstanceParts, clock};
+use crate::blocking::DropBlocking;
 use crate::cgroup::GuestGroup;
 use crate::queued_writer::QueuedWriter;
 use crate::token_bucket::{TIMELINE, TokenBucket};
@@ -45,7 +45,7 @@ pub(super) enum Origin {
     Attached {
         process: Box<VmmProcess>,
         attached: Box<Attached>,
-        group: Option<GuestGroup>,
+        group: Option<DropBlocking<GuestGroup>>,
     },
 }
 
@@ -87,7 +87,7 @@ impl PreparedInstance {
     ) -> Self {
         self.history = history;
         self.origin = Origin::Attached {
-            group: GuestGroup::of_process(process.pid()),
+            group: GuestGroup::of_process(process.pid()).map(DropBlocking::new),
             process: Box::new(process),
             attached: Box::new(attached),
         };
@@ -114,7 +114,7 @@ impl PreparedInstance {
             records: parts.durable.then(|| Records::new(parts.dir.clone())),
             preparation: None,
             boot: None,
-            earlier_group: EarlierGroup::default(),
+            earlier_group: None,
             headroom: Headroom::default(),
             space_claim: SpaceClaim::default(),
             recording: None,
@@ -171,7 +171,7 @@ impl Instance {
         &mut self,
         process: VmmProcess,
         attached: Attached,
-        group: Option<GuestGroup>,
+        group: Option<DropBlocking<GuestGroup>>,
     ) -> bool {
         let generation = attached.generation;
         let pid = process.pid();

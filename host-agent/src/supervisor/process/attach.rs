@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::VmmProcess;
 use super::control_socket::ControlSocket;
 use super::handle::{ProcessHandle, ProcessId};
+use crate::blocking::blocking;
 use crate::vmm::control::{Attached, Command, Event, ExitReason, VERSIONS};
 use crate::vmm::wire;
 
@@ -171,6 +172,7 @@ async fn attach_once(
     };
     let of_connect = dir.to_owned();
     let connected = blocking(move || connect_in(&of_connect)).await;
+    let connected = connected.map_err(io::Error::other);
     let socket = match connected.map_err(system("connect to the socket"))? {
         Ok(socket) => socket,
         Err(Errno::ENOENT) => return Err(AttachError::NoSocket(dir.join(SOCKET))),
@@ -237,12 +239,6 @@ async fn attach_once(
     }
     let exit = Some(exit_path(dir));
     Ok((VmmProcess::new(process, control, exit), attached))
-}
-
-/// Runs file I/O on a blocking thread: the file system of the directory may hang.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(io::Error::other)
 }
 
 fn connect_in(dir: &Path) -> nix::Result<OwnedFd> {

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::closer::Closer;
 use crate::event_budget::{EventBudget, PAUSE};
+use crate::until::until;
 use crate::vmm::control::{Command, Event};
 use crate::vmm::wire::{self, Received};
 
@@ -207,13 +208,6 @@ impl Drop for ControlSocket {
         let waiting = std::mem::take(&mut self.waiting);
         self.closer
             .close(waiting.into_iter().flat_map(|(_, files)| files));
-    }
-}
-
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }
 

@@ -3,15 +3,16 @@
 use std::ops::Deref;
 
 use tokio::runtime::Handle;
+use tokio::task::JoinError;
 
-use super::HostError;
-
-/// Runs `work` on a blocking thread.
-pub(super) async fn blocking<T: Send + 'static>(
+/// Runs `work` on a blocking thread: a file system that is slow or hangs delays no task.
+///
+/// # Errors
+/// `work` panicked, or the runtime ends.
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, HostError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(HostError::Blocking)
+) -> Result<T, JoinError> {
+    tokio::task::spawn_blocking(work).await
 }
 
 /// A value whose Drop does file I/O: it is dropped on a blocking thread, even if the
@@ -20,8 +21,14 @@ pub(super) async fn blocking<T: Send + 'static>(
 pub struct DropBlocking<T: Send + 'static>(Option<T>);
 
 impl<T: Send + 'static> DropBlocking<T> {
-    pub(super) const fn new(value: T) -> Self {
+    /// Holds `value`.
+    pub const fn new(value: T) -> Self {
         Self(Some(value))
+    }
+
+    /// The value, whose owner now decides where it is dropped.
+    pub fn into_inner(mut self) -> T {
+        self.0.take().expect("only Drop takes the value")
     }
 }
 
@@ -37,7 +44,7 @@ impl<T: Send + 'static> Drop for DropBlocking<T> {
     fn drop(&mut self) {
         let value = self.0.take();
         // Without a runtime the value is dropped here, where no task can be delayed.
-        if let Ok(runtime) = Handle::try_current() {
+        if let (Some(value), Ok(runtime)) = (value, Handle::try_current()) {
             runtime.spawn_blocking(move || drop(value));
         }
     }
