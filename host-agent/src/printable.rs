@@ -36,19 +36,24 @@ const fn is_format(c: char) -> bool {
         | '\u{e0020}'..='\u{e007f}')
 }
 
+/// `text` with every character replaced that is neither printable nor in `kept`.
+fn filtered(text: &str, kept: &[char]) -> String {
+    text.replace(|c| !is_printable(c) && !kept.contains(&c), REPLACEMENT)
+}
+
 /// `text` with every character replaced that is not printable.
 pub fn printable(text: &str) -> String {
-    text.replace(|c| !is_printable(c), REPLACEMENT)
+    filtered(text, &[])
 }
 
 /// As [`printable`], but keeps tabs.
 pub fn printable_code(text: &str) -> String {
-    text.replace(|c| !is_printable(c) && c != '\t', REPLACEMENT)
+    filtered(text, &['\t'])
 }
 
 /// As [`printable`], but keeps newlines.
 pub fn printable_lines(text: &str) -> String {
-    text.replace(|c| !is_printable(c) && c != '\n', REPLACEMENT)
+    filtered(text, &['\n'])
 }
 
 /// A line of a log: characters that are not printable, but for tabs, become escape
@@ -107,7 +112,7 @@ impl PrintableStream {
 
 fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes).replace("\r\n", "\n");
-    text.replace(|c| !is_printable(c) && c != '\n' && c != '\t', REPLACEMENT)
+    filtered(&text, &['\n', '\t'])
 }
 
 /// Length of `bytes` without an unfinished character or a carriage return at the end.

@@ -20,6 +20,7 @@ use nix::unistd::{Whence, lseek};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::space::available;
 use crate::supervisor::guest;
 
 /// Bytes kept at the end of a diff disk.
@@ -118,10 +119,8 @@ fn allocate(file: &File, at: u64, length: u64) -> io::Result<()> {
     Ok(fallocate(file, flags, signed(at)?, signed(length)?)?)
 }
 
-/// Bytes that an unprivileged user may still use.
 fn free(file: &File) -> io::Result<u64> {
-    let stat = fstatvfs(file)?;
-    Ok(stat.blocks_available() * stat.fragment_size())
+    Ok(available(&fstatvfs(file)?))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::os::linux::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::statvfs::statvfs;
+use nix::sys::statvfs::{Statvfs, statvfs};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -165,9 +165,13 @@ fn mount_of(file: &Path) -> PathBuf {
 }
 
 /// Bytes that an unprivileged user may still use on the file system of `file`.
-fn free_on(file: &Path) -> Option<u64> {
-    let stat = statvfs(file).ok()?;
-    Some(stat.blocks_available() * stat.fragment_size())
+pub(super) fn free_on(file: &Path) -> Option<u64> {
+    statvfs(file).ok().as_ref().map(available)
+}
+
+/// Bytes of a file system that an unprivileged user may still use.
+pub(super) fn available(stat: &Statvfs) -> u64 {
+    stat.blocks_available() * stat.fragment_size()
 }
 
 #[cfg(test)]

@@ -8,11 +8,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::posix_fallocate;
-use nix::sys::statvfs::statvfs;
 use tokio::task::JoinHandle;
 
 use super::super::event::EventKind;
 use super::Instance;
+use super::space::free_on;
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_secs(30);
@@ -104,9 +104,7 @@ fn has_space(dir: &Path, needed: u64, quota: bool) -> bool {
         let file = tempfile::tempfile_in(dir);
         return file.is_ok_and(|file| posix_fallocate(&file, 0, length).is_ok());
     }
-    statvfs(dir).is_ok_and(|stat| {
-        stat.blocks_available() * stat.fragment_size() >= needed.saturating_add(PLENTY)
-    })
+    free_on(dir).is_some_and(|free| free >= needed.saturating_add(PLENTY))
 }
 
 #[cfg(test)]
