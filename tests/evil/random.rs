@@ -1,69 +1,24 @@
 //! Random requests, reproducible by their seed.
 
 use crate::device::{BUFFERS, Device, register};
+use crate::generator::Random;
 use crate::physical::Physical;
 
-/// The generator xorshift64*.
-#[derive(Debug)]
-pub struct Random(u64);
-
-impl Random {
-    pub const fn new(seed: u64) -> Self {
-        Self(seed | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// A number below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
-    }
-
-    fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-
-    /// A number below `bound`, or any number one time in `rarity`.
-    fn mostly_below(&mut self, bound: u64, rarity: u64) -> u16 {
-        if self.one_in(rarity) {
-            self.next() as u16
-        } else {
-            self.below(bound) as u16
-        }
-    }
-
-    /// An address in the window, which ends where RAM ends, or outside of RAM, so
-    /// that no device overwrites this guest's kernel.
-    fn address(&mut self, window: &Physical) -> u64 {
-        match self.below(10) {
-            0 => self.next() | 1 << 62,
-            1 => window.start + window.length + self.below(1 << 20),
-            2 => window.start + window.length - self.below(64),
-            _ => window.start + BUFFERS + self.below(window.length - BUFFERS - (1 << 17)),
-        }
-    }
-
-    fn length(&mut self) -> u32 {
-        match self.below(8) {
-            0 => self.next() as u32,
-            1 => 0,
-            2 => 44,
-            3 => 16,
-            4 => 512,
-            _ => self.below(1 << 16) as u32,
-        }
+/// An address in the window, which ends where RAM ends, or outside of RAM, so
+/// that no device overwrites this guest's kernel.
+fn address(random: &mut Random, window: &Physical) -> u64 {
+    match random.below(10) {
+        0 => random.any() | 1 << 62,
+        1 => window.start + window.length + random.below(1 << 20),
+        2 => window.start + window.length - random.below(64),
+        _ => window.start + BUFFERS + random.below(window.length - BUFFERS - (1 << 17)),
     }
 }
 
 /// Starts the device, sometimes with a misplaced ring, and sends it random requests.
 pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
     if random.one_in(4) {
-        let moved = random.address(window) & !0xfff;
+        let moved = address(random, window) & !0xfff;
         device.start(|at| {
             if at.is_multiple_of(0x1_0000) {
                 moved
@@ -77,7 +32,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
     for _ in 0..random.below(4) {
         // Random words in the buffers sometimes form a valid request.
         let at = device.buffer(random.below(16)) + 8 * random.below(8);
-        let value = random.next() >> (8 * random.below(8));
+        let value = random.any() >> (8 * random.below(8));
         window.write(at, value);
     }
     for queue in 0..device.queues.len() as u32 {
@@ -87,7 +42,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
             let at = if random.one_in(2) {
                 device.buffer(random.below(16))
             } else {
-                random.address(window)
+                address(random, window)
             };
             let flags = random.mostly_below(4, 16);
             let next = random.mostly_below(count, 8);
@@ -96,7 +51,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
         for position in 0..=random.below(count) {
             let head = random.mostly_below(count, 16);
             let index = if random.one_in(16) {
-                random.next() as u16
+                random.any() as u16
             } else {
                 position as u16 + 1
             };
@@ -106,7 +61,7 @@ pub fn round(device: &mut Device<'_>, window: &Physical, random: &mut Random) {
     for _ in 0..random.below(6) {
         // Ring addresses stay, so that no device writes outside of the window.
         let offset = random.below(0x200) & !3;
-        let value = random.next() as u32;
+        let value = random.any() as u32;
         match offset {
             register::QUEUE_DESC..0xb0 => {}
             _ if random.one_in(3) => device.set_narrow(offset, value as u16),

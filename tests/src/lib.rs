@@ -5,6 +5,7 @@ pub mod bare;
 pub mod disks;
 pub mod mount_namespace;
 pub mod peak;
+pub mod random;
 pub mod run;
 pub mod service;
 pub mod terminal;

@@ -5,16 +5,14 @@ use std::panic::catch_unwind;
 use std::path::Path;
 
 use super::*;
+use crate::property::Random;
 
-/// The generator xorshift64*.
-struct Random(u64);
+/// Mutates inputs, reproducible by its seed.
+struct Mutator(Random);
 
-impl Random {
+impl Mutator {
     fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % bound
+        self.0.below(bound as u64) as usize
     }
 
     /// Changes `bytes` as a fuzzer does: other bytes, a cut, a part of another input.
@@ -69,7 +67,7 @@ fn replay(name: &str, target: fn(&[u8]), mutations: usize) {
         run(bytes);
     }
     let seed = std::env::var("HOST_AGENT_TEST_SEED").map_or(4711, |text| text.parse().unwrap());
-    let mut random = Random(seed);
+    let mut random = Mutator(Random(seed));
     for _ in 0..mutations {
         let mut bytes = inputs[random.below(inputs.len())].clone();
         let other = random.below(inputs.len());

@@ -23,6 +23,8 @@ mod peers;
 pub mod process;
 pub mod sandbox;
 mod serial;
+#[cfg(test)]
+mod smaps;
 pub mod spec;
 mod start_code;
 mod teardown;

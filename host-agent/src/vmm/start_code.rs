@@ -47,22 +47,14 @@ fn release_range(start: NonNull<c_void>, length: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::smaps::mappings;
 
     /// KiB of this program's code in the page table.
     fn resident() -> u64 {
-        let code = addr_of!(symbols::etext).addr();
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut in_code = false;
-        for line in smaps.lines() {
-            let word = line.split(' ').next().unwrap_or_default();
-            if let Some((start, end)) = word.split_once('-') {
-                let address = |text| usize::from_str_radix(text, 16).unwrap();
-                in_code = (address(start)..address(end)).contains(&(code - 1));
-            } else if let (true, Some(kib)) = (in_code, line.strip_prefix("Rss:")) {
-                return kib.trim().trim_end_matches(" kB").parse().unwrap();
-            }
-        }
-        panic!("no code in {smaps}");
+        let last = addr_of!(symbols::etext).addr() - 1;
+        let code = mappings().into_iter().find(|it| it.range.contains(&last));
+        let code = code.expect("the code is mapped");
+        code.field("Rss").trim_end_matches(" kB").parse().unwrap()
     }
 
     #[test]

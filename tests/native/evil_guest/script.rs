@@ -1,5 +1,7 @@
 //! Random actions, reproducible by their seed: often near what a driver does.
 
+use e2e::random::Random;
+
 use super::payload::{Action, Width};
 
 /// Bytes of each of the two disks.
@@ -39,66 +41,31 @@ const QUEUE_DESC: u64 = 0x80;
 const QUEUE_DRIVER: u64 = 0x90;
 const QUEUE_DEVICE: u64 = 0xa0;
 
-/// The generator xorshift64*.
-struct Random(u64);
+fn width(random: &mut Random) -> Width {
+    [Width::One, Width::Two, Width::Four, Width::Eight][random.below(4) as usize]
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+/// An address for a device: in the window, around the end of RAM, or anywhere
+/// beyond RAM. The program itself is never overwritten.
+fn address(random: &mut Random) -> u64 {
+    match random.below(12) {
+        0 => random.any() | 1 << 62,
+        1 => RAM + random.below(1 << 20),
+        2 => RAM - random.below(64),
+        3 => WINDOW + random.below(BUFFERS - WINDOW),
+        _ => BUFFERS + random.below(WINDOW_LENGTH / 2),
     }
+}
 
-    fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
-    }
-
-    fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-
-    fn width(&mut self) -> Width {
-        [Width::One, Width::Two, Width::Four, Width::Eight][self.below(4) as usize]
-    }
-
-    /// An address for a device: in the window, around the end of RAM, or anywhere
-    /// beyond RAM. The program itself is never overwritten.
-    fn address(&mut self) -> u64 {
-        match self.below(12) {
-            0 => self.next() | 1 << 62,
-            1 => RAM + self.below(1 << 20),
-            2 => RAM - self.below(64),
-            3 => WINDOW + self.below(BUFFERS - WINDOW),
-            _ => BUFFERS + self.below(WINDOW_LENGTH / 2),
-        }
-    }
-
-    fn length(&mut self) -> u32 {
-        match self.below(8) {
-            0 => self.next() as u32,
-            1 => 0,
-            2 => 44,
-            3 => 16,
-            4 => 512,
-            _ => self.below(1 << 16) as u32,
-        }
-    }
-
-    /// A number below `bound`, or any number now and then.
-    fn near(&mut self, bound: u64) -> u16 {
-        if self.one_in(16) {
-            self.next() as u16
-        } else {
-            self.below(bound) as u16
-        }
-    }
+/// A number below `bound`, or any number now and then.
+fn near(random: &mut Random, bound: u64) -> u16 {
+    random.mostly_below(bound, 16)
 }
 
 /// `count` random actions and those that print [`DONE`].
 pub fn actions(seed: u64, count: usize) -> Vec<Action> {
     let mut script = Script {
-        random: Random(seed.wrapping_mul(2).wrapping_add(1)),
+        random: Random::new(seed.wrapping_mul(2).wrapping_add(1)),
         actions: Vec::new(),
         offered: [[0; 3]; DEVICES.len()],
     };
@@ -138,7 +105,7 @@ impl Script {
             _ => {
                 // A byte anywhere in the rings.
                 let at = WINDOW + self.random.below(BUFFERS - WINDOW);
-                let value = self.random.next();
+                let value = self.random.any();
                 self.store(at, value);
             }
         }
@@ -168,10 +135,10 @@ impl Script {
             // Not the ports of KVM's own devices (up to 0xff).
             _ => 0x100 + random.below(0xff00) as u16,
         };
-        let (width, value) = (random.width(), random.next() as u32);
+        let (width, value) = (width(random), random.any() as u32);
         let action = match random.below(4) {
             0 => Action::In(width, port),
-            1 => Action::OutString(port, random.next() as u8),
+            1 => Action::OutString(port, random.any() as u8),
             _ => Action::Out(width, port, value >> random.below(32)),
         };
         // Not even a part of a string ends the guest.
@@ -196,9 +163,9 @@ impl Script {
             _ => random.below(0x180) & !3,
         };
         let at = REGISTERS + page + offset;
-        let width = random.width();
+        let width = width(random);
         let bits = random.below(64);
-        let value = random.next() >> bits;
+        let value = random.any() >> bits;
         let ring = (QUEUE_DESC - 7..QUEUE_DEVICE + 8).contains(&offset);
         let action = if random.one_in(2) || ring {
             Action::Load(width, at)
@@ -230,7 +197,7 @@ impl Script {
             let places = [(QUEUE_DESC, 0), (QUEUE_DRIVER, AVAIL), (QUEUE_DEVICE, USED)];
             for (register, offset) in places {
                 let at = if self.random.one_in(24) {
-                    self.random.address()
+                    address(&mut self.random)
                 } else {
                     rings + offset
                 };
@@ -279,14 +246,14 @@ impl Script {
         let queue = self.random.below(DEVICES[device as usize].len() as u64) as u32;
         let count = 1 + self.random.below(6);
         for index in 0..count {
-            let part = (self.random.address(), self.random.length());
-            let link = (self.random.near(4), self.random.near(count));
+            let part = (address(&mut self.random), self.random.length());
+            let link = (near(&mut self.random, 4), near(&mut self.random, count));
             self.describe(device, queue, index as u16, part, link);
         }
-        let head = self.random.near(count);
+        let head = near(&mut self.random, count);
         self.offer(device, queue, head);
         if self.random.one_in(8) {
-            let index = self.random.next() as u16;
+            let index = self.random.any() as u16;
             self.store_half(rings(device, queue) + AVAIL + 2, index);
         }
     }

@@ -231,22 +231,24 @@ fn run_with(fault: Fault, patient: bool, check_in: Option<&Path>) -> usize {
     memory.ops()
 }
 
+/// A write of one sector.
+const ONE: Write = Write {
+    first: 0,
+    count: 1,
+    tag: 7,
+};
+
 #[test]
 fn after_a_failed_sync_every_flush_and_write_fails() {
     let memory = fresh();
     let mut disk = open(&memory);
     let mut random = Random(5);
-    let one = Write {
-        first: 0,
-        count: 1,
-        tag: 7,
-    };
-    write(&mut disk, one, &mut random).unwrap();
+    write(&mut disk, ONE, &mut random).unwrap();
     memory.fail(Fault::Once(memory.ops() + 1)); // the count, then the sync
     // Not `is_full` despite ENOSPC: free space does not restore the lost data.
     assert!(disk.flush().is_err_and(|error| !is_full(&error)));
     assert!(disk.flush().is_err(), "the next fdatasync would succeed");
-    assert!(write(&mut disk, one, &mut random).is_err());
+    assert!(write(&mut disk, ONE, &mut random).is_err());
     assert_eq!(read_all(&mut disk)[0], 7);
 }
 
@@ -255,18 +257,13 @@ fn first_writes_that_fail_use_up_no_clusters() {
     let memory = fresh();
     let mut disk = open(&memory);
     let mut random = Random(5);
-    let one = Write {
-        first: 0,
-        count: 1,
-        tag: 7,
-    };
     memory.fail(Fault::From(0));
     for _ in 0..1000 {
-        let error = write(&mut disk, one, &mut random).unwrap_err();
+        let error = write(&mut disk, ONE, &mut random).unwrap_err();
         assert!(is_full(&error), "{error}");
     }
     memory.fail(Fault::None);
-    write(&mut disk, one, &mut random).unwrap();
+    write(&mut disk, ONE, &mut random).unwrap();
     disk.flush().unwrap();
     let metadata = Layout::new(SIZE).unwrap().metadata_bytes();
     assert_eq!(memory.bytes().len() as u64, metadata + CLUSTER);

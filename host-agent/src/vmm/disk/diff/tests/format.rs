@@ -293,8 +293,8 @@ fn an_image_with_unknown_incompatible_features_is_refused() {
     }
 }
 
-#[test]
-fn two_entries_for_one_cluster_are_refused() {
+/// An image whose first cluster has data.
+fn with_one_cluster() -> Vec<u8> {
     let memory = fresh();
     let mut disk = open(&memory);
     let one = Write {
@@ -304,7 +304,12 @@ fn two_entries_for_one_cluster_are_refused() {
     };
     write(&mut disk, one, &mut Random(1)).unwrap();
     disk.flush().unwrap();
-    let mut image = memory.bytes();
+    memory.bytes()
+}
+
+#[test]
+fn two_entries_for_one_cluster_are_refused() {
+    let mut image = with_one_cluster();
     let table = Layout::new(SIZE).unwrap().l2_offset(0) as usize;
     image.copy_within(table..table + 8, table + 8);
     let error = Diff::open(Memory::new(image), Computed { len: BASE_LEN }).unwrap_err();
@@ -319,16 +324,7 @@ fn two_entries_for_one_cluster_are_refused() {
 
 #[test]
 fn a_compressed_cluster_is_refused() {
-    let memory = fresh();
-    let mut disk = open(&memory);
-    let one = Write {
-        first: 0,
-        count: 1,
-        tag: 5,
-    };
-    write(&mut disk, one, &mut Random(1)).unwrap();
-    disk.flush().unwrap();
-    let good = memory.bytes();
+    let good = with_one_cluster();
     let table = Layout::new(SIZE).unwrap().l2_offset(0) as usize;
     // Bit 62 of an entry: the cluster is compressed; bit 0: it reads as zeros
     // (qcow2.txt, "L2 table entry").

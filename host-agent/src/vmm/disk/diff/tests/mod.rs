@@ -14,6 +14,7 @@ use super::super::create::write_metadata;
 use super::super::{Disk, SECTOR};
 use super::Diff;
 use super::layout::{CLUSTER, Layout};
+use crate::property::Random;
 use host::{BASE, Computed, Memory};
 
 /// A sector filled with the tag of its write.
@@ -30,19 +31,6 @@ fn tag(sector: &[u8]) -> u64 {
     let tag = u64::from_le_bytes(sector[..8].try_into().unwrap());
     assert_eq!(sector, tagged(tag), "a sector mixes two writes");
     tag
-}
-
-/// A reproducible random generator (xorshift64*).
-#[derive(Debug, Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
-    }
 }
 
 /// Size of the virtual disk: a little over 1 GiB, so three L2 tables. It ends in the
