@@ -5,9 +5,11 @@
 //! a Unix socket closes every descriptor that is still in its queue.
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 
 /// Closes descriptors of one guest. Clones share one blocking thread, so that a guest
@@ -62,6 +64,52 @@ impl Closer {
 impl fmt::Debug for Closer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Closer")
+    }
+}
+
+/// A Unix socket whose other end another process has. A [`Closer`] closes it, because
+/// unread packets may carry descriptors, which close with the socket.
+#[derive(Debug)]
+pub struct PeerSocket {
+    /// `None` only while the value is dropped.
+    stream: Option<UnixStream>,
+    closer: Closer,
+}
+
+impl PeerSocket {
+    /// Wraps `stream`, which must not block.
+    pub const fn new(stream: UnixStream, closer: Closer) -> Self {
+        Self {
+            stream: Some(stream),
+            closer,
+        }
+    }
+
+    /// Closes the socket, and what the other process sends over it.
+    pub const fn closer(&self) -> &Closer {
+        &self.closer
+    }
+}
+
+impl Deref for PeerSocket {
+    type Target = UnixStream;
+
+    fn deref(&self) -> &UnixStream {
+        self.stream.as_ref().expect("only Drop takes the stream")
+    }
+}
+
+impl DerefMut for PeerSocket {
+    fn deref_mut(&mut self) -> &mut UnixStream {
+        self.stream.as_mut().expect("only Drop takes the stream")
+    }
+}
+
+impl Drop for PeerSocket {
+    fn drop(&mut self) {
+        if let Some(Ok(stream)) = self.stream.take().map(UnixStream::into_std) {
+            self.closer.close([stream.into()]);
+        }
     }
 }
 

@@ -12,24 +12,17 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 
-use crate::closer::Closer;
+use crate::closer::{Closer, PeerSocket};
 use crate::vmm::wire;
 
 /// The stream.
 #[derive(Debug)]
-pub struct GuestStream {
-    /// `None` only while the stream is dropped.
-    stream: Option<UnixStream>,
-    closer: Closer,
-}
+pub struct GuestStream(PeerSocket);
 
 impl GuestStream {
     /// A stream on `socket`, which must not block.
     pub const fn new(socket: UnixStream, closer: Closer) -> Self {
-        Self {
-            stream: Some(socket),
-            closer,
-        }
+        Self(PeerSocket::new(socket, closer))
     }
 
     /// A stream on a socket that a VMM process sent.
@@ -40,7 +33,7 @@ impl GuestStream {
     }
 
     fn writer(&mut self) -> Pin<&mut UnixStream> {
-        Pin::new(self.stream.as_mut().expect("only Drop takes the stream"))
+        Pin::new(&mut self.0)
     }
 }
 
@@ -50,7 +43,7 @@ impl AsyncRead for GuestStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let stream = self.stream.as_ref().expect("only Drop takes the stream");
+        let stream = &self.0;
         loop {
             ready!(stream.poll_read_ready(context))?;
             let free = buffer.initialize_unfilled();
@@ -63,7 +56,7 @@ impl AsyncRead for GuestStream {
                     return Poll::Ready(Ok(()));
                 }
                 Ok((_, files)) => {
-                    self.closer.close(files);
+                    stream.closer().close(files);
                     let text = "descriptors where none belong";
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, text)));
                 }
@@ -89,15 +82,6 @@ impl AsyncWrite for GuestStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.writer().poll_shutdown(context)
-    }
-}
-
-impl Drop for GuestStream {
-    fn drop(&mut self) {
-        // Unread bytes may carry descriptors, which close with the socket.
-        if let Some(Ok(stream)) = self.stream.take().map(UnixStream::into_std) {
-            self.closer.close([stream.into()]);
-        }
     }
 }
 

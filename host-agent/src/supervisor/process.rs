@@ -177,7 +177,7 @@ impl VmmProcess {
 
     /// Closes descriptors that the VMM process has had.
     pub const fn closer(&self) -> &Closer {
-        &self.control.closer
+        self.control.closer()
     }
 
     /// The next event with the descriptor that belongs to it, or the end of the process.

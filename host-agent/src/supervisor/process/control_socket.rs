@@ -17,7 +17,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use crate::closer::Closer;
+use crate::closer::{Closer, PeerSocket};
 use crate::event_budget::{EventBudget, PAUSE};
 use crate::until::until;
 use crate::vmm::control::{Command, Event};
@@ -35,9 +35,8 @@ pub(super) type Incoming = (io::Result<Event>, Option<OwnedFd>);
 /// The socket.
 #[derive(Debug)]
 pub(super) struct ControlSocket {
-    /// tokio only waits for this socket; `wire` reads and writes whole packets. `None` only
-    /// while it is dropped.
-    stream: Option<UnixStream>,
+    /// tokio only waits for this socket; `wire` reads and writes whole packets.
+    stream: PeerSocket,
     waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     /// Commands whose answer has not come. The guest causes none of these events.
     answers_due: u64,
@@ -45,25 +44,24 @@ pub(super) struct ControlSocket {
     /// When the next event is read, after one beyond the budget.
     paused_until: Option<Instant>,
     pub(super) budget: Arc<EventBudget>,
-    pub(super) closer: Closer,
 }
 
 impl ControlSocket {
     /// A socket that does not block.
     pub(super) fn new(stream: UnixStream) -> Self {
         Self {
-            stream: Some(stream),
+            stream: PeerSocket::new(stream, Closer::default()),
             waiting: VecDeque::new(),
             answers_due: 0,
             in_a_row: 0,
             paused_until: None,
             budget: Arc::default(),
-            closer: Closer::default(),
         }
     }
 
-    fn stream(&self) -> &UnixStream {
-        self.stream.as_ref().expect("only Drop takes the stream")
+    /// Closes what the process has had.
+    pub(super) const fn closer(&self) -> &Closer {
+        self.stream.closer()
     }
 
     /// Sends a command, or keeps it until the socket has space.
@@ -94,8 +92,8 @@ impl ControlSocket {
                 break Ok(());
             };
             let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-            let tried = self.stream().try_io(Interest::WRITABLE, || {
-                wire::send_bytes(self.stream().as_fd(), bytes, &borrowed)
+            let tried = self.stream.try_io(Interest::WRITABLE, || {
+                wire::send_bytes(self.stream.as_fd(), bytes, &borrowed)
             });
             match tried {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Ok(()),
@@ -106,7 +104,7 @@ impl ControlSocket {
             sent.extend(packet.into_iter().flat_map(|(_, files)| files));
         };
         // The VMM process has them already: it may have set SO_LINGER on them.
-        self.closer.close(sent);
+        self.closer().close(sent);
         result
     }
 
@@ -120,7 +118,7 @@ impl ControlSocket {
         loop {
             let reads = !self.budget.floods();
             let paused_until = self.paused_until;
-            let stream = self.stream();
+            let stream = &self.stream;
             tokio::select! {
                 biased;
                 () = until(paused_until), if reads && paused_until.is_some() => {
@@ -158,7 +156,7 @@ impl ControlSocket {
         if self.budget.floods() {
             return Ok(None);
         }
-        let received = wire::receive(self.stream().as_fd())?;
+        let received = wire::receive(self.stream.as_fd())?;
         Ok(received.map(|received| self.admit(received)))
     }
 
@@ -178,7 +176,7 @@ impl ControlSocket {
         let incoming = match message {
             Ok(Event::Opened { .. }) => match files.next() {
                 Some(file) if !is_unix_stream(&file) => {
-                    self.closer.close([file]);
+                    self.closer().close([file]);
                     let text = "a connection whose descriptor is no Unix stream socket";
                     (Err(io::Error::new(io::ErrorKind::InvalidData, text)), None)
                 }
@@ -188,7 +186,7 @@ impl ControlSocket {
         };
         let others: Vec<OwnedFd> = files.collect();
         price += others.len();
-        self.closer.close(others);
+        self.closer().close(others);
         let now = Instant::now();
         for _ in 0..price {
             if !self.budget.spend(now) {
@@ -201,12 +199,8 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // Unread packets may carry descriptors, which close with the socket.
-        if let Some(Ok(stream)) = self.stream.take().map(UnixStream::into_std) {
-            self.closer.close([stream.into()]);
-        }
         let waiting = std::mem::take(&mut self.waiting);
-        self.closer
+        self.closer()
             .close(waiting.into_iter().flat_map(|(_, files)| files));
     }
 }
