@@ -17,7 +17,7 @@ use crate::vmm::virtio::interrupt::Interrupt;
 use crate::vmm::virtio::mmio::Transport;
 use crate::vmm::virtio::queue::{Chain, CheckedQueue, EVENT_IDX};
 use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, TestDriver, WRITE};
-use crate::vmm::virtio::vsock::{Vsock, VsockEvent};
+use crate::vmm::virtio::vsock::{TimeLimits, Vsock, VsockEvent};
 use crate::vmm::virtio::{ActivateError, Activation, ActiveQueue, Device, Identity, new_event};
 
 /// `VIRTIO_F_VERSION_1`.
@@ -375,7 +375,7 @@ impl VsockRun {
                 self.keep(ours);
                 self.dials += 1;
                 let handle = self.device.handle();
-                handle.dial(self.dials, u32::from(slot), theirs.into());
+                handle.dial(self.dials, u32::from(slot), vec![], theirs.into());
             }
             _ if slot < 0x80 => self.restart(),
             _ => {
@@ -426,7 +426,7 @@ pub fn vsock_packets(data: &[u8]) {
     let (sender, events) = channel();
     let sink = Box::new(move |event| drop(sender.send(event)));
     let mut run = VsockRun {
-        device: Vsock::new(3, Duration::from_secs(1), sink).unwrap(),
+        device: Vsock::new(3, TimeLimits::with_dial(Duration::from_secs(1)), sink).unwrap(),
         driver: TestDriver::new(&[256; 3]),
         events,
         streams: Vec::new(),

@@ -139,7 +139,7 @@ mod tests {
     use crate::vmm::virtio::Device;
     use crate::vmm::virtio::interrupt::Interrupt;
     use crate::vmm::virtio::rng::Rng;
-    use crate::vmm::virtio::vsock::Vsock;
+    use crate::vmm::virtio::vsock::{TimeLimits, Vsock};
 
     const DEVICES_END: u64 = layout::MMIO_START + 2 * layout::VIRTIO_STRIDE;
 
@@ -150,7 +150,8 @@ mod tests {
     /// A bus with a serial port and two devices.
     fn bus() -> Bus {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
-        let vsock = Vsock::new(3, Duration::from_secs(2), Box::new(|_| {})).unwrap();
+        let limits = TimeLimits::with_dial(Duration::from_secs(2));
+        let vsock = Vsock::new(3, limits, Box::new(|_| {})).unwrap();
         let devices: [Box<dyn Device>; 2] = [Box::new(Rng::new().unwrap()), Box::new(vsock)];
         let virtio = devices.map(|device| {
             let interrupt = Interrupt::new(event(), device.name(), event());

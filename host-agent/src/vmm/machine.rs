@@ -24,7 +24,7 @@ use super::virtio::blk::{Block, DiskCounters, EnospcHold};
 use super::virtio::interrupt::Interrupt;
 use super::virtio::mmio::{NOTIFY, Transport};
 use super::virtio::rng::Rng;
-use super::virtio::vsock::{self, Vsock};
+use super::virtio::vsock::{self, TimeLimits, Vsock};
 use super::vm::{Vm, VmError};
 use super::{acpi, guest_events, layout};
 
@@ -149,10 +149,9 @@ impl Machine {
             });
             devices.push(Box::new(block));
         }
-        let dial_limit = Duration::from_millis(u64::from(spec.dial_limit_ms));
+        let limits = TimeLimits::with_dial(Duration::from_millis(spec.dial_limit_ms.into()));
         let sink = guest_events::vsock_sink(outbox.clone());
-        let vsock =
-            Vsock::new(u64::from(GUEST_CID), dial_limit, sink).map_err(host("vsock thread"))?;
+        let vsock = Vsock::new(u64::from(GUEST_CID), limits, sink).map_err(host("vsock thread"))?;
         let vsock_handle = vsock.handle();
         devices.push(Box::new(vsock));
         devices.push(Box::new(Rng::new().map_err(host("entropy thread"))?));

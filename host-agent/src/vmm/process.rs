@@ -311,7 +311,7 @@ impl Guest for MachineGuest {
 
     fn dial(&self, number: u64, port: u32, first: Vec<u8>, socket: OwnedFd) {
         let vsock = self.machine.vsock();
-        vsock.dial_with(number, port, first, socket);
+        vsock.dial(number, port, first, socket);
     }
 
     fn probe(&self, number: u64, port: u32) {

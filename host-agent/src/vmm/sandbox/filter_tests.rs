@@ -122,6 +122,16 @@ const FORBIDDEN: &[(&str, c_long, [u64; 6])] = &[
     ("bind", libc::SYS_bind, [BAD; 6]),
     ("listen", libc::SYS_listen, [BAD; 6]),
     ("setsockopt", libc::SYS_setsockopt, [BAD; 6]),
+    (
+        "setsockopt SO_ATTACH_FILTER",
+        libc::SYS_setsockopt,
+        [BAD, 1, 26, BAD, BAD, 0],
+    ),
+    (
+        "setsockopt TCP_ULP",
+        libc::SYS_setsockopt,
+        [BAD, 6, 31, BAD, BAD, 0],
+    ),
     ("ptrace", libc::SYS_ptrace, [BAD; 6]),
     ("process_vm_readv", libc::SYS_process_vm_readv, [BAD; 6]),
     ("process_vm_writev", libc::SYS_process_vm_writev, [BAD; 6]),
@@ -201,7 +211,7 @@ fn calls_that_no_thread_needs_are_killed_in_each() {
 
 #[test]
 fn calls_of_one_class_are_killed_in_the_others() {
-    let own: [(ThreadClass, c_long, [u64; 6]); 9] = [
+    let own: [(ThreadClass, c_long, [u64; 6]); 10] = [
         (
             ThreadClass::Vcpu,
             libc::SYS_ioctl,
@@ -215,6 +225,11 @@ fn calls_of_one_class_are_killed_in_the_others() {
             [1, BAD, BAD, BAD, 0, 0],
         ),
         (ThreadClass::Vsock, libc::SYS_sendto, [BAD; 6]),
+        (
+            ThreadClass::Vsock,
+            libc::SYS_setsockopt,
+            [BAD, 1, 13, BAD, BAD, 0],
+        ),
         (ThreadClass::Block, libc::SYS_pwritev, [BAD; 6]),
         (ThreadClass::Block, libc::SYS_fdatasync, [BAD; 6]),
         (ThreadClass::Log, libc::SYS_ftruncate, [BAD; 6]),

@@ -7,7 +7,7 @@
 
 use libc::{
     AF_UNIX, F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, FIONBIO, MADV_DONTNEED, MAP_ANONYMOUS, PROT_EXEC,
-    SIGABRT, SIGBUS, SIGSEGV, SO_PEERCRED, SOL_SOCKET,
+    SIGABRT, SIGBUS, SIGSEGV, SO_LINGER, SO_PEERCRED, SOL_SOCKET,
 };
 
 /// `KVM_RUN` (`linux/kvm.h`): `_IO(KVMIO, 0x80)`.
@@ -127,6 +127,7 @@ const VSOCK: &[Allowed] = calls! {
     SYS_recvmsg => "bytes for the guest";
     SYS_sendto => "bytes from the guest that had to wait";
     SYS_shutdown => "half-closed connections";
+    SYS_setsockopt if Is(1, SOL_SOCKET as u64), Is(2, SO_LINGER as u64) => "reset of a client";
 };
 
 const BLOCK: &[Allowed] = calls! {

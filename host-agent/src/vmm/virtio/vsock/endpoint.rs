@@ -188,6 +188,24 @@ impl Endpoint {
         }
     }
 
+    /// Makes the close of a client's TCP socket a reset if the guest's stream did not end, so
+    /// that the client does not take the part that it got for the whole. A Unix socket, that
+    /// of an `exec`, ignores the option: it carries frames, and its reader notices that the
+    /// last one is missing.
+    pub fn reset_if_cut_off(&self) {
+        if let Some(stream) = &self.stream
+            && matches!(self.origin, Origin::Dial(_))
+            && !self.finished_writing
+        {
+            let linger = libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            // Does not fail for an open socket.
+            let _ = sys::setsockopt(stream, sys::sockopt::Linger, &linger);
+        }
+    }
+
     /// Ends the stream from the host: the guest receives no more.
     pub fn finish_reading(&mut self) {
         if !std::mem::replace(&mut self.finished_reading, true) {

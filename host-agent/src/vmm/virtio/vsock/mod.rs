@@ -62,6 +62,26 @@ pub enum VsockEvent {
     },
 }
 
+/// Time limits of the connections of a device.
+#[derive(Debug, Clone, Copy)]
+pub struct TimeLimits {
+    /// For the guest to answer a dial.
+    pub dial: Duration,
+    /// A connection that has ended for the guest is dropped if its socket accepts no byte
+    /// of the backlog for this time.
+    pub drain: Duration,
+}
+
+impl TimeLimits {
+    /// The limits of every device, except that for dials.
+    pub const fn with_dial(dial: Duration) -> Self {
+        Self {
+            dial,
+            drain: Duration::from_secs(30),
+        }
+    }
+}
+
 /// Receives the events, on the worker; must not block.
 pub type EventSink = Box<dyn FnMut(VsockEvent) + Send>;
 
@@ -90,15 +110,14 @@ pub struct Handle {
 }
 
 impl Vsock {
-    /// The device of the guest `cid`. A dial that the guest does not answer
-    /// within `dial_limit` times out.
-    pub fn new(cid: u64, dial_limit: Duration, sink: EventSink) -> io::Result<Self> {
+    /// The device of the guest `cid`.
+    pub fn new(cid: u64, limits: TimeLimits, sink: EventSink) -> io::Result<Self> {
         let wake = Arc::new(new_event()?);
         let (commands, received) = channel();
         let counters = Arc::new(VsockCounters::default());
         let worker = Worker::new(
             cid,
-            dial_limit,
+            limits,
             received,
             Arc::clone(&wake),
             Arc::clone(&counters),
@@ -137,14 +156,9 @@ impl Drop for Vsock {
 }
 
 impl Handle {
-    /// Connects `stream` to `port` of the guest.
-    pub fn dial(&self, id: u64, port: u32, stream: OwnedFd) {
-        self.dial_with(id, port, Vec::new(), stream);
-    }
-
     /// Connects `stream` to `port` of the guest, which gets the bytes `first` before those of
     /// the stream.
-    pub fn dial_with(&self, id: u64, port: u32, first: Vec<u8>, stream: OwnedFd) {
+    pub fn dial(&self, id: u64, port: u32, first: Vec<u8>, stream: OwnedFd) {
         self.send(WorkerCommand::Dial {
             id,
             port,

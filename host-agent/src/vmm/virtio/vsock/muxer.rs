@@ -12,12 +12,12 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Phase, Shutdown, Verdict};
-use super::connection_table::{ConnectionId, ConnectionTable, Output, Route};
+use super::connection_table::{ConnectionId, ConnectionTable, Output, Route, TableEntry};
 use super::endpoint::{Endpoint, Origin};
 use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::rings::Rings;
 use super::socket;
-use super::{EventSink, VsockCounters, VsockEvent};
+use super::{EventSink, TimeLimits, VsockCounters, VsockEvent};
 use crate::token_bucket::{LogLimit, VMM_LOG};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::{Chain, QueueError};
@@ -26,17 +26,13 @@ use crate::vmm::virtio::queue::{Chain, QueueError};
 /// sends a reset. Linux answers only once its reader has read everything.
 pub const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// A draining connection is dropped if its socket accepts no byte for this time.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
-
 /// Most bytes that a connection sends to the guest per turn.
 const TURN: u32 = MAX_PAYLOAD;
 
 /// The connections of one device, with their sockets.
 pub struct Muxer {
     guest_cid: u64,
-    /// Time for the guest to answer a dial.
-    dial_limit: Duration,
+    limits: TimeLimits,
     table: ConnectionTable<Endpoint>,
     poll: Arc<Epoll>,
     sink: EventSink,
@@ -52,13 +48,13 @@ impl Muxer {
         guest_cid: u64,
         reserved: u64,
         poll: Arc<Epoll>,
-        dial_limit: Duration,
+        limits: TimeLimits,
         counters: Arc<VsockCounters>,
         sink: EventSink,
     ) -> Self {
         Self {
             guest_cid,
-            dial_limit,
+            limits,
             table: ConnectionTable::new(guest_cid, reserved),
             poll,
             sink,
@@ -103,7 +99,7 @@ impl Muxer {
         let ports = self.table.dial_ports(port);
         let connection = Connection::dialing(ports, self.guest_cid);
         let id = self.table.insert(connection, endpoint);
-        self.table.set_deadline(id, Some(now + self.dial_limit));
+        self.table.set_deadline(id, Some(now + self.limits.dial));
         self.table.schedule(id);
     }
 
@@ -211,7 +207,7 @@ impl Muxer {
             Ok(count) => {
                 entry.connection.forwarded(count);
                 if count > 0 && entry.connection.phase() == Phase::Draining {
-                    self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+                    self.table.set_deadline(id, Some(now + self.limits.drain));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -262,6 +258,7 @@ impl Muxer {
         let drained = endpoint.backlog() == 0;
         if connection.phase() == Phase::Draining {
             if drained {
+                endpoint.finish_writing();
                 self.drop_connection(id);
             }
             return;
@@ -284,7 +281,7 @@ impl Muxer {
             }
         }
         if connection.phase() == Phase::Closing && endpoint.stream().is_some() {
-            close(endpoint, &self.poll);
+            close(entry, &self.poll);
             self.table.set_deadline(id, Some(now + CLOSE_LIMIT));
         }
         self.schedule_if_due(id);
@@ -315,7 +312,7 @@ impl Muxer {
             let reset = entry.connection.reset_header();
             self.table.reply(reset);
             self.table.detach(id);
-            self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+            self.table.set_deadline(id, Some(now + self.limits.drain));
         }
     }
 
@@ -331,7 +328,7 @@ impl Muxer {
         } else if connection.guest_done().send && entry.endpoint.backlog() > 0 {
             // The guest had finished sending, so the backlog is complete: deliver it.
             self.table.detach(id);
-            self.table.set_deadline(id, Some(now + DRAIN_LIMIT));
+            self.table.set_deadline(id, Some(now + self.limits.drain));
         } else {
             self.drop_connection(id);
         }
@@ -348,7 +345,7 @@ impl Muxer {
 
     fn drop_connection(&mut self, id: ConnectionId) {
         if let Some(mut entry) = self.table.remove(id) {
-            close(&mut entry.endpoint, &self.poll);
+            close(&mut entry, &self.poll);
         }
     }
 
@@ -468,7 +465,7 @@ impl Muxer {
     /// Ends every connection: the device is reset or broken.
     pub fn clear(&mut self) {
         for mut entry in self.table.clear() {
-            close(&mut entry.endpoint, &self.poll);
+            close(&mut entry, &self.poll);
             if entry.connection.phase() == Phase::Dialing {
                 self.answer(entry.endpoint.origin, DialOutcome::Unavailable);
             }
@@ -526,8 +523,12 @@ fn watch(poll: &Epoll, stream: &impl AsFd, id: ConnectionId) -> io::Result<()> {
 
 /// Closes the socket. It is removed from the epoll set explicitly, because another
 /// process may hold a duplicate, which would keep it in the set.
-fn close(endpoint: &mut Endpoint, poll: &Epoll) {
-    if let Some(stream) = endpoint.close() {
+fn close(entry: &mut TableEntry<Endpoint>, poll: &Epoll) {
+    // A client whose dial fails has got nothing that could be cut off.
+    if entry.connection.phase() != Phase::Dialing {
+        entry.endpoint.reset_if_cut_off();
+    }
+    if let Some(stream) = entry.endpoint.close() {
         let _ = poll.ctl(
             ControlOperation::Delete,
             stream.as_raw_fd(),

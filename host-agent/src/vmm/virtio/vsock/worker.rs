@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -16,7 +16,7 @@ use super::connection_table::ConnectionId;
 use super::endpoint::{Endpoint, Origin};
 use super::muxer::Muxer;
 use super::rings::{QUEUES, Rings};
-use super::{EventSink, VsockCounters};
+use super::{EventSink, TimeLimits, VsockCounters};
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::queue::QueueError;
 
@@ -71,7 +71,7 @@ impl Worker {
     /// A worker without queues.
     pub fn new(
         cid: u64,
-        dial_limit: Duration,
+        limits: TimeLimits,
         commands: Receiver<WorkerCommand>,
         wake: Arc<EventFd>,
         counters: Arc<VsockCounters>,
@@ -88,7 +88,7 @@ impl Worker {
                 cid,
                 COMMANDS,
                 Arc::clone(&poll),
-                dial_limit,
+                limits,
                 Arc::clone(&counters),
                 sink,
             ),

@@ -14,15 +14,15 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 pub(crate) use crate::vmm::virtio::test_driver::alone;
 use crate::vmm::virtio::test_driver::{BUFFERS, NEXT, RAM, TestDriver, WRITE};
 use crate::vmm::virtio::vsock::packet::{HEADER_SIZE, Header, Operation, TYPE_STREAM};
-use crate::vmm::virtio::vsock::{EventSink, QUEUE_SIZE, Vsock, VsockEvent};
+use crate::vmm::virtio::vsock::{EventSink, QUEUE_SIZE, TimeLimits, Vsock, VsockEvent};
 
 pub(crate) const RX: usize = 0;
 pub(crate) const TX: usize = 1;
 pub(crate) const CID: u64 = 3;
 /// Host port of a channel.
 pub(crate) const PORT: u32 = 10;
-/// Time for the guest to answer a dial.
-pub(crate) const DIAL_LIMIT: Duration = Duration::from_secs(2);
+/// Limits of a device, with the time for the guest to answer a dial.
+pub(crate) const LIMITS: TimeLimits = TimeLimits::with_dial(Duration::from_secs(2));
 /// Longest time that a test waits.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -71,6 +71,15 @@ pub(crate) fn read_exactly(stream: &mut UnixStream, len: usize) -> Vec<u8> {
     bytes
 }
 
+/// A sink of events, and what it takes.
+fn queue() -> (EventSink, Receiver<VsockEvent>) {
+    let (sender, events) = channel();
+    let sink = Box::new(move |event| {
+        let _ = sender.send(event);
+    });
+    (sink, events)
+}
+
 /// A guest with a driver and its device.
 pub(crate) struct Guest {
     pub(crate) device: Vsock,
@@ -92,11 +101,19 @@ impl Guest {
     }
 
     pub(crate) fn with(buffers: Buffers, features: u64) -> Self {
-        let (sender, events) = channel();
-        let sink = Box::new(move |effect| {
-            let _ = sender.send(effect);
-        });
+        let (sink, events) = queue();
         Self::with_sink(buffers, features, sink, events)
+    }
+
+    /// The same as [`Guest::new`], with other limits.
+    pub(crate) fn with_limits(limits: TimeLimits) -> Self {
+        let (sink, events) = queue();
+        Self::with_device(
+            Vsock::new(CID, limits, sink).unwrap(),
+            Buffers::default(),
+            0,
+            events,
+        )
     }
 
     /// A guest whose device sends its events to `sink`.
@@ -106,8 +123,18 @@ impl Guest {
         sink: EventSink,
         events: Receiver<VsockEvent>,
     ) -> Self {
+        let device = Vsock::new(CID, LIMITS, sink).unwrap();
+        Self::with_device(device, buffers, features, events)
+    }
+
+    fn with_device(
+        device: Vsock,
+        buffers: Buffers,
+        features: u64,
+        events: Receiver<VsockEvent>,
+    ) -> Self {
         let mut guest = Self {
-            device: Vsock::new(CID, DIAL_LIMIT, sink).unwrap(),
+            device,
             events,
             driver: TestDriver::new(&[QUEUE_SIZE; 3]),
             features,

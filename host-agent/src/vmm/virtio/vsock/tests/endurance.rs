@@ -55,7 +55,7 @@ fn cpu_time() -> Duration {
     Duration::from_nanos(times.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// CPU use of the worker (1.0 is a whole core) during [`DIAL_LIMIT`].
+/// CPU use of the worker (1.0 is a whole core) during the limit of a dial.
 fn load(guest: &Guest) -> f64 {
     let (start, before) = (Instant::now(), cpu_time());
     guest.device.handle().probe(7, 80);

@@ -170,7 +170,10 @@ impl Host {
                 ours.set_nonblocking(true).unwrap();
                 self.open.push(ours);
                 self.dials += 1;
-                guest.device.handle().dial(self.dials, 80, theirs.into());
+                guest
+                    .device
+                    .handle()
+                    .dial(self.dials, 80, vec![], theirs.into());
             }
             HostileAction::Write(len) => {
                 if let Some(stream) = self.open.last_mut() {

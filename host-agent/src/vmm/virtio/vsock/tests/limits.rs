@@ -86,7 +86,7 @@ fn connection_1024_is_refused_until_another_one_ends() {
         guest.control(Operation::Request, PORT, 1000);
         guest.expect(Operation::Reset, PORT, 1000);
         let (_ours, theirs) = UnixStream::pair().unwrap();
-        guest.device.handle().dial(1, 80, theirs.into());
+        guest.device.handle().dial(1, 80, vec![], theirs.into());
         assert_eq!(guest.dialed(), (1, DialOutcome::Unavailable));
     };
     refused(&mut guest);
@@ -119,13 +119,15 @@ fn clients_leave_connections_for_exec_channels_and_probes() {
         for id in 1..=count as u64 {
             let (ours, theirs) = UnixStream::pair().unwrap();
             clients.push(ours);
-            guest.device.handle().dial(id, port, theirs.into());
+            let handle = guest.device.handle();
+            handle.dial(id, port, vec![], theirs.into());
             let (request, _) = guest.receive();
             guest.control(Operation::Response, request.src_port, port);
             assert_eq!(guest.dialed(), (id, DialOutcome::Connected));
         }
         let (_ours, theirs) = UnixStream::pair().unwrap();
-        guest.device.handle().dial(5000, port, theirs.into());
+        let handle = guest.device.handle();
+        handle.dial(5000, port, vec![], theirs.into());
         assert_eq!(guest.dialed(), (5000, DialOutcome::Unavailable));
     }
     guest.device.handle().probe(5001, 81);
@@ -373,7 +375,7 @@ fn a_reset_ends_all_connections_and_leaks_nothing() {
         assert_eq!(*idle.get_or_insert(quiet), quiet, "descriptors leak");
         let mut hosts: Vec<UnixStream> = (0..60).map(|n| guest.connect(PORT, n)).collect();
         let dialed = UnixStream::pair().unwrap();
-        guest.device.handle().dial(7, 80, dialed.1.into());
+        guest.device.handle().dial(7, 80, vec![], dialed.1.into());
         guest.device.handle().probe(8, 81);
         guest.receive();
         guest.receive();

@@ -1,5 +1,6 @@
 //! The vsock device and a driver that fills real rings.
 
+mod clients;
 mod credit;
 mod driver;
 mod endurance;

@@ -293,7 +293,7 @@ fn a_dial_connects_a_socket_to_a_port_of_the_guest() {
     let mut guest = Guest::new();
     let (mut host, theirs) = pair();
     host.write_all(b"early").unwrap();
-    guest.device.handle().dial(41, 0x1_0050, theirs);
+    guest.device.handle().dial(41, 0x1_0050, vec![], theirs);
     let (request, _) = guest.receive();
     assert_eq!(request.operation(), Some(Operation::Request));
     assert_eq!(request.dst_port, 0x1_0050);
@@ -312,7 +312,7 @@ fn first_bytes_of_a_dial_precede_those_of_its_socket() {
     let (mut host, theirs) = pair();
     host.write_all(b" later").unwrap();
     let handle = guest.device.handle();
-    handle.dial_with(41, 21, b"request".to_vec(), theirs);
+    handle.dial(41, 21, b"request".to_vec(), theirs);
     let (request, _) = guest.receive();
     guest.control(Operation::Response, request.src_port, request.dst_port);
     let mut seen = Vec::new();
@@ -323,7 +323,7 @@ fn first_bytes_of_a_dial_precede_those_of_its_socket() {
     assert_eq!(guest.dialed(), (41, DialOutcome::Connected));
     // The first bytes need no byte of the socket.
     let (_silent, theirs) = pair();
-    handle.dial_with(42, 21, b"request".to_vec(), theirs);
+    handle.dial(42, 21, b"request".to_vec(), theirs);
     let (request, _) = guest.receive();
     guest.control(Operation::Response, request.src_port, request.dst_port);
     assert_eq!(guest.receive().1, b"request");
@@ -334,12 +334,12 @@ fn every_dial_has_a_result() {
     let mut guest = Guest::new();
     let handle = guest.device.handle();
     // The guest refuses.
-    handle.dial(1, 80, pair().1);
+    handle.dial(1, 80, vec![], pair().1);
     let (request, _) = guest.receive();
     guest.send(&request.reset(), &[]);
     assert_eq!(guest.dialed(), (1, DialOutcome::Refused));
     // The guest sends data before it accepts.
-    handle.dial(2, 80, pair().1);
+    handle.dial(2, 80, vec![], pair().1);
     let (request, _) = guest.receive();
     guest.data(request.src_port, 80, b"x");
     guest.expect(Operation::Reset, request.src_port, 80);
@@ -355,18 +355,18 @@ fn every_dial_has_a_result() {
     handle.probe(4, 80);
     let (request, _) = guest.receive();
     assert_eq!(guest.dialed(), (4, DialOutcome::TimedOut));
-    assert!(started.elapsed() >= DIAL_LIMIT);
-    assert!(started.elapsed() < DIAL_LIMIT * 3);
+    assert!(started.elapsed() >= LIMITS.dial);
+    assert!(started.elapsed() < LIMITS.dial * 3);
     guest.expect(Operation::Reset, request.src_port, 80);
     // The guest answers too late.
     guest.control(Operation::Response, request.src_port, 80);
     guest.expect(Operation::Reset, request.src_port, 80);
     // The guest resets the device during the dial; then no driver is active.
-    handle.dial(5, 80, pair().1);
+    handle.dial(5, 80, vec![], pair().1);
     guest.receive();
     guest.device.reset();
     assert_eq!(guest.dialed(), (5, DialOutcome::Unavailable));
-    handle.dial(6, 80, pair().1);
+    handle.dial(6, 80, vec![], pair().1);
     assert_eq!(guest.dialed(), (6, DialOutcome::Unavailable));
 }
 
