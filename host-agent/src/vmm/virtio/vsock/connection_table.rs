@@ -1,10 +1,12 @@
-//! The vsock connections of a device: routing of packets, order of sending, and
-//! deadlines. Pure: sockets are an opaque `T`.
+//! The vsock connections of a device: admission, routing of packets, order of sending,
+//! and deadlines. Pure: sockets are an opaque `T`.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use vmbus::channel::{Channel, EXEC_PORT, HOST_CID, PRIVILEGED_PORTS};
+use vmbus::channel::{Channel, HOST_CID, PRIVILEGED_PORTS};
 
 use super::connection::{Connection, Phase, Ports};
 use super::packet::{Header, Operation, TYPE_STREAM};
@@ -29,6 +31,26 @@ pub const MAX_REPLIES: usize = 1024;
 /// below `VMADDR_PORT_ANY`.
 const DIAL_PORTS: std::ops::Range<u32> = 0x4000_0000..0x8000_0000;
 
+/// What the host dials the guest for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Purpose {
+    /// To test whether the guest answers.
+    Probe,
+    /// A command of the operator.
+    Exec,
+    /// A client of an endpoint.
+    Client(Destination),
+}
+
+/// An endpoint in the guest, as a dial names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Destination {
+    /// Port of the tunnels.
+    pub port: u32,
+    /// The first frame, which names the endpoint.
+    pub first: Vec<u8>,
+}
+
 /// Identifies a connection. Ids are never reused, so a late event cannot reach a
 /// newer connection with the same ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,6 +63,11 @@ pub struct TableEntry<T> {
     pub connection: Connection,
     /// The caller's data.
     pub endpoint: T,
+    /// When a byte came from the host's socket, or was accepted by it, for the last time; when
+    /// the connection was added, if none was.
+    pub last_active: Instant,
+    /// Of a client's connection.
+    destination: Option<Arc<Destination>>,
     deadline: Option<Instant>,
     queued: bool,
 }
@@ -73,6 +100,9 @@ pub struct ConnectionTable<T> {
     guest_cid: u64,
     entries: HashMap<ConnectionId, TableEntry<T>>,
     by_ports: HashMap<Ports, ConnectionId>,
+    /// How many connections the clients of each endpoint have. Only endpoints with a
+    /// connection are in it.
+    clients: HashMap<Arc<Destination>, usize>,
     last_id: u64,
     next_port: u32,
     ready: VecDeque<ConnectionId>,
@@ -88,6 +118,7 @@ impl<T> ConnectionTable<T> {
             guest_cid,
             entries: HashMap::new(),
             by_ports: HashMap::new(),
+            clients: HashMap::new(),
             last_id: reserved,
             next_port: DIAL_PORTS.start,
             ready: VecDeque::new(),
@@ -107,14 +138,47 @@ impl<T> ConnectionTable<T> {
         self.entries.len() >= MAX_CONNECTIONS
     }
 
-    /// Whether one more dial to `port` of the guest leaves the connections free that are
-    /// reserved for others.
-    pub fn can_dial(&self, port: u32) -> bool {
-        let reserve = match port {
-            EXEC_PORT => CHANNEL_RESERVE,
-            _ => CHANNEL_RESERVE + EXEC_RESERVE,
+    /// Whether one more dial leaves enough connections free for others.
+    ///
+    /// The clients of an endpoint may have as many connections as are free for clients of
+    /// any endpoint: half of the places if no other endpoint has clients. What an endpoint
+    /// may have shrinks as others get clients.
+    pub fn can_dial(&self, purpose: &Purpose) -> bool {
+        match purpose {
+            // Clients must not make a probe fail, so it may use the reserves.
+            Purpose::Probe => !self.is_full(),
+            Purpose::Exec => self.entries.len() < MAX_CONNECTIONS - CHANNEL_RESERVE,
+            Purpose::Client(destination) => {
+                let places = MAX_CONNECTIONS - CHANNEL_RESERVE - EXEC_RESERVE;
+                let held = self.clients.get(destination).copied().unwrap_or_default();
+                held < places.saturating_sub(self.entries.len())
+            }
+        }
+    }
+
+    /// Of the connections to `destination` the one that is idle for the longest time, if
+    /// that is at least `limit`.
+    ///
+    /// Looks at every connection: there are few, and a dial costs system calls in three
+    /// processes anyway.
+    pub fn longest_idle(
+        &self,
+        destination: &Destination,
+        now: Instant,
+        limit: Duration,
+    ) -> Option<ConnectionId> {
+        let (shared, _) = self.clients.get_key_value(destination)?;
+        let is_to = |entry: &TableEntry<T>| {
+            let own = entry.destination.as_ref();
+            own.is_some_and(|own| Arc::ptr_eq(own, shared))
         };
-        self.entries.len() < MAX_CONNECTIONS - reserve
+        // Others have a deadline already.
+        let open = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.connection.phase() == Phase::Open && is_to(entry));
+        let (last_active, id) = open.map(|(id, entry)| (entry.last_active, *id)).min()?;
+        (now.saturating_duration_since(last_active) >= limit).then_some(id)
     }
 
     /// Decides about a packet of the guest (virtio 1.2, 5.10.6).
@@ -161,15 +225,66 @@ impl<T> ConnectionTable<T> {
         Route::Accept
     }
 
-    /// The id of the next connection to be [inserted](Self::insert).
+    /// The id of the next connection to be added.
     pub fn next_id(&self) -> ConnectionId {
         ConnectionId(self.last_id + 1)
+    }
+
+    /// Adds a connection that the guest requested.
+    pub fn accept(&mut self, connection: Connection, endpoint: T, now: Instant) -> ConnectionId {
+        self.insert(connection, endpoint, None, now)
+    }
+
+    /// Adds a connection that the host dials.
+    pub fn dial(
+        &mut self,
+        connection: Connection,
+        endpoint: T,
+        purpose: Purpose,
+        now: Instant,
+    ) -> ConnectionId {
+        let destination = match purpose {
+            Purpose::Client(destination) => Some(self.count(destination)),
+            Purpose::Probe | Purpose::Exec => None,
+        };
+        self.insert(connection, endpoint, destination, now)
+    }
+
+    /// Counts one more client of an endpoint.
+    fn count(&mut self, destination: Destination) -> Arc<Destination> {
+        match self.clients.entry(Arc::new(destination)) {
+            Entry::Occupied(mut known) => {
+                *known.get_mut() += 1;
+                Arc::clone(known.key())
+            }
+            Entry::Vacant(new) => {
+                let shared = Arc::clone(new.key());
+                new.insert(1);
+                shared
+            }
+        }
+    }
+
+    /// Counts one client less.
+    fn discount(&mut self, destination: &Destination) {
+        if let Some(held) = self.clients.get_mut(destination) {
+            *held -= 1;
+            if *held == 0 {
+                self.clients.remove(destination);
+            }
+        }
     }
 
     /// Adds a connection. Its ports must be free and the table not full. Queued
     /// replies for the ports are dropped: the guest would take a reset of the
     /// earlier connection for one of the new connection.
-    pub fn insert(&mut self, connection: Connection, endpoint: T) -> ConnectionId {
+    fn insert(
+        &mut self,
+        connection: Connection,
+        endpoint: T,
+        destination: Option<Arc<Destination>>,
+        now: Instant,
+    ) -> ConnectionId {
         debug_assert!(!self.is_full());
         let id = self.next_id();
         self.last_id = id.0;
@@ -184,6 +299,8 @@ impl<T> ConnectionTable<T> {
             TableEntry {
                 connection,
                 endpoint,
+                last_active: now,
+                destination,
                 deadline: None,
                 queued: false,
             },
@@ -217,6 +334,9 @@ impl<T> ConnectionTable<T> {
     pub fn remove(&mut self, id: ConnectionId) -> Option<TableEntry<T>> {
         let entry = self.entries.remove(&id)?;
         self.free_ports(entry.connection.ports(), id);
+        if let Some(destination) = &entry.destination {
+            self.discount(destination);
+        }
         if let Some(deadline) = entry.deadline {
             self.deadlines.remove(&(deadline, id));
         }
@@ -249,6 +369,7 @@ impl<T> ConnectionTable<T> {
     /// Removes every connection and reply.
     pub fn clear(&mut self) -> Vec<TableEntry<T>> {
         self.by_ports.clear();
+        self.clients.clear();
         self.ready.clear();
         self.replies.clear();
         self.deadlines.clear();

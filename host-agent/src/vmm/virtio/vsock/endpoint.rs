@@ -67,6 +67,11 @@ impl Endpoint {
         }
     }
 
+    /// The bytes for the guest before those of the socket.
+    pub fn first(&self) -> &[u8] {
+        &self.first
+    }
+
     /// Moves bytes that precede those of the socket into `slices`, in order; how many.
     pub fn take_first<'m>(&mut self, slices: impl Iterator<Item = VolatileSlice<'m>>) -> u32 {
         if self.first.is_empty() {

@@ -70,6 +70,9 @@ pub struct TimeLimits {
     /// A connection that has ended for the guest is dropped if its socket accepts no byte
     /// of the backlog for this time.
     pub drain: Duration,
+    /// A client's connection may give its place to a new client of the same endpoint if it
+    /// carried no byte for this time.
+    pub idle: Duration,
 }
 
 impl TimeLimits {
@@ -78,6 +81,7 @@ impl TimeLimits {
         Self {
             dial,
             drain: Duration::from_secs(30),
+            idle: Duration::from_mins(1),
         }
     }
 }

@@ -9,10 +9,13 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 use vm_memory::GuestMemoryMmap;
+use vmbus::channel::EXEC_PORT;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Phase, Shutdown, Verdict};
-use super::connection_table::{ConnectionId, ConnectionTable, Output, Route, TableEntry};
+use super::connection_table::{
+    ConnectionId, ConnectionTable, Destination, Output, Purpose, Route, TableEntry,
+};
 use super::endpoint::{Endpoint, Origin};
 use super::packet::{HEADER_SIZE, Header, MAX_PAYLOAD};
 use super::rings::Rings;
@@ -40,6 +43,8 @@ pub struct Muxer {
     dropped: LogLimit<Instant>,
     refused: LogLimit<Instant>,
     host_errors: LogLimit<Instant>,
+    unavailable: LogLimit<Instant>,
+    idle_ended: LogLimit<Instant>,
 }
 
 impl Muxer {
@@ -62,6 +67,8 @@ impl Muxer {
             dropped: LogLimit::new(VMM_LOG),
             refused: LogLimit::new(VMM_LOG),
             host_errors: LogLimit::new(VMM_LOG),
+            unavailable: LogLimit::new(VMM_LOG),
+            idle_ended: LogLimit::new(VMM_LOG),
         }
     }
 
@@ -86,21 +93,47 @@ impl Muxer {
 
     /// Dials `port` of the guest for `endpoint`.
     pub fn dial(&mut self, endpoint: Endpoint, port: u32, now: Instant) {
-        let origin = endpoint.origin;
-        let admitted = match origin {
-            // Clients must not make a probe fail, so it may use the reserve.
-            Origin::Probe(_) => !self.table.is_full(),
-            _ => self.table.can_dial(port),
+        let purpose = match endpoint.origin {
+            Origin::Probe(_) => Purpose::Probe,
+            _ if port == EXEC_PORT => Purpose::Exec,
+            _ => Purpose::Client(Destination {
+                port,
+                first: endpoint.first().to_vec(),
+            }),
         };
-        if !admitted {
-            self.answer(origin, DialOutcome::Unavailable);
+        if !self.table.can_dial(&purpose) && !self.end_idle(&purpose, now) {
+            if let Some(suppressed) = self.unavailable.allow(now) {
+                warn!(port, suppressed, "vsock: no connection is free for a dial");
+            }
+            self.answer(endpoint.origin, DialOutcome::Unavailable);
             return;
         }
         let ports = self.table.dial_ports(port);
         let connection = Connection::dialing(ports, self.guest_cid);
-        let id = self.table.insert(connection, endpoint);
+        let id = self.table.dial(connection, endpoint, purpose, now);
         self.table.set_deadline(id, Some(now + self.limits.dial));
         self.table.schedule(id);
+    }
+
+    /// Ends the longest idle connection of the endpoint that a new client wants, which takes
+    /// its place. False if there is none.
+    fn end_idle(&mut self, purpose: &Purpose, now: Instant) -> bool {
+        let Purpose::Client(destination) = purpose else {
+            return false;
+        };
+        let limit = self.limits.idle;
+        let Some(id) = self.table.longest_idle(destination, now, limit) else {
+            return false;
+        };
+        if let Some(suppressed) = self.idle_ended.allow(now) {
+            let port = destination.port;
+            warn!(
+                port,
+                suppressed, "vsock: an idle connection ended for a new client"
+            );
+        }
+        self.abort(id);
+        true
     }
 
     /// Reports the result of a dial.
@@ -124,7 +157,7 @@ impl Muxer {
         match self.table.route(&header) {
             Route::Drop(why) => self.count_malformed(why),
             Route::Refuse(why) => self.refuse(&header, why),
-            Route::Accept => self.accept(&header),
+            Route::Accept => self.accept(&header, now),
             Route::Known(id) => {
                 let Some(entry) = self.table.get_mut(id) else {
                     return;
@@ -151,7 +184,7 @@ impl Muxer {
         }
     }
 
-    fn accept(&mut self, header: &Header) {
+    fn accept(&mut self, header: &Header, now: Instant) {
         let id = self.table.next_id();
         let pair = UnixStream::pair().and_then(|(ours, theirs)| {
             watch(&self.poll, &ours, id)?;
@@ -165,9 +198,10 @@ impl Muxer {
                 return;
             }
         };
-        self.table.insert(
+        self.table.accept(
             Connection::accepted(header),
             Endpoint::new(Origin::Guest, Some(ours)),
+            now,
         );
         self.table.schedule(id);
         self.report(VsockEvent::Opened {
@@ -206,6 +240,9 @@ impl Muxer {
         match result {
             Ok(count) => {
                 entry.connection.forwarded(count);
+                if count > 0 {
+                    entry.last_active = now;
+                }
                 if count > 0 && entry.connection.phase() == Phase::Draining {
                     self.table.set_deadline(id, Some(now + self.limits.drain));
                 }
@@ -434,6 +471,7 @@ impl Muxer {
                     }
                 }
                 Ok(mut count) => {
+                    entry.last_active = now;
                     while count > 0 {
                         let len = count.min(rings.next_capacity());
                         let header = entry.connection.data_header(len);

@@ -7,8 +7,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use vmbus::channel::EXEC_PORT;
-
 use super::driver::*;
 use crate::vmm::control::DialOutcome;
 use crate::vmm::virtio::Device;
@@ -16,9 +14,7 @@ use crate::vmm::virtio::queue::EVENT_IDX;
 use crate::vmm::virtio::test_driver::open_files_and_threads;
 use crate::vmm::virtio::vsock::RESET_STEPS;
 use crate::vmm::virtio::vsock::connection::HOST_BUFFER;
-use crate::vmm::virtio::vsock::connection_table::{
-    CHANNEL_RESERVE, EXEC_RESERVE, MAX_CONNECTIONS, MAX_REPLIES,
-};
+use crate::vmm::virtio::vsock::connection_table::{MAX_CONNECTIONS, MAX_REPLIES};
 use crate::vmm::virtio::vsock::packet::Operation;
 
 /// No receive buffers.
@@ -28,7 +24,7 @@ const NONE: Buffers = Buffers {
     split: true,
 };
 
-fn assert_ended(stream: &mut UnixStream) {
+pub(super) fn assert_ended(stream: &mut UnixStream) {
     let mut part = [0; 4096];
     loop {
         match stream.read(&mut part) {
@@ -106,41 +102,6 @@ fn connection_1024_is_refused_until_another_one_ends() {
     hosts[500] = guest.connect(host_port, guest_port);
     refused(&mut guest);
     guest.wait_connections(MAX_CONNECTIONS as u32);
-}
-
-#[test]
-fn clients_leave_connections_for_exec_channels_and_probes() {
-    crate::descriptors::raise_limit();
-    let mut guest = Guest::new();
-    let mut clients = Vec::new();
-    let of_clients = MAX_CONNECTIONS - CHANNEL_RESERVE - EXEC_RESERVE;
-    // Idle clients of one endpoint, then commands of an operator.
-    for (port, count) in [(80, of_clients), (EXEC_PORT, EXEC_RESERVE)] {
-        for id in 1..=count as u64 {
-            let (ours, theirs) = UnixStream::pair().unwrap();
-            clients.push(ours);
-            let handle = guest.device.handle();
-            handle.dial(id, port, vec![], theirs.into());
-            let (request, _) = guest.receive();
-            guest.control(Operation::Response, request.src_port, port);
-            assert_eq!(guest.dialed(), (id, DialOutcome::Connected));
-        }
-        let (_ours, theirs) = UnixStream::pair().unwrap();
-        let handle = guest.device.handle();
-        handle.dial(5000, port, vec![], theirs.into());
-        assert_eq!(guest.dialed(), (5000, DialOutcome::Unavailable));
-    }
-    guest.device.handle().probe(5001, 81);
-    let (request, _) = guest.receive();
-    guest.send(&request.reset(), &[]);
-    assert_eq!(guest.dialed(), (5001, DialOutcome::Refused));
-    // Agents can open each channel twice: again before the old one has ended.
-    for n in 0..CHANNEL_RESERVE as u32 {
-        let mut host = guest.connect(PORT, n);
-        guest.data(PORT, n, b"hello");
-        assert_eq!(read_exactly(&mut host, 5), b"hello");
-        clients.push(host);
-    }
 }
 
 #[test]
