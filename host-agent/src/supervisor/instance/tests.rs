@@ -99,6 +99,11 @@ fn started_as(
 
 /// An instance with a VMM process that sends what the test sends on the socket.
 fn running() -> (Started, OwnedFd) {
+    adopted(Attached::default())
+}
+
+/// The same, of a VMM process that was attached in this state.
+fn adopted(state: Attached) -> (Started, OwnedFd) {
     let (ours, theirs) = wire::pair().unwrap();
     let history = RestartHistory {
         generation: 1,
@@ -107,7 +112,7 @@ fn running() -> (Started, OwnedFd) {
     };
     let attached = Attached {
         generation: 1,
-        ..Attached::default()
+        ..state
     };
     let started = started_as(
         false,
@@ -284,6 +289,17 @@ async fn a_connection_that_stays_open_is_not_waited_for() {
     assert!(drain(&mut guest.events, &mut guest.open, limit, |_, _| true).await);
     assert!(guest.open.try_recv() == Err(mpsc::error::TryRecvError::Empty));
     drop(guest.stream);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_adopted_guest_whose_writes_fail_when_full_is_reported() {
+    let (mut started, _theirs) = adopted(Attached {
+        fails_when_full: true,
+        ..Attached::default()
+    });
+    let warned = |kind: &EventKind| matches!(kind, EventKind::Warning { text } if text.contains("fails instead of pausing"));
+    started.event(warned).await;
+    started.end().await;
 }
 
 #[tokio::test(flavor = "current_thread")]
