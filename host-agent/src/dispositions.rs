@@ -37,7 +37,8 @@ fn set_default(number: Signal) {
     let _ = unsafe { signal(number, SigHandler::SigDfl) };
 }
 
-fn is_ignored(number: Signal) -> bool {
+/// Whether this process ignores the signal.
+pub fn is_ignored(number: Signal) -> bool {
     // SAFETY: zero is a valid value of every field of `sigaction`.
     let mut current: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: without a new action the call only writes the current one to the pointer,

@@ -143,7 +143,10 @@ fn a_second_sighup_does_not_shorten_the_time_to_stop() -> Result<()> {
     let sandbox = Sandbox::new()?;
     let role = POLITE.replace("stop; exit 0", "stop; sleep 5; exit 0");
     let service = Service::script(&role).write(&sandbox.file("service"))?;
-    let mut run = Run::start(&sandbox, &service, &[])?;
+    // The tests may run under nohup, which ignores the signal.
+    let mut command = sandbox.command_by_env(&["--default-signal=HUP"]);
+    command.args(["run", "--format", "jsonl"]).arg(&service);
+    let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
     wait_for_log(&sandbox, "at work")?;
     run.signal(Signal::SIGHUP)?;
@@ -160,7 +163,8 @@ fn a_second_sighup_does_not_shorten_the_time_to_stop() -> Result<()> {
 fn a_role_that_does_not_stop_in_time_is_killed_with_an_error() -> Result<()> {
     let sandbox = Sandbox::new()?;
     let service = Service::script(STUBBORN).write(&sandbox.file("service"))?;
-    let mut command = sandbox.command();
+    // As nohup does.
+    let mut command = sandbox.command_by_env(&["--ignore-signal=HUP"]);
     command
         .args(["run", "--format", "jsonl"])
         .arg(&service)
@@ -168,6 +172,8 @@ fn a_role_that_does_not_stop_in_time_is_killed_with_an_error() -> Result<()> {
     let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
     wait_for_log(&sandbox, "at work")?;
+    // If this were the request to stop, the next signal would kill the guest.
+    run.signal(Signal::SIGHUP)?;
     run.interrupt()?;
     let stopped = run.event("role", |event| event["state"] == "stopped")?;
     ensure!(stopped.to_string().contains("killed"), "{stopped}");
@@ -205,10 +211,11 @@ fn a_terminal_that_closes_stops_the_service_cleanly() -> Result<()> {
         .write(true)
         .custom_flags(OFlag::O_NOCTTY.bits())
         .open(ptsname_r(&master)?)?;
-    let mut command = Command::new("setsid");
-    // The session leader gets SIGHUP when its terminal closes.
+    let mut command = Command::new("env");
+    // The session leader gets SIGHUP when its terminal closes. The tests may run under
+    // nohup, which ignores the signal.
     command
-        .args(["--ctty", "--wait"])
+        .args(["--default-signal=HUP", "setsid", "--ctty", "--wait"])
         .arg(e2e::program())
         .args(["run", "--keep"])
         .arg(&service)

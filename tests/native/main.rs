@@ -5,6 +5,7 @@ mod descriptors;
 mod disk_full;
 mod evil_guest;
 mod first_service;
+mod hangup;
 mod memory;
 mod no_kvm;
 mod packages;

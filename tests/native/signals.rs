@@ -12,15 +12,16 @@ use nix::unistd::Pid;
 
 const ENDS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
 
-/// A mask of signals of a process (proc(5)): `SigIgn` or `SigBlk`.
-fn mask(pid: u32, name: &str) -> Result<u64> {
+/// A mask of signals of a process (proc(5)), such as `SigIgn`.
+pub fn mask(pid: u32, name: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let mut lines = status.lines();
     let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     Ok(u64::from_str_radix(line.context("a mask")?.trim(), 16)?)
 }
 
-fn mask_of(signals: &[Signal]) -> u64 {
+/// The mask of these signals.
+pub fn mask_of(signals: &[Signal]) -> u64 {
     signals.iter().map(|signal| 1 << (*signal as u64 - 1)).sum()
 }
 

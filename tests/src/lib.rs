@@ -89,6 +89,14 @@ impl Sandbox {
         command
     }
 
+    /// The same, started by `env` with these options, such as `--default-signal=HUP`.
+    pub fn command_by_env(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("env");
+        command.args(options).arg(program());
+        self.set_environment(&mut command);
+        command
+    }
+
     /// Gives `command` the environment of this sandbox.
     pub fn set_environment(&self, command: &mut Command) {
         command

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use nix::sys::signal::Signal as Number;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::error::{CliError, Code};
+use crate::dispositions::is_ignored;
 
 /// `SIGINT` and `SIGTERM` within this time of the one before are the same request: GNU
 /// `timeout` sends its signal to the command and to the process group, a CI runner to
@@ -20,14 +22,13 @@ const BACKLOG: usize = 8;
 pub struct Interrupts(mpsc::Receiver<u8>);
 
 impl Interrupts {
-    /// Replaces the default actions of the signals.
+    /// Replaces the default actions of the signals. `SIGINT` is handled even if it was
+    /// ignored: a shell without job control ignores it for each background job, and a
+    /// script that is stopped by Ctrl-C, or sends `kill -INT`, expects the job to stop.
     pub fn listen() -> Result<Self, CliError> {
-        let take = |kind: SignalKind| {
-            signal(kind).map_err(|error| CliError::chain(Code::Unclassified, &error))
-        };
         let mut interrupt = take(SignalKind::interrupt())?;
         let mut terminate = take(SignalKind::terminate())?;
-        let mut hangup = take(SignalKind::hangup())?;
+        let mut hangup = Hangup::listen()?;
         let (sender, requests) = mpsc::channel(BACKLOG);
         // A task, which notices each signal when it arrives, also while the command waits
         // for something else.
@@ -37,7 +38,7 @@ impl Interrupts {
                 let number = tokio::select! {
                     _ = interrupt.recv() => libc::SIGINT,
                     _ = terminate.recv() => libc::SIGTERM,
-                    _ = hangup.recv() => libc::SIGHUP,
+                    () = hangup.next() => libc::SIGHUP,
                     () = sender.closed() => return,
                 };
                 if repeats.is_request(number, Instant::now()) {
@@ -58,6 +59,36 @@ impl Interrupts {
             None => std::future::pending().await,
         }
     }
+}
+
+/// `SIGHUP`, if this process does not ignore it.
+#[derive(Debug)]
+pub struct Hangup(Option<Signal>);
+
+impl Hangup {
+    /// Replaces the default action. A signal that is ignored stays so: `nohup` and
+    /// `trap '' HUP` start commands that continue after their terminal has closed.
+    pub fn listen() -> Result<Self, CliError> {
+        if is_ignored(Number::SIGHUP) {
+            return Ok(Self(None));
+        }
+        take(SignalKind::hangup()).map(|signal| Self(Some(signal)))
+    }
+
+    /// Waits for the signal; does not return if it is ignored. Cancel safe.
+    pub async fn next(&mut self) {
+        match &mut self.0 {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Replaces the action of a signal.
+pub fn take(kind: SignalKind) -> Result<Signal, CliError> {
+    signal(kind).map_err(|error| CliError::chain(Code::Unclassified, &error))
 }
 
 /// Tells requests from repetitions.

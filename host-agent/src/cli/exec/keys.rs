@@ -2,11 +2,12 @@
 
 use std::io::{self, Read as _};
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::mpsc;
 use vmbus::message::{EXEC_PIECE, EXEC_WINDOW, ExecInput};
 
-use super::super::error::{CliError, Code};
+use super::super::error::CliError;
+use super::super::interrupt::{Hangup, take};
 
 /// Pieces of standard input to read ahead.
 const AHEAD: usize = 4;
@@ -67,34 +68,34 @@ impl Keys {
 
 /// The signals that go to the program, and SIGWINCH.
 #[derive(Debug)]
-pub struct Signals([(i32, Signal); 5]);
+pub struct Signals {
+    interrupt: Signal,
+    quit: Signal,
+    terminate: Signal,
+    hangup: Hangup,
+    window: Signal,
+}
 
 impl Signals {
     /// Handles these signals from now on.
     pub fn listen() -> Result<Self, CliError> {
-        let take = |kind: SignalKind| {
-            signal(kind)
-                .map(|signal| (kind.as_raw_value(), signal))
-                .map_err(|error| CliError::chain(Code::Unclassified, &error))
-        };
-        Ok(Self([
-            take(SignalKind::interrupt())?,
-            take(SignalKind::quit())?,
-            take(SignalKind::terminate())?,
-            take(SignalKind::hangup())?,
-            take(SignalKind::window_change())?,
-        ]))
+        Ok(Self {
+            interrupt: take(SignalKind::interrupt())?,
+            quit: take(SignalKind::quit())?,
+            terminate: take(SignalKind::terminate())?,
+            hangup: Hangup::listen()?,
+            window: take(SignalKind::window_change())?,
+        })
     }
 
     /// The number of the next one. Cancelling loses nothing.
     pub async fn next(&mut self) -> i32 {
-        let [interrupt, quit, terminate, hangup, window] = &mut self.0;
         tokio::select! {
-            _ = interrupt.1.recv() => interrupt.0,
-            _ = quit.1.recv() => quit.0,
-            _ = terminate.1.recv() => terminate.0,
-            _ = hangup.1.recv() => hangup.0,
-            _ = window.1.recv() => window.0,
+            _ = self.interrupt.recv() => libc::SIGINT,
+            _ = self.quit.recv() => libc::SIGQUIT,
+            _ = self.terminate.recv() => libc::SIGTERM,
+            () = self.hangup.next() => libc::SIGHUP,
+            _ = self.window.recv() => libc::SIGWINCH,
         }
     }
 }
