@@ -9,6 +9,7 @@ mod hangup;
 mod memory;
 mod no_kvm;
 mod packages;
+mod processes;
 mod security_page;
 mod signals;
 mod terminal_output;

@@ -10,6 +10,7 @@ use super::interrupt::Interrupts;
 use super::output::Output;
 use super::runtime;
 use crate::api::server;
+use crate::doctor::Scope;
 use crate::supervisor::event::{TimelineEvent, missed};
 use crate::supervisor::host::{Host, HostError};
 use crate::supervisor::timeline::Timeline;
@@ -18,7 +19,7 @@ use crate::supervisor::timeline::Timeline;
 pub fn run(output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-    let machine = deploy::host()?;
+    let machine = deploy::host(Scope::Guests)?;
     let options = deploy::options(&machine, None)?;
     let runtime = runtime()?;
     let result = runtime.block_on(async {

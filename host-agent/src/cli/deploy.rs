@@ -12,7 +12,7 @@ use super::error::{CliError, Code, sources};
 use super::exit::Exit;
 use super::meter::Meter;
 use super::output::Output;
-use crate::doctor::{self, HostReport};
+use crate::doctor::{self, HostReport, Scope};
 use crate::endpoints::ListenError;
 use crate::printable::printable;
 use crate::service::model::ServiceModel;
@@ -41,8 +41,8 @@ pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliErro
 }
 
 /// Checks the host.
-pub fn host() -> Result<HostReport, CliError> {
-    let report = doctor::check(&paths::data_dir());
+pub fn host(scope: Scope) -> Result<HostReport, CliError> {
+    let report = doctor::check(&paths::data_dir(), scope);
     match &report.scale_refused {
         Some(why) => Err(CliError::new(Code::Usage, why).hint("unset HOST_AGENT_TIMEOUT_SCALE")),
         None => Ok(report),

@@ -3,12 +3,12 @@
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::output::Output;
-use crate::doctor::{self, Verdict};
+use crate::doctor::{self, Scope, Verdict};
 use crate::store::paths;
 
 /// Prints the report. Exit codes: 0 usable, 6 not usable, 11 no permission.
 pub fn run(output: &Output) -> Result<Exit, CliError> {
-    let report = doctor::check(&paths::data_dir());
+    let report = doctor::check(&paths::data_dir(), Scope::GuestsAndSandbox);
     let exit = match report.verdict {
         Verdict::Usable => Exit::Success,
         Verdict::NoPermission => Exit::Permission,

@@ -11,6 +11,7 @@ use super::output::Output;
 use super::running::{Running, WaitEnd, interrupted};
 use super::watch::RunError;
 use super::{deploy, runtime};
+use crate::doctor::Scope;
 use crate::store::deployment::Retention;
 use crate::supervisor::event::{TimelineEvent, missed};
 
@@ -22,7 +23,11 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     let model = deploy::load(&args.service, output)?;
-    let host = deploy::host()?;
+    let host = deploy::host(if args.require_sandbox {
+        Scope::GuestsAndSandbox
+    } else {
+        Scope::Guests
+    })?;
     if !host.is_usable() {
         return Err(CliError::host(&host, &args.service.service));
     }

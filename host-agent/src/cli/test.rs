@@ -21,7 +21,7 @@ use super::running::{Running, WaitEnd, interrupted};
 use super::ticker::Ticker;
 use super::watch::RunError;
 use super::{deploy, environment, evidence, runtime};
-use crate::doctor::{HostReport, Verdict};
+use crate::doctor::{HostReport, Scope, Verdict};
 use crate::printable::printable;
 use crate::service::model::ServiceModel;
 use crate::shell::quoted;
@@ -112,7 +112,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         Some(given) => given,
         None => environment::choice("HOST_AGENT_ON_NO_KVM")?.unwrap_or(OnNoKvm::Fail),
     };
-    let host = deploy::host()?;
+    let host = deploy::host(Scope::Guests)?;
     report.host = HostFacts {
         kvm: host.kind.map(str::to_owned),
         exit_us: host.exit_us,

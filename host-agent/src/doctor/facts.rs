@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Group, Uid, User};
 
-use super::kvm_probe;
 use super::verdict::{Facts, KvmFact};
+use super::{Scope, kvm_probe};
 use crate::cgroup;
 use crate::vmm::sandbox::probe::probe;
 
 const KVM: &str = "/dev/kvm";
 
-/// Gathers every fact. Takes less than a second on a healthy machine.
-pub fn gather(data_dir: PathBuf) -> Facts {
+/// Gathers the facts. Takes less than a second on a healthy machine.
+pub fn gather(data_dir: PathBuf, scope: Scope) -> Facts {
     let module = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| module_of(&text));
@@ -31,7 +31,7 @@ pub fn gather(data_dir: PathBuf) -> Facts {
         disk: free_space(&data_dir),
         data_dir,
         cgroup: cgroup::find_parent(),
-        sandbox: probe(),
+        sandbox: (scope == Scope::GuestsAndSandbox).then(probe),
         scale_variable: std::env::var_os("HOST_AGENT_TIMEOUT_SCALE")
             .filter(|value| !value.is_empty())
             .map(|value| value.to_string_lossy().into_owned()),

@@ -45,9 +45,18 @@ pub struct HostReport {
     pub checks: Vec<Check>,
 }
 
+/// What is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Whether this host can run guests.
+    Guests,
+    /// The sandbox of their VMM processes too, which starts a process that enters it.
+    GuestsAndSandbox,
+}
+
 /// Checks this host. `data_dir` is the directory for guests' files.
-pub fn check(data_dir: &Path) -> HostReport {
-    HostReport::from_facts(&facts::gather(data_dir.to_owned()))
+pub fn check(data_dir: &Path, scope: Scope) -> HostReport {
+    HostReport::from_facts(&facts::gather(data_dir.to_owned(), scope))
 }
 
 impl HostReport {
@@ -67,7 +76,7 @@ impl HostReport {
             scale_refused: verdict::scale_refused(facts),
             memory_bytes: facts.memory,
             disk_bytes: facts.disk,
-            sandbox: facts.sandbox.as_ref().ok().cloned(),
+            sandbox: facts.sandbox.clone().and_then(Result::ok),
             checks: verdict::checks(facts),
         }
     }
