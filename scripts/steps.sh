@@ -134,6 +134,7 @@ project_version() { sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\
 # build_guest_agents: builds the programs that run in guests, in $guest_programs.
 guest_programs=$(dirname "$release")/guest
 build_guest_agents() {
+  command -v cargo >/dev/null || die "there is no Rust toolchain to build the guest agents with; run: $project/scripts/setup --build"
   # Panics name source files. Without this machine's directories in their names, every
   # machine builds the same programs.
   local remap="target.x86_64-unknown-linux-gnu.rustflags=[
