@@ -12,6 +12,7 @@ mod exits;
 mod heartbeat;
 mod limits;
 mod machine;
+mod many_guests;
 mod output;
 mod probe;
 mod role_limits;

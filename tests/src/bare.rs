@@ -116,6 +116,13 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// The same, of an instance with this name.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.spec.name = name.into();
+        self
+    }
+
     /// Starts `program` as a VMM process; the process and its control socket.
     pub fn spawn(self, program: &Path) -> Result<(Child, OwnedFd)> {
         self.spawn_with(program, None)
