@@ -49,3 +49,33 @@ impl<T: Send + 'static> Drop for DropBlocking<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+
+    /// Sends the thread on which it is dropped.
+    struct Dropped(Sender<ThreadId>);
+
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            let _ = self.0.send(thread::current().id());
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn work_and_drops_are_on_other_threads() {
+        let own = thread::current().id();
+        let worked = blocking(|| thread::current().id()).await.unwrap();
+        assert_ne!(worked, own);
+        let (sender, dropped) = channel();
+        drop(DropBlocking::new(Dropped(sender)));
+        assert_ne!(dropped.recv().unwrap(), own);
+        let (sender, dropped) = channel();
+        drop(DropBlocking::new(Dropped(sender)).into_inner());
+        assert_eq!(dropped.recv().unwrap(), own);
+    }
+}

@@ -115,8 +115,9 @@ impl Drop for PeerSocket {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::io::Write as _;
+    use std::io::{ErrorKind, Read as _, Write as _};
     use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
     use nix::sys::socket::{setsockopt, sockopt};
@@ -141,6 +142,21 @@ pub(crate) mod tests {
         };
         setsockopt(&ours, sockopt::Linger, &linger).unwrap();
         (ours, theirs)
+    }
+
+    /// Keeps `closer` busy, so that it closes nothing else until the returned socket is dropped.
+    pub(crate) fn busy(closer: &Closer) -> TcpStream {
+        let (slow, peer) = lingering();
+        closer.close([OwnedFd::from(slow)]);
+        peer
+    }
+
+    /// Whether some process still has the other end of `end`.
+    pub(crate) fn is_open(end: &UnixStream) -> bool {
+        end.set_nonblocking(true).unwrap();
+        let mut end = end;
+        end.read(&mut [0])
+            .is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -10,6 +10,7 @@ use vmbus::message::{ExpectedState, Health, LogRecord, RoleState, Status, ToGues
 use vmbus::role::{EntryPoint, RoleDefinition};
 
 use super::*;
+use crate::closer::tests::{busy, is_open};
 use crate::token_bucket::Rate;
 
 const HELLO_LIMIT: Duration = Duration::from_millis(500);
@@ -331,4 +332,19 @@ async fn a_connection_from_an_unprivileged_port_is_closed() {
         let count = read.await.unwrap().unwrap_or(0);
         assert_eq!(count > 0, served);
     }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn only_the_closer_closes_a_refused_connection() {
+    let host = host(Duration::from_secs(5));
+    let busy = busy(&host.channels.closer);
+    for (port, source_port) in [
+        (Channel::Heartbeat.port(), PRIVILEGED_PORTS),
+        (9999, PRIVILEGED_PORTS - 1),
+    ] {
+        let (guest, theirs) = Blocking::pair().unwrap();
+        host.channels.accept(port, source_port, theirs.into());
+        assert!(is_open(&guest));
+    }
+    drop(busy);
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::closer::Closer;
 use crate::event_budget::EventBudget;
@@ -28,8 +29,8 @@ use control_socket::ControlSocket;
 use handle::ProcessHandle;
 pub use handle::ProcessId;
 
-/// Most time for the exit file to be read.
-const EXIT_FILE_LIMIT: Duration = Duration::from_secs(5);
+/// Most time for the exit file to be read. Short in tests, of which one waits for it.
+const EXIT_FILE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 2000 } else { 5000 });
 
 /// Why no VMM process could be started.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +67,9 @@ pub struct VmmProcess {
     control: ControlSocket,
     /// The exit file of a process that may outlive this one.
     exit: Option<PathBuf>,
-    exit_reading: Option<JoinHandle<Option<ExitReason>>>,
+    /// The read of the exit file, and its deadline: a cancelled [`VmmProcess::next`] must not
+    /// begin the time again.
+    exit_reading: Option<(JoinHandle<Option<ExitReason>>, Instant)>,
     /// The control socket failed.
     hung_up: bool,
     killed: bool,
@@ -216,9 +219,10 @@ impl VmmProcess {
             Some(path) => {
                 let path = path.clone();
                 let read = || tokio::task::spawn_blocking(move || attach::exit_reason(&path));
-                let reading = self.exit_reading.get_or_insert_with(read);
+                let begin = || (read(), Instant::now() + EXIT_FILE_LIMIT);
+                let (reading, deadline) = self.exit_reading.get_or_insert_with(begin);
                 // A file system that hangs holds up no restart.
-                let read = tokio::time::timeout(EXIT_FILE_LIMIT, reading).await;
+                let read = tokio::time::timeout_at(*deadline, reading).await;
                 self.exit_reading = None;
                 read.ok().and_then(Result::ok).flatten()
             }

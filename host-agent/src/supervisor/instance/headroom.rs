@@ -124,22 +124,29 @@ fn free(file: &File) -> io::Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
     use std::os::unix::fs::FileExt as _;
+    use std::process::Command;
 
     use tempfile::TempDir;
+    use vm_memory::VolatileSlice;
 
+    use super::super::tests::hanging::with_own_mounts;
     use super::*;
+    use crate::vmm::disk::{self, Backing, Disk, create_diff, is_full};
 
     /// A directory where blocks can be kept, which tmpfs is not.
     fn directory() -> Option<TempDir> {
         let build = std::env::current_exe().unwrap();
         let dir = tempfile::tempdir_in(build.parent().unwrap()).unwrap();
-        let file = tempfile::tempfile_in(dir.path()).unwrap();
-        fs::write(dir.path().join("probe"), "").unwrap();
-        let keeps = open(&dir.path().join("probe")).is_ok() && allocate(&file, 0, 4096).is_ok();
-        keeps.then_some(dir)
+        keeps_blocks(dir.path()).then_some(dir)
+    }
+
+    /// Whether the file system of `dir` can keep blocks for a file.
+    pub(in super::super) fn keeps_blocks(dir: &Path) -> bool {
+        let probe = tempfile::NamedTempFile::new_in(dir).unwrap();
+        open(probe.path()).is_ok() && allocate(probe.as_file(), 0, 4096).is_ok()
     }
 
     fn bytes(file: &File) -> u64 {
@@ -187,5 +194,106 @@ mod tests {
                 .unwrap();
             assert_eq!(&data, b"data");
         }
+    }
+
+    /// Runs `test` in a new ext4 of this size, where this process may mount one.
+    fn in_ext4(size: u64, test: impl FnOnce(&Path) + Send) {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, place) = (dir.path().join("image"), dir.path().join("ext4"));
+        File::create(&image).unwrap().set_len(size).unwrap();
+        fs::create_dir(&place).unwrap();
+        with_own_mounts("/dev/loop-control", || {
+            for (program, arguments, paths) in [
+                // Nothing is kept for root, as which this test runs.
+                ("mkfs.ext4", &["-q", "-m", "0"][..], &[&image][..]),
+                ("mount", &["-o", "loop"], &[&image, &place]),
+            ] {
+                let mut command = Command::new(program);
+                command.args(arguments).args(paths);
+                command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+                assert!(command.status().unwrap().success(), "{program}");
+            }
+            test(&place);
+        });
+    }
+
+    /// A diff disk of a guest, over an empty base, and how many clusters were written to it.
+    struct GuestDisk(Box<dyn Disk>, u64);
+
+    impl GuestDisk {
+        fn new(dir: &Path) -> Self {
+            const SIZE: u64 = 1 << 30;
+            let (path, base) = (guest::diff_path(dir), dir.join("base"));
+            File::create(&base).unwrap().set_len(SIZE).unwrap();
+            create_diff(File::create_new(&path).unwrap(), SIZE, "base").unwrap();
+            let (diff, base) = (open(&path).unwrap(), File::open(base).unwrap());
+            Self(disk::open(Backing::Diff { diff, base }).unwrap(), 0)
+        }
+
+        /// Writes to clusters that no write reached before, until `most` bytes are written or
+        /// the file system is full; how many bytes were written.
+        fn grow(&mut self, most: u64) -> u64 {
+            let mut cluster = vec![7; 64 << 10];
+            for written in (0..most).step_by(cluster.len()) {
+                let at = self.1 * cluster.len() as u64;
+                match self.0.write(at, &[VolatileSlice::from(&mut cluster[..])]) {
+                    Ok(()) => self.1 += 1,
+                    Err(error) if is_full(&error) => return written,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            most
+        }
+    }
+
+    #[test]
+    fn a_guest_that_fills_an_ext4_leaves_the_other_its_headroom() {
+        in_ext4(1200 << 20, |ext4| {
+            let dirs = ["one", "other"].map(|name| ext4.join(name));
+            let [mut one, mut other] = dirs.each_ref().map(|dir| {
+                fs::create_dir(dir).unwrap();
+                GuestDisk::new(dir)
+            });
+            for dir in &dirs {
+                reserve(dir);
+            }
+            // Other files take most of the rest.
+            let ballast = File::create(ext4.join("ballast")).unwrap();
+            let most = free(&ballast).unwrap() - (32 << 20);
+            allocate(&ballast, 0, most).unwrap();
+
+            let grown = one.grow(1 << 30);
+            assert!(
+                (HEADROOM..HEADROOM + (40 << 20)).contains(&grown),
+                "{grown}"
+            );
+            // A full file system cannot extend it, and takes nothing away.
+            reserve(&dirs[1]);
+            // All but the disk's own tables.
+            let kept = HEADROOM - (1 << 20);
+            assert_eq!(other.grow(kept), kept);
+            other.0.flush().unwrap();
+            // Beyond it this guest waits too.
+            let beyond = other.grow(1 << 30);
+            assert!(beyond < 8 << 20, "{beyond}");
+            // Its end gives the other one space again.
+            drop(one);
+            fs::remove_file(guest::diff_path(&dirs[0])).unwrap();
+            assert_eq!(other.grow(kept), kept);
+            other.0.flush().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_small_ext4_is_shared_as_far_as_it_goes() {
+        in_ext4(256 << 20, |ext4| {
+            let _disk = GuestDisk::new(ext4);
+            let file = File::open(guest::diff_path(ext4)).unwrap();
+            let before = free(&file).unwrap();
+            reserve(ext4);
+            let kept = before - free(&file).unwrap();
+            let most = before / DIFF_PART;
+            assert!((most / 2..most + (1 << 20)).contains(&kept), "{kept}");
+        });
     }
 }

@@ -241,7 +241,13 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(held.measured().await, None);
             assert_eq!(held.release(None), [no_space()]);
-            held.hold(no_space(), limit, || unreachable!("one measurement hangs"));
+            let (second, started) = mpsc::channel::<()>();
+            held.hold(no_space(), limit, move || {
+                let _ = second.send(());
+                measured(1)
+            });
+            // Disconnected: it was dropped without a start.
+            assert_eq!(started.recv(), Err(mpsc::RecvError));
         }
         drop(hang);
         while held

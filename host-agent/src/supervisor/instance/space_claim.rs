@@ -14,8 +14,8 @@ use super::super::event::EventKind;
 use super::Instance;
 use super::space::free_on;
 
-/// Time between two looks.
-const EVERY: Duration = Duration::from_secs(30);
+/// Time between two looks. Short in tests, of which some wait for it.
+const EVERY: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 30_000 });
 /// Looks in a row that find space.
 const LOOKS: u32 = 3;
 /// Space beyond what is needed: less may be taken again before the write is tried.
@@ -131,7 +131,8 @@ mod tests {
             claimed: Some((u64::MAX / 2, false)),
             ..SpaceClaim::default()
         };
-        let at = Duration::from_secs;
+        // As if `EVERY` had 30 s.
+        let at = |seconds: u32| EVERY / 30 * seconds;
         claim.look(dir.path(), at(100));
         claim.look(dir.path(), at(129));
         assert!(claim.look.is_none());

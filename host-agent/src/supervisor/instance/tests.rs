@@ -1,11 +1,13 @@
 //! An actor without KVM: what it does before a VMM process starts, and with the
 //! last messages of one that ended.
 
+pub(super) mod hanging;
+
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
@@ -19,17 +21,20 @@ use vmbus::message::{RoleState, Status, ToHost};
 use vmbus::version::{Hello, SUPPORTED};
 
 use super::drain::drain;
+use super::headroom::tests::keeps_blocks;
 use super::*;
 use crate::channels::GuestChannels;
 use crate::closer::Closer;
+use crate::closer::tests::{busy, is_open};
 use crate::store::content::ContentStore;
 use crate::supervisor::event::Verdict;
 use crate::supervisor::guest;
 use crate::supervisor::guest::tests::image;
 use crate::supervisor::lifecycle::RestartHistory;
+use crate::supervisor::process::VmmProcess;
 use crate::supervisor::process::tests::limited;
 use crate::supervisor::timeline::Events;
-use crate::vmm::control::{Attached, Event, ExitReason};
+use crate::vmm::control::{self, Attached, Event, ExitReason};
 use crate::vmm::wire;
 
 const LIMITS: Limits = Limits {
@@ -55,10 +60,11 @@ struct Started {
 
 /// Starts an instance without disks, after `change` has changed its directory.
 fn started(change: impl FnOnce(&Path)) -> Started {
-    started_as(false, change, |prepared| prepared)
+    started_as(HeartbeatRule::DEFAULT, false, change, |prepared| prepared)
 }
 
 fn started_as(
+    rule: HeartbeatRule,
     durable: bool,
     change: impl FnOnce(&Path),
     origin: impl FnOnce(PreparedInstance) -> PreparedInstance,
@@ -74,7 +80,7 @@ fn started_as(
         spec: spec(dir.path(), &image),
         image: Arc::new(image),
         dir: path,
-        rule: HeartbeatRule::DEFAULT,
+        rule,
         limits: LIMITS,
         group: None,
         hello_limit: Duration::from_secs(10),
@@ -105,6 +111,15 @@ fn running() -> (Started, OwnedFd) {
 /// The same, of a VMM process that was attached in this state.
 fn adopted(state: Attached) -> (Started, OwnedFd) {
     let (ours, theirs) = wire::pair().unwrap();
+    (attached(HeartbeatRule::DEFAULT, limited(ours)), theirs)
+}
+
+/// An instance that adopts `process`.
+fn attached(rule: HeartbeatRule, process: VmmProcess) -> Started {
+    started_as(rule, false, |_| {}, |prepared| adopting(prepared, process))
+}
+
+fn adopting(prepared: PreparedInstance, process: VmmProcess) -> PreparedInstance {
     let history = RestartHistory {
         generation: 1,
         running: true,
@@ -114,12 +129,7 @@ fn adopted(state: Attached) -> (Started, OwnedFd) {
         generation: 1,
         ..state
     };
-    let started = started_as(
-        false,
-        |_| {},
-        |prepared| prepared.attached(history, limited(ours), attached),
-    );
-    (started, theirs)
+    prepared.attached(history, process, attached)
 }
 
 impl Started {
@@ -390,7 +400,7 @@ async fn a_preparation_that_hangs_is_reported_once() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn the_last_record_of_a_stopped_instance_says_so() {
-    let mut started = started_as(true, |_| {}, |prepared| prepared);
+    let mut started = started_as(HeartbeatRule::DEFAULT, true, |_| {}, |prepared| prepared);
     let restarting = |kind: &EventKind| matches!(kind, EventKind::Restarting { .. });
     started.event(restarting).await;
     started.handle.send(Request::Stop).await;
@@ -400,4 +410,101 @@ async fn the_last_record_of_a_stopped_instance_says_so() {
     assert!(!record.history.running);
     // Neither does a restart wait that a stop has ended.
     assert_eq!(record.history.restart_at, None);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn only_the_closer_closes_an_excess_connection() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let process = limited(ours);
+    let busy = busy(process.closer());
+    let mut started = attached(HeartbeatRule::DEFAULT, process);
+    let open = |_| {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let opened = Event::Opened {
+            port: Channel::Heartbeat.port(),
+            source_port: 7,
+        };
+        wire::send(theirs.as_fd(), &opened, &[host.as_fd()]).unwrap();
+        guest
+    };
+    let guests: Vec<UnixStream> = (0..15).map(open).collect();
+    let warned = |kind: &EventKind| kind.to_string().contains("too many connections");
+    started.event(warned).await;
+    assert!(guests.iter().all(is_open));
+    drop(busy);
+    started.end().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_guest_that_runs_has_headroom() {
+    let (ours, _theirs) = wire::pair().unwrap();
+    let started = started_as(
+        HeartbeatRule::DEFAULT,
+        false,
+        |dir| fs::write(guest::diff_path(dir), "diff").unwrap(),
+        |prepared| adopting(prepared, limited(ours)),
+    );
+    let dir = started.dir.path().join("instance");
+    if keeps_blocks(&dir) {
+        let kept = async {
+            while fs::metadata(guest::diff_path(&dir)).unwrap().blocks() < 16 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let limit = Duration::from_secs(20);
+        tokio::time::timeout(limit, kept).await.unwrap();
+    }
+    started.end().await;
+}
+
+/// A rule that condemns a guest after a second of silence and a probe.
+fn hasty() -> HeartbeatRule {
+    let second = Duration::from_secs(1);
+    HeartbeatRule::new(second / 4, second, second).unwrap()
+}
+
+/// What a VMM process sends that finds no space for a write of a byte.
+fn no_space() -> Event {
+    Event::NoSpace(control::NoSpace {
+        disk: "os".into(),
+        needed: 1,
+        quota: false,
+    })
+}
+
+fn is_refuted(kind: &EventKind) -> bool {
+    kind.to_string()
+        .contains("the guest's silence counts again")
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_shortage_that_is_only_claimed_does_not_excuse_silence() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut started = attached(hasty(), limited(ours));
+    wire::send(theirs.as_fd(), &no_space(), &[]).unwrap();
+    started.event(is_refuted).await;
+    // It is not believed again.
+    wire::send(theirs.as_fd(), &no_space(), &[]).unwrap();
+    let again = |kind: &EventKind| kind.to_string().contains("says again that the host has no");
+    started.event(again).await;
+    started
+        .event(|kind| matches!(kind, EventKind::Verdict { .. }))
+        .await;
+    started.end().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_shortage_that_has_ended_is_not_refuted() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut started = attached(hasty(), limited(ours));
+    for event in [no_space(), Event::SpaceBack {}] {
+        wire::send(theirs.as_fd(), &event, &[]).unwrap();
+    }
+    // The verdict takes longer than all looks.
+    let verdict = |kind: &EventKind| {
+        assert!(!is_refuted(kind));
+        matches!(kind, EventKind::Verdict { .. })
+    };
+    started.event(verdict).await;
+    started.end().await;
 }

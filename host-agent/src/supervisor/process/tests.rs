@@ -1,9 +1,14 @@
+use std::os::unix::net::UnixStream as Blocking;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Instant;
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use tokio::time::timeout;
 
 use super::*;
-use crate::closer::tests::{LINGER, lingering};
+use crate::closer::tests::{LINGER, busy, is_open, lingering};
+use crate::event_budget::PAUSE;
 use crate::token_bucket::Rate;
 
 /// A process that speaks on the other end of `ours` whatever the test sends there.
@@ -19,6 +24,13 @@ pub(in crate::supervisor) fn limited(ours: OwnedFd) -> VmmProcess {
     let mut process = process(Program::new("sleep").arg("1000"), ours);
     let rate = |burst| Rate::new(burst, std::time::Duration::from_secs(1));
     process.control.budget = Arc::new(EventBudget::new(rate(50), rate(20)));
+    process
+}
+
+/// As [`limited`], of a process that may outlive this one and has its directory `dir`.
+pub(in crate::supervisor) fn outliving(ours: OwnedFd, dir: &Path) -> VmmProcess {
+    let mut process = limited(ours);
+    process.exit = Some(attach::exit_path(dir));
     process
 }
 
@@ -173,6 +185,90 @@ async fn descriptors_that_close_slowly_stop_no_supervisor() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn only_the_closer_closes_what_the_process_has_had() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut process = process(Program::new("sleep").arg("1000"), ours);
+    let busy = busy(process.closer());
+    // A socket of a client that was sent, and that the process has closed already.
+    let (client, sent) = Blocking::pair().unwrap();
+    let dial = |id| Command::Dial {
+        id,
+        port: 1,
+        first: Vec::new(),
+    };
+    process.send(&dial(0), vec![sent.into()]).unwrap();
+    send_waiting(&mut process).await;
+    drop(wire::recv::<Command>(theirs.as_fd()).unwrap());
+    // One where another kind of socket belongs.
+    let opened = Event::Opened {
+        port: 10,
+        source_port: 7,
+    };
+    let (wrong, far) = wire::pair().unwrap();
+    wire::send(theirs.as_fd(), &opened, &[wrong.as_fd()]).unwrap();
+    drop(wrong);
+    assert!(matches!(process.next().await, VmmEvent::Garbled(_)));
+    // One of a command that waits when the socket ends.
+    let mut waits = None;
+    while !process.is_behind() {
+        let (client, socket) = Blocking::pair().unwrap();
+        process.send(&dial(1), vec![socket.into()]).unwrap();
+        waits = Some(client);
+    }
+    drop((process, theirs));
+    let ends = [client, Blocking::from(far), waits.unwrap()];
+    assert!(ends.iter().all(is_open));
+    drop(busy);
+    let started = Instant::now();
+    while ends.iter().any(is_open) {
+        assert!(started.elapsed() < LINGER / 2);
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_exit_file_that_hangs_delays_neither_tasks_nor_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let exit = attach::exit_path(dir.path());
+    // Its open waits for a writer.
+    mkfifo(&exit, Mode::S_IRWXU).unwrap();
+    let ended = async |writer: Option<tokio::task::JoinHandle<()>>| {
+        let (ours, _theirs) = wire::pair().unwrap();
+        let mut process = process(Program::new("sleep").arg("1000"), ours);
+        process.exit = Some(exit.clone());
+        process.kill();
+        let VmmEvent::Ended(ending) = process.next().await else {
+            panic!("no end");
+        };
+        if let Some(writer) = writer {
+            writer.await.unwrap();
+        }
+        ending.reason
+    };
+    // Lets readers and writers go: at the end, or if the runtime's thread waits for one.
+    let (of_watch, started) = (exit.clone(), Instant::now());
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
+    let watch = std::thread::spawn(move || {
+        let let_go = || File::options().read(true).write(true).open(&of_watch);
+        while is_done.recv_timeout(LINGER / 4) == Err(RecvTimeoutError::Timeout) {
+            drop(let_go());
+        }
+        drop(let_go());
+    });
+    let of_writer = exit.clone();
+    let writer = tokio::spawn(async move {
+        let write = move || std::fs::write(of_writer, r#"{"reason":"power-off"}"#);
+        tokio::task::spawn_blocking(write).await.unwrap().unwrap();
+    });
+    assert_eq!(ended(Some(writer)).await, Some(ExitReason::PowerOff));
+    // Nobody writes.
+    assert_eq!(ended(None).await, None);
+    assert!(started.elapsed() < LINGER / 4);
+    drop(done);
+    watch.join().unwrap();
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn a_flood_of_events_is_read_slowly_and_then_not_at_all() {
     let (ours, theirs) = wire::pair().unwrap();
     let mut process = limited(ours);
@@ -191,6 +287,7 @@ async fn a_flood_of_events_is_read_slowly_and_then_not_at_all() {
     });
     let mut events = 0;
     let limit = std::time::Duration::from_secs(20);
+    let started = Instant::now();
     while !process.budget().floods() {
         let event = timeout(limit, process.next()).await.unwrap();
         assert!(matches!(event, VmmEvent::Event(Event::GuestPanicked {}, _)));
@@ -200,9 +297,47 @@ async fn a_flood_of_events_is_read_slowly_and_then_not_at_all() {
         }
     }
     assert!((70..100).contains(&events), "{events}");
+    // A pause after each of the 20 events beyond the budget.
+    let took = started.elapsed();
+    assert!(took >= PAUSE * 15, "{took:?}");
+    // Nothing more is read.
+    assert!(timeout(PAUSE * 10, process.next()).await.is_err());
     process.kill();
     let event = timeout(limit, process.next()).await.unwrap();
     assert!(matches!(event, VmmEvent::Ended(_)), "{event:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn events_in_a_row_leave_other_tasks_their_turn() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut process = process(Program::new("sleep").arg("1000"), ours);
+    for id in 0..64 {
+        wire::send(theirs.as_fd(), &Event::Pong { id }, &[]).unwrap();
+    }
+    process.next().await;
+    let turns = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let of_task = Arc::clone(&turns);
+    tokio::spawn(async move {
+        loop {
+            of_task.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    for _ in 1..64 {
+        process.next().await;
+    }
+    assert!(turns.load(std::sync::atomic::Ordering::Relaxed) >= 3);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn each_descriptor_that_does_not_belong_counts_as_an_event() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut process = limited(ours);
+    let (carried, _far) = wire::pair().unwrap();
+    let pong = wire::encode(&Event::Pong { id: 1 }).unwrap();
+    wire::send_bytes(theirs.as_fd(), &pong, &[carried.as_fd(); 100]).unwrap();
+    assert!(matches!(process.next().await, VmmEvent::Garbled(_)));
+    assert!(process.budget().floods());
 }
 
 #[tokio::test(flavor = "current_thread")]

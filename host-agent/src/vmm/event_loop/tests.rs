@@ -494,8 +494,10 @@ fn a_panic_without_a_supervisor_is_state() {
     let panicked = attached.panicked || second.next() == Some(Event::GuestPanicked {});
     assert!(panicked);
     drop(second);
-    let (_third, attached) = fixture.attach();
+    let (third, attached) = fixture.attach();
     assert!(attached.panicked);
+    // It is not reported to it again.
+    third.ping(1);
 }
 
 #[test]
@@ -532,6 +534,9 @@ fn a_panic_is_reported_once_the_outbox_has_space() {
     while fixture.outbox.send(&Event::SpaceBack {}, vec![]) {}
     fixture.report(VcpuReport::Panicked);
     fixture.report(VcpuReport::Panicked);
+    // The reports are read before a command, and the outbox is full.
+    supervisor.send(&Command::Probe { id: 7, port: 1 });
+    assert!(matches!(fixture.asked(), Asked::Probe(_)));
     let mut event = supervisor.next().unwrap();
     while event == (Event::SpaceBack {}) {
         event = supervisor.next().unwrap();
