@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::run::{INSTANCE, Run, eventually};
 use e2e::service::{ECHO, Service};
 use e2e::{Sandbox, limit};
+use vmbus::channel::{EXEC_PORT, TUNNEL_PORT};
 
 /// Kills the guest agent, and with it the connection of this command.
 const KILL: &str = r#"for p in /proc/[0-9]*; do
@@ -16,6 +17,23 @@ const KILL: &str = r#"for p in /proc/[0-9]*; do
 const HANG: &str = r#"for p in /proc/[0-9]*; do
     if [ "$(cat $p/comm)" = guest-agent ]; then
         setsid sh -c "sleep 5; kill -STOP ${p#/proc/}" </dev/null >/dev/null 2>&1 & fi; done"#;
+/// Tries to take the ports in `@ARGV` as soon as no agent listens on them, as the role's user
+/// without its system call filter, in a control group that no agent ends. Prints each new
+/// outcome for a port, until a file asks for the number of tries.
+const THIEF: &str = r#"mkdir /sys/fs/cgroup/thief && echo 0 >/sys/fs/cgroup/thief/cgroup.procs &&
+    exec setsid setpriv --reuid 60000 --regid 60000 --clear-groups perl -e '
+        $| = 1; my ($n, %seen);
+        until (-e "/run/enough") {
+            for my $port (@ARGV) {
+                socket my $s, 40, 1, 0 or die "no vsock: $!";
+                my $end = bind($s, pack "SSLLx4", 40, 0, $port, 0xffffffff) && listen($s, 1)
+                    ? "taken" : "error " . ($! + 0);
+                print "$port: $end\n" unless $seen{"$port $end"}++;
+                sleep 1000 if $end eq "taken" && $port < 1e6;
+            }
+            $n++; select undef, undef, undef, 0.01;
+        }
+        print "tries: $n\n"' "#;
 /// Prints the process ids of the bootstrapper and of every process of the role.
 const STACK: &str = "cd /sys/fs/cgroup/stack; cat bootstrapper/cgroup.procs role/cgroup.procs";
 
@@ -71,11 +89,26 @@ fn a_killed_guest_agent_is_replaced_and_the_role_runs_on() -> Result<()> {
     let mut run = start_echo(&sandbox, &service, port)?;
     let before = stack(&run)?;
 
+    // A port without privileges shows that the thief can take one.
+    let ports = format!("{TUNNEL_PORT} {EXEC_PORT} 1000000");
+    run.shell(&format!("({THIEF} {ports}) </dev/null >/run/thief 2>&1 &"))?;
+    eventually("the thief tries to take ports", || {
+        Ok(run.shell("cat /run/thief")?.contains("1000000: taken"))
+    })?;
+
     let killed = run.exec(&["sh", "-c", KILL])?;
     ensure!(killed.status.code() == Some(125), "{}", e2e::text(&killed));
     let death = run.event("guest-agent", |event| event["error"].is_string())?;
     ensure!(death.to_string().contains("SIGKILL"), "{death}");
     check_replaced(&mut run, port, &before)?;
+    // No process without privileges took the port of an agent that restarted.
+    run.shell("touch /run/enough")?;
+    eventually("the thief has given up", || {
+        Ok(run.shell("cat /run/thief")?.contains("tries: "))
+    })?;
+    let seen = run.shell("grep -v tries: /run/thief")?;
+    let denied = [TUNNEL_PORT, EXEC_PORT].map(|port| format!("{port}: error {}\n", libc::EACCES));
+    ensure!(seen == denied.concat() + "1000000: taken\n", "{seen}");
     // The command that killed the agent ended with it.
     let commands = run.shell("cat /sys/fs/cgroup/exec/cgroup.procs | wc -l")?;
     ensure!(commands.trim().parse::<u32>()? <= 3, "{commands}");

@@ -72,6 +72,9 @@ fn agents_and_operators_go_on_beside_a_greedy_role() -> Result<()> {
         anyhow::bail!("a group has no limit: {limits:?}");
     };
     ensure!(role < stack && stack + (64 << 20) <= all, "{limits:?}");
+    // Operators do not wait for the role.
+    let weights = run.shell("cd /sys/fs/cgroup; cat exec/cpu.weight stack/cpu.weight")?;
+    ensure!(weights == "200\n100\n", "{weights}");
 
     run.shell("cd /mnt/resource/Resources/directory/*.Data; touch go")?;
     let began = Instant::now();
