@@ -111,15 +111,20 @@ fn running() -> (Started, OwnedFd) {
 /// The same, of a VMM process that was attached in this state.
 fn adopted(state: Attached) -> (Started, OwnedFd) {
     let (ours, theirs) = wire::pair().unwrap();
-    (attached(HeartbeatRule::DEFAULT, limited(ours)), theirs)
+    let adopt = |prepared| adopting(prepared, limited(ours), state);
+    (
+        started_as(HeartbeatRule::DEFAULT, false, |_| {}, adopt),
+        theirs,
+    )
 }
 
 /// An instance that adopts `process`.
 fn attached(rule: HeartbeatRule, process: VmmProcess) -> Started {
-    started_as(rule, false, |_| {}, |prepared| adopting(prepared, process))
+    let adopt = |prepared| adopting(prepared, process, Attached::default());
+    started_as(rule, false, |_| {}, adopt)
 }
 
-fn adopting(prepared: PreparedInstance, process: VmmProcess) -> PreparedInstance {
+fn adopting(prepared: PreparedInstance, process: VmmProcess, state: Attached) -> PreparedInstance {
     let history = RestartHistory {
         generation: 1,
         running: true,
@@ -442,7 +447,7 @@ async fn a_guest_that_runs_has_headroom() {
         HeartbeatRule::DEFAULT,
         false,
         |dir| fs::write(guest::diff_path(dir), "diff").unwrap(),
-        |prepared| adopting(prepared, limited(ours)),
+        |prepared| adopting(prepared, limited(ours), Attached::default()),
     );
     let dir = started.dir.path().join("instance");
     if keeps_blocks(&dir) {

@@ -101,7 +101,7 @@ async fn run_on_hanging_file_system() {
             *fuse.lock().unwrap() = Some(hang(&dir.borrow()));
             let process = outliving(ours, &dir.borrow());
             pid = process.pid();
-            adopting(prepared, process)
+            adopting(prepared, process, Attached::default())
         },
     );
     // The free bytes are measured, the claim is checked, space is reserved.
