@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::run::{INSTANCE, Run, end, eventually};
 use e2e::service::Service;
+use e2e::signal_masks::{mask, mask_of};
 use e2e::{Sandbox, limit, text};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
@@ -172,8 +173,11 @@ fn a_role_that_does_not_stop_in_time_is_killed_with_an_error() -> Result<()> {
     let mut run = Run::from_command(&sandbox, command)?;
     run.ready()?;
     wait_for_log(&sandbox, "at work")?;
-    // If this were the request to stop, the next signal would kill the guest.
-    run.signal(Signal::SIGHUP)?;
+    let ignored = mask(run.pid(), "SigIgn")?;
+    ensure!(
+        ignored == ignored | mask_of(&[Signal::SIGHUP]),
+        "{ignored:x}"
+    );
     run.interrupt()?;
     let stopped = run.event("role", |event| event["state"] == "stopped")?;
     ensure!(stopped.to_string().contains("killed"), "{stopped}");

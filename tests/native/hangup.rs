@@ -9,6 +9,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::run::{INSTANCE, end};
+use e2e::signal_masks::{mask, mask_of};
 use e2e::{Sandbox, limit};
 use host_agent::api::types::{Call, DeploymentInfo, InstanceInfo, Request, Response};
 use host_agent::supervisor::status::InstanceStatus;
@@ -16,8 +17,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmbus::frame::{self, HEADER, Message};
 use vmbus::message::ExecInput;
-
-use crate::signals::{mask, mask_of};
 
 fn read<T: Message>(stream: &mut UnixStream) -> Result<T> {
     let mut header = [0; HEADER];

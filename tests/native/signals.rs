@@ -6,26 +6,14 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::Sandbox;
 use e2e::run::eventually;
+use e2e::signal_masks::{mask, mask_of};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const ENDS: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
-
-/// A mask of signals of a process (proc(5)), such as `SigIgn`.
-pub fn mask(pid: u32, name: &str) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let mut lines = status.lines();
-    let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    Ok(u64::from_str_radix(line.context("a mask")?.trim(), 16)?)
-}
-
-/// The mask of these signals.
-pub fn mask_of(signals: &[Signal]) -> u64 {
-    signals.iter().map(|signal| 1 << (*signal as u64 - 1)).sum()
-}
 
 #[test]
 fn guests_and_janitor_ignore_signals_and_end_with_the_command() -> Result<()> {

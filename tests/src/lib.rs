@@ -8,6 +8,7 @@ pub mod peak;
 pub mod random;
 pub mod run;
 pub mod service;
+pub mod signal_masks;
 pub mod terminal;
 pub mod web;
 
