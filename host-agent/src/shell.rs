@@ -58,6 +58,7 @@ mod tests {
         for case in cases {
             let argument = OsStr::from_bytes(case);
             let command = format!("printf %s {}", quoted(argument));
+            assert!(command.chars().all(is_printable), "{command:?}");
             let output = Command::new("bash").args(["-c", &command]).output();
             assert_eq!(output.unwrap().stdout, case, "{command}");
         }

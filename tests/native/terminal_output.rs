@@ -1,6 +1,8 @@
 //! Text of guests, packages and files cannot drive the user's terminal.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 
 use anyhow::{Result, ensure};
 use e2e::run::end;
@@ -78,5 +80,23 @@ fn a_hostile_service_is_described_in_printable_text() -> Result<()> {
             ensure!(shown.contains("0;t"), "{arguments:?}: {shown:?}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn log_lines_of_the_program_are_printable() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    let sockets = sandbox.file("run/host-agent");
+    fs::create_dir(&sockets)?;
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o700))?;
+    // No process listens on it, which a line of the log says.
+    let name = HOSTILE.replace('/', "");
+    drop(UnixListener::bind(sockets.join(format!("{name}.sock")))?);
+    let shown = shown(&sandbox, &["ps", "-vv"])?;
+    is_plain(&shown)?;
+    ensure!(
+        shown.contains("0;t") && shown.contains("skipped"),
+        "{shown:?}"
+    );
     Ok(())
 }

@@ -348,3 +348,33 @@ async fn only_the_closer_closes_a_refused_connection() {
     }
     drop(busy);
 }
+
+#[tokio::test]
+async fn a_line_of_a_guest_is_one_printable_line_of_its_log() {
+    let host = host(Duration::from_secs(5));
+    let mut guest = host.dial(Channel::Log);
+    guest.write_all(&hello(Channel::Log)).unwrap();
+    let record = LogRecord {
+        source: LogSource::Role,
+        stream: "std\u{9b}out".into(),
+        uptime_ms: 1500,
+        dropped: 0,
+        text: "a\u{1b}[2J\nb\u{202e}c\u{2028}d".into(),
+    };
+    let record = frame::encode(&ToHost::Log(record)).unwrap();
+    guest.write_all(&record).unwrap();
+    let path = host.dir.path().join("role.log");
+    let logged = async {
+        loop {
+            let log = std::fs::read_to_string(&path).unwrap();
+            if log.ends_with('\n') {
+                return log;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let limit = Duration::from_secs(20);
+    let log = tokio::time::timeout(limit, logged).await.unwrap();
+    let line = "[     1.500] std out: a\\u{1b}[2J\\nb\\u{202e}c\\u{2028}d\n";
+    assert_eq!(log, line);
+}

@@ -289,6 +289,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_json_line_is_printable_and_keeps_its_text() {
+        let value = Value::from("a\u{202e}b\u{2028}c\u{9b}d\n");
+        let line = json_line(&value);
+        assert!(
+            line.trim_end().chars().all(|c| c.is_ascii_graphic()),
+            "{line}"
+        );
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
+    }
+
+    #[test]
     fn colors_follow_the_terminal_no_color_and_clicolor_force() {
         let suits = |terminal, set: &[(&str, &str)]| {
             let variable = |name: &str| {
