@@ -1,7 +1,7 @@
 //! The host agent: reads a service, runs one guest per role instance, and
 //! keeps each at its goal state.
 //!
-//! Dependencies point one way: `cli` → `supervisor` → `channels`,
+//! Dependencies point one way: `cli` → `api` → `controller` → `supervisor` → `channels`,
 //! `endpoints`, `store`, `service`. `vmm` is everything inside a VMM process
 //! and imports nothing above it; the two sides meet in [`vmm::spec`],
 //! [`vmm::control`] and [`vmm::wire`], and `supervisor` makes disks with
@@ -14,6 +14,7 @@ pub mod channels;
 pub mod child;
 pub mod cli;
 mod closer;
+pub mod controller;
 pub mod descriptors;
 pub mod digest;
 pub mod dispositions;

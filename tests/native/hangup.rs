@@ -7,15 +7,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 use std::sync::mpsc::{Sender, channel};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::run::{INSTANCE, end};
 use e2e::signal_masks::{mask, mask_of};
 use e2e::{Sandbox, limit};
-use host_agent::api::types::{Call, DeploymentInfo, InstanceInfo, Request, Response};
+use host_agent::api::types::{DeploymentInfo, Deployments, EXEC_PROTOCOL, InstanceInfo};
 use host_agent::supervisor::status::InstanceStatus;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vmbus::frame::{self, HEADER, Message};
+use vmbus::frame::{HEADER, Message};
 use vmbus::message::ExecInput;
 
 fn read<T: Message>(stream: &mut UnixStream) -> Result<T> {
@@ -44,22 +44,50 @@ fn deployment() -> DeploymentInfo {
     }
 }
 
+/// Reads a request with its body; its first line.
+fn request(stream: &mut UnixStream) -> Result<String> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head)?.to_lowercase();
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.unwrap_or("0").parse()?];
+    stream.read_exact(&mut body)?;
+    Ok(head.lines().next().context("a first line")?.to_owned())
+}
+
 /// Accepts the next request that is not `ps`; its connection.
 fn accept(listener: &UnixListener) -> Result<UnixStream> {
     loop {
         let (mut stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(limit(10)))?;
-        let answer = match read(&mut stream)? {
-            Call::Request(Request::Ps {}) => Response::Deployments {
-                deployments: vec![deployment()],
-            },
-            Call::Request(Request::Exec { .. } | Request::Logs { .. }) => Response::Ok {},
-            other => bail!("{other:?}"),
-        };
-        stream.write_all(&frame::encode(&answer)?)?;
-        if answer == (Response::Ok {}) {
+        let line = request(&mut stream)?;
+        if line.contains("/exec ") {
+            let answer = format!(
+                "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n\
+                 upgrade: {EXEC_PROTOCOL}\r\n\r\n"
+            );
+            stream.write_all(answer.as_bytes())?;
             return Ok(stream);
         }
+        if line.contains("/logs?") {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")?;
+            return Ok(stream);
+        }
+        ensure!(line.contains("/v1/deployments "), "{line}");
+        let body = serde_json::to_string(&Deployments {
+            deployments: vec![deployment()],
+        })?;
+        let length = body.len();
+        write!(
+            stream,
+            "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}"
+        )?;
     }
 }
 

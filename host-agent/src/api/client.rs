@@ -1,19 +1,47 @@
 //! Finds the deployments of this user and sends them requests.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::http::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, UPGRADE};
+use axum::http::{Method, Request, Response as Answer, StatusCode};
+use bytes::Bytes;
+use futures_util::stream::try_unfold;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::message::ExecRequest;
+use vmbus::stream::FrameReader;
 
-use super::types::{Call, DeploymentInfo, PROGRAM, RefusalKind, Request, Response};
+use super::types::{
+    DeploymentInfo, Deployments, EXEC_PROTOCOL, LogQuery, PROGRAM, Problem, RefusalKind, VERSION,
+};
+use crate::blocking::blocking;
 use crate::store::paths;
 
 /// A host agent that does not answer within this is passed over. It is a local process
 /// whose loop never blocks.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Most bytes of an answer in JSON: a host with 2,000 instances needs 2 MiB.
+const MAX_ANSWER: usize = 16 << 20;
+
+/// Bytes of a package that are sent at once.
+const CHUNK: usize = 64 * 1024;
+
+/// Body of a request.
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a deployment could not be found or a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +79,7 @@ pub enum ClientError {
         socket: PathBuf,
         /// Why.
         #[source]
-        source: StreamError,
+        source: BoxedError,
     },
     /// The answer is not one of this version: the host agent is older than the versions.
     #[error(
@@ -62,6 +90,9 @@ pub enum ClientError {
         /// Its socket.
         socket: PathBuf,
     },
+    /// The request cannot be written.
+    #[error("the request cannot be sent: {0}")]
+    Invalid(String),
     /// The host agent refused the request.
     #[error("{message}")]
     Refused {
@@ -77,7 +108,7 @@ pub enum ClientError {
 pub struct RunningDeployment {
     /// The socket.
     pub socket: PathBuf,
-    /// Its answer to [`Request::Ps`].
+    /// What its host agent says about it.
     pub info: DeploymentInfo,
 }
 
@@ -86,8 +117,20 @@ pub struct RunningDeployment {
 pub struct InstanceTarget {
     /// The deployment's socket.
     pub socket: PathBuf,
+    /// The deployment's id.
+    pub deployment: String,
     /// Instance name within the deployment.
     pub instance: String,
+}
+
+impl InstanceTarget {
+    /// Its path below the version.
+    pub fn path(&self) -> String {
+        format!(
+            "deployments/{}/instances/{}",
+            self.deployment, self.instance
+        )
+    }
 }
 
 /// Every deployment of this user whose host agent answers, sorted by its id. Sockets of host
@@ -112,7 +155,7 @@ pub async fn list(runtime: &Path) -> Result<Vec<RunningDeployment>, ClientError>
         {
             continue;
         }
-        let asked = tokio::time::timeout(ANSWER_LIMIT, ask_ps(&socket)).await;
+        let asked = tokio::time::timeout(ANSWER_LIMIT, ask_deployments(&socket)).await;
         match asked {
             Ok(Ok(found)) => running.extend(found.into_iter().map(|info| RunningDeployment {
                 socket: socket.clone(),
@@ -155,6 +198,7 @@ pub fn find(running: &[RunningDeployment], name: &str) -> Result<InstanceTarget,
     match matches.as_slice() {
         [(deployment, instance)] => Ok(InstanceTarget {
             socket: deployment.socket.clone(),
+            deployment: deployment.info.deployment.clone(),
             instance: (*instance).to_owned(),
         }),
         [] => Err(ClientError::NotFound {
@@ -168,85 +212,237 @@ pub fn find(running: &[RunningDeployment], name: &str) -> Result<InstanceTarget,
     }
 }
 
-async fn ask_ps(socket: &Path) -> Result<Vec<DeploymentInfo>, ClientError> {
-    let mut connection = Connection::open(socket, &Request::Ps {}).await?;
-    match connection.answer().await? {
-        Response::Deployments { deployments } => Ok(deployments),
-        _ => Err(connection.broken("answered with something else")),
-    }
+/// The protocol's reading half after an upgrade.
+pub type ExecReader = FrameReader<ReadHalf<TokioIo<Upgraded>>>;
+/// The protocol's writing half after an upgrade.
+pub type ExecWriter = WriteHalf<TokioIo<Upgraded>>;
+
+async fn ask_deployments(socket: &Path) -> Result<Vec<DeploymentInfo>, ClientError> {
+    let mut client = Client::connect(socket).await?;
+    let found: Deployments = client.get("deployments").await?;
+    Ok(found.deployments)
 }
 
-/// An open request.
+/// A connection to a host agent.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Client {
     socket: PathBuf,
-    reader: FrameReader<OwnedReadHalf>,
-    writer: OwnedWriteHalf,
+    sender: SendRequest<Body>,
 }
 
-impl Connection {
-    /// Connects to `socket` and sends `request`.
-    pub async fn open(socket: &Path, request: &Request) -> Result<Self, ClientError> {
-        let unreachable = |source| ClientError::Unreachable {
-            socket: socket.to_owned(),
-            source,
-        };
+/// The bytes of a log as they arrive.
+#[derive(Debug)]
+pub struct LogBytes {
+    socket: PathBuf,
+    body: Incoming,
+    // The connection ends with it.
+    _client: Client,
+}
+
+impl Client {
+    /// Connects to `socket`.
+    pub async fn connect(socket: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(socket)
             .await
-            .map_err(|error| unreachable(error.into()))?;
-        let (reader, mut writer) = stream.into_split();
-        // A host agent that refuses at once may close before it has read the call: its answer
-        // says why.
-        let call = Call::Request(request.clone());
-        match send(&mut writer, &call).await {
-            Err(StreamError::Io(_)) | Ok(()) => {}
-            Err(error) => return Err(unreachable(error)),
-        }
+            .map_err(|error| ClientError::unreachable(socket, error))?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| ClientError::unreachable(socket, error))?;
+        tokio::spawn(async move {
+            // What uses the connection reports its error.
+            let _ = connection.with_upgrades().await;
+        });
         Ok(Self {
             socket: socket.to_owned(),
-            reader: FrameReader::new(reader),
-            writer,
+            sender,
         })
     }
 
-    /// The next answer; [`Response::Error`] becomes [`ClientError::Refused`].
-    pub async fn answer(&mut self) -> Result<Response, ClientError> {
-        match self.reader.next().await {
-            Ok(Some(Response::Error { kind, message })) => {
-                Err(ClientError::Refused { kind, message })
-            }
-            Ok(Some(response)) => Ok(response),
-            Ok(None) => Err(self.broken("closed the connection")),
-            Err(StreamError::Frame(_)) => Err(ClientError::Version {
-                socket: self.socket.clone(),
-            }),
-            Err(source) => Err(self.unreachable(source)),
-        }
+    /// `GET`s a resource below the version.
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, ClientError> {
+        let answer = self.call(Method::GET, path, empty(), &[]).await?;
+        self.read(answer).await
     }
 
-    /// Waits for [`Response::Ok`].
-    pub async fn accepted(&mut self) -> Result<(), ClientError> {
-        match self.answer().await? {
-            Response::Ok {} => Ok(()),
-            _ => Err(self.broken("answered with something else")),
-        }
+    /// `DELETE`s a resource below the version.
+    pub async fn delete<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, ClientError> {
+        let answer = self.call(Method::DELETE, path, empty(), &[]).await?;
+        self.read(answer).await
     }
 
-    /// The two halves, for what follows an accepted [`Request::Exec`].
-    pub fn into_parts(self) -> (FrameReader<OwnedReadHalf>, OwnedWriteHalf) {
-        (self.reader, self.writer)
+    /// `PUT`s `body` to a resource below the version.
+    pub async fn put<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let answer = self.call(Method::PUT, path, json(body), &JSON).await?;
+        self.read(answer).await
     }
 
-    fn broken(&self, what: &'static str) -> ClientError {
-        self.unreachable(io::Error::new(io::ErrorKind::UnexpectedEof, what).into())
+    /// `PUT`s the content of a file to a resource below the version.
+    pub async fn upload<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        file: File,
+    ) -> Result<T, ClientError> {
+        let body = StreamBody::new(try_unfold(file, next_chunk)).boxed_unsync();
+        let answer = self.call(Method::PUT, path, body, &[]).await?;
+        self.read(answer).await
     }
 
-    fn unreachable(&self, source: StreamError) -> ClientError {
-        ClientError::Unreachable {
+    /// `POST`s `body` to a resource below the version.
+    pub async fn post<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let answer = self.call(Method::POST, path, json(body), &JSON).await?;
+        self.read(answer).await
+    }
+
+    /// Opens a log of an instance.
+    pub async fn logs(
+        mut self,
+        target: &InstanceTarget,
+        query: LogQuery,
+    ) -> Result<LogBytes, ClientError> {
+        let LogQuery { source, follow } = query;
+        let path = format!(
+            "{}/logs?source={}&follow={follow}",
+            target.path(),
+            source.name()
+        );
+        let answer = self.call(Method::GET, &path, empty(), &[]).await?;
+        Ok(LogBytes {
             socket: self.socket.clone(),
-            source,
+            body: answer.into_body(),
+            _client: self,
+        })
+    }
+
+    /// Starts a program in a guest. The frames of its session follow.
+    pub async fn exec(
+        mut self,
+        target: &InstanceTarget,
+        exec: &ExecRequest,
+    ) -> Result<(ExecReader, ExecWriter), ClientError> {
+        let path = format!("{}/exec", target.path());
+        let [content] = JSON;
+        let headers = [(CONNECTION, "upgrade"), (UPGRADE, EXEC_PROTOCOL), content];
+        let answer = self.call(Method::POST, &path, json(exec), &headers).await?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(self.version());
+        }
+        let upgraded = hyper::upgrade::on(answer).await;
+        let upgraded = upgraded.map_err(|error| ClientError::unreachable(&self.socket, error))?;
+        let (reader, writer) = tokio::io::split(TokioIo::new(upgraded));
+        Ok((FrameReader::new(reader), writer))
+    }
+
+    /// Sends a request; an answer that is not a success becomes an error.
+    async fn call(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Body,
+        headers: &[(HeaderName, &'static str)],
+    ) -> Result<Answer<Incoming>, ClientError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("/{VERSION}/{path}"))
+            .header(HOST, "host-agent");
+        for (name, value) in headers {
+            request = request.header(name, *value);
+        }
+        let request = request
+            .body(body)
+            .map_err(|error| ClientError::Invalid(error.to_string()))?;
+        let sent = self.sender.send_request(request).await;
+        let answer = sent.map_err(|error| self.lost(error))?;
+        let status = answer.status();
+        if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(answer);
+        }
+        let Problem { kind, message } = self.read(answer).await?;
+        Err(match kind {
+            RefusalKind::NoSuchPath => self.version(),
+            kind => ClientError::Refused { kind, message },
+        })
+    }
+
+    async fn read<T: DeserializeOwned>(&self, answer: Answer<Incoming>) -> Result<T, ClientError> {
+        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+        let body = body.map_err(|error| ClientError::unreachable(&self.socket, error))?;
+        serde_json::from_slice(&body.to_bytes()).map_err(|_| self.version())
+    }
+
+    /// The connection was lost. A host agent of a version without HTTP answers with bytes
+    /// that are not HTTP.
+    fn lost(&self, error: hyper::Error) -> ClientError {
+        if error.is_parse() {
+            return self.version();
+        }
+        ClientError::unreachable(&self.socket, error)
+    }
+
+    fn version(&self) -> ClientError {
+        ClientError::Version {
+            socket: self.socket.clone(),
         }
     }
+}
+
+impl LogBytes {
+    /// The next bytes; `None` at the end of the log.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            let Some(frame) = self.body.frame().await else {
+                return Ok(None);
+            };
+            let frame = frame.map_err(|error| ClientError::unreachable(&self.socket, error))?;
+            if let Ok(bytes) = frame.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+    }
+}
+
+impl ClientError {
+    fn unreachable(socket: &Path, source: impl Into<BoxedError>) -> Self {
+        Self::Unreachable {
+            socket: socket.to_owned(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Header of a body in JSON.
+const JSON: [(HeaderName, &str); 1] = [(CONTENT_TYPE, "application/json")];
+
+fn json(body: &impl Serialize) -> Body {
+    let text = serde_json::to_vec(body).expect("requests are JSON");
+    whole(text.into())
+}
+
+fn empty() -> Body {
+    whole(Bytes::new())
+}
+
+fn whole(bytes: Bytes) -> Body {
+    let body = Full::new(bytes);
+    body.map_err(|never| match never {}).boxed_unsync()
+}
+
+/// Reads the next bytes of a file.
+async fn next_chunk(mut file: File) -> io::Result<Option<(Frame<Bytes>, File)>> {
+    let read = blocking(move || {
+        let mut bytes = Vec::with_capacity(CHUNK);
+        let read = file.by_ref().take(CHUNK as u64).read_to_end(&mut bytes);
+        read.map(|_| (bytes, file))
+    });
+    let (bytes, file) = read.await.map_err(io::Error::other)??;
+    Ok((!bytes.is_empty()).then(|| (Frame::data(bytes.into()), file)))
 }
 
 #[cfg(test)]

@@ -1,5 +1,11 @@
-//! The API of a host agent: messages, server and client.
+//! The API of a host agent: HTTP with JSON on a Unix socket.
 
 pub mod client;
+mod exec;
+mod listener;
+mod logs;
+mod request;
+mod routes;
 pub mod server;
+mod services;
 pub mod types;

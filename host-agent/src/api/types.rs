@@ -1,61 +1,29 @@
-//! The messages on the socket of a host.
-//!
-//! A connection carries one [`Call`] as a VMBus frame, then [`Response`] frames. After
-//! [`Response::Ok`] to [`Request::Exec`] the connection carries
-//! [`vmbus::message::ExecInput`] frames to the host and [`vmbus::message::ExecOutput`]
-//! frames back.
+//! The resources of the API as JSON: what [`super::server`] answers and
+//! [`super::client`] reads. They only grow by new fields.
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
-use vmbus::frame::{self, FrameError, Message};
-use vmbus::message::ExecRequest;
-use vmbus::piece;
 
+use crate::digest::Digest;
+use crate::store::services::{Expected, Operation};
 use crate::supervisor::status::InstanceStatus;
 
-/// Version of the messages on this socket, those of exec included. A program of another
-/// version is refused, in words that both versions know: [`Response::Error`].
-pub const VERSION: u32 = 1;
+/// First segment of every path: a change that older programs cannot read gets a new one.
+pub const VERSION: &str = "v1";
 
 /// Version of this program, for messages.
 pub const PROGRAM: &str = env!("CARGO_PKG_VERSION");
 
-/// Most bytes in one [`Response::LogChunk`].
-pub const MAX_CHUNK: usize = 64 * 1024;
+/// Protocol of the `Upgrade` of a connection to exec: [`vmbus::message::ExecInput`] frames
+/// to the host and [`vmbus::message::ExecOutput`] frames back.
+pub const EXEC_PROTOCOL: &str = "host-agent-exec";
 
-/// A request of a command.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "kebab-case")]
-pub enum Request {
-    /// List the deployments. Answered by [`Response::Deployments`].
-    Ps {},
-    /// Run a program in a guest. Answered by [`Response::Ok`] or
-    /// [`Response::Error`]; see the module.
-    Exec {
-        /// Instance name.
-        instance: String,
-        /// What to run.
-        exec: ExecRequest,
-    },
-    /// Read a log from its beginning. Answered by [`Response::LogChunk`]s and
-    /// [`Response::LogEnd`].
-    Logs {
-        /// Instance name.
-        instance: String,
-        /// Which log.
-        source: LogFile,
-        /// Continue with what is appended, until the deployment ends.
-        follow: bool,
-    },
-    /// Stop the vCPUs, or let them run again. Answered by [`Response::Ok`].
-    Pause {
-        /// Instance name.
-        instance: String,
-        /// Whether to stop them.
-        paused: bool,
-    },
-}
+/// Header of every answer with the version of the program that answers.
+pub const PROGRAM_HEADER: &str = "host-agent-version";
+
+/// Most bytes of the JSON in a request.
+pub const MAX_BODY: usize = 1 << 20;
 
 /// A log of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -78,124 +46,78 @@ impl LogFile {
             Self::Serial => "serial.log",
         }
     }
-}
 
-/// An answer of the host: JSON, except for the bytes of a log, which are a
-/// [`vmbus::piece`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "response", rename_all = "kebab-case")]
-pub enum Response {
-    /// The request succeeded, or has started.
-    Ok {},
-    /// The request failed. The last frame.
-    Error {
-        /// Class of the error.
-        kind: RefusalKind,
-        /// The error chain.
-        message: String,
-    },
-    /// Answer to [`Request::Ps`].
-    Deployments {
-        /// Every deployment of this host.
-        deployments: Vec<DeploymentInfo>,
-    },
-    /// A piece of a log, 1 to [`MAX_CHUNK`] bytes.
-    #[serde(skip)]
-    LogChunk {
-        /// The bytes.
-        bytes: Vec<u8>,
-    },
-    /// The log ends here.
-    LogEnd {},
-}
-
-/// The first frame of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Call {
-    /// A request of this version.
-    Request(Request),
-    /// The client speaks another version.
-    OtherVersion(Speaker),
-}
-
-/// What a client speaks. Later versions keep both fields.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Speaker {
-    /// Its [`VERSION`]; 0 of programs that sent none.
-    #[serde(default)]
-    pub version: u32,
-    /// Its [`PROGRAM`].
-    #[serde(default)]
-    pub program: String,
-}
-
-#[derive(Serialize)]
-struct Sent<'a> {
-    #[serde(flatten)]
-    speaker: Speaker,
-    #[serde(flatten)]
-    request: &'a Request,
-}
-
-impl Speaker {
-    /// This program.
-    pub fn own() -> Self {
-        Self {
-            version: VERSION,
-            program: PROGRAM.to_owned(),
-        }
-    }
-}
-
-impl Message for Call {
-    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
+    /// Its name in a query.
+    pub const fn name(self) -> &'static str {
         match self {
-            Self::Request(request) => {
-                let speaker = Speaker::own();
-                frame::write_json(&Sent { speaker, request }, body)
-            }
-            Self::OtherVersion(speaker) => frame::write_json(speaker, body),
+            Self::Role => "role",
+            Self::Agent => "agent",
+            Self::Serial => "serial",
         }
-    }
-
-    fn read(body: &[u8]) -> Result<Self, FrameError> {
-        let speaker: Speaker = frame::parse(body)?;
-        if speaker.version != VERSION {
-            return Ok(Self::OtherVersion(speaker));
-        }
-        frame::parse(body).map(Self::Request)
     }
 }
 
-impl Message for Response {
-    fn write(&self, body: &mut Vec<u8>) -> Result<(), FrameError> {
-        match self {
-            Self::LogChunk { bytes } => piece::write(body, piece::LOG, bytes, MAX_CHUNK),
-            other => frame::write_json(other, body),
-        }
-    }
+/// Query of `GET …/logs`, whose answer is the log from its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogQuery {
+    /// Which log.
+    pub source: LogFile,
+    /// Continue with what is appended, until the deployment ends.
+    #[serde(default)]
+    pub follow: bool,
+}
 
-    fn read(body: &[u8]) -> Result<Self, FrameError> {
-        if let Some(bytes) = piece::read(body, piece::LOG, MAX_CHUNK)? {
-            return Ok(Self::LogChunk { bytes });
-        }
-        frame::parse(body)
+/// Body of `POST …/pause`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PauseRequest {
+    /// Stop the vCPUs, or let them run again.
+    pub paused: bool,
+}
+
+/// Body of every answer that is not a success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Class of the error.
+    pub kind: RefusalKind,
+    /// The error chain.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem of this class.
+    pub fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { kind, message }
     }
 }
 
-/// Classes of errors.
+/// Classes of errors. Each has one HTTP status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RefusalKind {
-    /// No such instance on this host.
+    /// No such resource on this host: 404.
     NotFound,
-    /// The instance or its agent cannot be reached now.
-    Unreachable,
-    /// The request is invalid.
+    /// This program has no such path; another version may: 404.
+    NoSuchPath,
+    /// The request is invalid: 400.
     Invalid,
-    /// Anything else.
+    /// It contradicts what exists: 409.
+    Conflict,
+    /// The instance or its agent cannot be reached now: 503.
+    Unreachable,
+    /// The host agent has too many clients: 503.
+    Busy,
+    /// Anything else: 500.
     Internal,
+}
+
+/// Answer to `GET /v1/deployments`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployments {
+    /// Every deployment of this host.
+    pub deployments: Vec<DeploymentInfo>,
 }
 
 /// A deployment that runs.
@@ -241,77 +163,129 @@ pub struct EndpointInfo {
     pub local_port: u16,
 }
 
+/// Body of `PUT /v1/services/{name}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApplyRequest {
+    /// SHA-256 of a package that was uploaded.
+    pub package: Digest,
+    /// Text of the configuration.
+    pub configuration: String,
+    /// Only check and plan.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Answer to an [`ApplyRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApplyAnswer {
+    /// Instances that are created.
+    pub create: Vec<PlannedInstance>,
+    /// Endpoints that are published.
+    pub endpoints: Vec<PlannedEndpoint>,
+    /// What was begun; none of a dry run, or if the service is as wanted already.
+    pub operation: Option<Operation>,
+}
+
+/// An instance that is created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedInstance {
+    /// `<Role>_IN_<n>`.
+    pub name: String,
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest RAM in MiB.
+    pub memory_mib: u32,
+}
+
+/// An endpoint that is published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedEndpoint {
+    /// Endpoint name.
+    pub name: String,
+    /// Port on the host.
+    pub port: u16,
+    /// Number of instances behind it.
+    pub instances: u32,
+}
+
+/// Answer to `GET /v1/services`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Services {
+    /// Every service of the host.
+    pub services: Vec<ServiceInfo>,
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceInfo {
+    /// Its name.
+    pub name: String,
+    /// What is wanted.
+    pub expected: Expected,
+    /// Number of its newest revision.
+    pub generation: u64,
+    /// Instances that are Ready.
+    pub ready: usize,
+    /// Its deployment, if it runs.
+    pub deployment: Option<DeploymentInfo>,
+    /// Its newest operation.
+    pub operation: Option<Operation>,
+}
+
+/// Answer to `GET /v1/services/{name}/history`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct History {
+    /// Revisions, the oldest first; none of a service that was deleted.
+    pub revisions: Vec<RevisionInfo>,
+    /// Operations, the newest first.
+    pub operations: Vec<Operation>,
+}
+
+/// A revision of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevisionInfo {
+    /// Its number.
+    pub generation: u64,
+    /// SHA-256 of the package.
+    pub package: Digest,
+    /// Id of the user who applied it.
+    pub user: u32,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+/// Query of `GET /v1/operations/{id}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperationQuery {
+    /// Answer only when the operation has ended, but after this many milliseconds at the
+    /// latest. At most a minute.
+    #[serde(default)]
+    pub wait_ms: u64,
+}
+
+/// Answer to `GET` and `PUT /v1/packages/{digest}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackageInfo {
+    /// SHA-256.
+    pub package: Digest,
+}
+
 #[cfg(test)]
 mod tests {
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
     use super::*;
-
-    proptest! {
-        #[test]
-        fn bytes_of_a_log_are_sent_unchanged(bytes in vec(any::<u8>(), 1..200)) {
-            let chunk = Response::LogChunk { bytes: bytes.clone() };
-            let frame = frame::encode(&chunk).unwrap();
-            prop_assert_eq!(&frame[frame::HEADER + 1..], &bytes);
-            prop_assert_eq!(Response::read(&frame[frame::HEADER..]).unwrap(), chunk);
-        }
-
-        #[test]
-        fn no_input_makes_the_readers_of_the_socket_panic(body in vec(any::<u8>(), 0..200)) {
-            let _ = Call::read(&body);
-            let _ = Response::read(&body);
-        }
-    }
-
-    #[test]
-    fn chunks_are_bounded_and_never_json() {
-        let encode = |length| {
-            let bytes = vec![255; length];
-            frame::encode(&Response::LogChunk { bytes })
-        };
-        assert!(encode(MAX_CHUNK).is_ok());
-        assert!(encode(MAX_CHUNK + 1).is_err() && encode(0).is_err());
-        let long = vec![piece::LOG; MAX_CHUNK + 2];
-        assert!(Response::read(&long).is_err());
-        let json = br#"{"response":"log-chunk","bytes":[1]}"#;
-        assert!(Response::read(json).is_err());
-    }
 
     #[test]
     fn the_wire_format_does_not_change() {
-        let call = Call::Request(Request::Logs {
-            instance: "Cache_IN_0".into(),
-            source: LogFile::Serial,
-            follow: true,
-        });
-        let mut body = Vec::new();
-        call.write(&mut body).unwrap();
-        let sent = format!(
-            r#"{{"version":1,"program":"{PROGRAM}","request":"logs","instance":"Cache_IN_0","source":"serial","follow":true}}"#
-        );
-        assert_eq!(String::from_utf8_lossy(&body), sent);
-        assert_eq!(Call::read(&body).unwrap(), call);
-        let answer = Response::Error {
-            kind: RefusalKind::NotFound,
-            message: "no".into(),
-        };
+        let problem = Problem::new(RefusalKind::NoSuchPath, "no");
         assert_eq!(
-            serde_json::to_string(&answer).unwrap(),
-            r#"{"response":"error","kind":"not-found","message":"no"}"#
+            serde_json::to_string(&problem).unwrap(),
+            r#"{"kind":"no-such-path","message":"no"}"#
         );
-    }
-
-    #[test]
-    fn a_request_of_another_version_is_recognized_whatever_it_asks() {
-        for (body, version) in [
-            (r#"{"request":"ps"}"#, 0),
-            (r#"{"version":2,"program":"9.9","request":"future"}"#, 2),
-        ] {
-            let Call::OtherVersion(speaker) = Call::read(body.as_bytes()).unwrap() else {
-                panic!("{body} was taken");
-            };
-            assert_eq!(speaker.version, version);
+        for source in [LogFile::Role, LogFile::Agent, LogFile::Serial] {
+            let name = serde_json::to_value(source).unwrap();
+            assert_eq!(name, source.name());
         }
     }
 }

@@ -28,10 +28,10 @@ pub fn run(output: &Output) -> Result<Exit, CliError> {
         let mut events = timeline.subscribe();
         let failed = |error: HostError| CliError::chain(Code::Start, &error);
         let host = Host::open(options, timeline).await.map_err(failed)?;
-        let adopted = host.adopt().await.map_err(failed)?;
+        let adopted = host.adopt(|_| true).await.map_err(failed)?;
         let count = adopted.len();
         output.progress(&format!("adopted {count} deployments; Ctrl-C stops them"));
-        let server = server::serve(&host);
+        let server = server::serve(&host, None);
         let server = server.map_err(|error| CliError::chain(Code::Start, &error))?;
         let ended = async {
             for deployment in &adopted {

@@ -57,6 +57,7 @@ pub fn options(
     let mut options = HostOptions {
         data_dir: paths::data_dir(),
         runtime_dir: paths::runtime_dir(),
+        socket: None,
         rule: HeartbeatRule::DEFAULT,
         timeout_scale: f64::from(host.timeout_scale()),
         require_sandbox: false,

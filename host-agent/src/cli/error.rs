@@ -419,10 +419,11 @@ impl From<ClientError> for CliError {
             ClientError::Unreachable { .. }
             | ClientError::Version { .. }
             | ClientError::Refused {
-                kind: RefusalKind::Unreachable,
+                kind: RefusalKind::Unreachable | RefusalKind::Busy,
                 ..
             } => Code::Unreachable,
-            ClientError::Refused {
+            ClientError::Invalid(_)
+            | ClientError::Refused {
                 kind: RefusalKind::Invalid,
                 ..
             } => Code::Usage,

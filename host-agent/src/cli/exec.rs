@@ -6,11 +6,11 @@ mod keys;
 use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::AsyncWriteExt as _;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use vmbus::message::{ExecInput, ExecOutput, ExecRequest, ExitCause};
-use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::stream::{StreamError, send};
 
 use super::args::ExecArgs;
 use super::error::{CliError, Code};
@@ -18,8 +18,7 @@ use super::exit::Exit;
 use super::lossless_output::{LosslessOutput, Slot};
 use super::terminal::{RawMode, window_size};
 use super::{instances, runtime};
-use crate::api::client::{Connection, InstanceTarget};
-use crate::api::types::Request;
+use crate::api::client::{Client, ExecReader, ExecWriter, InstanceTarget};
 use keys::{Keys, Signals};
 
 /// Frames that may wait to be sent while the guest reads none.
@@ -106,17 +105,13 @@ enum Last {
 }
 
 async fn session(target: &InstanceTarget, args: &ExecArgs, mode: Mode) -> Result<Last, CliError> {
-    let request = Request::Exec {
-        instance: target.instance.clone(),
-        exec: ExecRequest {
-            command: args.command.clone(),
-            environment: environment(mode.terminal),
-            terminal: mode.terminal.then(window_size),
-        },
+    let request = ExecRequest {
+        command: args.command.clone(),
+        environment: environment(mode.terminal),
+        terminal: mode.terminal.then(window_size),
     };
-    let mut connection = Connection::open(&target.socket, &request).await?;
-    connection.accepted().await?;
-    let (mut reader, writer) = connection.into_parts();
+    let client = Client::connect(&target.socket).await?;
+    let (mut reader, writer) = client.exec(target, &request).await?;
     let mut signals = Signals::listen()?;
     let sink = |file: io::Result<LosslessOutput>| {
         let what = "cannot print the output of the command";
@@ -233,7 +228,7 @@ struct Places<'a> {
 /// The next frame, when there is room for what it may say. Cancelling loses
 /// nothing.
 async fn next_frame<'a>(
-    reader: &mut FrameReader<OwnedReadHalf>,
+    reader: &mut ExecReader,
     stdout: &'a LosslessOutput,
     stderr: &'a LosslessOutput,
 ) -> (Places<'a>, Result<Option<ExecOutput>, StreamError>) {
@@ -250,7 +245,7 @@ async fn next_frame<'a>(
 async fn pass_on(
     mut urgent: mpsc::Receiver<ExecInput>,
     mut input: mpsc::Receiver<ExecInput>,
-    mut writer: OwnedWriteHalf,
+    mut writer: ExecWriter,
 ) {
     let mut gone = false;
     loop {
@@ -258,10 +253,11 @@ async fn pass_on(
             biased;
             Some(frame) = urgent.recv() => frame,
             Some(frame) = input.recv() => frame,
-            else => return,
+            else => break,
         };
         gone = gone || send(&mut writer, &frame).await.is_err();
     }
+    let _ = writer.shutdown().await;
 }
 
 /// The next piece of standard input and a place for it; never if there is no input.

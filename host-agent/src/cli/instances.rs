@@ -9,8 +9,8 @@ use super::error::CliError;
 use super::exit::Exit;
 use super::output::Output;
 use super::runtime;
-use crate::api::client::{self, Connection, InstanceTarget, RunningDeployment};
-use crate::api::types::Request;
+use crate::api::client::{self, Client, InstanceTarget, RunningDeployment};
+use crate::api::types::PauseRequest;
 use crate::printable::printable;
 use crate::store::paths;
 
@@ -28,12 +28,9 @@ pub fn list(output: &Output) -> Result<Exit, CliError> {
 pub fn pause(args: &InstanceArg, paused: bool, output: &Output) -> Result<Exit, CliError> {
     runtime()?.block_on(async {
         let target = find(&args.instance).await?;
-        let request = Request::Pause {
-            instance: target.instance.clone(),
-            paused,
-        };
-        let mut connection = Connection::open(&target.socket, &request).await?;
-        connection.accepted().await?;
+        let mut client = Client::connect(&target.socket).await?;
+        let path = format!("{}/pause", target.path());
+        let _: PauseRequest = client.post(&path, &PauseRequest { paused }).await?;
         let what = if paused { "stopped" } else { "running" };
         output.answer(&format!("{}: vCPUs {what}", target.instance), || {
             json!({"schema": "host-agent.pause/1", "instance": target.instance, "paused": paused})
@@ -87,7 +84,7 @@ fn table(running: &[RunningDeployment]) -> String {
 }
 
 /// Left-aligned columns, two blanks apart.
-fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+pub fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let width: [usize; N] = std::array::from_fn(|column| {
         let lengths = rows.iter().map(|row| row[column].chars().count());
         lengths.max().unwrap_or(0)

@@ -13,8 +13,8 @@ use super::instances;
 use super::interrupt::Interrupts;
 use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
-use crate::api::client::{Connection, InstanceTarget};
-use crate::api::types::{Request, Response};
+use crate::api::client::{Client, InstanceTarget, LogBytes};
+use crate::api::types::LogQuery;
 use crate::printable::PrintableStream;
 use crate::queued_writer::previous;
 use crate::store::paths;
@@ -32,16 +32,16 @@ pub fn run(args: &LogsArgs) -> Result<Exit, CliError> {
 
 async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliError> {
     let mut interrupts = Interrupts::listen()?;
-    let request = Request::Logs {
-        instance: target.instance.clone(),
+    let query = LogQuery {
         source: args.source,
         follow: args.follow,
     };
-    let mut connection = Connection::open(&target.socket, &request).await?;
+    let client = Client::connect(&target.socket).await?;
+    let mut log = client.logs(target, query).await?;
     let stdout = LosslessOutput::to(io::stdout());
     let stdout = stdout.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
     tokio::select! {
-        copied = copy(&mut connection, stdout, Filter::of_stdout()) => copied,
+        copied = copy(&mut log, stdout, Filter::of_stdout()) => copied,
         // A signal is the normal end of `-f`.
         number = interrupts.next() => {
             Ok(if args.follow { Exit::Success } else { Exit::Signal(number) })
@@ -51,29 +51,24 @@ async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliErr
 
 /// Copies the log to `stdout` until the log ends or the reader closes the pipe.
 async fn copy(
-    connection: &mut Connection,
+    log: &mut LogBytes,
     stdout: LosslessOutput,
     mut filter: Filter,
 ) -> Result<Exit, CliError> {
     let ended = loop {
-        let answer = tokio::select! {
-            answer = connection.answer() => answer,
+        let bytes = tokio::select! {
+            bytes = log.next() => bytes,
             // A log that gets no more lines would never show the broken pipe.
             () = stdout.broken() => break Ok(Exit::Success),
         };
-        match answer {
-            Ok(Response::LogChunk { bytes }) => {
+        match bytes {
+            Ok(Some(bytes)) => {
                 let Some(slot) = stdout.reserve().await else {
                     break Ok(Exit::Success);
                 };
-                slot.send(filter.next(bytes));
+                slot.send(filter.next(bytes.into()));
             }
-            Ok(Response::LogEnd {}) => break Ok(Exit::Success),
-            Ok(Response::Ok {}) => {}
-            Ok(other) => {
-                let what = format!("the host agent answered with {other:?}");
-                break Err(CliError::new(Code::Unreachable, what));
-            }
+            Ok(None) => break Ok(Exit::Success),
             Err(error) => break Err(error.into()),
         }
     };

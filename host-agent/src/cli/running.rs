@@ -16,7 +16,7 @@ use super::ticker::Ticker;
 use super::watch::{Decision, RunError, Watch};
 use crate::api::server::{self, Server};
 use crate::service::model::ServiceModel;
-use crate::store::deployment::Retention;
+use crate::store::deployment::{Retention, random_id};
 use crate::supervisor::deploy::{DeployOptions, deploy};
 use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::host::{DeploymentHandle, Host, HostOptions};
@@ -101,14 +101,17 @@ impl Running {
         let timeline = Timeline::start();
         let mut events = timeline.subscribe();
         let mut seen = Vec::new();
+        let id = random_id();
+        let id = id.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
         let how = DeployOptions {
+            id,
             retention,
             address: Ipv4Addr::LOCALHOST.into(),
         };
         let progress = meter.progress().clone();
         let deploying = async {
             let host = Host::open(options, timeline).await?;
-            let deployment = deploy(&host, &model, how, &progress).await?;
+            let deployment = deploy(&host, &model, &how, &progress).await?;
             Ok((host, deployment))
         };
         let mut deploying = std::pin::pin!(deploying);
@@ -339,7 +342,7 @@ impl Running {
 
 /// Serves the API of `host`. Without it only `ps`, `exec`, `logs` and the like do not work.
 fn serve(host: &Host, output: &Output) -> Option<Server> {
-    match server::serve(host) {
+    match server::serve(host, None) {
         Ok(server) => Some(server),
         Err(error) => {
             let place = host.options().runtime_dir.display();

@@ -21,6 +21,7 @@ use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel, VerifiedPackage};
 use super::package::Package;
 use super::payload::{Files, Total};
+use super::xml;
 use crate::progress::Progress;
 use crate::shell::quoted;
 
@@ -62,6 +63,34 @@ pub fn load(
     load_package(package, &config, progress)
 }
 
+/// The text of the configuration that [`load`] takes for the same arguments.
+///
+/// # Errors
+/// There is no such file, several may be meant, or it cannot be read.
+pub fn configuration_text(service: &Path, config: Option<&Path>) -> Result<String, ServiceError> {
+    let found = match config {
+        Some(config) => config.to_owned(),
+        None if service.is_dir() => find_configuration(service)?,
+        None => find_configuration(directory_of(service))?,
+    };
+    xml::read_text(&found)
+}
+
+/// Loads the `.cspkg` in `package` with the text of a configuration. Every content is checked.
+///
+/// # Errors
+/// The first error of the service.
+pub fn load_text(
+    package: &Path,
+    configuration: &str,
+    progress: &Progress,
+) -> Result<ServiceModel, ServiceError> {
+    let package = Package::open(package)?;
+    let name = Path::new(DEFAULT_CONFIGURATION);
+    let configuration = configuration::parse(name, configuration, package.definition())?;
+    load_configured(package, configuration, progress)
+}
+
 /// Loads `package` with the configuration `config`.
 pub(super) fn load_package(
     package: Package,
@@ -69,6 +98,14 @@ pub(super) fn load_package(
     progress: &Progress,
 ) -> Result<ServiceModel, ServiceError> {
     let configuration = configuration::read(config, package.definition())?;
+    load_configured(package, configuration, progress)
+}
+
+fn load_configured(
+    package: Package,
+    configuration: Configuration,
+    progress: &Progress,
+) -> Result<ServiceModel, ServiceError> {
     let package = verified(package, progress)?;
     let payload = |role: &DefinedRole| Payload::Package {
         package: VerifiedPackage(Arc::clone(&package)),

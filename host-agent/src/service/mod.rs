@@ -32,8 +32,9 @@ mod xml_chunks;
 mod xml_tokens;
 mod xpath;
 
+pub use archive::MAX_PACKED;
 pub use error::{Blame, Position, ServiceError, SourceLocation};
-pub use load::load;
+pub use load::{configuration_text, load, load_text};
 pub use pack::{Packed, pack};
 pub use squashfs::{ImageError, build_application_image};
 pub use validate::{Validated, validate};

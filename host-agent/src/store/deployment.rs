@@ -15,6 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::digest::hex;
 
+/// Directory of all deployments, in the data directory.
+const PARENT: &str = "deployments";
 /// Held with `flock` while the owner lives: the kernel releases it whatever ends the owner.
 const LOCK: &str = "lock";
 /// Id of the host agent that created the directory.
@@ -54,6 +56,11 @@ pub struct DeploymentDir {
     _lock: Flock<File>,
 }
 
+/// Directory of deployment `id`.
+pub fn directory(data_dir: &Path, id: &str) -> PathBuf {
+    data_dir.join(PARENT).join(id)
+}
+
 /// A random id of a deployment or a host agent: 32 hexadecimal digits.
 pub fn random_id() -> io::Result<String> {
     let mut random = [0; 16];
@@ -64,7 +71,7 @@ pub fn random_id() -> io::Result<String> {
 impl DeploymentDir {
     /// Creates the directory of deployment `id` for the host agent `owner`. Blocking.
     pub fn create(data_dir: &Path, id: &str, owner: &str) -> io::Result<Self> {
-        let parent = data_dir.join("deployments");
+        let parent = data_dir.join(PARENT);
         make(&parent)?;
         let unnamed = tempfile::Builder::new()
             .prefix(NEW)
@@ -178,7 +185,7 @@ pub fn sweep(data_dir: &Path) -> Result<(), SweepError> {
         path: path.to_owned(),
         source,
     };
-    let directory = data_dir.join("deployments");
+    let directory = data_dir.join(PARENT);
     let found = list(&directory).map_err(|error| failed(&directory, error))?;
     let removed = found
         .iter()
@@ -188,7 +195,7 @@ pub fn sweep(data_dir: &Path) -> Result<(), SweepError> {
 
 /// Whether every ephemeral directory of the host agent `owner` is removed. Blocking.
 pub fn is_clean(data_dir: &Path, owner: &str) -> bool {
-    let found = list(&data_dir.join("deployments")).unwrap_or_default();
+    let found = list(&data_dir.join(PARENT)).unwrap_or_default();
     found.iter().all(|path| {
         if file_name(path).starts_with(GONE) {
             return false;
@@ -200,7 +207,7 @@ pub fn is_clean(data_dir: &Path, owner: &str) -> bool {
 
 /// Directories of the durable deployments. Blocking.
 pub fn durable(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found = list(&data_dir.join("deployments"))?;
+    let mut found = list(&data_dir.join(PARENT))?;
     found.retain(|path| !file_name(path).starts_with('.') && retention(path) == Retention::Durable);
     Ok(found)
 }

@@ -42,8 +42,8 @@ pub struct Remains {
     pub data_dir: PathBuf,
     /// Id of the host agent, which owns some of the deployments.
     pub owner: String,
-    /// Socket of the host agent.
-    pub socket: PathBuf,
+    /// Socket of the host agent, if it goes with it.
+    pub socket: Option<PathBuf>,
     /// Cgroup of the host agent's guests, if it has one.
     pub group: Option<PathBuf>,
 }
@@ -57,7 +57,8 @@ pub fn start(remains: Remains) -> io::Result<Janitor> {
         PathBuf::from(VERB),
         remains.data_dir,
         remains.owner.into(),
-        remains.socket,
+        // No file has the empty name.
+        remains.socket.unwrap_or_default(),
     ];
     arguments.extend(remains.group);
     let spawn = move || spawn(&arguments);

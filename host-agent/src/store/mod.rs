@@ -1,8 +1,11 @@
-//! The files of the host agent: images, deployments, logs.
+//! The files of the host agent: images, packages, deployments, logs, and what was asked for.
 
 pub mod content;
+pub mod database;
 pub mod deployment;
 pub mod image;
 pub mod janitor;
 pub mod log_tail;
+pub mod packages;
 pub mod paths;
+pub mod services;

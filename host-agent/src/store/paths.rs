@@ -24,6 +24,14 @@ pub fn runtime_dir() -> PathBuf {
     runtime_dir_of(|name| env::var_os(name), Uid::effective())
 }
 
+/// Name of the socket of `host-agent serve` in the runtime directory, without its extension.
+pub const SERVE: &str = "serve";
+
+/// Socket of this user's `host-agent serve`.
+pub fn serve_socket() -> PathBuf {
+    runtime_dir().join(format!("{SERVE}.sock"))
+}
+
 /// Checks that only this user and root can create files in `directory`. The
 /// content of any other directory is not trusted.
 ///

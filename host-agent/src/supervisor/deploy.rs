@@ -7,11 +7,13 @@ use super::host::{DeploymentHandle, Host, HostError, NewDeployment, Published};
 use super::plan::{Placement, plan, public_endpoints};
 use crate::progress::Progress;
 use crate::service::model::ServiceModel;
-use crate::store::deployment::{Retention, random_id};
+use crate::store::deployment::Retention;
 
 /// How a service is deployed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct DeployOptions {
+    /// Id of the deployment: 32 hexadecimal digits.
+    pub id: String,
     /// What happens to disks and logs at the end.
     pub retention: Retention,
     /// Address on which endpoints are published.
@@ -26,11 +28,9 @@ pub struct DeployOptions {
 pub async fn deploy(
     host: &Host,
     model: &ServiceModel,
-    options: DeployOptions,
+    options: &DeployOptions,
     progress: &Progress,
 ) -> Result<DeploymentHandle, HostError> {
-    let failed = HostError::directory("choose an id in", &host.options().data_dir);
-    let id = random_id().map_err(failed)?;
     // First, because it fails at once.
     let endpoints: Vec<_> = model
         .roles
@@ -50,7 +50,7 @@ pub async fn deploy(
         applications.insert(role.definition.name.clone(), digest);
     }
     let placement = Placement {
-        deployment: &id,
+        deployment: &options.id,
         incarnation: 1,
         image: &image,
         applications: &applications,
@@ -59,7 +59,7 @@ pub async fn deploy(
     };
     let specs = plan(model, &placement);
     let new = NewDeployment {
-        id,
+        id: options.id.clone(),
         service: model.name.clone(),
         retention: options.retention,
         specs,

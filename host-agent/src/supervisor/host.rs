@@ -38,6 +38,9 @@ pub struct HostOptions {
     pub data_dir: PathBuf,
     /// Where the host's socket lives.
     pub runtime_dir: PathBuf,
+    /// Name of the socket, which its owner removes; else a random one, which goes with the
+    /// host.
+    pub socket: Option<&'static str>,
     /// Heartbeat rule.
     pub rule: HeartbeatRule,
     /// Factor on every limit that depends on the speed of this machine.
@@ -150,7 +153,7 @@ impl Host {
         let remains = Remains {
             data_dir: options.data_dir.clone(),
             owner: id.clone(),
-            socket: socket_path(&options, &id),
+            socket: options.socket.is_none().then(|| socket_path(&options, &id)),
             group: group.as_ref().map(|group| group.path().to_owned()),
         };
         let janitor = janitor::start(remains).map_err(HostError::directory(
@@ -177,6 +180,17 @@ impl Host {
     /// Path for the socket of the host's API.
     pub fn socket(&self) -> PathBuf {
         socket_path(&self.0.options, &self.0.id)
+    }
+
+    /// Its event bus.
+    pub fn timeline(&self) -> &Timeline {
+        &self.0.timeline
+    }
+
+    /// The deployment `id`, if it runs.
+    pub fn deployment(&self, id: &str) -> Option<DeploymentHandle> {
+        let deployments = lock(&self.0.deployments);
+        deployments.get(id).map(|found| found.handle.clone())
     }
 
     /// Every deployment that runs, by its id.
@@ -343,7 +357,8 @@ fn announce(timeline: &Timeline, specs: &[InstanceSpec]) {
 }
 
 fn socket_path(options: &HostOptions, id: &str) -> PathBuf {
-    options.runtime_dir.join(format!("{}.sock", short_id(id)))
+    let name = options.socket.unwrap_or(short_id(id));
+    options.runtime_dir.join(format!("{name}.sock"))
 }
 
 /// A panic cannot leave a change half made: each is one call.

@@ -1,7 +1,10 @@
-//! The server without guests: clients that misbehave, logs, stale sockets.
+//! The server without guests: clients that misbehave, stale sockets.
 
+use super::super::client::{self, Client, ClientError, InstanceTarget};
+use super::super::listener::MAX_CONNECTIONS;
+use super::super::types::{Deployments, LogFile, LogQuery, RefusalKind};
 use super::*;
-use std::io::Write as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 #[tokio::test(flavor = "current_thread")]
 async fn only_stale_sockets_without_a_listener_are_removed() {
@@ -17,59 +20,12 @@ async fn only_stale_sockets_without_a_listener_are_removed() {
     assert!(!dead.exists() && live.exists() && file.exists());
 }
 
-#[tokio::test(flavor = "current_thread")]
-async fn following_a_log_ends_when_the_client_closes() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("role.log");
-    fs::write(&path, "all there is\n").unwrap();
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    let (_going_on, ended) = watch::channel(false);
-    let following = tokio::spawn(async move { logs(path, true, ended, &mut ours).await });
-    let mut client = FrameReader::new(theirs);
-    let first = client.next::<Response>().await.unwrap();
-    assert!(matches!(first, Some(Response::LogChunk { .. })));
-    drop(client);
-    let ended = tokio::time::timeout(Duration::from_secs(20), following);
-    ended.await.expect("it ends").unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn a_followed_log_ends_with_its_last_lines_and_an_end_frame() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("role.log");
-    let mut log = fs::File::create(&path).unwrap();
-    log.write_all(b"first\n").unwrap();
-    let ended = watch::Sender::new(false);
-    let receiver = ended.subscribe();
-    let (mut near, far) = UnixStream::pair().unwrap();
-    let of_task = path.clone();
-    let sending = tokio::spawn(async move { logs(of_task, true, receiver, &mut near).await });
-    let mut reader = FrameReader::new(far);
-    let first = reader.next().await.unwrap();
-    let chunk = |text: &str| {
-        Some(Response::LogChunk {
-            bytes: text.as_bytes().to_vec(),
-        })
-    };
-    assert_eq!(first, chunk("first\n"));
-    log.write_all(b"last\n").unwrap();
-    // As at the end of a deployment that is not kept.
-    fs::remove_file(&path).unwrap();
-    ended.send_replace(true);
-    assert_eq!(reader.next().await.unwrap(), chunk("last\n"));
-    let end: Option<Response> = reader.next().await.unwrap();
-    assert_eq!(end, Some(Response::LogEnd {}));
-    sending.await.unwrap().unwrap();
-    // No receiver is left.
-    ended.closed().await;
-}
-
 /// A served host without deployments.
 fn served(limit: Duration) -> (tempfile::TempDir, Server, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
-    let server = serve_within(&host, limit).unwrap();
+    let server = serve_within(&host, None, limit).unwrap();
     let socket = host.socket();
     (dir, server, socket)
 }
@@ -84,62 +40,117 @@ async fn only_its_user_can_reach_the_socket() {
     for mode in [0o710, 0o701, 0o770, 0o1777] {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
         let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
-        let refused = serve(&host).unwrap_err();
+        let refused = serve(&host, None).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
     }
 }
 
-async fn answer(stream: UnixStream) -> Option<Response> {
-    let mut reader = FrameReader::new(stream);
-    let answer = tokio::time::timeout(Duration::from_secs(20), reader.next());
-    answer.await.expect("an answer").unwrap()
-}
-
-fn refusal(answer: Option<Response>) -> String {
-    match answer {
-        Some(Response::Error { message, .. }) => message,
-        other => panic!("{other:?}"),
-    }
+/// Sends `bytes` and reads until the server closes.
+async fn raw(socket: &Path, bytes: &[u8]) -> String {
+    let mut stream = UnixStream::connect(socket).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    let mut answer = String::new();
+    let read = tokio::time::timeout(Duration::from_secs(20), stream.read_to_string(&mut answer));
+    read.await.expect("the server closes").unwrap();
+    answer
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_client_without_a_request_is_answered_at_the_limit() {
+async fn a_client_that_sends_no_whole_request_is_disconnected() {
     let (_dir, _server, socket) = served(Duration::from_millis(50));
-    let mut slow = UnixStream::connect(&socket).await.unwrap();
-    slow.write_all(&[9]).await.unwrap();
-    let message = refusal(answer(slow).await);
-    assert!(message.contains("in time"), "{message}");
+    assert_eq!(raw(&socket, b"GET /v1/dep").await, "");
+    let path = "/v1/deployments/d/instances/i/pause";
+    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+    // The instance is looked for first.
+    let answer = raw(
+        &socket,
+        format!("{head}content-length: 9\r\n\r\n{{").as_bytes(),
+    )
+    .await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
 }
 
 #[tokio::test(flavor = "current_thread")]
 async fn a_malformed_request_is_answered_with_what_is_wrong() {
     let (_dir, _server, socket) = served(REQUEST_LIMIT);
-    let body = |text: &str| {
-        let length = u32::try_from(text.len()).unwrap().to_le_bytes();
-        [&length, text.as_bytes()].concat()
-    };
-    for (bytes, text) in [
-        (vec![255; 8], "not valid"),
-        (body("}"), "not valid"),
-        (body(r#"{"version":1,"request":"fly"}"#), "fly"),
-        (body(r#"{"request":"ps"}"#), "an older version"),
+    let request = |line: &str| format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    for (line, status, text) in [
+        ("GET /v9/deployments", "404", "no-such-path"),
+        ("PUT /v1/deployments", "404", "has no PUT /v1/deployments"),
         (
-            body(r#"{"version":7,"program":"9.9","request":"ps"}"#),
-            "this program is 9.9 and speaks version 7",
+            "GET /v1/deployments/d/instances/i/logs?source=dreams",
+            "400",
+            "unknown variant `dreams`",
+        ),
+        (
+            "GET /v1/deployments/d/instances/i/logs?source=role",
+            "404",
+            "no instance i of deployment d",
         ),
     ] {
-        let mut client = UnixStream::connect(&socket).await.unwrap();
-        client.write_all(&bytes).await.unwrap();
-        let message = refusal(answer(client).await);
-        assert!(message.contains(text), "{message}");
+        let answer = raw(&socket, request(line).as_bytes()).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
+        assert!(answer.contains(text), "{answer}");
+        assert!(answer.contains("host-agent-version: "), "{answer}");
     }
-    let mut client = UnixStream::connect(&socket).await.unwrap();
-    send(&mut client, &Call::Request(Request::Ps {}))
+    let frame = b"\x0f\0\0\0{\"request\":\"ps\"}";
+    assert!(raw(&socket, frame).await.starts_with("HTTP/1.1 400 "));
+    let mut client = Client::connect(&socket).await.unwrap();
+    let found: Deployments = client.get("deployments").await.unwrap();
+    assert!(found.deployments.is_empty());
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_client_learns_that_the_host_agent_is_of_another_version() {
+    let (_dir, _server, socket) = served(REQUEST_LIMIT);
+    let mut client = Client::connect(&socket).await.unwrap();
+    let refused = client
+        .get::<Deployments>("no-such-thing")
         .await
-        .unwrap();
-    let deployments = Vec::new();
-    let expected = Response::Deployments { deployments };
-    assert_eq!(answer(client).await, Some(expected));
+        .unwrap_err();
+    assert!(matches!(refused, ClientError::Version { .. }), "{refused}");
+    // A host agent of before HTTP answers with a frame.
+    let dir = tempfile::tempdir().unwrap();
+    let old = dir.path().join("old.sock");
+    let listener = UnixListener::bind(&old).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = [0; 4];
+        stream.read_exact(&mut head).await.unwrap();
+        let frame = b"\x14\0\0\0{\"response\":\"error\"}";
+        stream.write_all(frame).await.unwrap();
+        stream.read_to_end(&mut Vec::new()).await.unwrap();
+    });
+    let mut client = Client::connect(&old).await.unwrap();
+    let refused = client.get::<Deployments>("deployments").await.unwrap_err();
+    assert!(
+        matches!(refused, ClientError::Version { .. }),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_missing_instance_is_refused_by_name() {
+    let (dir, _server, socket) = served(REQUEST_LIMIT);
+    assert_eq!(client::list(dir.path()).await.unwrap(), []);
+    let target = InstanceTarget {
+        socket: socket.clone(),
+        deployment: "d".into(),
+        instance: "A_IN_0".into(),
+    };
+    let query = LogQuery {
+        source: LogFile::Role,
+        follow: false,
+    };
+    let client = Client::connect(&socket).await.unwrap();
+    let Err(ClientError::Refused { kind, message }) = client.logs(&target, query).await else {
+        panic!("it has a log");
+    };
+    assert_eq!(kind, RefusalKind::NotFound);
+    assert!(message.contains("A_IN_0"), "{message}");
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -149,16 +160,19 @@ async fn clients_beyond_the_cap_are_refused_until_one_ends() {
     for _ in 0..MAX_CONNECTIONS {
         clients.push(UnixStream::connect(&socket).await.unwrap());
     }
-    let refused = UnixStream::connect(&socket).await.unwrap();
-    let message = refusal(answer(refused).await);
-    assert!(message.contains("256 commands"), "{message}");
+    let answer = raw(&socket, b"").await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(answer.contains("256 commands"), "{answer}");
     clients.pop();
     loop {
-        let mut client = UnixStream::connect(&socket).await.unwrap();
-        // Fails if the connection is refused already.
-        let _ = send(&mut client, &Call::Request(Request::Ps {})).await;
-        if let Some(Response::Deployments { .. }) = answer(client).await {
-            return;
+        let mut client = Client::connect(&socket).await.unwrap();
+        match client.get::<Deployments>("deployments").await {
+            Ok(_) => return,
+            Err(ClientError::Refused {
+                kind: RefusalKind::Busy,
+                ..
+            }) => {}
+            Err(other) => panic!("{other:?}"),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Takes over the durable deployments of a host agent that is gone.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -20,17 +21,26 @@ use crate::store::deployment::{DeploymentDir, Retention, durable};
 type Recorded = (PathBuf, io::Result<InstanceRecord>);
 
 impl Host {
-    /// Adopts every durable deployment that no host agent owns: attaches to the VMM
-    /// processes that run, publishes the endpoints, and restarts the guests that ended
-    /// meanwhile. What cannot be adopted is reported and left as it is.
+    /// Adopts every durable deployment that no host agent owns and whose id is `wanted`:
+    /// attaches to the VMM processes that run, publishes the endpoints, and restarts the
+    /// guests that ended meanwhile. What cannot be adopted is reported and left as it is.
     ///
     /// # Errors
     /// The deployments cannot be listed.
-    pub async fn adopt(&self) -> Result<Vec<DeploymentHandle>, HostError> {
+    pub async fn adopt(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<DeploymentHandle>, HostError> {
         let data_dir = self.0.options.data_dir.clone();
         let failed = HostError::directory("list the deployments in", &data_dir);
         let found = blocking(move || durable(&data_dir)).await?;
-        let adopting = found.map_err(failed)?.into_iter().map(|path| {
+        let mut found = found.map_err(failed)?;
+        found.retain(|path| {
+            path.file_name()
+                .and_then(OsStr::to_str)
+                .is_some_and(&wanted)
+        });
+        let adopting = found.into_iter().map(|path| {
             let this = self.clone();
             async move {
                 let result = this.adopt_deployment(&path).await;

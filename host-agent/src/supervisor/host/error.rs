@@ -61,6 +61,15 @@ pub enum HostError {
     /// The deployment runs here already.
     #[error("deployment {0} runs on this host")]
     Exists(String),
+    /// A deployment whose files are here was not adopted.
+    #[error(
+        "the deployment in {} was not adopted: the events of the host agent say why",
+        path.display()
+    )]
+    NotAdopted {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// No such instance runs here.
     #[error("no instance {name} of deployment {deployment} runs on this host")]
     NotFound {

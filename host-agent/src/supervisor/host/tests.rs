@@ -38,6 +38,7 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
         options: HostOptions {
             data_dir: data_dir.to_owned(),
             runtime_dir: runtime_dir.to_owned(),
+            socket: None,
             rule: HeartbeatRule::DEFAULT,
             timeout_scale: 1.0,
             require_sandbox: false,
@@ -189,9 +190,9 @@ async fn an_instance_that_cannot_be_adopted_keeps_its_files() {
     fs::write(second.join("instance.json"), "{}").unwrap();
     dir.retain(Retention::Durable).unwrap();
     // As if another host agent had them.
-    assert!(test.host.adopt().await.unwrap().is_empty());
+    assert!(test.host.adopt(|_| true).await.unwrap().is_empty());
     drop(dir);
-    let adopted = test.host.adopt().await.unwrap();
+    let adopted = test.host.adopt(|_| true).await.unwrap();
     let [deployment] = &adopted[..] else {
         panic!("{adopted:?}");
     };

@@ -80,6 +80,11 @@ impl InstanceHandle {
         self.status.borrow().clone()
     }
 
+    /// The current state and its changes, until the actor ends.
+    pub fn watch_status(&self) -> watch::Receiver<InstanceStatus> {
+        self.status.clone()
+    }
+
     /// Connects to the guest agent's exec service.
     pub async fn exec(&self) -> Result<GuestStream, String> {
         self.ask(Request::Exec).await

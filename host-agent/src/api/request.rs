@@ -1,0 +1,79 @@
+//! What all handlers share: reading a request, and the answer to one that fails.
+
+use std::io;
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use vmbus::text::chain;
+
+use super::types::{Problem, RefusalKind};
+use crate::controller::ControllerError;
+use crate::store::packages::AddError;
+
+/// The answer to a request that fails.
+#[derive(Debug)]
+pub(super) struct Failure(Problem);
+
+impl Failure {
+    pub(super) fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
+        Self(Problem::new(kind, message))
+    }
+}
+
+impl RefusalKind {
+    /// Its HTTP status.
+    pub(super) const fn status(self) -> StatusCode {
+        match self {
+            Self::NotFound | Self::NoSuchPath => StatusCode::NOT_FOUND,
+            Self::Invalid => StatusCode::BAD_REQUEST,
+            Self::Conflict => StatusCode::CONFLICT,
+            Self::Unreachable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0.kind.status(), Json(self.0)).into_response()
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::new(RefusalKind::Internal, chain(&error))
+    }
+}
+
+impl From<ControllerError> for Failure {
+    fn from(error: ControllerError) -> Self {
+        let kind = match &error {
+            ControllerError::NoService(_)
+            | ControllerError::NoOperation(_)
+            | ControllerError::NoPackage(_) => RefusalKind::NotFound,
+            ControllerError::Name(_)
+            | ControllerError::Service(_)
+            | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
+            ControllerError::Differs(_) | ControllerError::Deleting(_) => RefusalKind::Conflict,
+            ControllerError::Package(AddError::Io(_))
+            | ControllerError::Store(_)
+            | ControllerError::Host(_)
+            | ControllerError::Blocking(_) => RefusalKind::Internal,
+        };
+        Self::new(kind, chain(&error))
+    }
+}
+
+impl From<JsonRejection> for Failure {
+    fn from(error: JsonRejection) -> Self {
+        Self::new(RefusalKind::Invalid, error.body_text())
+    }
+}
+
+impl From<QueryRejection> for Failure {
+    fn from(error: QueryRejection) -> Self {
+        Self::new(RefusalKind::Invalid, error.body_text())
+    }
+}

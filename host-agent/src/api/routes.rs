@@ -1,0 +1,177 @@
+//! The paths of the API and what they do with the host.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, FromRequest as _, Path, Request, State};
+use axum::http::{Method, Uri};
+use axum::middleware::map_response;
+use axum::response::Response;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::request::Failure;
+use super::types::{
+    DeploymentInfo, Deployments, EndpointInfo, InstanceInfo, MAX_BODY, PROGRAM, PROGRAM_HEADER,
+    PauseRequest, RefusalKind,
+};
+use super::{exec, logs, services};
+use crate::controller::Controller;
+use crate::supervisor::host::{DeploymentHandle, Host};
+use crate::supervisor::instance::InstanceHandle;
+
+/// What the handlers share.
+#[derive(Debug, Clone)]
+pub(super) struct Api(Arc<ApiState>);
+
+#[derive(Debug)]
+struct ApiState {
+    host: Host,
+    /// Of a host agent that keeps services.
+    controller: Option<Controller>,
+    /// Whether the deployments have ended. Each log that is sent has a receiver.
+    ended: watch::Receiver<bool>,
+    started: Instant,
+    request_limit: Duration,
+}
+
+/// The router of a host, and of the services that it keeps.
+pub(super) fn router(
+    host: Host,
+    controller: Option<Controller>,
+    ended: watch::Receiver<bool>,
+    request_limit: Duration,
+) -> Router {
+    let api = Api(Arc::new(ApiState {
+        host,
+        controller,
+        ended,
+        started: Instant::now(),
+        request_limit,
+    }));
+    let instance = Router::new()
+        .route("/exec", post(exec::exec))
+        .route("/logs", get(logs::logs))
+        .route("/pause", post(pause));
+    Router::new()
+        .route("/healthz", get(health))
+        .route("/v1/deployments", get(deployments))
+        .nest(
+            "/v1/deployments/{deployment}/instances/{instance}",
+            instance,
+        )
+        .nest("/v1", services::routes())
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_path)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(map_response(with_program))
+        .with_state(api)
+}
+
+impl Api {
+    /// The instance of a running deployment.
+    pub(super) fn instance(&self, deployment: &str, name: &str) -> Result<InstanceHandle, Failure> {
+        let deployments = self.0.host.deployments();
+        let found = deployments.iter().find(|found| found.id() == deployment);
+        let found = found.and_then(|found| found.instance(name)).cloned();
+        found.ok_or_else(|| {
+            let text = format!("no instance {name} of deployment {deployment} on this host");
+            Failure::new(RefusalKind::NotFound, text)
+        })
+    }
+
+    /// Becomes true when the deployments have ended.
+    pub(super) fn ended(&self) -> watch::Receiver<bool> {
+        self.0.ended.clone()
+    }
+
+    /// The JSON in the body of `request`.
+    pub(super) async fn json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Failure> {
+        let read = Json::from_request(request, &());
+        Ok(self.in_time(read).await??.0)
+    }
+
+    /// The result of reading from a client, if it sends in time.
+    pub(super) async fn in_time<T>(&self, read: impl Future<Output = T>) -> Result<T, Failure> {
+        let read = tokio::time::timeout(self.0.request_limit, read).await;
+        read.map_err(|_| {
+            let text = "the request did not arrive in time";
+            Failure::new(RefusalKind::Invalid, text)
+        })
+    }
+
+    /// The services of this host.
+    pub(super) fn controller(&self) -> Result<&Controller, Failure> {
+        self.0.controller.as_ref().ok_or_else(|| {
+            let text = "this host agent runs one deployment and keeps no services: start \
+                        host-agent serve";
+            Failure::new(RefusalKind::NotFound, text)
+        })
+    }
+}
+
+/// What clients get to know about a deployment.
+pub(super) fn deployment_info(api: &Api, deployment: &DeploymentHandle) -> DeploymentInfo {
+    let uptime = api.0.started.elapsed();
+    let instances = deployment.instances().iter().map(|instance| {
+        let (spec, status) = (instance.spec(), instance.status());
+        let endpoints = spec.endpoints.iter().map(|endpoint| EndpointInfo {
+            name: endpoint.name.clone(),
+            address: endpoint.address,
+            local_port: endpoint.local_port,
+        });
+        InstanceInfo {
+            name: spec.name().to_owned(),
+            state: status.word().to_owned(),
+            generation: status.generation,
+            uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
+            vmm_pid: status.vmm_pid,
+            endpoints: endpoints.collect(),
+            status,
+        }
+    });
+    DeploymentInfo {
+        deployment: deployment.id().to_owned(),
+        service: deployment.service().to_owned(),
+        pid: std::process::id(),
+        instances: instances.collect(),
+    }
+}
+
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok", "version": PROGRAM}))
+}
+
+async fn deployments(State(api): State<Api>) -> Json<Deployments> {
+    let found = api.0.host.deployments();
+    let deployments = found.iter().map(|found| deployment_info(&api, found));
+    let deployments = deployments.collect();
+    Json(Deployments { deployments })
+}
+
+async fn pause(
+    State(api): State<Api>,
+    Path((deployment, instance)): Path<(String, String)>,
+    request: Request,
+) -> Result<Json<PauseRequest>, Failure> {
+    let instance = api.instance(&deployment, &instance)?;
+    let wanted: PauseRequest = api.json(request).await?;
+    let unreachable = |text| Failure::new(RefusalKind::Unreachable, text);
+    instance.pause(wanted.paused).await.map_err(unreachable)?;
+    Ok(Json(wanted))
+}
+
+async fn no_such_path(method: Method, uri: Uri) -> Failure {
+    let text = format!("host-agent {PROGRAM} has no {method} {}", uri.path());
+    Failure::new(RefusalKind::NoSuchPath, text)
+}
+
+async fn with_program(mut response: Response) -> Response {
+    let program = axum::http::HeaderValue::from_static(PROGRAM);
+    response.headers_mut().insert(PROGRAM_HEADER, program);
+    response
+}

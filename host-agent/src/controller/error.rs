@@ -1,0 +1,52 @@
+//! Errors of the controller.
+
+use tokio::task::JoinError;
+
+use crate::service::ServiceError;
+use crate::store::database::StoreError;
+use crate::store::packages::AddError;
+use crate::supervisor::host::HostError;
+
+/// Why a request about services fails.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// There is no such service.
+    #[error("no service {0} on this host")]
+    NoService(String),
+    /// There is no such operation, or it is long over.
+    #[error("no operation {0} on this host")]
+    NoOperation(String),
+    /// The name cannot be that of a service.
+    #[error("\"{0}\" is not a name for a service: write 1 to 63 letters, digits, '-' or '_'")]
+    Name(String),
+    /// The package has not been uploaded.
+    #[error("package {0} is not on this host: upload it first")]
+    NoPackage(String),
+    /// The service exists with another package or configuration.
+    #[error("service {0} runs another package or configuration: delete it first")]
+    Differs(String),
+    /// The service is being deleted.
+    #[error("service {0} is being deleted")]
+    Deleting(String),
+    /// Package and configuration are no service.
+    #[error("package or configuration")]
+    Service(#[source] Box<ServiceError>),
+    /// The package that was uploaded.
+    #[error(transparent)]
+    Package(#[from] AddError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A panic in a blocking step.
+    #[error("internal error")]
+    Blocking(#[from] JoinError),
+}
+
+impl From<ServiceError> for ControllerError {
+    fn from(error: ServiceError) -> Self {
+        Self::Service(Box::new(error))
+    }
+}

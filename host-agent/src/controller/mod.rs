@@ -1,0 +1,274 @@
+//! Keeps the services of the store running on the host: what was asked for is durable
+//! before it is answered, and a task for each service does what is missing.
+
+mod decide;
+mod error;
+mod reconcile;
+
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::blocking::blocking;
+use crate::digest::Digest;
+use crate::progress::Progress;
+use crate::service;
+use crate::service::model::ServiceModel;
+use crate::store::database::StoreError;
+use crate::store::packages::PackageStore;
+use crate::store::services::{
+    Applied, Operation, OperationState, Revision, ServiceRecord, ServiceStore,
+};
+use crate::supervisor::host::{DeploymentHandle, Host};
+use crate::until::until;
+pub use error::ControllerError;
+
+/// Address on which endpoints are published.
+const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Longest name of a service, as that of a DNS label.
+const MAX_NAME: usize = 63;
+
+/// The services of a host. A clone is another handle to the same.
+#[derive(Debug, Clone)]
+pub struct Controller(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    host: Host,
+    // Locked on blocking threads only.
+    store: Arc<Mutex<ServiceStore>>,
+    packages: PackageStore,
+    /// Wakes the task of each service.
+    tasks: Mutex<BTreeMap<String, Arc<Notify>>>,
+    /// Counts the changes of operations.
+    changes: watch::Sender<u64>,
+}
+
+/// What is wanted of a service.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// SHA-256 of its package.
+    pub package: Digest,
+    /// Text of its configuration.
+    pub configuration: String,
+}
+
+/// A service and what runs of it.
+#[derive(Debug, Clone)]
+pub struct ServiceState {
+    /// What is wanted.
+    pub record: ServiceRecord,
+    /// What runs.
+    pub deployment: Option<DeploymentHandle>,
+    /// Its newest operation.
+    pub operation: Option<Operation>,
+}
+
+impl Controller {
+    /// Adopts the deployments of the services in `store` and starts to keep each service at
+    /// what is wanted.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the deployments cannot be listed.
+    pub async fn start(host: Host, store: ServiceStore) -> Result<Self, ControllerError> {
+        let packages = PackageStore::new(&host.options().data_dir);
+        let this = Self(Arc::new(State {
+            host,
+            store: Arc::new(Mutex::new(store)),
+            packages: packages.clone(),
+            tasks: Mutex::default(),
+            changes: watch::Sender::new(0),
+        }));
+        let (services, used) = this
+            .with_store(|store| Ok((store.services()?, store.packages()?)))
+            .await?;
+        // Nobody uploads yet. What cannot be removed only takes space.
+        let _ = blocking(move || packages.sweep(&used)).await?;
+        let deployments = services.iter().filter_map(|it| it.deployment.clone());
+        let known: BTreeSet<String> = deployments.collect();
+        this.0.host.adopt(move |id| known.contains(id)).await?;
+        for service in services {
+            this.wake(&service.name);
+        }
+        Ok(this)
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.0.host
+    }
+
+    /// The packages.
+    pub fn packages(&self) -> &PackageStore {
+        &self.0.packages
+    }
+
+    /// Reads and checks what `wanted` names.
+    pub async fn load(&self, wanted: &Wanted) -> Result<ServiceModel, ControllerError> {
+        let path = self.0.packages.path(&wanted.package);
+        let (digest, configuration) = (wanted.package, wanted.configuration.clone());
+        blocking(move || {
+            if !path.exists() {
+                return Err(ControllerError::NoPackage(digest.hex()));
+            }
+            Ok(service::load_text(
+                &path,
+                &configuration,
+                &Progress::default(),
+            )?)
+        })
+        .await?
+    }
+
+    /// Creates service `name`, or does nothing if it is as wanted already. Durable when it
+    /// returns.
+    pub async fn apply(
+        &self,
+        name: &str,
+        wanted: Wanted,
+        user: u32,
+    ) -> Result<Option<Operation>, ControllerError> {
+        check_name(name)?;
+        self.load(&wanted).await?;
+        let of_store = name.to_owned();
+        let applied = self
+            .with_store(move |store| {
+                store.apply(&of_store, &wanted.package, &wanted.configuration, user)
+            })
+            .await?;
+        match applied {
+            Applied::Begun(operation) => {
+                self.wake(name);
+                Ok(Some(operation))
+            }
+            Applied::Unchanged(_) => Ok(None),
+            Applied::Differs(_) => Err(ControllerError::Differs(name.into())),
+            Applied::Deleting => Err(ControllerError::Deleting(name.into())),
+        }
+    }
+
+    /// Stops service `name` and removes everything of it. Durable when it returns.
+    pub async fn delete(&self, name: &str, user: u32) -> Result<Operation, ControllerError> {
+        let of_store = name.to_owned();
+        let begun = self.with_store(move |store| store.delete(&of_store, user));
+        let begun = begun.await?;
+        let begun = begun.ok_or_else(|| ControllerError::NoService(name.into()))?;
+        self.changed();
+        self.wake(name);
+        Ok(begun)
+    }
+
+    /// Every service.
+    pub async fn services(&self) -> Result<Vec<ServiceState>, ControllerError> {
+        let found = self.with_store(|store| {
+            let services = store.services()?.into_iter();
+            services
+                .map(|record| {
+                    let operation = store.operations(&record.name)?.into_iter().next();
+                    Ok((record, operation))
+                })
+                .collect::<Result<Vec<_>, StoreError>>()
+        });
+        let found = found.await?.into_iter();
+        let states = found.map(|(record, operation)| self.state(record, operation));
+        Ok(states.collect())
+    }
+
+    /// One service.
+    pub async fn service(&self, name: &str) -> Result<ServiceState, ControllerError> {
+        let mut services = self.services().await?;
+        services.retain(|service| service.record.name == name);
+        services
+            .pop()
+            .ok_or_else(|| ControllerError::NoService(name.into()))
+    }
+
+    /// Every revision of a service, the oldest first, and its operations, the newest first.
+    pub async fn history(
+        &self,
+        name: &str,
+    ) -> Result<(Vec<Revision>, Vec<Operation>), ControllerError> {
+        let of_store = name.to_owned();
+        let found = self
+            .with_store(move |store| Ok((store.history(&of_store)?, store.operations(&of_store)?)));
+        match found.await? {
+            (revisions, operations) if revisions.is_empty() && operations.is_empty() => {
+                Err(ControllerError::NoService(name.into()))
+            }
+            found => Ok(found),
+        }
+    }
+
+    /// An operation, when it has ended or `limit` has passed.
+    pub async fn operation(&self, id: &str, limit: Duration) -> Result<Operation, ControllerError> {
+        let deadline = Instant::now() + limit;
+        let mut changes = self.0.changes.subscribe();
+        loop {
+            changes.mark_unchanged();
+            let of_store = id.to_owned();
+            let found = self.with_store(move |store| store.operation(&of_store));
+            let found = found.await?;
+            let found = found.ok_or_else(|| ControllerError::NoOperation(id.into()))?;
+            if found.state != OperationState::Running || Instant::now() >= deadline {
+                return Ok(found);
+            }
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = until(Some(deadline)) => {}
+            }
+        }
+    }
+
+    fn state(&self, record: ServiceRecord, operation: Option<Operation>) -> ServiceState {
+        let id = record.deployment.as_deref();
+        ServiceState {
+            deployment: id.and_then(|id| self.0.host.deployment(id)),
+            record,
+            operation,
+        }
+    }
+
+    /// Wakes the task of service `name`, or starts it.
+    fn wake(&self, name: &str) {
+        match lock(&self.0.tasks).entry(name.to_owned()) {
+            Entry::Occupied(task) => task.get().notify_one(),
+            Entry::Vacant(place) => {
+                let wake = Arc::clone(place.insert(Arc::default()));
+                tokio::spawn(reconcile::run(self.clone(), name.to_owned(), wake));
+            }
+        }
+    }
+
+    /// An operation has begun or ended.
+    fn changed(&self) {
+        self.0.changes.send_modify(|number| *number += 1);
+    }
+
+    async fn with_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut ServiceStore) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, ControllerError> {
+        let store = Arc::clone(&self.0.store);
+        Ok(blocking(move || work(&mut lock(&store))).await??)
+    }
+}
+
+fn check_name(name: &str) -> Result<(), ControllerError> {
+    let fits = (1..=MAX_NAME).contains(&name.len());
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    if fits && name.bytes().all(is_plain) {
+        return Ok(());
+    }
+    Err(ControllerError::Name(name.to_owned()))
+}
+
+/// A panic cannot leave a change half made: each is one call or one transaction.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
