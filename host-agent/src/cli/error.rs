@@ -63,6 +63,14 @@ pub enum Code {
     Unreachable,
     /// The directory with the sockets of running deployments cannot be used.
     RuntimeDirectory,
+    /// The request contradicts what exists.
+    Conflict,
+    /// No `host-agent serve` runs.
+    NotServing,
+    /// An operation of a service failed.
+    Operation,
+    /// The store of services cannot be used.
+    Store,
     /// `exec`: the host side failed.
     ExecHost,
     /// `exec`: the program could not be started in the guest.
@@ -74,7 +82,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 26] = [
+    const ALL: [Self; 30] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -98,6 +106,10 @@ impl Code {
         Self::Ambiguous,
         Self::Unreachable,
         Self::RuntimeDirectory,
+        Self::Conflict,
+        Self::NotServing,
+        Self::Operation,
+        Self::Store,
         Self::ExecHost,
         Self::ExecGuest,
         Self::Interrupted,
@@ -126,12 +138,16 @@ impl Code {
             Self::Role => (401, Exit::Role),
             Self::Probe => (402, Exit::Role),
             Self::Unclean => (403, Exit::Role),
+            Self::Operation => (404, Exit::Role),
             Self::NoInstance => (501, Exit::NotFound),
             Self::Ambiguous => (502, Exit::Conflict),
             Self::Unreachable => (503, Exit::Unreachable),
             Self::ExecHost => (504, Exit::ExecHost),
             Self::ExecGuest => (505, Exit::Guest(127)),
             Self::RuntimeDirectory => (506, Exit::Permission),
+            Self::Conflict => (507, Exit::Conflict),
+            Self::NotServing => (508, Exit::Unreachable),
+            Self::Store => (509, Exit::Unclassified),
         }
     }
 
@@ -427,6 +443,10 @@ impl From<ClientError> for CliError {
                 kind: RefusalKind::Invalid,
                 ..
             } => Code::Usage,
+            ClientError::Refused {
+                kind: RefusalKind::Conflict,
+                ..
+            } => Code::Conflict,
             ClientError::List { .. } => Code::RuntimeDirectory,
             ClientError::Refused { .. } => Code::Unclassified,
         };

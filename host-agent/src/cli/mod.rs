@@ -17,9 +17,11 @@ mod logs;
 mod lossless_output;
 mod meter;
 mod output;
+mod package;
 mod report;
 mod run;
 mod running;
+mod serve;
 mod service;
 mod terminal;
 mod test;
@@ -64,10 +66,12 @@ pub fn main() -> ExitCode {
         Verb::Adopt => adopt::run(&output),
         Verb::Freeze(args) => instances::pause(&args, true, &output),
         Verb::Thaw(args) => instances::pause(&args, false, &output),
-        Verb::Pack(args) => service::pack(&args, &output),
-        Verb::Validate(args) => service::validate(&args, &output),
+        Verb::Pack(args) => package::pack(&args, &output),
+        Verb::Validate(args) => package::validate(&args, &output),
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
+        Verb::Serve(args) => serve::run(&args, &output),
+        Verb::Service(args) => service::run(&args.verb, no_input, &output),
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => Ok(test::run(&args, &output)),
     };

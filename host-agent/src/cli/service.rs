@@ -1,185 +1,396 @@
-//! `host-agent pack` and `host-agent validate`.
+//! `host-agent service`: what an operator does with the services that `serve` keeps.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinError;
 
-use super::args::{PackArgs, ValidateArgs};
+use super::args::{ApplyArgs, BeginArgs, DeleteArgs, ServiceVerb};
 use super::error::{CliError, Code};
 use super::exit::Exit;
+use super::instances::columns;
 use super::interrupt::Interrupts;
 use super::meter::Meter;
 use super::output::Output;
 use super::running::interrupted;
 use super::runtime;
+use crate::api::client::{Client, ClientError};
+use crate::api::types::{
+    ApplyAnswer, ApplyRequest, History, PackageInfo, RefusalKind, ServiceInfo, Services,
+};
 use crate::digest::Digest;
-use crate::doctor::iec;
 use crate::printable::printable;
-use crate::progress::Progress;
-use crate::service::{self, Validated};
+use crate::service;
+use crate::store::paths;
+use crate::store::services::{Operation, OperationKind, OperationState};
 
-/// Packs a directory into a package file.
-pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
-    let started = Instant::now();
-    let meter = Meter::start(output);
-    let PackArgs { dir, output: out } = args.clone();
-    let (packed, digest) = interruptible(meter.progress(), move |progress| {
-        let packed = service::pack(&dir, &out, progress)?;
-        let digest = digest_of(&out, progress).map_err(|error| {
-            let what = format!("cannot read {} again", out.display());
-            CliError::new(Code::Output, what).cause(error.to_string())
-        })?;
-        Ok((packed, digest))
-    })?;
-    drop(meter);
-    let text = format!(
-        "packed {}  {} role{}  {} file{}  {}  sha256:{digest}  in {:.1} s",
-        args.output.display(),
-        packed.roles,
-        plural(packed.roles),
-        packed.files,
-        plural(packed.files),
-        iec(packed.bytes),
-        started.elapsed().as_secs_f64(),
-    );
-    output.answer(&text, || {
-        json!({
-            "schema": "host-agent.pack/1",
-            "file": args.output.display().to_string(),
-            "service": packed.service,
-            "roles": packed.roles,
-            "files": packed.files,
-            "bytes": packed.bytes,
-            "digest": format!("sha256:{digest}"),
-        })
-    })?;
-    Ok(Exit::Success)
-}
+/// Longest wait in one request.
+const WAIT: Duration = Duration::from_secs(10);
 
-/// Runs `work` on another thread. The first signal cancels it and waits until it
-/// has removed its files; the second one does not wait.
-fn interruptible<T: Send + 'static>(
-    progress: &Progress,
-    work: impl FnOnce(&Progress) -> Result<T, CliError> + Send + 'static,
-) -> Result<T, CliError> {
+/// Runs the verb.
+pub fn run(verb: &ServiceVerb, no_input: bool, output: &Output) -> Result<Exit, CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let mut interrupts = Interrupts::listen()?;
-        // Its default action would end the process at `RLIMIT_FSIZE` with a temporary file
-        // left and no message. With a handler write(2) fails with EFBIG.
-        let _file_size = signal(SignalKind::from_raw(libc::SIGXFSZ))
-            .map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-        let of_work = progress.clone();
-        let mut working = tokio::task::spawn_blocking(move || work(&of_work));
-        let number = tokio::select! {
-            done = &mut working => return joined(done),
-            number = interrupts.next() => number,
+        let work = async {
+            match verb {
+                ServiceVerb::Apply(args) => apply(args, no_input, output).await,
+                ServiceVerb::List => list(output).await,
+                ServiceVerb::Show(args) => show(&args.service, output).await,
+                ServiceVerb::History(args) => history(&args.service, output).await,
+                ServiceVerb::Delete(args) => delete(args, no_input, output).await,
+            }
         };
-        progress.cancel();
         tokio::select! {
-            // It may have finished before the cancellation.
-            done = working => joined(done).map_err(|_| interrupted(number)),
+            result = work => result,
             number = interrupts.next() => Err(interrupted(number)),
         }
     });
+    // A thread may still wait for standard input.
     runtime.shutdown_background();
     result
 }
 
-fn joined<T>(done: Result<Result<T, CliError>, JoinError>) -> Result<T, CliError> {
-    done.unwrap_or_else(|error| Err(CliError::chain(Code::Unclassified, &error)))
+async fn connect() -> Result<Client, CliError> {
+    let socket = paths::serve_socket();
+    Client::connect(&socket).await.map_err(|error| {
+        let what = "no host-agent serve of this user runs";
+        CliError::new(Code::NotServing, what)
+            .cause(vmbus::text::chain(&error))
+            .hint("host-agent serve   (in another terminal)")
+    })
 }
 
-/// Checks each file: the result lists all, standard error has the errors, and the
-/// exit code is that of the first error.
-pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> {
-    let mut lines = Vec::new();
-    let mut results = Vec::new();
-    let mut exit = Exit::Success;
+async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit, CliError> {
+    let started = Instant::now();
+    let name = &args.service;
+    let config = args.config.as_deref();
     let meter = Meter::start(output);
-    for file in &args.files {
-        // Names that are not UTF-8 are shown with replacement characters.
-        let name = file.display().to_string();
-        let shown = printable(&name);
-        match service::validate(file, args.config.as_deref(), meter.progress()) {
-            Ok(found) => {
-                lines.push(format!("ok    {shown}  {}", describe(found)));
-                results.push(json!({"file": name, "valid": true, "what": describe(found)}));
-            }
-            Err(error) => {
-                let error = CliError::from(error);
-                output.error(&error);
-                lines.push(format!("fail  {shown}  {}", error.code().name()));
-                results.push(json!({"file": name, "valid": false, "error": error.json()}));
-                if exit == Exit::Success {
-                    exit = error.exit();
-                }
-            }
+    // Checked here too, so that errors name the user's files.
+    service::load(&args.package, config, meter.progress())?;
+    let configuration = service::configuration_text(&args.package, config)?;
+    let packed = pack(&args.package, &meter)?;
+    let package = packed.as_ref().map_or(&*args.package, |packed| &**packed);
+    let cannot = |error: io::Error| {
+        let what = format!("cannot read {}", package.display());
+        CliError::new(Code::ServiceFile, what).cause(error.to_string())
+    };
+    let mut file = File::open(package).map_err(cannot)?;
+    let digest = Digest::of(&file).map_err(cannot)?.0;
+    let mut client = connect().await?;
+    let place = format!("packages/{}", digest.hex());
+    match client.get::<PackageInfo>(&place).await {
+        Ok(_) => {}
+        Err(ClientError::Refused {
+            kind: RefusalKind::NotFound,
+            ..
+        }) => {
+            io::Seek::rewind(&mut file).map_err(cannot)?;
+            client.upload::<PackageInfo>(&place, file).await?;
         }
+        Err(error) => return Err(error.into()),
     }
     drop(meter);
-    output.answer(&lines.join("\n"), || {
-        json!({
-            "schema": "host-agent.validate/1",
-            "valid": exit == Exit::Success,
-            "files": results,
-        })
-    })?;
-    Ok(exit)
+    let path = format!("services/{name}");
+    let mut request = ApplyRequest {
+        package: digest,
+        configuration,
+        dry_run: true,
+    };
+    let plan: ApplyAnswer = client.put(&path, &request).await?;
+    let text = plan_text(&plan);
+    if args.dry_run {
+        output.answer(
+            &text,
+            || json!({"schema": "host-agent.service-apply/1", "service": name, "plan": plan}),
+        )?;
+        return Ok(Exit::Success);
+    }
+    for line in text.lines() {
+        output.progress(line);
+    }
+    confirm("apply?", &args.begin, no_input).await?;
+    request.dry_run = false;
+    let answer: ApplyAnswer = client.put(&path, &request).await?;
+    let operation = match answer.operation {
+        Some(operation) => operation,
+        // As wanted already: what may still run is waited for all the same.
+        None => match client.get::<ServiceInfo>(&path).await?.operation {
+            Some(operation) => operation,
+            None => return unchanged(name, output),
+        },
+    };
+    let operation = finish(&mut client, operation, &args.begin).await?;
+    let info: ServiceInfo = client.get(&path).await?;
+    let took = started.elapsed().as_secs_f64();
+    let (ready, all) = (
+        info.ready,
+        info.deployment.as_ref().map_or(0, |it| it.instances.len()),
+    );
+    let text = if operation.state == OperationState::Running {
+        format!(
+            "{name} generation {}: begun, operation {}",
+            info.generation, operation.id
+        )
+    } else {
+        format!(
+            "{name} generation {}: {ready}/{all} Ready in {took:.1} s",
+            info.generation
+        )
+    };
+    output.answer(
+        &text,
+        || json!({"schema": "host-agent.service-apply/1", "service": info, "operation": operation}),
+    )?;
+    Ok(Exit::Success)
 }
 
-fn describe(found: Validated) -> &'static str {
-    match found {
-        Validated::Service => "definition, configuration and files agree",
-        Validated::Definition => "definition",
-        Validated::Configuration => "configuration and definition agree",
-        Validated::PackagedService => "package and configuration agree",
-        Validated::Package => "package; no one configuration beside it (see --config)",
+fn unchanged(name: &str, output: &Output) -> Result<Exit, CliError> {
+    output.answer(
+        &format!("{name}: nothing to do"),
+        || json!({"schema": "host-agent.service-apply/1", "service": name, "operation": null}),
+    )?;
+    Ok(Exit::Success)
+}
+
+/// The package of a directory, in a temporary file.
+fn pack(package: &Path, meter: &Meter) -> Result<Option<tempfile::TempPath>, CliError> {
+    if !package.is_dir() {
+        return Ok(None);
+    }
+    let cannot = |error: io::Error| {
+        CliError::new(Code::Output, "cannot make a temporary package").cause(error.to_string())
+    };
+    let file = tempfile::Builder::new().suffix(".cspkg").tempfile();
+    let path = file.map_err(cannot)?.into_temp_path();
+    service::pack(package, &path, meter.progress())?;
+    Ok(Some(path))
+}
+
+async fn delete(args: &DeleteArgs, no_input: bool, output: &Output) -> Result<Exit, CliError> {
+    let name = &args.service;
+    let mut client = connect().await?;
+    let path = format!("services/{name}");
+    let info: ServiceInfo = client.get(&path).await?;
+    let instances = info.deployment.as_ref().map_or(0, |it| it.instances.len());
+    let instances = counted(instances, "instance");
+    output.progress(&format!(
+        "plan: stop {instances} of {name} and remove everything of it"
+    ));
+    confirm("delete?", &args.begin, no_input).await?;
+    let operation: Operation = client.delete(&path).await?;
+    let operation = finish(&mut client, operation, &args.begin).await?;
+    let text = match operation.state {
+        OperationState::Running => format!("{name}: deletion begun, operation {}", operation.id),
+        _ => format!("{name}: deleted"),
+    };
+    output.answer(
+        &text,
+        || json!({"schema": "host-agent.service-delete/1", "operation": operation}),
+    )?;
+    Ok(Exit::Success)
+}
+
+/// Asks on a terminal.
+async fn confirm(question: &str, begin: &BeginArgs, no_input: bool) -> Result<(), CliError> {
+    if begin.yes || no_input || !io::stdin().is_terminal() {
+        return Ok(());
+    }
+    let question = format!("{question} [y/N] ");
+    let asked = tokio::task::spawn_blocking(move || {
+        let mut screen = io::stderr();
+        screen.write_all(question.as_bytes())?;
+        screen.flush()?;
+        let mut answer = String::new();
+        io::stdin().lock().read_line(&mut answer)?;
+        Ok::<_, io::Error>(answer)
+    });
+    let answer = asked
+        .await
+        .map_err(io::Error::from)
+        .and_then(|answer| answer);
+    match answer.as_deref().map(str::trim) {
+        Ok("y" | "Y" | "yes") => Ok(()),
+        _ => Err(CliError::new(Code::Usage, "nothing was changed")
+            .cause("the question was not answered with y")
+            .hint("--yes does not ask")),
     }
 }
 
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
-}
-
-fn digest_of(path: &Path, progress: &Progress) -> io::Result<String> {
-    let file = File::open(path)?;
-    let what = format!("hashing {}", path.display());
-    let _step = progress.step(what, Some(file.metadata()?.len()));
-    Ok(Digest::of(progress.watch(file))?.0.hex())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::args::CommandLine;
-    use clap::Parser as _;
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt;
-
-    #[test]
-    fn paths_that_are_not_utf8_work() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &[u8]| directory.path().join(OsStr::from_bytes(name));
-        let line = ["host-agent", "version", "--json"];
-        let output = Output::new(&CommandLine::try_parse_from(line).unwrap().global).unwrap();
-        let file = path(b"\xff.csdef");
-        let text = "<ServiceDefinition/>";
-        std::fs::write(&file, text).unwrap();
-        let args = ValidateArgs {
-            files: vec![file, path(b"\xff.cspkg")],
-            config: None,
-        };
-        assert_eq!(validate(&args, &output).unwrap(), Exit::Invalid);
-        let args = PackArgs {
-            dir: crate::service::SAMPLE.into(),
-            output: path(b"\xff.cspkg"),
-        };
-        assert_eq!(pack(&args, &output).unwrap(), Exit::Success);
+/// Waits for an operation if it is to be waited for; one that failed is an error.
+async fn finish(
+    client: &mut Client,
+    mut operation: Operation,
+    begin: &BeginArgs,
+) -> Result<Operation, CliError> {
+    let started = Instant::now();
+    while begin.wait && operation.state == OperationState::Running {
+        let left = begin
+            .timeout
+            .map(|limit| limit.saturating_sub(started.elapsed()));
+        if left == Some(Duration::ZERO) {
+            let what = format!(
+                "operation {} of {} goes on",
+                operation.id, operation.service
+            );
+            return Err(CliError::new(Code::Timeout, what)
+                .cause("--timeout has passed")
+                .hint(format!("host-agent service show {}", operation.service)));
+        }
+        let wait = left.map_or(WAIT, |left| left.min(WAIT)).as_millis();
+        let path = format!("operations/{}?wait_ms={wait}", operation.id);
+        operation = client.get(&path).await?;
     }
+    if operation.state != OperationState::Failed {
+        return Ok(operation);
+    }
+    let what = match operation.kind {
+        OperationKind::Apply => "was not started",
+        OperationKind::Delete => "was not deleted",
+    };
+    let error = CliError::new(
+        Code::Operation,
+        format!("service {} {what}", operation.service),
+    );
+    let cause = operation.error.unwrap_or_default();
+    Err(error
+        .cause(cause)
+        .hint(format!("host-agent service show {}", operation.service)))
+}
+
+fn plan_text(plan: &ApplyAnswer) -> String {
+    let mut lines = vec![format!(
+        "plan: create {}",
+        counted(plan.create.len(), "instance")
+    )];
+    let create = plan.create.iter();
+    lines.extend(
+        create.map(|it| format!("  {}  {} vCPU  {} MiB", it.name, it.vcpus, it.memory_mib)),
+    );
+    let endpoints = plan.endpoints.iter();
+    lines.extend(endpoints.map(|it| {
+        let instances = counted(it.instances as usize, "instance");
+        format!("  endpoint {}  port {} -> {instances}", it.name, it.port)
+    }));
+    lines.join("\n")
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+async fn list(output: &Output) -> Result<Exit, CliError> {
+    let found: Services = connect().await?.get("services").await?;
+    let head = ["SERVICE", "GENERATION", "READY", "EXPECTED", "OPERATION"].map(str::to_owned);
+    let rows = found.services.iter().map(row);
+    let rows: Vec<_> = std::iter::once(head).chain(rows).collect();
+    let text = match rows.len() {
+        1 => "no services".to_owned(),
+        _ => columns(&rows),
+    };
+    output.answer(
+        &text,
+        || json!({"schema": "host-agent.services/1", "services": found.services}),
+    )?;
+    Ok(Exit::Success)
+}
+
+fn row(info: &ServiceInfo) -> [String; 5] {
+    let all = info.deployment.as_ref().map_or(0, |it| it.instances.len());
+    let row = [
+        info.name.clone(),
+        info.generation.to_string(),
+        format!("{}/{all}", info.ready),
+        info.expected.name().to_owned(),
+        info.operation
+            .as_ref()
+            .map_or_else(String::new, operation_text),
+    ];
+    row.map(|cell| printable(&cell))
+}
+
+fn operation_text(operation: &Operation) -> String {
+    let mut text = format!("{} {}", operation.kind.name(), operation.state.name());
+    if let Some(error) = &operation.error {
+        text.push_str(": ");
+        text.push_str(error);
+    }
+    text
+}
+
+async fn show(name: &str, output: &Output) -> Result<Exit, CliError> {
+    let info: ServiceInfo = connect().await?.get(&format!("services/{name}")).await?;
+    let mut rows = vec![["INSTANCE", "STATE", "BOOT", "ENDPOINTS"].map(str::to_owned)];
+    for instance in info.deployment.iter().flat_map(|it| &it.instances) {
+        let endpoints = instance.endpoints.iter();
+        let endpoints: Vec<_> = endpoints
+            .map(|it| format!("{} {} -> {}", it.name, it.address, it.local_port))
+            .collect();
+        let row = [
+            instance.name.clone(),
+            instance.state.clone(),
+            instance.generation.to_string(),
+            endpoints.join(", "),
+        ];
+        rows.push(row.map(|cell| printable(&cell)));
+    }
+    let mut text = format!("{} generation {}", info.name, info.generation);
+    if let Some(operation) = &info.operation {
+        text.push_str(&format!(", {}", operation_text(operation)));
+    }
+    if rows.len() > 1 {
+        text.push_str(&format!("\n{}", columns(&rows)));
+    }
+    output.answer(
+        &text,
+        || json!({"schema": "host-agent.service/1", "service": info}),
+    )?;
+    Ok(Exit::Success)
+}
+
+async fn history(name: &str, output: &Output) -> Result<Exit, CliError> {
+    let path = format!("services/{name}/history");
+    let found: History = connect().await?.get(&path).await?;
+    let mut rows = vec![["WHEN", "BY USER", "WHAT", "GENERATION", "RESULT"].map(str::to_owned)];
+    for operation in &found.operations {
+        let took = operation
+            .ended_ms
+            .map(|ended| ended.saturating_sub(operation.started_ms));
+        let mut result = operation.state.name().to_owned();
+        if let Some(took) = took {
+            result.push_str(&format!(" after {:.1} s", took as f64 / 1000.0));
+        }
+        if let Some(error) = &operation.error {
+            result.push_str(&format!(": {error}"));
+        }
+        let row = [
+            time(operation.started_ms),
+            operation.user.to_string(),
+            operation.kind.name().to_owned(),
+            operation.generation.to_string(),
+            result,
+        ];
+        rows.push(row.map(|cell| printable(&cell)));
+    }
+    let mut text = columns(&rows);
+    for revision in &found.revisions {
+        text.push_str(&format!(
+            "\ngeneration {}: package sha256:{}",
+            revision.generation,
+            revision.package.hex()
+        ));
+    }
+    output.answer(
+        &text,
+        || json!({"schema": "host-agent.service-history/1", "history": found}),
+    )?;
+    Ok(Exit::Success)
+}
+
+/// A time as RFC 3339 in UTC.
+fn time(ms: u64) -> String {
+    let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |it| format!("{it:.0}"))
 }

@@ -1,0 +1,99 @@
+//! `host-agent serve`: keeps the services of this user running. Their guests outlive it, and
+//! the next one takes them over.
+
+use vmbus::text::chain;
+
+use super::args::ServeArgs;
+use super::deploy::{self, timeline_line};
+use super::error::{CliError, Code};
+use super::exit::Exit;
+use super::interrupt::Interrupts;
+use super::output::Output;
+use super::runtime;
+use crate::api::server;
+use crate::controller::Controller;
+use crate::doctor::Scope;
+use crate::store::database::StoreError;
+use crate::store::paths;
+use crate::store::services::ServiceStore;
+use crate::supervisor::event::{TimelineEvent, missed};
+use crate::supervisor::host::Host;
+use crate::supervisor::timeline::Timeline;
+
+/// Serves until a signal ends it.
+pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
+    let unblocked = output.never_block();
+    unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
+    let machine = deploy::host(if args.require_sandbox {
+        Scope::GuestsAndSandbox
+    } else {
+        Scope::Guests
+    })?;
+    if !machine.is_usable() {
+        return Err(CliError::host(&machine, "SERVICE".as_ref()));
+    }
+    let mut options = deploy::options(&machine, args.heartbeat_limit)?;
+    if args.require_sandbox && !machine.has_sandbox() {
+        return Err(CliError::sandbox(&machine));
+    }
+    options.require_sandbox = args.require_sandbox;
+    options.socket = Some(paths::SERVE);
+    let store = ServiceStore::open(&options.data_dir).map_err(refused)?;
+    runtime()?.block_on(async {
+        let mut interrupts = Interrupts::listen()?;
+        let timeline = Timeline::start();
+        let mut events = timeline.subscribe();
+        let failed = |error: &dyn std::error::Error| CliError::chain(Code::Start, error);
+        let host = Host::open(options, timeline);
+        let host = host.await.map_err(|error| failed(&error))?;
+        let controller = Controller::start(host.clone(), store);
+        let controller = controller.await.map_err(|error| failed(&error))?;
+        let server = server::serve(&host, Some(controller));
+        let server = server.map_err(|error| {
+            let what = format!("cannot serve {}", host.socket().display());
+            CliError::new(Code::RuntimeDirectory, what).cause(chain(&error))
+        })?;
+        output.progress(&format!("host-agent: serving {}", host.socket().display()));
+        loop {
+            tokio::select! {
+                biased;
+                Some(event) = events.next() => show(output, &event)?,
+                number = interrupts.next() => {
+                    // There is no configuration to read again.
+                    if i32::from(number) == libc::SIGHUP {
+                        continue;
+                    }
+                    break;
+                }
+            }
+        }
+        server.close().await;
+        output.progress("host-agent: ended; guests run on, the next serve takes them over");
+        output.finish();
+        // Drops of the host's instances would end their guests.
+        std::process::exit(0)
+    })
+}
+
+fn show(output: &Output, event: &TimelineEvent) -> Result<(), CliError> {
+    let width = event.instance.as_ref().map_or(0, String::len);
+    let line = timeline_line(event, width);
+    output.line(&line, || event.json(), |count| missed(event.at, count))
+}
+
+fn refused(error: StoreError) -> CliError {
+    let this = CliError::chain(Code::Store, &error);
+    match error {
+        StoreError::InUse { .. } => this
+            .exit_with(Exit::Conflict)
+            .hint("host-agent service list"),
+        StoreError::Newer { .. } => this.hint("start the newer host-agent that wrote it"),
+        StoreError::Damaged { path, .. } => {
+            let path = path.display();
+            this.hint(format!(
+                "keep {path} aside, and put a copy of it in its place"
+            ))
+        }
+        StoreError::File { .. } | StoreError::Sqlite(_) => this,
+    }
+}
