@@ -1,6 +1,5 @@
 //! End-to-end tests. `scripts/test` gives them a machine with a usable KVM.
 
-mod adopt;
 mod adoption;
 mod agent;
 mod bad_input;
@@ -17,6 +16,7 @@ mod output;
 mod probe;
 mod role_limits;
 mod sandbox;
+mod serve;
 mod service;
 mod stop;
 mod terminal;

@@ -17,6 +17,7 @@ use host_agent::digest::Digest;
 use host_agent::progress::Progress;
 use host_agent::service;
 use host_agent::store::deployment::{DeploymentDir, Retention};
+use host_agent::store::services::ServiceStore;
 use host_agent::supervisor::instance::record::InstanceRecord;
 use host_agent::supervisor::lifecycle::RestartHistory;
 use host_agent::supervisor::plan::{Placement, plan};
@@ -147,8 +148,13 @@ fn a_host_agent_adopts_32_guests_within_two_seconds() -> Result<()> {
     let image = write_image(&images.join("minimal"))?;
     let mut guests = start(&sandbox, specs(&sandbox, &image)?)?;
 
+    let mut store = ServiceStore::open(&sandbox.data())?;
+    store.apply("many", &image.manifest, "", 0)?;
+    store.deploying("many", DEPLOYMENT)?;
+    drop(store);
+
     let mut command = sandbox.command();
-    command.args(["adopt", "--format", "jsonl"]);
+    command.args(["serve", "--format", "jsonl"]);
     let began = Instant::now();
     let mut adopted = Run::from_command(&sandbox, command)?;
     let mut pids = Vec::new();

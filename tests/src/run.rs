@@ -86,6 +86,17 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Waits for a line that contains `text`.
+    pub fn line_with(&mut self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + limit(30);
+        loop {
+            let line = self.line(deadline, text)?;
+            if line.contains(text) {
+                return Ok(line);
+            }
+        }
+    }
+
     /// Waits until the role is Ready.
     pub fn ready(&mut self) -> Result<()> {
         self.event("role", |event| event["state"] == "ready")?;

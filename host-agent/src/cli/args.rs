@@ -195,9 +195,6 @@ Examples:
   host-agent version
   host-agent version --json")]
     Version,
-    /// Adopt the guests that outlived a killed `run --outlive`
-    #[command(hide = true)]
-    Adopt,
     /// Pause the vCPUs of an instance, to test the heartbeat limit
     #[command(hide = true)]
     Freeze(InstanceArg),
@@ -228,9 +225,6 @@ pub struct RunArgs {
     /// Keep disks and logs at the end
     #[arg(long, env = "HOST_AGENT_KEEP", hide_env = true, value_parser = clap::builder::FalseyValueParser::new())]
     pub keep: bool,
-    /// Guests outlive this command when it is killed; `adopt` takes them over
-    #[arg(long, hide = true, conflicts_with = "keep")]
-    pub outlive: bool,
     /// Refuse to run guests whose VMM process lacks a layer of the sandbox
     #[arg(long)]
     pub require_sandbox: bool,

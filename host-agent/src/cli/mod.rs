@@ -1,6 +1,5 @@
 //! The command line: verbs, output, exit codes.
 
-mod adopt;
 mod args;
 mod completion;
 mod deploy;
@@ -63,7 +62,6 @@ pub fn main() -> ExitCode {
         Verb::Exec(args) => exec::run(&args, no_input),
         Verb::Logs(args) => logs::run(&args),
         Verb::Ps => instances::list(&output),
-        Verb::Adopt => adopt::run(&output),
         Verb::Freeze(args) => instances::pause(&args, true, &output),
         Verb::Thaw(args) => instances::pause(&args, false, &output),
         Verb::Pack(args) => package::pack(&args, &output),

@@ -40,10 +40,10 @@ pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
         // A VMM process that gets less than the probe did is refused too.
         options.require_sandbox = true;
     }
-    let retention = match (args.keep, args.outlive) {
-        (true, _) => Retention::Kept,
-        (false, true) => Retention::Durable,
-        (false, false) => Retention::Ephemeral,
+    let retention = if args.keep {
+        Retention::Kept
+    } else {
+        Retention::Ephemeral
     };
     let timeout = args.timeout.map(|timeout| host.scaled(timeout));
     let runtime = runtime()?;
