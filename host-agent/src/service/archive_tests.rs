@@ -448,3 +448,25 @@ proptest! {
         let _ = read_all(&bytes);
     }
 }
+
+#[test]
+fn a_central_directory_of_over_16_mib_is_not_read() {
+    let directory = vec![0; (16 << 20) + 1];
+    let size = u32::try_from(directory.len()).unwrap();
+    // One part, in a directory that begins the file.
+    let [count, none] = [1_u16, 0].map(u16::to_le_bytes);
+    let end = [
+        &b"PK\x05\x06"[..],
+        &[0; 4],
+        &count,
+        &count,
+        &size.to_le_bytes(),
+        &[0; 4],
+        &none,
+    ];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), [directory, end.concat()].concat()).unwrap();
+    let error = Archive::open(file.path()).unwrap_err();
+    let expected = "the central directory is larger than 16777216 bytes";
+    assert!(error.what().contains(expected), "{error}");
+}

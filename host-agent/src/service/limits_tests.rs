@@ -8,7 +8,7 @@ use super::archive_writer::{ArchiveWriter, is_limit};
 use super::load_tests::service_directory;
 use super::payload::{MAX_FILES, MAX_PATHS, MAX_UNPACKED, Total, check_path};
 use super::xml;
-use super::{ServiceError, load};
+use super::{ServiceError, load, pack};
 use crate::progress::Progress;
 
 /// Loads the service of [`service_directory`] with the pairs replaced in its definition and
@@ -128,13 +128,18 @@ fn files_of_all_roles_count_together() {
         let file = File::create(directory.path().join(role).join("big")).unwrap();
         file.set_len(MAX_UNPACKED / 2).unwrap();
     }
-    let error = load(directory.path(), None, &Progress::default()).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("/Mail: the files of the roles are larger"),
-        "{error}"
-    );
+    let out = directory.path().join("a.cspkg");
+    for error in [
+        load(directory.path(), None, &Progress::default()).unwrap_err(),
+        pack(directory.path(), &out, &Progress::default()).unwrap_err(),
+    ] {
+        assert!(
+            error
+                .to_string()
+                .contains("/Mail: the files of the roles are larger"),
+            "{error}"
+        );
+    }
 }
 
 #[test]
