@@ -1,6 +1,7 @@
 //! Tests of the program that need no guest image: they run on any machine.
 
 mod costly_files;
+mod daemon;
 mod descriptors;
 mod disk_full;
 mod evil_guest;

@@ -29,7 +29,7 @@ impl RefusalKind {
             Self::NotFound | Self::NoSuchPath => StatusCode::NOT_FOUND,
             Self::Invalid => StatusCode::BAD_REQUEST,
             Self::Conflict => StatusCode::CONFLICT,
-            Self::Unreachable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unreachable | Self::Unable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -56,6 +56,7 @@ impl From<ControllerError> for Failure {
             ControllerError::Name(_)
             | ControllerError::Service(_)
             | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
+            ControllerError::Unable(_) => RefusalKind::Unable,
             ControllerError::Differs(_) | ControllerError::Deleting(_) => RefusalKind::Conflict,
             ControllerError::Package(AddError::Io(_))
             | ControllerError::Store(_)

@@ -107,6 +107,8 @@ pub enum RefusalKind {
     Conflict,
     /// The instance or its agent cannot be reached now: 503.
     Unreachable,
+    /// The host cannot run guests: 503.
+    Unable,
     /// The host agent has too many clients: 503.
     Busy,
     /// Anything else: 500.

@@ -444,6 +444,10 @@ impl From<ClientError> for CliError {
                 ..
             } => Code::Usage,
             ClientError::Refused {
+                kind: RefusalKind::Unable,
+                ..
+            } => Code::KvmUnusable,
+            ClientError::Refused {
                 kind: RefusalKind::Conflict,
                 ..
             } => Code::Conflict,

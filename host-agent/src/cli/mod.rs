@@ -22,6 +22,7 @@ mod run;
 mod running;
 mod serve;
 mod service;
+mod service_manager;
 mod terminal;
 mod test;
 mod ticker;

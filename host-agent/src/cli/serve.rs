@@ -10,6 +10,7 @@ use super::exit::Exit;
 use super::interrupt::Interrupts;
 use super::output::Output;
 use super::runtime;
+use super::service_manager::{self, Watchdog};
 use crate::api::server;
 use crate::controller::Controller;
 use crate::doctor::Scope;
@@ -29,8 +30,9 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
     } else {
         Scope::Guests
     })?;
-    if !machine.is_usable() {
-        return Err(CliError::host(&machine, "SERVICE".as_ref()));
+    let unable = machine.failure().map(|check| check.text.clone());
+    if let Some(why) = &unable {
+        output.warn(&format!("services cannot be started on this host: {why}"));
     }
     let mut options = deploy::options(&machine, args.heartbeat_limit)?;
     if args.require_sandbox && !machine.has_sandbox() {
@@ -41,12 +43,13 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
     let store = ServiceStore::open(&options.data_dir).map_err(refused)?;
     runtime()?.block_on(async {
         let mut interrupts = Interrupts::listen()?;
+        let mut watchdog = Watchdog::from_environment();
         let timeline = Timeline::start();
         let mut events = timeline.subscribe();
         let failed = |error: &dyn std::error::Error| CliError::chain(Code::Start, error);
         let host = Host::open(options, timeline);
         let host = host.await.map_err(|error| failed(&error))?;
-        let controller = Controller::start(host.clone(), store);
+        let controller = Controller::start(host.clone(), store, unable);
         let controller = controller.await.map_err(|error| failed(&error))?;
         let server = server::serve(&host, Some(controller));
         let server = server.map_err(|error| {
@@ -54,10 +57,12 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
             CliError::new(Code::RuntimeDirectory, what).cause(chain(&error))
         })?;
         output.progress(&format!("host-agent: serving {}", host.socket().display()));
+        service_manager::ready();
         loop {
             tokio::select! {
                 biased;
                 Some(event) = events.next() => show(output, &event)?,
+                () = watchdog.report() => {}
                 number = interrupts.next() => {
                     // There is no configuration to read again.
                     if i32::from(number) == libc::SIGHUP {
@@ -67,6 +72,7 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
                 }
             }
         }
+        service_manager::stopping();
         server.close().await;
         output.progress("host-agent: ended; guests run on, the next serve takes them over");
         output.finish();

@@ -25,6 +25,9 @@ pub enum ControllerError {
     /// The service exists with another package or configuration.
     #[error("service {0} runs another package or configuration: delete it first")]
     Differs(String),
+    /// The host cannot run guests.
+    #[error("this host cannot run guests: {0}")]
+    Unable(String),
     /// The service is being deleted.
     #[error("service {0} is being deleted")]
     Deleting(String),

@@ -44,6 +44,8 @@ struct State {
     // Locked on blocking threads only.
     store: Arc<Mutex<ServiceStore>>,
     packages: PackageStore,
+    /// Why this host cannot run guests, if it cannot.
+    unable: Option<String>,
     /// Wakes the task of each service.
     tasks: Mutex<BTreeMap<String, Arc<Notify>>>,
     /// Counts the changes of operations.
@@ -72,16 +74,22 @@ pub struct ServiceState {
 
 impl Controller {
     /// Adopts the deployments of the services in `store` and starts to keep each service at
-    /// what is wanted.
+    /// what is wanted. A host that is `unable` to run guests, for this reason, takes no new
+    /// service.
     ///
     /// # Errors
     /// The store cannot be read, or the deployments cannot be listed.
-    pub async fn start(host: Host, store: ServiceStore) -> Result<Self, ControllerError> {
+    pub async fn start(
+        host: Host,
+        store: ServiceStore,
+        unable: Option<String>,
+    ) -> Result<Self, ControllerError> {
         let packages = PackageStore::new(&host.options().data_dir);
         let this = Self(Arc::new(State {
             host,
             store: Arc::new(Mutex::new(store)),
             packages: packages.clone(),
+            unable,
             tasks: Mutex::default(),
             changes: watch::Sender::new(0),
         }));
@@ -135,6 +143,9 @@ impl Controller {
         user: u32,
     ) -> Result<Option<Operation>, ControllerError> {
         check_name(name)?;
+        if let Some(why) = &self.0.unable {
+            return Err(ControllerError::Unable(why.clone()));
+        }
         self.load(&wanted).await?;
         let of_store = name.to_owned();
         let applied = self
