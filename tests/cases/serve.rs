@@ -1,5 +1,6 @@
 //! `serve` keeps a service whatever ends: the daemon, a guest, or both.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
@@ -101,6 +102,21 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
     let other = Service::idle().write(&sandbox.file("other"))?;
     let (code, error) = apply(&sandbox, "shop", &other, &[])?;
     ensure!(code == 5 && error["code"] == "HA-0507", "{error}");
+
+    // What does not fit is refused before anything starts.
+    let many = Service::idle().write(&sandbox.file("many"))?;
+    let configuration = many.join("ServiceConfiguration.cscfg");
+    let text = fs::read_to_string(&configuration)?;
+    fs::write(
+        &configuration,
+        text.replace(r#"count="1""#, r#"count="200""#),
+    )?;
+    let (code, error) = apply(&sandbox, "many", &many, &["--dry-run"])?;
+    ensure!(code == 6 && error["code"] == "HA-0204", "{error}");
+    ensure!(
+        error.to_string().contains("of 200 instances fit"),
+        "{error}"
+    );
 
     // The same guest in the same boot, after SIGKILL and after SIGTERM.
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {

@@ -11,6 +11,7 @@ use vmbus::text::chain;
 use super::types::{Problem, RefusalKind};
 use crate::controller::ControllerError;
 use crate::store::packages::AddError;
+use crate::supervisor::host::HostError;
 
 /// The answer to a request that fails.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ impl RefusalKind {
         match self {
             Self::NotFound | Self::NoSuchPath => StatusCode::NOT_FOUND,
             Self::Invalid => StatusCode::BAD_REQUEST,
-            Self::Conflict => StatusCode::CONFLICT,
+            Self::Conflict | Self::NoRoom => StatusCode::CONFLICT,
             Self::Unreachable | Self::Unable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -57,6 +58,7 @@ impl From<ControllerError> for Failure {
             | ControllerError::Service(_)
             | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
             ControllerError::Unable(_) => RefusalKind::Unable,
+            ControllerError::Host(HostError::NoRoom(_)) => RefusalKind::NoRoom,
             ControllerError::Differs(_) | ControllerError::Deleting(_) => RefusalKind::Conflict,
             ControllerError::Package(AddError::Io(_))
             | ControllerError::Store(_)

@@ -71,6 +71,7 @@ async fn apply(
         configuration,
     };
     let model = controller.load(&wanted).await?;
+    controller.check_room(&name, &model).await?;
     let mut answer = plan(&model);
     if !dry_run {
         answer.operation = controller.apply(&name, wanted, user).await?;

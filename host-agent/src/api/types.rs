@@ -107,6 +107,8 @@ pub enum RefusalKind {
     Conflict,
     /// The instance or its agent cannot be reached now: 503.
     Unreachable,
+    /// What is asked for does not fit into the host: 409.
+    NoRoom,
     /// The host cannot run guests: 503.
     Unable,
     /// The host agent has too many clients: 503.

@@ -74,6 +74,8 @@ pub fn options(
 /// Why `model` could not be deployed, and what helps.
 pub fn refused(error: &HostError, model: &ServiceModel) -> CliError {
     match error {
+        HostError::NoRoom(_) => CliError::chain(Code::HostFull, error)
+            .hint("configure fewer instances or smaller sizes, or stop other services"),
         HostError::Image(source) => image(source).at(&model.image_place),
         HostError::Listen { role, name, source } => {
             let found = model

@@ -444,6 +444,10 @@ impl From<ClientError> for CliError {
                 ..
             } => Code::Usage,
             ClientError::Refused {
+                kind: RefusalKind::NoRoom,
+                ..
+            } => Code::HostFull,
+            ClientError::Refused {
                 kind: RefusalKind::Unable,
                 ..
             } => Code::KvmUnusable,

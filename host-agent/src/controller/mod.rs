@@ -24,6 +24,7 @@ use crate::store::packages::PackageStore;
 use crate::store::services::{
     Applied, Operation, OperationState, Revision, ServiceRecord, ServiceStore,
 };
+use crate::supervisor::deploy::sizes;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::until::until;
 pub use error::ControllerError;
@@ -146,7 +147,8 @@ impl Controller {
         if let Some(why) = &self.0.unable {
             return Err(ControllerError::Unable(why.clone()));
         }
-        self.load(&wanted).await?;
+        let model = self.load(&wanted).await?;
+        self.check_room(name, &model).await?;
         let of_store = name.to_owned();
         let applied = self
             .with_store(move |store| {
@@ -162,6 +164,21 @@ impl Controller {
             Applied::Differs(_) => Err(ControllerError::Differs(name.into())),
             Applied::Deleting => Err(ControllerError::Deleting(name.into())),
         }
+    }
+
+    /// Refuses a new service for which the host has no room.
+    pub async fn check_room(
+        &self,
+        name: &str,
+        model: &ServiceModel,
+    ) -> Result<(), ControllerError> {
+        let of_store = name.to_owned();
+        let found = self.with_store(move |store| store.service(&of_store));
+        if found.await?.is_none() {
+            // Claimed when it is created; here only the answer counts.
+            self.0.host.claim(&sizes(model))?;
+        }
+        Ok(())
     }
 
     /// Stops service `name` and removes everything of it. Durable when it returns.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use super::host::{DeploymentHandle, Host, HostError, NewDeployment, Published};
 use super::plan::{Placement, plan, public_endpoints};
+use super::spec::GuestSize;
 use crate::progress::Progress;
 use crate::service::model::ServiceModel;
 use crate::store::deployment::Retention;
@@ -20,6 +21,13 @@ pub struct DeployOptions {
     pub address: IpAddr,
 }
 
+/// The size of each instance of `model`.
+pub fn sizes(model: &ServiceModel) -> Vec<GuestSize> {
+    let roles = model.roles.iter();
+    let sizes = roles.flat_map(|role| (0..role.instances).map(|_| GuestSize::from(role.size)));
+    sizes.collect()
+}
+
 /// Deploys `model` on `host` and returns as soon as its instances are starting.
 /// `progress` shows what takes long and can cancel it.
 ///
@@ -31,7 +39,8 @@ pub async fn deploy(
     options: &DeployOptions,
     progress: &Progress,
 ) -> Result<DeploymentHandle, HostError> {
-    // First, because it fails at once.
+    // First, because these fail at once.
+    let _claim = host.claim(&sizes(model))?;
     let endpoints: Vec<_> = model
         .roles
         .iter()

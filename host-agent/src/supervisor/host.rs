@@ -15,11 +15,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use vmbus::text::chain;
 
+use super::admission::{Capacity, Demand, admit};
 use super::event::EventKind;
 use super::instance::{InstanceHandle, Request};
 use super::lifecycle::Limits;
 use super::liveness::heartbeat::HeartbeatRule;
-use super::spec::{ImageRef, InstanceSpec, PublicEndpoint};
+use super::spec::{GuestSize, ImageRef, InstanceSpec, PublicEndpoint};
 use super::timeline::Timeline;
 use crate::blocking::{DropBlocking, blocking};
 use crate::cgroup::{self, HostGroup};
@@ -85,6 +86,9 @@ struct HostState {
     group: Option<Arc<DropBlocking<HostGroup>>>,
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
+    capacity: Capacity,
+    /// Of deployments that are being created.
+    claimed: Mutex<Demand>,
     _janitor: Janitor,
 }
 
@@ -125,7 +129,7 @@ impl Host {
         let data_dir = options.data_dir.clone();
         let content = ContentStore::new(&data_dir);
         let of_sweep = content.clone();
-        let (id, swept, group) = blocking(move || {
+        let (id, swept, group, capacity) = blocking(move || {
             let swept = sweep(&data_dir).map_err(|error| chain(&error));
             let unused = of_sweep.sweep().map_err(|error| chain(&error));
             let id = random_id()?;
@@ -134,7 +138,7 @@ impl Host {
                 .and_then(|place| {
                     HostGroup::create(&place, short_id(&id)).map_err(|error| chain(&error))
                 });
-            Ok((id, swept.and(unused), group))
+            Ok((id, swept.and(unused), group, Capacity::of_machine()))
         })
         .await?
         .map_err(HostError::directory("choose an id for", &options.data_dir))?;
@@ -168,6 +172,8 @@ impl Host {
             group,
             images: Mutex::default(),
             deployments: Mutex::default(),
+            capacity,
+            claimed: Mutex::default(),
             _janitor: janitor,
         })))
     }
@@ -198,6 +204,23 @@ impl Host {
         let deployments = lock(&self.0.deployments);
         let handles = deployments.values().map(|it| it.handle.clone());
         handles.collect()
+    }
+
+    /// Claims room for instances that are going to be created. Drop the claim when they are.
+    ///
+    /// # Errors
+    /// They do not fit beside what runs and what is being created.
+    pub fn claim(&self, sizes: &[GuestSize]) -> Result<Claim, HostError> {
+        let used = {
+            let deployments = lock(&self.0.deployments);
+            let instances = deployments.values().flat_map(|it| &it.handle.instances);
+            Demand::sum(instances.map(|instance| &instance.spec().size))
+        };
+        let mut claimed = lock(&self.0.claimed);
+        let demand = admit(self.0.capacity, used.plus(*claimed), sizes)?;
+        *claimed = claimed.plus(demand);
+        let state = Arc::clone(&self.0);
+        Ok(Claim { state, demand })
     }
 
     /// Checks image `name` and keeps it open for instances.
@@ -277,6 +300,20 @@ impl Host {
         });
         let failed = HostError::removal(deployment.files.dir.path());
         removed.await?.map_err(failed)
+    }
+}
+
+/// Room for instances that are being created.
+#[derive(Debug)]
+pub struct Claim {
+    state: Arc<HostState>,
+    demand: Demand,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claimed = lock(&self.state.claimed);
+        *claimed = claimed.minus(self.demand);
     }
 }
 

@@ -3,6 +3,7 @@
 //! Policy is pure: [`plan`], [`lifecycle`], [`liveness`], [`restart`]. The `instance`
 //! actor performs what it decides.
 
+pub mod admission;
 pub mod deploy;
 pub mod event;
 pub mod guest;

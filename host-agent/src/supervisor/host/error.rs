@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::JoinError;
 
+use super::super::admission::NoRoom;
 use super::super::guest::GuestError;
 use crate::endpoints::ListenError;
 use crate::store::image::ImageError;
@@ -35,6 +36,9 @@ pub enum HostError {
         /// Why.
         source: ListenError,
     },
+    /// The instances do not fit.
+    #[error("the host has no room")]
+    NoRoom(#[from] NoRoom),
     /// The application disk of a role.
     #[error(transparent)]
     Application(GuestError),

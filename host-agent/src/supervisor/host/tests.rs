@@ -48,6 +48,8 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
         group: None,
         images: Mutex::default(),
         deployments: Mutex::default(),
+        capacity: Capacity::of_machine(),
+        claimed: Mutex::default(),
         _janitor: Janitor::none(),
     }))
 }
