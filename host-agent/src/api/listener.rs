@@ -20,6 +20,23 @@ pub(super) const MAX_CONNECTIONS: usize = 256;
 /// Pause after `accept` failed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
+/// The places for connections. A clone has the same places.
+#[derive(Debug, Clone)]
+pub(super) struct Places(Arc<Semaphore>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_CONNECTIONS)))
+    }
+}
+
+impl Places {
+    /// How many connections there are.
+    pub(super) fn taken(&self) -> usize {
+        MAX_CONNECTIONS.saturating_sub(self.0.available_permits())
+    }
+}
+
 /// The client of a connection. The connection's place is free when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
@@ -30,15 +47,19 @@ pub(super) struct Client {
 
 /// Serves every connection until the future is dropped. A client that has not sent the head of
 /// a request after `limit` is disconnected.
-pub(super) async fn accept(listener: UnixListener, router: Router, limit: Duration) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub(super) async fn accept(
+    listener: UnixListener,
+    places: Places,
+    router: Router,
+    limit: Duration,
+) {
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Descriptors or memory are short: wait until connections close.
             tokio::time::sleep(ACCEPT_RETRY).await;
             continue;
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&places.0).try_acquire_owned() else {
             refuse(&stream);
             continue;
         };

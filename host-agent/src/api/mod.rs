@@ -4,6 +4,7 @@ pub mod client;
 mod exec;
 mod listener;
 mod logs;
+mod metrics;
 mod request;
 mod routes;
 pub mod server;

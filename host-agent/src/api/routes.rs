@@ -11,15 +11,16 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use super::listener::Places;
 use super::request::Failure;
 use super::types::{
     DeploymentInfo, Deployments, EndpointInfo, InstanceInfo, MAX_BODY, PROGRAM, PROGRAM_HEADER,
     PauseRequest, RefusalKind,
 };
-use super::{exec, logs, services};
+use super::{exec, logs, metrics, services};
 use crate::controller::Controller;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
@@ -36,6 +37,9 @@ struct ApiState {
     /// Whether the deployments have ended. Each log that is sent has a receiver.
     ended: watch::Receiver<bool>,
     started: Instant,
+    places: Places,
+    /// Limits the threads that read `/proc` for scrapes.
+    process_reads: Arc<Semaphore>,
     request_limit: Duration,
 }
 
@@ -44,6 +48,7 @@ pub(super) fn router(
     host: Host,
     controller: Option<Controller>,
     ended: watch::Receiver<bool>,
+    places: Places,
     request_limit: Duration,
 ) -> Router {
     let api = Api(Arc::new(ApiState {
@@ -51,6 +56,8 @@ pub(super) fn router(
         controller,
         ended,
         started: Instant::now(),
+        places,
+        process_reads: Arc::new(Semaphore::new(1)),
         request_limit,
     }));
     let instance = Router::new()
@@ -59,6 +66,7 @@ pub(super) fn router(
         .route("/pause", post(pause));
     Router::new()
         .route("/healthz", get(health))
+        .route("/metrics", get(metrics::metrics))
         .route("/v1/deployments", get(deployments))
         .nest(
             "/v1/deployments/{deployment}/instances/{instance}",
@@ -84,6 +92,21 @@ impl Api {
         })
     }
 
+    /// The host.
+    pub(super) fn host(&self) -> &Host {
+        &self.0.host
+    }
+
+    /// Number of connections to the API.
+    pub(super) fn connections(&self) -> usize {
+        self.0.places.taken()
+    }
+
+    /// The place of the one thread that reads `/proc`.
+    pub(super) fn process_reads(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.0.process_reads)
+    }
+
     /// Becomes true when the deployments have ended.
     pub(super) fn ended(&self) -> watch::Receiver<bool> {
         self.0.ended.clone()
@@ -102,6 +125,11 @@ impl Api {
             let text = "the request did not arrive in time";
             Failure::new(RefusalKind::Invalid, text)
         })
+    }
+
+    /// The services of this host, if it keeps services.
+    pub(super) fn services(&self) -> Option<&Controller> {
+        self.0.controller.as_ref()
     }
 
     /// The services of this host.

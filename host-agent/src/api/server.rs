@@ -10,7 +10,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::listener::accept;
+use super::listener::{Places, accept};
 use super::routes::router;
 use crate::controller::Controller;
 use crate::store::paths;
@@ -60,8 +60,15 @@ fn serve_within(
     let directory = runtime_dir.clone();
     tokio::spawn(async move { sweep(&directory, STALE).await });
     let (ended, receiver) = watch::channel(false);
-    let router = router(host.clone(), controller, receiver, request_limit);
-    let task = tokio::spawn(accept(listener, router, request_limit));
+    let places = Places::default();
+    let router = router(
+        host.clone(),
+        controller,
+        receiver,
+        places.clone(),
+        request_limit,
+    );
+    let task = tokio::spawn(accept(listener, places, router, request_limit));
     Ok(Server { path, task, ended })
 }
 

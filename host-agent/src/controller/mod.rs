@@ -253,6 +253,14 @@ impl Controller {
         }
     }
 
+    /// The services of the store, and how many operations are in each state.
+    pub async fn counts(
+        &self,
+    ) -> Result<(Vec<ServiceRecord>, Vec<(OperationState, u64)>), ControllerError> {
+        self.with_store(|store| Ok((store.services()?, store.operation_counts()?)))
+            .await
+    }
+
     fn state(&self, record: ServiceRecord, operation: Option<Operation>) -> ServiceState {
         let id = record.deployment.as_deref();
         ServiceState {

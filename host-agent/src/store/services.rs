@@ -195,6 +195,14 @@ impl ServiceStore {
         Ok(found.collect::<Result<_, _>>()?)
     }
 
+    /// How many operations are kept in each state.
+    pub fn operation_counts(&self) -> Result<Vec<(OperationState, u64)>, StoreError> {
+        let sql = "SELECT state, count(*) FROM operation GROUP BY state";
+        let mut statement = self.0.connection.prepare(sql)?;
+        let found = statement.query_map([], |row| Ok((row.get(0)?, unsigned(row, 1)?)))?;
+        Ok(found.collect::<Result<_, _>>()?)
+    }
+
     /// Creates service `name` unless it exists.
     pub fn apply(
         &mut self,

@@ -246,6 +246,18 @@ pub enum Verdict {
     Floods,
 }
 
+impl Verdict {
+    /// Its kind, as in an event.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Silent { .. } => "silent",
+            Self::NoContact { .. } => "no-contact",
+            Self::VmmHung => "vmm-hung",
+            Self::Floods => "floods",
+        }
+    }
+}
+
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

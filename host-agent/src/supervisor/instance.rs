@@ -321,6 +321,13 @@ impl Instance {
             }
             ChannelEvent::Beat(beat) => {
                 let fresh = self.liveness.beat(&beat.boot_id, beat.sequence);
+                if fresh {
+                    self.status.send_if_modified(|status| {
+                        status.last_heartbeat = Some(clock(ClockId::CLOCK_MONOTONIC));
+                        // The age of a heartbeat is read at need; it wakes no watcher.
+                        false
+                    });
+                }
                 if fresh && self.last_health != Some(beat.health) {
                     self.last_health = Some(beat.health);
                     if beat.health == Health::Critical {

@@ -1,11 +1,13 @@
 //! The state of an instance: the one type that CLI, API and reports read. Pure.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmbus::message::{RoleState, Status};
 
-use super::event::{EventKind, state_name};
+use super::event::{EventKind, Verdict, state_name};
 
 /// The current state of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +26,16 @@ pub struct InstanceStatus {
     pub paused: bool,
     /// Why the guest is paused for disk space, if it is.
     pub no_space: Option<String>,
+    /// When the last heartbeat of this boot arrived (`CLOCK_MONOTONIC` of this host).
+    #[serde(skip)]
+    pub last_heartbeat: Option<Duration>,
+    /// Guests that ended since this host agent started, by cause: the verdict if the guest
+    /// was condemned, else the reason of its exit.
+    #[serde(default)]
+    pub exits: BTreeMap<String, u64>,
+    /// The verdict of this boot, if its guest is condemned.
+    #[serde(skip)]
+    pub verdict: Option<Verdict>,
 }
 
 /// Phase of an instance.
@@ -65,6 +77,9 @@ impl Default for InstanceStatus {
             recycles: 0,
             paused: false,
             no_space: None,
+            last_heartbeat: None,
+            exits: BTreeMap::new(),
+            verdict: None,
         }
     }
 }
@@ -92,9 +107,11 @@ impl InstanceStatus {
                     phase: Phase::Booting,
                     generation: *generation,
                     vmm_pid: Some(*pid),
+                    exits: std::mem::take(&mut self.exits),
                     ..Self::default()
                 };
             }
+            EventKind::Verdict { verdict, .. } => self.verdict = Some(*verdict),
             EventKind::AgentConnected { .. } => self.phase = Phase::Booted,
             EventKind::Role {
                 state, recycles, ..
@@ -105,10 +122,13 @@ impl InstanceStatus {
             EventKind::Paused { paused } => self.paused = *paused,
             EventKind::NoSpace { .. } => self.no_space = Some(event.to_string()),
             EventKind::SpaceBack { .. } => self.no_space = None,
-            EventKind::GuestExited { .. } => {
+            EventKind::GuestExited { reason, .. } => {
+                let cause = self.verdict.map_or(reason.name(), Verdict::name);
+                *self.exits.entry(cause.to_owned()).or_default() += 1;
                 *self = Self {
                     phase: Phase::Ended,
                     generation: self.generation,
+                    exits: std::mem::take(&mut self.exits),
                     ..Self::default()
                 };
             }
@@ -231,8 +251,29 @@ mod tests {
         let ended = InstanceStatus {
             phase: Phase::Ended,
             generation: 1,
+            exits: BTreeMap::from([("power-off".to_owned(), 1)]),
             ..InstanceStatus::default()
         };
         assert_eq!(status, ended);
+    }
+
+    #[test]
+    fn ends_of_guests_are_counted_by_cause_over_boots() {
+        let mut status = InstanceStatus::default();
+        for (generation, verdict, reason) in [
+            (1, None, ExitReason::Panic),
+            (2, Some(Verdict::VmmHung), ExitReason::Killed),
+            (3, None, ExitReason::Panic),
+        ] {
+            status.apply(&EventKind::GuestStarting { generation, pid: 7 });
+            if let Some(verdict) = verdict {
+                let evidence = String::new();
+                status.apply(&EventKind::Verdict { verdict, evidence });
+            }
+            let because = None;
+            status.apply(&EventKind::GuestExited { reason, because });
+        }
+        let exits: Vec<_> = status.exits.iter().collect();
+        assert_eq!(exits, [(&"panic".into(), &2), (&"vmm-hung".into(), &1)]);
     }
 }

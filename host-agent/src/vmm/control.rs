@@ -311,6 +311,19 @@ impl ExitReason {
         }
     }
 
+    /// Its kind, as in an event.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::PowerOff => "power-off",
+            Self::Reboot => "reboot",
+            Self::TripleFault => "triple-fault",
+            Self::Panic => "panic",
+            Self::Stopped => "stopped",
+            Self::Killed => "killed",
+            Self::Failed { .. } => "failed",
+        }
+    }
+
     /// Exit code of the VMM process for this reason. 0 and 1 are left to the
     /// run-time, 2 to bad usage.
     pub const fn code(&self) -> u8 {
