@@ -22,8 +22,10 @@ use tokio::net::UnixStream;
 use vmbus::message::ExecRequest;
 use vmbus::stream::FrameReader;
 
+use super::event_stream::{EventStream, query_text};
 use super::types::{
-    DeploymentInfo, Deployments, EXEC_PROTOCOL, LogQuery, PROGRAM, Problem, RefusalKind, VERSION,
+    DeploymentInfo, Deployments, EXEC_PROTOCOL, EventQuery, LogQuery, PROGRAM, Problem,
+    RefusalKind, VERSION,
 };
 use crate::blocking::blocking;
 use crate::store::paths;
@@ -230,9 +232,9 @@ pub struct Client {
     sender: SendRequest<Body>,
 }
 
-/// The bytes of a log as they arrive.
+/// The bytes of a long answer, such as a log, as they arrive.
 #[derive(Debug)]
-pub struct LogBytes {
+pub struct BodyBytes {
     socket: PathBuf,
     body: Incoming,
     // The connection ends with it.
@@ -301,12 +303,19 @@ impl Client {
         self.read(answer).await
     }
 
+    /// Opens the events of the host.
+    pub async fn events(mut self, query: &EventQuery) -> Result<EventStream, ClientError> {
+        let path = format!("events?{}", query_text(query));
+        let answer = self.call(Method::GET, &path, empty(), &[]).await?;
+        Ok(EventStream::new(self.body(answer)))
+    }
+
     /// Opens a log of an instance.
     pub async fn logs(
         mut self,
         target: &InstanceTarget,
         query: LogQuery,
-    ) -> Result<LogBytes, ClientError> {
+    ) -> Result<BodyBytes, ClientError> {
         let LogQuery { source, follow } = query;
         let path = format!(
             "{}/logs?source={}&follow={follow}",
@@ -314,11 +323,15 @@ impl Client {
             source.name()
         );
         let answer = self.call(Method::GET, &path, empty(), &[]).await?;
-        Ok(LogBytes {
+        Ok(self.body(answer))
+    }
+
+    fn body(self, answer: Answer<Incoming>) -> BodyBytes {
+        BodyBytes {
             socket: self.socket.clone(),
             body: answer.into_body(),
             _client: self,
-        })
+        }
     }
 
     /// Starts a program in a guest. The frames of its session follow.
@@ -393,8 +406,15 @@ impl Client {
     }
 }
 
-impl LogBytes {
-    /// The next bytes; `None` at the end of the log.
+impl BodyBytes {
+    /// The error of bytes that are not what this version answers.
+    pub(super) fn version(&self) -> ClientError {
+        ClientError::Version {
+            socket: self.socket.clone(),
+        }
+    }
+
+    /// The next bytes; `None` at the end. Cancel safe.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
         loop {
             let Some(frame) = self.body.frame().await else {

@@ -1,6 +1,8 @@
 //! The API of a host agent: HTTP with JSON on a Unix socket.
 
 pub mod client;
+pub mod event_stream;
+mod events;
 mod exec;
 mod listener;
 mod logs;

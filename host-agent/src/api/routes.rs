@@ -20,7 +20,7 @@ use super::types::{
     DeploymentInfo, Deployments, EndpointInfo, InstanceInfo, MAX_BODY, PROGRAM, PROGRAM_HEADER,
     PauseRequest, RefusalKind,
 };
-use super::{exec, logs, metrics, services};
+use super::{events, exec, logs, metrics, services};
 use crate::controller::Controller;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
@@ -68,6 +68,7 @@ pub(super) fn router(
         .route("/healthz", get(health))
         .route("/metrics", get(metrics::metrics))
         .route("/v1/deployments", get(deployments))
+        .route("/v1/events", get(events::events))
         .nest(
             "/v1/deployments/{deployment}/instances/{instance}",
             instance,

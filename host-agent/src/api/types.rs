@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::digest::Digest;
 use crate::store::services::{Expected, Operation};
@@ -267,6 +268,52 @@ pub struct OperationQuery {
     /// latest. At most a minute.
     #[serde(default)]
     pub wait_ms: u64,
+}
+
+/// Query of `GET /v1/events`. The header `Last-Event-ID` replaces `after`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventQuery {
+    /// Only events with larger numbers; else from the oldest that is kept.
+    #[serde(default)]
+    pub after: Option<u64>,
+    /// Go on with new events; else end after the newest.
+    #[serde(default = "yes")]
+    pub follow: bool,
+    /// Only events of this service.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Only events of deployments whose ids begin with this.
+    #[serde(default)]
+    pub deployment: Option<String>,
+    /// Only events of instances with this name.
+    #[serde(default)]
+    pub instance: Option<String>,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+/// An event in the answer to `GET /v1/events`, whose id is the number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventInfo {
+    /// Its number: each event has the next one.
+    pub number: u64,
+    /// When it was reported, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// The same as RFC 3339.
+    pub at: String,
+    /// The service, if the event is about one that is known.
+    pub service: Option<String>,
+    /// Id of the deployment, if the event is about one.
+    pub deployment: Option<String>,
+    /// The instance, if the event is about one.
+    pub instance: Option<String>,
+    /// The event for people.
+    pub text: String,
+    /// The event: its kind in `event`, and the fields of that kind.
+    pub event: Value,
 }
 
 /// Answer to `GET` and `PUT /v1/packages/{digest}`.

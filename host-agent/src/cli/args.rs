@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::endpoint_probe::EndpointProbe;
+use super::events::EventsArgs;
 use super::report::ReportFile;
 use crate::api::types::LogFile;
 
@@ -14,7 +15,7 @@ const OVERVIEW: &str = "\
 Start:   doctor  validate  pack  run  test
 Look:    ps  logs
 Inside:  exec
-Keep:    serve  service
+Keep:    serve  service  events
 More:    completion  version  help
 
 Examples:
@@ -171,6 +172,12 @@ Examples:
   host-agent service apply shop --package shop.cspkg --config shop.cscfg --wait
   host-agent service list --json")]
     Service(ServiceCommand),
+    /// Print what happened to services and instances
+    #[command(after_help = "\
+Examples:
+  host-agent events -f --service shop
+  host-agent events --after 120 --json | jq -r .event.event")]
+    Events(EventsArgs),
     /// Make a package from a service directory
     #[command(after_help = "\
 Examples:

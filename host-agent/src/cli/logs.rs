@@ -13,7 +13,7 @@ use super::instances;
 use super::interrupt::Interrupts;
 use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
-use crate::api::client::{Client, InstanceTarget, LogBytes};
+use crate::api::client::{BodyBytes, Client, InstanceTarget};
 use crate::api::types::LogQuery;
 use crate::printable::PrintableStream;
 use crate::queued_writer::previous;
@@ -51,7 +51,7 @@ async fn stream(target: &InstanceTarget, args: &LogsArgs) -> Result<Exit, CliErr
 
 /// Copies the log to `stdout` until the log ends or the reader closes the pipe.
 async fn copy(
-    log: &mut LogBytes,
+    log: &mut BodyBytes,
     stdout: LosslessOutput,
     mut filter: Filter,
 ) -> Result<Exit, CliError> {

@@ -7,6 +7,7 @@ mod doctor;
 mod endpoint_probe;
 mod environment;
 mod error;
+mod events;
 mod evidence;
 mod exec;
 mod exit;
@@ -69,6 +70,7 @@ pub fn main() -> ExitCode {
         Verb::Validate(args) => package::validate(&args, &output),
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
+        Verb::Events(args) => events::run(&args, &output),
         Verb::Serve(args) => serve::run(&args, &output),
         Verb::Service(args) => service::run(&args.verb, no_input, &output),
         Verb::Run(args) => run::run(&args, &output),

@@ -121,10 +121,7 @@ impl Output {
         json: impl FnOnce() -> Value,
         missed: impl FnOnce(u64) -> Value,
     ) -> Result<(), CliError> {
-        let line = match self.format {
-            Format::Table => format!("{}\n", printable(text)),
-            Format::Json | Format::Jsonl => json_line(&json()),
-        };
+        let line = self.rendered(text, json);
         self.clear();
         let Some((stdout, _)) = self.screen.threads.get() else {
             return write(line.as_bytes());
@@ -134,6 +131,14 @@ impl Output {
             Format::Json | Format::Jsonl => json_line(&missed(count)),
         });
         queued.map_err(|error| cannot_write(&error))
+    }
+
+    /// One line of a result that grows: `text`, or `json`.
+    pub fn rendered(&self, text: &str, json: impl FnOnce() -> Value) -> String {
+        match self.format {
+            Format::Table => format!("{}\n", printable(text)),
+            Format::Json | Format::Jsonl => json_line(&json()),
+        }
     }
 
     /// From now on threads write the lines of [`Output::line`] and standard error,

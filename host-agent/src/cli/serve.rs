@@ -46,12 +46,13 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         let mut watchdog = Watchdog::from_environment();
         let timeline = Timeline::start();
         let mut events = timeline.subscribe();
+        let recorded = timeline.subscribe();
         let failed = |error: &dyn std::error::Error| CliError::chain(Code::Start, error);
         let host = Host::open(options, timeline);
         let host = host.await.map_err(|error| failed(&error))?;
-        let controller = Controller::start(host.clone(), store, unable);
+        let controller = Controller::start(host.clone(), store, recorded, unable);
         let controller = controller.await.map_err(|error| failed(&error))?;
-        let server = server::serve(&host, Some(controller));
+        let server = server::serve(&host, Some(controller.clone()));
         let server = server.map_err(|error| {
             let what = format!("cannot serve {}", host.socket().display());
             CliError::new(Code::RuntimeDirectory, what).cause(chain(&error))
@@ -73,6 +74,8 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
             }
         }
         service_manager::stopping();
+        // Clients that follow events get the last ones.
+        controller.close().await;
         server.close().await;
         output.progress("host-agent: ended; guests run on, the next serve takes them over");
         output.finish();

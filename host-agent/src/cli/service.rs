@@ -55,12 +55,16 @@ pub fn run(verb: &ServiceVerb, no_input: bool, output: &Output) -> Result<Exit, 
 
 async fn connect() -> Result<Client, CliError> {
     let socket = paths::serve_socket();
-    Client::connect(&socket).await.map_err(|error| {
-        let what = "no host-agent serve of this user runs";
-        CliError::new(Code::NotServing, what)
-            .cause(vmbus::text::chain(&error))
-            .hint("host-agent serve   (in another terminal)")
-    })
+    let connected = Client::connect(&socket).await;
+    connected.map_err(|error| not_serving(&error))
+}
+
+/// No daemon answers.
+pub(super) fn not_serving(error: &ClientError) -> CliError {
+    let what = "no host-agent serve of this user runs";
+    CliError::new(Code::NotServing, what)
+        .cause(vmbus::text::chain(error))
+        .hint("host-agent serve   (in another terminal)")
 }
 
 async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit, CliError> {

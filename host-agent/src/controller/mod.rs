@@ -3,6 +3,7 @@
 
 mod decide;
 mod error;
+pub mod events;
 mod reconcile;
 
 use std::collections::BTreeSet;
@@ -26,8 +27,10 @@ use crate::store::services::{
 };
 use crate::supervisor::deploy::sizes;
 use crate::supervisor::host::{DeploymentHandle, Host};
+use crate::supervisor::timeline::Events;
 use crate::until::until;
 pub use error::ControllerError;
+use events::EventLog;
 
 /// Address on which endpoints are published.
 const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -44,6 +47,7 @@ struct State {
     host: Host,
     // Locked on blocking threads only.
     store: Arc<Mutex<ServiceStore>>,
+    events: EventLog,
     packages: PackageStore,
     /// Why this host cannot run guests, if it cannot.
     unable: Option<String>,
@@ -75,20 +79,24 @@ pub struct ServiceState {
 
 impl Controller {
     /// Adopts the deployments of the services in `store` and starts to keep each service at
-    /// what is wanted. A host that is `unable` to run guests, for this reason, takes no new
-    /// service.
+    /// what is wanted. Records `events`, which are those of the host. A host that is `unable`
+    /// to run guests, for this reason, takes no new service.
     ///
     /// # Errors
     /// The store cannot be read, or the deployments cannot be listed.
     pub async fn start(
         host: Host,
         store: ServiceStore,
+        events: Events,
         unable: Option<String>,
     ) -> Result<Self, ControllerError> {
         let packages = PackageStore::new(&host.options().data_dir);
+        let store = Arc::new(Mutex::new(store));
+        let events = EventLog::start(Arc::clone(&store), events, host.timeline().clone());
         let this = Self(Arc::new(State {
             host,
-            store: Arc::new(Mutex::new(store)),
+            store,
+            events,
             packages: packages.clone(),
             unable,
             tasks: Mutex::default(),
@@ -111,6 +119,16 @@ impl Controller {
     /// The host.
     pub fn host(&self) -> &Host {
         &self.0.host
+    }
+
+    /// The events of the host.
+    pub fn events(&self) -> &EventLog {
+        &self.0.events
+    }
+
+    /// Stores the events that were reported until now; later ones are not recorded.
+    pub async fn close(&self) {
+        self.0.events.close().await;
     }
 
     /// The packages.

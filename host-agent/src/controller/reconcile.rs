@@ -198,7 +198,7 @@ impl Controller {
     async fn failed(&self, name: &str, error: &ControllerError) {
         let text = chain(error);
         let warning = format!("service {name}: {text}");
-        let timeline = self.0.host.timeline();
+        let timeline = self.0.host.timeline().of_service(name);
         timeline.report(None, EventKind::Warning { text: warning });
         let of_store = name.to_owned();
         let ended = self.with_store(move |store| store.end(&of_store, Some(&text)));

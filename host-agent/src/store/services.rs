@@ -42,6 +42,16 @@ CREATE TABLE operation (
   ended_ms INTEGER
 ) STRICT;
 CREATE INDEX operation_of_service ON operation (service, started_ms);
+CREATE TABLE event (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  at_ms INTEGER NOT NULL,
+  service TEXT,
+  deployment TEXT,
+  instance TEXT,
+  text TEXT NOT NULL,
+  event TEXT NOT NULL
+) STRICT;
+CREATE INDEX event_of_deployment ON event (deployment);
 "];
 
 /// Operations that are kept of one service; older ones are removed.
@@ -49,7 +59,7 @@ const MAX_OPERATIONS: u32 = 100;
 
 /// The services of a host.
 #[derive(Debug)]
-pub struct ServiceStore(Database);
+pub struct ServiceStore(pub(super) Database);
 
 /// What is wanted of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -424,12 +434,12 @@ fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
     })
 }
 
-fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+pub(super) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     row.get(column).map(i64::unsigned_abs)
 }
 
 /// SQLite's integers are signed. Neither a counter nor a time reaches 2^63.
-fn signed(value: u64) -> i64 {
+pub(super) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 

@@ -2,9 +2,10 @@
 //! subscribe. Bounded; a writer never waits.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::sync::broadcast;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::Instant;
 
 use super::event::{EventKind, TimelineEvent};
@@ -16,16 +17,33 @@ const BACKLOG: usize = 4096;
 /// The writing end of the bus. A clone writes to the same bus.
 #[derive(Debug, Clone)]
 pub struct Timeline {
-    sender: broadcast::Sender<TimelineEvent>,
+    sender: broadcast::Sender<Reported>,
     started: Instant,
+    /// The service of the events, where the writer knows it.
+    service: Option<Arc<str>>,
     /// The deployment of the events; `None` for those of the whole host.
     deployment: Option<Arc<str>>,
 }
 
+/// An event as it was reported.
+#[derive(Debug, Clone)]
+pub struct Reported {
+    /// Wall-clock time.
+    pub time: SystemTime,
+    /// The service, where the writer knows it.
+    pub service: Option<Arc<str>>,
+    /// The event.
+    pub event: TimelineEvent,
+}
+
+/// This many events were overwritten before the subscriber took them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lost(pub u64);
+
 /// A subscription.
 #[derive(Debug)]
 pub struct Events {
-    receiver: broadcast::Receiver<TimelineEvent>,
+    receiver: broadcast::Receiver<Reported>,
     started: Instant,
 }
 
@@ -35,10 +53,11 @@ impl Timeline {
         Self::bounded(BACKLOG)
     }
 
-    fn bounded(backlog: usize) -> Self {
+    pub(crate) fn bounded(backlog: usize) -> Self {
         Self {
             sender: broadcast::channel(backlog).0,
             started: Instant::now(),
+            service: None,
             deployment: None,
         }
     }
@@ -47,6 +66,14 @@ impl Timeline {
     pub fn of(&self, deployment: &str) -> Self {
         Self {
             deployment: Some(deployment.into()),
+            ..self.clone()
+        }
+    }
+
+    /// The same bus, for events of service `name`.
+    pub fn of_service(&self, name: &str) -> Self {
+        Self {
+            service: Some(name.into()),
             ..self.clone()
         }
     }
@@ -67,25 +94,47 @@ impl Timeline {
             instance: instance.map(str::to_owned),
             kind,
         };
+        let reported = Reported {
+            time: SystemTime::now(),
+            service: self.service.clone(),
+            event,
+        };
         // An error means that there are no subscribers.
-        let _ = self.sender.send(event);
+        let _ = self.sender.send(reported);
     }
 }
 
 impl Events {
     /// The next event; `None` when no writer is left. Cancel safe.
     pub async fn next(&mut self) -> Option<TimelineEvent> {
-        match self.receiver.recv().await {
-            Ok(event) => Some(event),
-            Err(RecvError::Lagged(lost)) => Some(TimelineEvent {
+        Some(match self.reported().await? {
+            Ok(reported) => reported.event,
+            Err(Lost(count)) => TimelineEvent {
                 at: self.started.elapsed(),
                 deployment: None,
                 instance: None,
                 kind: EventKind::Warning {
-                    text: format!("{lost} events were lost: too many at once"),
+                    text: format!("{count} events were lost: too many at once"),
                 },
-            }),
+            },
+        })
+    }
+
+    /// As [`Events::next`], with what belongs to the event.
+    pub async fn reported(&mut self) -> Option<Result<Reported, Lost>> {
+        match self.receiver.recv().await {
+            Ok(reported) => Some(Ok(reported)),
+            Err(RecvError::Lagged(count)) => Some(Err(Lost(count))),
             Err(RecvError::Closed) => None,
+        }
+    }
+
+    /// As [`Events::reported`], if there is an event already.
+    pub fn try_reported(&mut self) -> Option<Result<Reported, Lost>> {
+        match self.receiver.try_recv() {
+            Ok(reported) => Some(Ok(reported)),
+            Err(TryRecvError::Lagged(count)) => Some(Err(Lost(count))),
+            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
         }
     }
 }

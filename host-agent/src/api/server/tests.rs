@@ -2,8 +2,10 @@
 
 use super::super::client::{self, Client, ClientError, InstanceTarget};
 use super::super::listener::MAX_CONNECTIONS;
-use super::super::types::{Deployments, LogFile, LogQuery, RefusalKind};
+use super::super::types::{Deployments, EventQuery, LogFile, LogQuery, RefusalKind};
 use super::*;
+use crate::store::services::ServiceStore;
+use crate::supervisor::event::EventKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 #[tokio::test(flavor = "current_thread")]
@@ -174,5 +176,128 @@ async fn clients_beyond_the_cap_are_refused_until_one_ends() {
             }) => {}
             Err(other) => panic!("{other:?}"),
         }
+    }
+}
+
+const EVENTS: EventQuery = EventQuery {
+    after: None,
+    follow: true,
+    service: None,
+    deployment: None,
+    instance: None,
+};
+
+/// A served host that keeps services and records events.
+async fn keeping(dir: &Path) -> (Host, Controller, Server) {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).unwrap();
+    let host = crate::supervisor::host::tests::empty(dir, dir);
+    let store = ServiceStore::open(dir).unwrap();
+    let events = host.timeline().subscribe();
+    let controller = Controller::start(host.clone(), store, events, None)
+        .await
+        .unwrap();
+    let server = serve(&host, Some(controller.clone())).unwrap();
+    (host, controller, server)
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn events_are_sent_in_order_and_resumed_after_a_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let (host, controller, server) = keeping(dir.path()).await;
+    let socket = host.socket();
+    let client = Client::connect(&socket).await.unwrap();
+    let mut followed = client.events(&EVENTS).await.unwrap();
+    let text = "a\n\nid: 99\ndata: \u{2028}b\r\u{1b}".to_owned();
+    let kind = EventKind::Warning { text };
+    host.timeline().of("0123").report(Some("A_IN_0"), kind);
+    host.timeline()
+        .of_service("shop")
+        .report(None, EventKind::Resumed);
+    let first = followed.next().await.unwrap().unwrap();
+    assert_eq!(first.number, 1);
+    assert_eq!(first.text, "warning: a\n\nid: 99\ndata: \u{2028}b\r\u{1b}");
+    assert_eq!(first.event["event"], "warning");
+    assert_eq!(first.instance.as_deref(), Some("A_IN_0"));
+    assert!(
+        first.at.ends_with('Z') && first.at.len() == 24,
+        "{}",
+        first.at
+    );
+    let second = followed.next().await.unwrap().unwrap();
+    assert_eq!(
+        (second.number, second.service.as_deref()),
+        (2, Some("shop"))
+    );
+
+    let events = |path: &str, header: &str| {
+        let path = format!("GET /v1/events{path} HTTP/1.1\r\n");
+        let request = format!("{path}host: x\r\nconnection: close\r\n{header}\r\n");
+        let socket = socket.clone();
+        async move { raw(&socket, request.as_bytes()).await }
+    };
+    let all = events("?follow=false", "").await;
+    assert!(all.contains("content-type: text/event-stream\r\n"), "{all}");
+    assert!(
+        all.contains("\nid: 1\n") && all.contains("\nid: 2\n"),
+        "{all}"
+    );
+    assert!(!all.contains("\nid: 99"), "{all}");
+    let resumed = events("?follow=false&after=0", "Last-Event-ID: 1\r\n").await;
+    assert!(
+        !resumed.contains("id: 1\n") && resumed.contains("id: 2\n"),
+        "{resumed}"
+    );
+    for (path, header, text) in [
+        (
+            "?after=3",
+            "",
+            "no event 3 in this store, whose newest event has number 2",
+        ),
+        ("?after=-1", "", "invalid digit"),
+        ("?after=1&since=2", "", "unknown field `since`"),
+        ("", "Last-Event-ID: x\r\n", "Last-Event-ID is not a number"),
+    ] {
+        let refused = events(path, header).await;
+        assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+        assert!(refused.contains(text), "{refused}");
+    }
+
+    // The last events, then the end.
+    host.timeline().report(None, EventKind::Resumed);
+    controller.close().await;
+    server.close().await;
+    assert_eq!(followed.next().await.unwrap().unwrap().number, 3);
+    assert_eq!(followed.next().await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_host_agent_without_a_store_has_no_events() {
+    let (_dir, _server, socket) = served(REQUEST_LIMIT);
+    let client = Client::connect(&socket).await.unwrap();
+    let Err(ClientError::Refused { kind, message }) = client.events(&EVENTS).await else {
+        panic!("it has events");
+    };
+    assert_eq!(kind, RefusalKind::NotFound);
+    assert!(message.contains("start host-agent serve"), "{message}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_client_that_does_not_read_delays_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (host, _controller, _server) = keeping(dir.path()).await;
+    let socket = host.socket();
+    let slow = Client::connect(&socket).await.unwrap();
+    let mut slow = slow.events(&EVENTS).await.unwrap();
+    let quick = Client::connect(&socket).await.unwrap();
+    let mut quick = quick.events(&EVENTS).await.unwrap();
+    // More than socket buffers hold.
+    let text = "x".repeat(32 * 1024);
+    for number in 1..=300 {
+        let text = text.clone();
+        host.timeline().report(None, EventKind::Warning { text });
+        assert_eq!(quick.next().await.unwrap().unwrap().number, number);
+    }
+    for number in 1..=300 {
+        assert_eq!(slow.next().await.unwrap().unwrap().number, number);
     }
 }
