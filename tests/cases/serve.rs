@@ -59,6 +59,70 @@ fn apply(sandbox: &Sandbox, name: &str, package: &Path, more: &[&str]) -> Result
     service(sandbox, &arguments)
 }
 
+/// The events that `host-agent events` prints, which ends.
+fn events(sandbox: &Sandbox, arguments: &[&str]) -> Result<Vec<Value>> {
+    let mut all = vec!["events", "--json"];
+    all.extend(arguments);
+    let output = sandbox.output(&all)?;
+    ensure!(output.status.success(), "{}", e2e::text(&output));
+    let text = String::from_utf8(output.stdout)?;
+    let lines = text.lines().map(serde_json::from_str);
+    Ok(lines.collect::<Result<_, _>>()?)
+}
+
+fn numbers(events: &[Value]) -> Vec<u64> {
+    let numbers = events.iter().map(|event| event["number"].as_u64());
+    numbers.map(Option::unwrap_or_default).collect()
+}
+
+/// Checks the events of the whole test: those that are stored, and those that a client has
+/// followed over every end of the daemon.
+fn check_events(sandbox: &Sandbox, mut follower: Run<'_>) -> Result<()> {
+    let stored = events(sandbox, &["--after", "0"])?;
+    let place = |kind: &str| {
+        let wanted = |it: &Value| it["event"]["event"] == kind && it["event"]["generation"] == 1;
+        let place = stored.iter().position(wanted);
+        place.with_context(|| format!("no {kind} in {stored:?}"))
+    };
+    ensure!(place("guest-starting")? < place("guest-adopted")?);
+    let all: Vec<u64> = (1..=stored.len() as u64).collect();
+    ensure!(numbers(&stored) == all, "{:?}", numbers(&stored));
+    let starting = &stored[place("guest-starting")?];
+    ensure!(
+        starting["service"] == "shop" && starting["instance"] == "Role_IN_0",
+        "{starting}"
+    );
+    let after = place("guest-adopted")?.to_string();
+    let rest = events(sandbox, &["--after", &after])?;
+    ensure!(rest[0]["event"]["event"] == "guest-adopted", "{rest:?}");
+    ensure!(rest.len() == stored.len() - place("guest-adopted")?);
+
+    // The service is deleted, and its events are there.
+    let filter = ["--service", "shop", "--instance", "Role_IN_0"];
+    let of_shop = events(sandbox, &filter)?;
+    ensure!(
+        of_shop.iter().any(|it| it["event"]["event"] == "stopped"),
+        "{of_shop:?}"
+    );
+    let printed = sandbox.output(&["events", "--service", "shop"])?;
+    let printed = e2e::text(&printed);
+    ensure!(
+        printed.contains("  shop/Role_IN_0  guest starting, generation 1 (process "),
+        "{printed}"
+    );
+    let last = format!(r#""number":{},"#, stored.len());
+    follower.line_with(&last)?;
+    follower.signal(Signal::SIGINT)?;
+    let (status, seen) = follower.wait()?;
+    ensure!(status.success(), "{status}: {seen}");
+    let lines = seen.lines().filter(|line| line.starts_with('{'));
+    let followed: Vec<Value> = lines.map(serde_json::from_str).collect::<Result<_, _>>()?;
+    ensure!(followed == stored, "{seen}");
+    let notices = seen.matches("waiting for the next one").count();
+    ensure!(notices == 3, "a notice for each end of the daemon: {seen}");
+    Ok(())
+}
+
 #[test]
 fn a_service_survives_whatever_is_killed() -> Result<()> {
     let sandbox = Sandbox::new()?;
@@ -87,6 +151,10 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
     );
     ensure!(applied["service"]["ready"] == 1, "{applied}");
     eventually("the endpoint leads to the guest", || echo(port))?;
+    let mut follow = sandbox.command();
+    follow.args(["events", "-f", "--json"]);
+    let mut follower = Run::from_command(&sandbox, follow)?;
+    follower.line_with("guest-starting")?;
     let started = daemon.event("guest-starting", |_| true)?;
     let vmm = started["pid"].as_i64().context("a process id")?;
     daemon.shell("echo kept > /run/mark")?;
@@ -159,6 +227,7 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
             && kinds[1] == (&"apply".into(), &"succeeded".into()),
         "{history}"
     );
+    check_events(&sandbox, follower)?;
     let seen = daemon.stop()?;
     ensure!(seen.contains(r#""clean":true"#), "{seen}");
     sandbox.assert_nothing_left()

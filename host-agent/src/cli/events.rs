@@ -69,7 +69,7 @@ pub fn run(args: &EventsArgs, output: &Output) -> Result<Exit, CliError> {
         let printed = async {
             let read = tokio::select! {
                 read = read(&socket, args.query(), &stdout, output) => read,
-                // Without an event the broken pipe would not be noticed.
+                // A write that failed is noticed without another event.
                 () = stdout.broken() => Ok(()),
             };
             stdout.finish().await?;
