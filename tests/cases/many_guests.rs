@@ -17,7 +17,7 @@ use host_agent::digest::Digest;
 use host_agent::progress::Progress;
 use host_agent::service;
 use host_agent::store::deployment::{DeploymentDir, Retention};
-use host_agent::store::services::ServiceStore;
+use host_agent::store::services::{ServiceStore, Wanted};
 use host_agent::supervisor::instance::record::InstanceRecord;
 use host_agent::supervisor::lifecycle::RestartHistory;
 use host_agent::supervisor::plan::{Placement, plan};
@@ -149,7 +149,12 @@ fn a_host_agent_adopts_32_guests_within_two_seconds() -> Result<()> {
     let mut guests = start(&sandbox, specs(&sandbox, &image)?)?;
 
     let mut store = ServiceStore::open(&sandbox.data())?;
-    store.apply("many", &image.manifest, "", 0)?;
+    let wanted = Wanted {
+        package: image.manifest,
+        configuration: String::new(),
+        publish: vec![],
+    };
+    store.apply("many", &wanted, 0)?;
     store.deploying("many", DEPLOYMENT)?;
     drop(store);
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use e2e::Sandbox;
 use e2e::run::{Run, eventually};
-use e2e::service::Service;
+use e2e::service::{Service, free_port};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -127,14 +127,16 @@ fn check_events(sandbox: &Sandbox, mut follower: Run<'_>) -> Result<()> {
 fn a_service_survives_whatever_is_killed() -> Result<()> {
     let sandbox = Sandbox::new()?;
     sandbox.vmm_is_killed();
-    let (echoes, port) = Service::echo()?;
+    let (echoes, _) = Service::echo()?;
+    let port = free_port()?;
+    let ports = format!("{port}:Echo");
     let package = echoes.write(&sandbox.file("service"))?;
     let (code, error) = service(&sandbox, &["list"])?;
     ensure!(code == 10 && error["code"] == "HA-0508", "{error}");
 
     // What was accepted is durable: the daemon dies at once, the next one goes on.
     let daemon = serve(&sandbox)?;
-    let (code, begun) = apply(&sandbox, "shop", &package, &[])?;
+    let (code, begun) = apply(&sandbox, "shop", &package, &["-p", &ports])?;
     ensure!(
         code == 0 && begun["operation"]["state"] == "running",
         "{begun}"
@@ -142,7 +144,7 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
     let mut daemon = serve(&sandbox)?;
-    let (code, applied) = apply(&sandbox, "shop", &package, &["--wait"])?;
+    let (code, applied) = apply(&sandbox, "shop", &package, &["-p", &ports, "--wait"])?;
     ensure!(code == 0, "{applied}");
     ensure!(applied["operation"]["state"] == "succeeded", "{applied}");
     ensure!(
@@ -162,7 +164,7 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
     // One daemon for a store; another service is not disturbed by one that cannot start.
     let rival = sandbox.output(&["serve"])?;
     ensure!(rival.status.code() == Some(5), "{}", e2e::text(&rival));
-    let (code, error) = apply(&sandbox, "rival", &package, &["--wait"])?;
+    let (code, error) = apply(&sandbox, "rival", &package, &["-p", &ports, "--wait"])?;
     ensure!(code == 9 && error["code"] == "HA-0404", "{error}");
     ensure!(error.to_string().contains("in use"), "{error}");
     let (code, deleted) = service(&sandbox, &["delete", "rival", "--wait"])?;

@@ -56,6 +56,7 @@ impl From<ControllerError> for Failure {
             | ControllerError::NoPackage(_) => RefusalKind::NotFound,
             ControllerError::Name(_)
             | ControllerError::Service(_)
+            | ControllerError::Publish(_)
             | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
             ControllerError::Unable(_) => RefusalKind::Unable,
             ControllerError::Host(HostError::NoRoom(_)) => RefusalKind::NoRoom,

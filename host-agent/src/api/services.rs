@@ -16,12 +16,12 @@ use super::types::{
     PlannedInstance, RefusalKind, RevisionInfo, ServiceInfo, Services,
 };
 use crate::blocking::blocking;
-use crate::controller::{ControllerError, ServiceState, Wanted};
+use crate::controller::{ControllerError, ServiceState};
 use crate::digest::Digest;
 use crate::service::MAX_PACKED;
 use crate::service::model::ServiceModel;
 use crate::store::packages::{AddError, PartialPackage};
-use crate::store::services::Operation;
+use crate::store::services::{Operation, Wanted};
 use crate::supervisor::instance::InstanceHandle;
 use crate::supervisor::plan::instance_names;
 
@@ -64,11 +64,13 @@ async fn apply(
     let ApplyRequest {
         package,
         configuration,
+        publish,
         dry_run,
     } = api.json(request).await?;
     let wanted = Wanted {
         package,
         configuration,
+        publish,
     };
     let model = controller.load(&wanted).await?;
     controller.check_room(&name, &model).await?;
@@ -95,7 +97,7 @@ async fn history(
     let (revisions, operations) = api.controller()?.history(&name).await?;
     let revisions = revisions.into_iter().map(|revision| RevisionInfo {
         generation: revision.generation,
-        package: revision.package,
+        package: revision.wanted.package,
         user: revision.user,
         at_ms: revision.at_ms,
     });

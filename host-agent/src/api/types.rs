@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::digest::Digest;
+use crate::service::PublishedPort;
 use crate::store::services::{Expected, Operation};
 use crate::supervisor::status::InstanceStatus;
 
@@ -176,6 +177,9 @@ pub struct ApplyRequest {
     pub package: Digest,
     /// Text of the configuration.
     pub configuration: String,
+    /// Public ports in place of those of the definition.
+    #[serde(default)]
+    pub publish: Vec<PublishedPort>,
     /// Only check and plan.
     #[serde(default)]
     pub dry_run: bool,

@@ -9,6 +9,7 @@ use super::endpoint_probe::EndpointProbe;
 use super::events::EventsArgs;
 use super::report::ReportFile;
 use crate::api::types::LogFile;
+use crate::service::PublishedPort;
 
 /// Verbs in the order in which a newcomer meets them.
 const OVERVIEW: &str = "\
@@ -218,6 +219,9 @@ pub struct ServiceArgs {
     /// Configuration, when it is not beside the service
     #[arg(long, value_name = "F.cscfg")]
     pub config: Option<PathBuf>,
+    /// Publish an endpoint on this port; may be repeated
+    #[arg(short, long, value_name = "PORT:ENDPOINT")]
+    pub publish: Vec<PublishedPort>,
 }
 
 /// `run`.
@@ -316,6 +320,9 @@ pub struct ApplyArgs {
     /// Configuration, when it is not beside the package
     #[arg(long, value_name = "F.cscfg")]
     pub config: Option<PathBuf>,
+    /// Publish an endpoint on this port; may be repeated
+    #[arg(short, long, value_name = "PORT:ENDPOINT")]
+    pub publish: Vec<PublishedPort>,
     /// Only show what would be done
     #[arg(long)]
     pub dry_run: bool,

@@ -15,6 +15,7 @@ use super::output::Output;
 use crate::doctor::{self, HostReport, Scope};
 use crate::endpoints::ListenError;
 use crate::printable::printable;
+use crate::service;
 use crate::service::model::ServiceModel;
 use crate::shell::quoted;
 use crate::store::image::ImageError;
@@ -33,11 +34,10 @@ pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/sp
 pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliError> {
     let meter = Meter::start(output);
     let config = args.config.as_deref();
-    Ok(crate::service::load(
-        &args.service,
-        config,
-        meter.progress(),
-    )?)
+    let mut model = service::load(&args.service, config, meter.progress())?;
+    service::publish(&mut model, &args.publish)
+        .map_err(|error| CliError::chain(Code::Usage, &error).hint("-p PORT:ENDPOINT"))?;
+    Ok(model)
 }
 
 /// Checks the host.
@@ -230,7 +230,6 @@ pub fn cannot_write(path: &Path, error: &io::Error) -> CliError {
 mod tests {
     use super::*;
     use crate::progress::Progress;
-    use crate::service;
     use crate::supervisor::event::EventKind;
 
     fn model() -> ServiceModel {

@@ -101,6 +101,7 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
     let mut request = ApplyRequest {
         package: digest,
         configuration,
+        publish: args.publish.clone(),
         dry_run: true,
     };
     let plan: ApplyAnswer = client.put(&path, &request).await?;

@@ -2,7 +2,7 @@
 
 use tokio::task::JoinError;
 
-use crate::service::ServiceError;
+use crate::service::{PublishError, ServiceError};
 use crate::store::database::StoreError;
 use crate::store::packages::AddError;
 use crate::supervisor::host::HostError;
@@ -34,6 +34,9 @@ pub enum ControllerError {
     /// Package and configuration are no service.
     #[error("package or configuration")]
     Service(#[source] Box<ServiceError>),
+    /// The ports that were given.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
     /// The package that was uploaded.
     #[error(transparent)]
     Package(#[from] AddError),

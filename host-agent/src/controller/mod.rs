@@ -16,14 +16,13 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::blocking::blocking;
-use crate::digest::Digest;
 use crate::progress::Progress;
 use crate::service;
 use crate::service::model::ServiceModel;
 use crate::store::database::StoreError;
 use crate::store::packages::PackageStore;
 use crate::store::services::{
-    Applied, Operation, OperationState, Revision, ServiceRecord, ServiceStore,
+    Applied, Operation, OperationState, Revision, ServiceRecord, ServiceStore, Wanted,
 };
 use crate::supervisor::deploy::sizes;
 use crate::supervisor::host::{DeploymentHandle, Host};
@@ -55,15 +54,6 @@ struct State {
     tasks: Mutex<BTreeMap<String, Arc<Notify>>>,
     /// Counts the changes of operations.
     changes: watch::Sender<u64>,
-}
-
-/// What is wanted of a service.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    /// SHA-256 of its package.
-    pub package: Digest,
-    /// Text of its configuration.
-    pub configuration: String,
 }
 
 /// A service and what runs of it.
@@ -139,16 +129,15 @@ impl Controller {
     /// Reads and checks what `wanted` names.
     pub async fn load(&self, wanted: &Wanted) -> Result<ServiceModel, ControllerError> {
         let path = self.0.packages.path(&wanted.package);
-        let (digest, configuration) = (wanted.package, wanted.configuration.clone());
+        let wanted = wanted.clone();
         blocking(move || {
             if !path.exists() {
-                return Err(ControllerError::NoPackage(digest.hex()));
+                return Err(ControllerError::NoPackage(wanted.package.hex()));
             }
-            Ok(service::load_text(
-                &path,
-                &configuration,
-                &Progress::default(),
-            )?)
+            let progress = Progress::default();
+            let mut model = service::load_text(&path, &wanted.configuration, &progress)?;
+            service::publish(&mut model, &wanted.publish)?;
+            Ok(model)
         })
         .await?
     }
@@ -169,9 +158,7 @@ impl Controller {
         self.check_room(name, &model).await?;
         let of_store = name.to_owned();
         let applied = self
-            .with_store(move |store| {
-                store.apply(&of_store, &wanted.package, &wanted.configuration, user)
-            })
+            .with_store(move |store| store.apply(&of_store, &wanted, user))
             .await?;
         match applied {
             Applied::Begun(operation) => {

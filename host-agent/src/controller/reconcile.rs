@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use vmbus::text::chain;
 
 use super::decide::{Presence, Step, next_step, outcome};
-use super::{ADDRESS, Controller, ControllerError, Wanted, lock};
+use super::{ADDRESS, Controller, ControllerError, lock};
 use crate::blocking::blocking;
 use crate::progress::Progress;
 use crate::store::deployment::{Retention, directory, random_id};
@@ -98,11 +98,7 @@ async fn create(controller: &Controller, service: &ServiceRecord) -> Result<(), 
     let Some(revision) = found.await? else {
         return Err(ControllerError::NoService(service.name.clone()));
     };
-    let wanted = Wanted {
-        package: revision.package,
-        configuration: revision.configuration,
-    };
-    let model = controller.load(&wanted).await?;
+    let model = controller.load(&revision.wanted).await?;
     let host = &controller.0.host;
     let id = random_id().map_err(|source| HostError::Directory {
         what: "choose an id in",

@@ -24,6 +24,7 @@ mod package_tests;
 pub mod payload;
 #[cfg(test)]
 mod policy_tests;
+mod publish;
 pub mod size;
 mod squashfs;
 mod validate;
@@ -36,6 +37,7 @@ pub use archive::MAX_PACKED;
 pub use error::{Blame, Position, ServiceError, SourceLocation};
 pub use load::{configuration_text, load, load_text};
 pub use pack::{Packed, pack};
+pub use publish::{PublishError, PublishedPort, publish};
 pub use squashfs::{ImageError, build_application_image};
 pub use validate::{Validated, validate};
 

@@ -172,7 +172,7 @@ fn stored(row: &Row<'_>) -> rusqlite::Result<StoredEvent> {
 pub(crate) mod tests {
     use super::*;
     use crate::digest::Digest;
-    use crate::store::services::Applied;
+    use crate::store::services::{Applied, Wanted};
 
     /// An event of `instance` of `deployment`.
     pub(crate) fn event(deployment: &str, instance: &str, text: &str) -> EventRecord {
@@ -288,8 +288,12 @@ pub(crate) mod tests {
     #[test]
     fn events_have_their_service_and_outlive_it() {
         let (_dir, mut store) = store();
-        let digest = Digest::of(&b"p"[..]).unwrap().0;
-        let applied = store.apply("shop", &digest, "<c/>", 7).unwrap();
+        let wanted = Wanted {
+            package: Digest::of(&b"p"[..]).unwrap().0,
+            configuration: "<c/>".into(),
+            publish: Vec::new(),
+        };
+        let applied = store.apply("shop", &wanted, 7).unwrap();
         assert!(matches!(applied, Applied::Begun(_)));
         store.deploying("shop", "0123").unwrap();
         store.record(&[event("0123", "A_IN_0", "first")]).unwrap();

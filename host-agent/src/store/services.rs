@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::database::{Database, StoreError};
 use super::deployment::random_id;
 use crate::digest::Digest;
+use crate::service::PublishedPort;
 
 /// The SQL from each schema to the next. A released entry never changes.
 const MIGRATIONS: &[&str] = &["
@@ -26,6 +27,7 @@ CREATE TABLE revision (
   generation INTEGER NOT NULL,
   package TEXT NOT NULL,
   configuration TEXT NOT NULL,
+  publish TEXT NOT NULL,
   user INTEGER NOT NULL,
   at_ms INTEGER NOT NULL,
   PRIMARY KEY (service, generation)
@@ -84,15 +86,24 @@ pub struct ServiceRecord {
     pub deployment: Option<String>,
 }
 
+/// What is wanted of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// SHA-256 of its package.
+    pub package: Digest,
+    /// Text of its configuration.
+    pub configuration: String,
+    /// Public ports in place of those of its definition.
+    pub publish: Vec<PublishedPort>,
+}
+
 /// One revision of a service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revision {
     /// Its number.
     pub generation: u64,
-    /// SHA-256 of the package.
-    pub package: Digest,
-    /// Text of the configuration.
-    pub configuration: String,
+    /// What was applied.
+    pub wanted: Wanted,
     /// Id of the user who applied it.
     pub user: u32,
     /// When, in milliseconds since 1970.
@@ -183,7 +194,7 @@ impl ServiceStore {
 
     /// Every revision of a service, the oldest first.
     pub fn history(&self, name: &str) -> Result<Vec<Revision>, StoreError> {
-        let sql = "SELECT generation, package, configuration, user, at_ms FROM revision \
+        let sql = "SELECT generation, package, configuration, publish, user, at_ms FROM revision \
                    WHERE service = ?1 ORDER BY generation";
         let mut statement = self.0.connection.prepare(sql)?;
         let found = statement.query_map([name], revision)?;
@@ -214,22 +225,14 @@ impl ServiceStore {
     }
 
     /// Creates service `name` unless it exists.
-    pub fn apply(
-        &mut self,
-        name: &str,
-        package: &Digest,
-        configuration: &str,
-        user: u32,
-    ) -> Result<Applied, StoreError> {
+    pub fn apply(&mut self, name: &str, wanted: &Wanted, user: u32) -> Result<Applied, StoreError> {
         let transaction = self.0.connection.transaction()?;
         if let Some(found) = find(&transaction, name)? {
             if found.expected == Expected::Deleted {
                 return Ok(Applied::Deleting);
             }
             let newest = revision_of(&transaction, name, found.generation)?;
-            let same = newest.is_some_and(|newest| {
-                newest.package == *package && newest.configuration == configuration
-            });
+            let same = newest.is_some_and(|newest| newest.wanted == *wanted);
             return Ok(if same {
                 Applied::Unchanged(found)
             } else {
@@ -243,12 +246,13 @@ impl ServiceStore {
             params![name, Expected::Started, generation],
         )?;
         transaction.execute(
-            "INSERT INTO revision VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO revision VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
             params![
                 name,
                 generation,
-                package.hex(),
-                configuration,
+                wanted.package.hex(),
+                wanted.configuration,
+                ports(&wanted.publish),
                 user,
                 signed(now)
             ],
@@ -329,7 +333,7 @@ fn revision_of(
     name: &str,
     generation: u64,
 ) -> rusqlite::Result<Option<Revision>> {
-    let sql = "SELECT generation, package, configuration, user, at_ms FROM revision \
+    let sql = "SELECT generation, package, configuration, publish, user, at_ms FROM revision \
                WHERE service = ?1 AND generation = ?2";
     let found = connection.query_row(sql, params![name, signed(generation)], revision);
     found.optional()
@@ -404,10 +408,13 @@ fn service(row: &Row<'_>) -> rusqlite::Result<ServiceRecord> {
 fn revision(row: &Row<'_>) -> rusqlite::Result<Revision> {
     Ok(Revision {
         generation: unsigned(row, 0)?,
-        package: digest(row, 1)?,
-        configuration: row.get(2)?,
-        user: row.get(3)?,
-        at_ms: unsigned(row, 4)?,
+        wanted: Wanted {
+            package: digest(row, 1)?,
+            configuration: row.get(2)?,
+            publish: published(row, 3)?,
+        },
+        user: row.get(4)?,
+        at_ms: unsigned(row, 5)?,
     })
 }
 
@@ -431,6 +438,18 @@ fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
     Digest::from_hex(&text).ok_or_else(|| {
         let error = format!("{text} is no SHA-256").into();
         rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error)
+    })
+}
+
+fn ports(publish: &[PublishedPort]) -> String {
+    serde_json::to_string(publish).expect("numbers and strings are JSON")
+}
+
+fn published(row: &Row<'_>, column: usize) -> rusqlite::Result<Vec<PublishedPort>> {
+    let text: String = row.get(column)?;
+    serde_json::from_str(&text).map_err(|error| {
+        let kind = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(column, kind, error.into())
     })
 }
 
@@ -483,99 +502,4 @@ named!(OperationKind: Apply = "apply", Delete = "delete");
 named!(OperationState: Running = "running", Succeeded = "succeeded", Failed = "failed");
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn digest(text: &str) -> Digest {
-        Digest::of(text.as_bytes()).unwrap().0
-    }
-
-    fn store(dir: &Path) -> ServiceStore {
-        ServiceStore::open(dir).unwrap()
-    }
-
-    #[test]
-    fn what_was_applied_is_there_after_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut first = store(dir.path());
-        let Applied::Begun(operation) = first.apply("shop", &digest("p"), "<c/>", 7).unwrap()
-        else {
-            panic!("not begun");
-        };
-        first.deploying("shop", "d").unwrap();
-        drop(first);
-        let mut second = store(dir.path());
-        let expected = ServiceRecord {
-            name: "shop".into(),
-            expected: Expected::Started,
-            generation: 1,
-            deployment: Some("d".into()),
-        };
-        assert_eq!(second.services().unwrap(), std::slice::from_ref(&expected));
-        let revision = second.revision("shop", 1).unwrap().unwrap();
-        assert_eq!((revision.package, revision.user), (digest("p"), 7));
-        assert_eq!(second.history("shop").unwrap(), [revision]);
-        assert_eq!(second.operation(&operation.id).unwrap().unwrap(), operation);
-        second.end("shop", None).unwrap();
-        let ended = second.operation(&operation.id).unwrap().unwrap();
-        assert_eq!(ended.state, OperationState::Succeeded);
-        assert!(ended.ended_ms >= Some(ended.started_ms));
-    }
-
-    #[test]
-    fn the_same_apply_changes_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut store = store(dir.path());
-        store.apply("shop", &digest("p"), "<c/>", 7).unwrap();
-        let found = store.service("shop").unwrap().unwrap();
-        let again = store.apply("shop", &digest("p"), "<c/>", 8).unwrap();
-        assert_eq!(again, Applied::Unchanged(found.clone()));
-        for (package, configuration) in [("q", "<c/>"), ("p", "<d/>")] {
-            let other = store
-                .apply("shop", &digest(package), configuration, 7)
-                .unwrap();
-            assert_eq!(other, Applied::Differs(found.clone()));
-        }
-        assert_eq!(store.operations("shop").unwrap().len(), 1);
-    }
-
-    #[test]
-    fn a_deletion_ends_the_apply_and_is_begun_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut store = store(dir.path());
-        assert!(store.delete("shop", 7).unwrap().is_none());
-        store.apply("shop", &digest("p"), "<c/>", 7).unwrap();
-        let deletion = store.delete("shop", 7).unwrap().unwrap();
-        assert_eq!(store.delete("shop", 8).unwrap().unwrap(), deletion);
-        let applied = store.apply("shop", &digest("p"), "<c/>", 7).unwrap();
-        assert_eq!(applied, Applied::Deleting);
-        let states: Vec<_> = store.operations("shop").unwrap();
-        let states: Vec<_> = states.iter().map(|it| (it.kind, it.state)).collect();
-        assert_eq!(
-            states,
-            [
-                (OperationKind::Delete, OperationState::Running),
-                (OperationKind::Apply, OperationState::Failed),
-            ]
-        );
-        assert_eq!(store.packages().unwrap(), [digest("p")]);
-        store.forget("shop").unwrap();
-        assert_eq!(store.services().unwrap(), []);
-        assert_eq!(store.packages().unwrap(), []);
-        let ended = store.operation(&deletion.id).unwrap().unwrap();
-        assert_eq!(ended.state, OperationState::Succeeded);
-    }
-
-    #[test]
-    fn old_operations_are_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut store = store(dir.path());
-        for _ in 0..=MAX_OPERATIONS / 2 {
-            store.apply("shop", &digest("p"), "<c/>", 7).unwrap();
-            store.delete("shop", 7).unwrap();
-            store.forget("shop").unwrap();
-        }
-        let kept = store.operations("shop").unwrap().len();
-        assert_eq!(kept, MAX_OPERATIONS as usize);
-    }
-}
+mod tests;
