@@ -1,6 +1,8 @@
 //! VMM processes that outlive their supervisor, with guests of a few instructions.
 
 use std::fs;
+use std::io::Write as _;
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::Child;
@@ -10,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use e2e::bare::{BareGuest, CONSOLE, elf};
 use e2e::run::eventually;
 use e2e::{limit, program};
+use host_agent::endpoints::{HandedOver, listen};
 use host_agent::supervisor::process::{AttachError, Expected, ProcessId, VmmEvent, VmmProcess};
 use host_agent::vmm::control::{Attached, Command, Event, ExitReason};
 use host_agent::vmm::wire;
@@ -104,6 +107,12 @@ impl Guest {
     }
 
     async fn attach(&self) -> Result<(VmmProcess, Attached)> {
+        let (process, attached, _) = self.attach_and_take().await?;
+        Ok((process, attached))
+    }
+
+    /// The same, and the listening sockets that the process held.
+    async fn attach_and_take(&self) -> Result<(VmmProcess, Attached, HandedOver)> {
         let attached = VmmProcess::attach(self.path(), &expected()).await;
         attached
             .with_context(|| fs::read_to_string(self.path().join("messages")).unwrap_or_default())
@@ -173,7 +182,7 @@ async fn a_guest_runs_on_without_a_supervisor_and_is_attached() -> Result<()> {
         process,
         ..expected()
     };
-    let (mut third, attached) = VmmProcess::attach(guest.path(), &expected).await?;
+    let (mut third, attached, _) = VmmProcess::attach(guest.path(), &expected).await?;
     ensure!(attached.paused && attached.fails_when_full);
     ensure!(attached.stats.exits[0] > exits);
     let output = guest.output();
@@ -200,6 +209,44 @@ async fn a_guest_runs_on_without_a_supervisor_and_is_attached() -> Result<()> {
         ),
         "{gone:?}"
     );
+    Ok(())
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_client_waits_for_the_next_supervisor() -> Result<()> {
+    let mut guest = Guest::start(DOTS)?;
+    guest.control = wire::pair()?.0;
+    let listener = listen("web", (Ipv4Addr::LOCALHOST, 0).into())?;
+    let address = listener.local_addr()?;
+    let (mut process, attached, handed_over) = guest.attach_and_take().await?;
+    ensure!(attached.holds_listeners && handed_over.foreign(&[]) == 0);
+    let held = vec![listener.as_fd().try_clone_to_owned()?];
+    process.send(&Command::HoldListeners {}, held)?;
+    process.send(&Command::Ping { id: 1 }, vec![])?;
+    event(&mut process, |event| *event == Event::Pong { id: 1 }).await?;
+    drop((listener, process));
+
+    // No supervisor: the client is not refused, and its bytes are kept.
+    for _ in 0..2 {
+        let mut client = TcpStream::connect(address)?;
+        client.write_all(b"hello")?;
+        let (process, _, mut handed_over) = guest.attach_and_take().await?;
+        ensure!(handed_over.foreign(&[address]) == 0);
+        let listener = handed_over.take(address).context("the socket")?;
+        let (mut stream, from) = listener.accept().await?;
+        ensure!(from == client.local_addr()?);
+        let mut bytes = [0; 5];
+        tokio::io::AsyncReadExt::read_exact(&mut stream, &mut bytes).await?;
+        ensure!(bytes == *b"hello");
+        drop(process);
+    }
+
+    // The socket closes with the process.
+    let (mut process, _) = guest.attach().await?;
+    process.kill();
+    end(process).await?;
+    guest.child.wait()?;
+    ensure!(TcpStream::connect(address).is_err());
     Ok(())
 }
 

@@ -188,12 +188,20 @@ fn a_service_survives_whatever_is_killed() -> Result<()> {
         "{error}"
     );
 
-    // The same guest in the same boot, after SIGKILL and after SIGTERM.
+    // The same guest in the same boot, after SIGKILL and after SIGTERM. A client that
+    // connects while no daemon runs is answered by the guest through the next one.
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
         daemon.signal(signal)?;
         let (_, seen) = daemon.wait()?;
         ensure!(!seen.contains("guest-exited"), "{seen}");
+        let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+            .context("connect while no daemon runs")?;
+        client.write_all(b"hello")?;
         daemon = serve(&sandbox)?;
+        client.set_read_timeout(Some(e2e::limit(30)))?;
+        let mut answer = [0; 5];
+        client.read_exact(&mut answer).context("the echo")?;
+        ensure!(answer == *b"hello");
         let event = daemon.event("guest-adopted", |_| true)?;
         ensure!(event["generation"] == 1 && event["pid"] == vmm, "{event}");
         daemon.ready()?;

@@ -1,20 +1,28 @@
 //! Public listeners: each accepted connection goes to the next instance in
 //! rotation, which passes the socket to its VMM process.
 
+mod held;
+mod rotation;
+
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::time::{sleep, timeout};
+use vmbus::text::chain;
+
+pub use held::{HandedOver, HeldListeners, ListenerChanges};
+pub use rotation::Rotation;
 
 /// Connections that the kernel queues until they are accepted.
 const BACKLOG: u32 = 1024;
 
 /// Pause after `accept` failed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// Pause after the host could not listen on an address again.
+const LISTEN_RETRY: Duration = Duration::from_secs(1);
 
 /// Bytes for each direction of a client's socket, of which the kernel reserves twice as
 /// many. Left to itself it lets a client that does not read take 4 MiB (`tcp_wmem`, tcp(7)),
@@ -28,6 +36,11 @@ const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 /// Unanswered questions after which the connection ends.
 const KEEPALIVE_QUESTIONS: u32 = 4;
 
+const NO_LINGER: libc::linger = libc::linger {
+    l_onoff: 0,
+    l_linger: 0,
+};
+
 /// A connection for an instance.
 #[derive(Debug)]
 pub struct Incoming {
@@ -35,42 +48,6 @@ pub struct Incoming {
     pub socket: OwnedFd,
     /// TCP port of the role in the guest.
     pub local_port: u16,
-}
-
-/// The instances of a role that take connections.
-#[derive(Debug, Clone, Default)]
-pub struct Rotation(Arc<Mutex<Members>>);
-
-#[derive(Debug, Default)]
-struct Members {
-    ready: Vec<(String, mpsc::Sender<Incoming>)>,
-    next: usize,
-}
-
-impl Rotation {
-    /// Adds or removes an instance.
-    pub fn set(&self, instance: &str, sender: Option<mpsc::Sender<Incoming>>) {
-        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        members.ready.retain(|(name, _)| name != instance);
-        if let Some(sender) = sender {
-            members.ready.push((instance.to_owned(), sender));
-        }
-    }
-
-    /// Gives `incoming` to the next instance whose queue is not full. If there
-    /// is none, the socket closes.
-    fn dispatch(&self, mut incoming: Incoming) {
-        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for _ in 0..members.ready.len() {
-            members.next = (members.next + 1) % members.ready.len();
-            match members.ready[members.next].1.try_send(incoming) {
-                Ok(()) => return,
-                Err(TrySendError::Full(returned) | TrySendError::Closed(returned)) => {
-                    incoming = returned;
-                }
-            }
-        }
-    }
 }
 
 /// A public port on which the host cannot listen.
@@ -86,8 +63,7 @@ pub struct ListenError {
     pub source: std::io::Error,
 }
 
-/// Listens on `address` for an endpoint. While no instance is in rotation,
-/// [`serve`] closes each new connection at once.
+/// Listens on `address` for an endpoint.
 pub fn listen(endpoint: &str, address: SocketAddr) -> Result<TcpListener, ListenError> {
     let open = || {
         let socket = match address {
@@ -123,8 +99,90 @@ fn bound(socket: &TcpSocket) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Accepts connections until the future is dropped.
-pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
+/// A public endpoint of a role.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Its name in messages.
+    pub label: String,
+    /// Address on the host.
+    pub address: SocketAddr,
+    /// Port on which the role listens in the guest.
+    pub local_port: u16,
+    /// The instances of the role.
+    pub rotation: Rotation,
+    /// The listening sockets of the role.
+    pub held: HeldListeners,
+}
+
+impl Endpoint {
+    /// Accepts connections until the future is dropped. Without a `listener`, listens as
+    /// soon as the address is free. A VMM process that holds the listener can shut it down:
+    /// then it gets no other one to hold.
+    ///
+    /// While no instance is in rotation, each new connection is closed at once; but clients
+    /// may have waited for this host agent, so until the first instance is in rotation they
+    /// wait on, for at most `patience`.
+    pub async fn serve(
+        self,
+        mut listener: Option<TcpListener>,
+        patience: Duration,
+        report: impl Fn(String),
+    ) {
+        if listener.is_none() {
+            let new = self.listen_again(&report).await;
+            self.hold(&new);
+            listener = Some(new);
+        }
+        let _ = timeout(patience, self.rotation.began()).await;
+        loop {
+            if let Some(listener) = listener {
+                serve(listener, &self.rotation, self.local_port).await;
+                self.held.remove(self.address);
+                let Self { label, address, .. } = &self;
+                report(format!(
+                    "endpoint {label}: a VMM process shut the socket of {address} down; the \
+                     next one ends with this host agent"
+                ));
+            }
+            listener = Some(self.listen_again(&report).await);
+        }
+    }
+
+    /// Tries to listen until it succeeds.
+    async fn listen_again(&self, report: &impl Fn(String)) -> TcpListener {
+        let mut reported = false;
+        loop {
+            match self.listen() {
+                Ok(listener) => return listener,
+                Err(error) if !reported => {
+                    reported = true;
+                    report(format!("{}; tries again", chain(&error)));
+                }
+                Err(_) => {}
+            }
+            sleep(LISTEN_RETRY).await;
+        }
+    }
+
+    /// Listens on its address.
+    ///
+    /// # Errors
+    /// The address is in use or not permitted.
+    pub fn listen(&self) -> Result<TcpListener, ListenError> {
+        listen(&self.label, self.address)
+    }
+
+    /// Lets the VMM processes of the role hold `listener`.
+    pub fn hold(&self, listener: &TcpListener) {
+        // No descriptor is left: the socket ends with this process.
+        if let Err(error) = self.held.set(self.address, listener) {
+            tracing::warn!(endpoint = self.label, %error, "cannot duplicate a listening socket");
+        }
+    }
+}
+
+/// Accepts connections until the socket no longer listens.
+async fn serve(listener: TcpListener, rotation: &Rotation, local_port: u16) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -132,13 +190,17 @@ pub async fn serve(listener: TcpListener, rotation: Rotation, local_port: u16) {
                     rotation.dispatch(Incoming { socket, local_port });
                 }
             }
+            Err(_) if held::listens_on(&listener).is_none() => return,
             // Descriptors or memory are short: wait until connections close.
-            Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
+            Err(_) => sleep(ACCEPT_RETRY).await,
         }
     }
 }
 
 fn detach(stream: TcpStream) -> std::io::Result<OwnedFd> {
+    // Inherited from the listening socket, where a VMM process that holds it can set it: a
+    // close would wait (socket(7)).
+    setsockopt(&stream, sockopt::Linger, &NO_LINGER)?;
     stream.set_nodelay(true)?;
     Ok(stream.into_std()?.into())
 }
@@ -146,17 +208,129 @@ fn detach(stream: TcpStream) -> std::io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::getsockopt;
+    use nix::sys::socket::{Shutdown, getsockopt, shutdown};
     use std::io::Write as _;
     use std::net::Ipv4Addr;
+    use std::os::fd::AsRawFd as _;
     use tokio::io::AsyncReadExt;
+    use tokio::sync::mpsc;
+
+    fn endpoint(address: SocketAddr, rotation: &Rotation) -> Endpoint {
+        Endpoint {
+            label: "ep".into(),
+            address,
+            local_port: 80,
+            rotation: rotation.clone(),
+            held: HeldListeners::default(),
+        }
+    }
+
+    fn served(listener: TcpListener, rotation: &Rotation) -> impl Future<Output = ()> + use<> {
+        let endpoint = endpoint(listener.local_addr().unwrap(), rotation);
+        endpoint.hold(&listener);
+        endpoint.serve(Some(listener), Duration::ZERO, |text| panic!("{text}"))
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_waiting_client_is_served_by_the_first_ready_instance() {
+        let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let rotation = Rotation::default();
+        let served =
+            endpoint(address, &rotation).serve(Some(listener), Duration::from_secs(600), |text| {
+                panic!("{text}")
+            });
+        let task = tokio::spawn(served);
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let waits = timeout(Duration::from_millis(50), client.read(&mut [0])).await;
+        assert!(waits.is_err());
+        let (sender, mut incoming) = mpsc::channel(1);
+        rotation.set("a", Some(sender));
+        assert!(incoming.recv().await.is_some());
+        // From now on a client without an instance is closed.
+        rotation.set("a", None);
+        let mut refused = TcpStream::connect(address).await.unwrap();
+        assert_eq!(refused.read(&mut [0]).await.unwrap_or(0), 0);
+        task.abort();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_socket_that_a_vmm_process_shut_down_is_replaced() {
+        let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let rotation = Rotation::default();
+        let (sender, mut incoming) = mpsc::channel(1);
+        rotation.set("a", Some(sender));
+        let endpoint = endpoint(address, &rotation);
+        endpoint.hold(&listener);
+        let held = endpoint.held.clone();
+        let [theirs] = &held.duplicates().unwrap()[..] else {
+            panic!("not one socket");
+        };
+        let (reports, mut reported) = mpsc::unbounded_channel();
+        let report = move |text| reports.send(text).unwrap();
+        let task = tokio::spawn(endpoint.serve(Some(listener), Duration::ZERO, report));
+        shutdown(theirs.as_raw_fd(), Shutdown::Both).unwrap();
+        let report = reported.recv().await.unwrap();
+        assert!(report.contains("shut the socket"), "{report}");
+        let _client = loop {
+            if let Ok(client) = TcpStream::connect(address).await {
+                break client;
+            }
+        };
+        assert!(incoming.recv().await.is_some());
+        // It cannot be shut down again.
+        assert!(held.duplicates().unwrap().is_empty());
+        task.abort();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_address_in_use_is_served_once_it_is_free() {
+        let other = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = other.local_addr().unwrap();
+        let rotation = Rotation::default();
+        let (sender, mut incoming) = mpsc::channel(1);
+        rotation.set("a", Some(sender));
+        let endpoint = endpoint(address, &rotation);
+        let mut held = endpoint.held.changes();
+        let (reports, mut reported) = mpsc::unbounded_channel();
+        let report = move |text| reports.send(text).unwrap();
+        let task = tokio::spawn(endpoint.serve(None, Duration::ZERO, report));
+        let report = reported.recv().await.unwrap();
+        assert!(report.contains("cannot listen on"), "{report}");
+        drop(other);
+        held.changed().await.unwrap();
+        let _client = TcpStream::connect(address).await.unwrap();
+        assert!(incoming.recv().await.is_some());
+        task.abort();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn no_client_socket_lingers_when_it_is_closed() {
+        let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 60,
+        };
+        setsockopt(&listener, sockopt::Linger, &linger).unwrap();
+        let rotation = Rotation::default();
+        let (sender, mut incoming) = mpsc::channel(1);
+        rotation.set("a", Some(sender));
+        let task = tokio::spawn(served(listener, &rotation));
+        let _client = TcpStream::connect(address).await.unwrap();
+        let socket = incoming.recv().await.unwrap().socket;
+        let linger = getsockopt(&socket, sockopt::Linger).unwrap();
+        assert_eq!(linger.l_onoff, 0);
+        task.abort();
+    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn connections_rotate_among_ready_instances_or_close() {
         let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = listener.local_addr().unwrap();
         let rotation = Rotation::default();
-        let task = tokio::spawn(serve(listener, rotation.clone(), 80));
+        let task = tokio::spawn(served(listener, &rotation));
         let mut refused = TcpStream::connect(address).await.unwrap();
         assert_eq!(refused.read(&mut [0]).await.unwrap_or(0), 0);
         let (a, mut from_a) = mpsc::channel(4);
@@ -191,7 +365,7 @@ mod tests {
         let listener = listen("ep", (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = listener.local_addr().unwrap();
         let rotation = Rotation::default();
-        let task = tokio::spawn(serve(listener, rotation.clone(), 80));
+        let task = tokio::spawn(served(listener, &rotation));
         let (sender, mut incoming) = mpsc::channel(1);
         rotation.set("a", Some(sender));
         let _client = TcpStream::connect(address).await.unwrap();

@@ -87,7 +87,7 @@ fn exchange<T: Packet + DeserializeOwned>(input: &mut Input<'_>) {
         let received = wire::receive::<T>(ours.as_fd()).unwrap().unwrap();
         match received.message {
             Ok(message) => {
-                assert!(received.files.len() <= T::MAX_FILES);
+                assert!(received.files.len() <= message.max_files());
                 if let Ok(again) = wire::encode(&message) {
                     send(&theirs, &again, 0);
                     let again = wire::receive::<T>(ours.as_fd()).unwrap().unwrap();

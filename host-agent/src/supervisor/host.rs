@@ -4,6 +4,7 @@
 mod adopt;
 mod create;
 mod error;
+mod published;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -29,8 +30,9 @@ use crate::store::content::{ContentStore, SweepOnDrop};
 use crate::store::deployment::{DeploymentDir, random_id, short_id, sweep};
 use crate::store::image::{self, Image};
 use crate::store::janitor::{self, Janitor, Remains};
-pub use create::{HeldContent, NewDeployment, Published};
+pub use create::{HeldContent, NewDeployment};
 pub use error::HostError;
+pub use published::Published;
 
 /// How a host runs its instances.
 #[derive(Debug, Clone)]

@@ -37,7 +37,7 @@ use super::timeline::Timeline;
 use crate::blocking::DropBlocking;
 use crate::cgroup::{GuestGroup, HostGroup};
 use crate::channels::{ChannelEvent, ShutdownRequest};
-use crate::endpoints::{Incoming, Rotation};
+use crate::endpoints::{HeldListeners, Incoming, ListenerChanges, Rotation};
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::Image;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket};
@@ -95,6 +95,8 @@ pub struct InstanceParts {
     pub prepare_limit: Duration,
     /// One rotation per endpoint of the role, all the same.
     pub rotation: Rotation,
+    /// The listening sockets of the role.
+    pub listeners: HeldListeners,
     /// The deployment's timeline.
     pub timeline: Timeline,
     /// The guest outlives this process, and its state is recorded for the next.
@@ -127,6 +129,7 @@ struct Instance {
     agent_log: Arc<QueuedWriter>,
     channel_sender: mpsc::Sender<(u64, ChannelEvent)>,
     incoming_sender: mpsc::Sender<Incoming>,
+    listener_changes: ListenerChanges,
     goal: watch::Sender<Goal>,
     status: watch::Sender<InstanceStatus>,
 }
@@ -165,6 +168,10 @@ impl Instance {
                     true
                 }
                 Some(request) = requests.recv() => self.request(request),
+                Ok(()) = self.listener_changes.changed() => {
+                    self.hold_listeners();
+                    true
+                }
                 () = until(wait.map(|(at, _)| at)) => {
                     let (_, wait) = self.wait.take().expect("the branch waits for it");
                     self.feed(Input::Waited(wait))

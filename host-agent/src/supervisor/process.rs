@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::closer::Closer;
+use crate::endpoints::HandedOver;
 use crate::event_budget::EventBudget;
 use crate::vmm::control::{Adoption, Attached, Command, Event, ExitReason, Start};
 use crate::vmm::spec::{FileIndex, GuestSpec};
@@ -131,9 +132,12 @@ impl VmmProcess {
     }
 
     /// Attaches to the VMM process that listens in the instance's directory `dir`;
-    /// the process and the state of its guest. A failure does nothing to the
-    /// process.
-    pub async fn attach(dir: &Path, expected: &Expected) -> Result<(Self, Attached), AttachError> {
+    /// the process, the state of its guest, and the listening sockets that it held. A
+    /// failure does nothing to the process.
+    pub async fn attach(
+        dir: &Path,
+        expected: &Expected,
+    ) -> Result<(Self, Attached, HandedOver), AttachError> {
         attach::attach(dir, expected).await
     }
 

@@ -29,6 +29,9 @@ pub const MAX_COMMAND: usize = 64 * 1024;
 /// Most file descriptors of a command: those of [`Command::Start`].
 pub const MAX_FILES: usize = 32;
 
+/// Most listening sockets that a VMM process holds: the endpoints of a service.
+pub const MAX_LISTENERS: usize = 25;
+
 /// Longest event in bytes. The supervisor receives the events of every guest, so they are
 /// cheap to receive; [`Event::Attached`] and a long reason of an exit fit.
 pub const MAX_EVENT: usize = 16 * 1024;
@@ -48,7 +51,13 @@ pub enum Command {
     Attach {
         /// [`VERSIONS`] of the supervisor.
         versions: Vec<u32>,
+        /// The supervisor takes the sockets of [`Command::HoldListeners`] with the answer.
+        #[serde(default)]
+        takes_listeners: bool,
     },
+    /// Keep the listening sockets that the packet carries open for the next supervisor, in
+    /// place of those before. The VMM process does not use them.
+    HoldListeners {},
     /// Connect to `port` in the guest and join the connection with the stream
     /// socket that the packet carries. Answered by [`Event::Dialed`].
     Dial {
@@ -91,13 +100,22 @@ pub enum Command {
 
 impl Packet for Command {
     const MAX_BYTES: usize = MAX_COMMAND;
-    const MAX_FILES: usize = MAX_FILES;
+
+    fn max_files(&self) -> usize {
+        MAX_FILES
+    }
 }
 
 impl Packet for Event {
     const MAX_BYTES: usize = MAX_EVENT;
-    // That of `Opened`.
-    const MAX_FILES: usize = 1;
+
+    fn max_files(&self) -> usize {
+        match self {
+            Self::Attached(_) => MAX_LISTENERS,
+            // That of `Opened`.
+            _ => 1,
+        }
+    }
 }
 
 /// How a VMM process starts. Only the program that started it sends this, so both
@@ -143,7 +161,8 @@ pub enum Event {
         /// The error chain.
         reason: String,
     },
-    /// Answer to [`Command::Attach`]: the whole state of the guest.
+    /// Answer to [`Command::Attach`]: the whole state of the guest. Carries the sockets of
+    /// [`Command::HoldListeners`] if the supervisor takes them.
     Attached(Box<Attached>),
     /// Answer to [`Command::Attach`]; the connection closes.
     Refused {
@@ -255,6 +274,8 @@ pub struct Attached {
     pub panicked: bool,
     /// Why the guest ended, if it has: the process flushes its disks and ends.
     pub exit: Option<ExitReason>,
+    /// Whether the process knows [`Command::HoldListeners`].
+    pub holds_listeners: bool,
     /// Counters since process start.
     pub stats: Stats,
     /// Commands that this build does not know, and packets that were no commands.

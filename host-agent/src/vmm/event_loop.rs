@@ -3,9 +3,10 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::control::{Attached, Command, DialOutcome, Event, ExitReason, Stats};
+use super::control::{Attached, Command, DialOutcome, Event, ExitReason, MAX_LISTENERS, Stats};
 use super::disk_watch::DiskWatch;
 use super::machine::DiskState;
 use super::peers::{Candidate, Message, Peers};
@@ -69,6 +70,8 @@ pub struct EventLoop<G> {
     disks: DiskWatch,
     pause: PauseReasons,
     fails_when_full: bool,
+    /// Kept for the next supervisor.
+    listeners: Vec<Arc<OwnedFd>>,
     panicked: bool,
     panic_reported: bool,
     /// Limits reports about devices, which a guest can break again and again.
@@ -104,6 +107,7 @@ impl<G: Guest> EventLoop<G> {
             boot,
             pause: PauseReasons::default(),
             fails_when_full: false,
+            listeners: Vec::new(),
             panicked: false,
             panic_reported: false,
             broken_devices: TokenBucket::new(MISBEHAVIOUR),
@@ -236,10 +240,11 @@ impl<G: Guest> EventLoop<G> {
             failed_disks,
             panicked: self.panicked,
             exit: self.exit.clone(),
+            holds_listeners: true,
             stats: self.stats(),
             ignored_commands: self.ignored_commands,
         };
-        match self.peers.attach(candidate, attached) {
+        match self.peers.attach(candidate, attached, &self.listeners) {
             Ok(()) => self.panic_reported = self.panicked,
             Err(error) => self.warn(&format_args!("attach a supervisor: {error}")),
         }
@@ -280,6 +285,10 @@ impl<G: Guest> EventLoop<G> {
             (Command::FailWhenFull {}, Some(_)) => {
                 self.fails_when_full = true;
                 self.disks.fail_when_full();
+            }
+            (Command::HoldListeners {}, _) => {
+                let held = files.into_iter().take(MAX_LISTENERS);
+                self.listeners = held.map(Arc::new).collect();
             }
             (Command::Stop {}, Some(_)) => self.exit = Some(ExitReason::Stopped),
             (

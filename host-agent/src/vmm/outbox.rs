@@ -42,7 +42,8 @@ struct Inner {
 struct Queue {
     /// The socket of the attached supervisor, until it fails.
     peer: Option<Arc<OwnedFd>>,
-    events: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    /// Files of [`Event::Attached`] are shared with the main thread.
+    events: VecDeque<(Vec<u8>, Vec<Arc<OwnedFd>>)>,
     /// The last event is queued: none may follow.
     complete: bool,
     /// The kernel refused the first event for another reason than a full socket:
@@ -64,15 +65,18 @@ impl Outbox {
     }
 
     /// Sends from here on to the supervisor at `socket`, which must not block, and
-    /// `first` before everything else. Drops what waits for the one before.
-    pub fn attach(&self, socket: Arc<OwnedFd>, first: Option<&Event>) -> io::Result<()> {
-        let first = first.map(wire::encode).transpose()?;
+    /// `first` with its files before everything else. Drops what waits for the one before.
+    pub fn attach(
+        &self,
+        socket: Arc<OwnedFd>,
+        first: Option<(&Event, Vec<Arc<OwnedFd>>)>,
+    ) -> io::Result<()> {
+        let encode = |(event, files)| Ok::<_, io::Error>((wire::encode(event)?, files));
+        let first = first.map(encode).transpose()?;
         let mut queue = self.lock();
         queue.leave();
         queue.peer = Some(socket);
-        queue
-            .events
-            .extend(first.into_iter().map(|bytes| (bytes, vec![])));
+        queue.events.extend(first);
         queue.flush();
         Ok(())
     }
@@ -96,6 +100,7 @@ impl Outbox {
         if queue.peer.is_none() || queue.complete || queue.events.len() >= MAX_WAITING {
             return false;
         }
+        let files = files.into_iter().map(Arc::new).collect();
         queue.events.push_back((bytes, files));
         queue.flush();
         if !queue.events.is_empty() {
@@ -198,7 +203,7 @@ impl Queue {
     fn flush_by(&mut self, send: impl Fn(&[u8], &[BorrowedFd<'_>]) -> io::Result<()>) {
         self.refused = false;
         while let Some((bytes, files)) = self.events.front() {
-            let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+            let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
             match send(bytes, &files) {
                 Ok(()) => {
                     self.events.pop_front();

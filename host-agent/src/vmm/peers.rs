@@ -78,6 +78,8 @@ pub struct Candidate {
     socket: OwnedFd,
     /// The version that both ends speak.
     pub version: u32,
+    /// It takes the sockets of [`Command::HoldListeners`].
+    pub takes_listeners: bool,
 }
 
 /// A connection that is not attached.
@@ -85,8 +87,8 @@ pub struct Candidate {
 struct Waiting {
     socket: OwnedFd,
     deadline: Instant,
-    /// Versions of its `Attach`, once received.
-    versions: Option<Vec<u32>>,
+    /// Its `Attach`, once received: the versions, and whether it takes listeners.
+    asked: Option<(Vec<u32>, bool)>,
 }
 
 /// The supervisors, on the main thread.
@@ -142,11 +144,22 @@ impl Peers {
         &self.wake
     }
 
-    /// Makes `candidate` the supervisor. Its first packet is `attached`.
-    pub fn attach(&mut self, candidate: Candidate, attached: Attached) -> io::Result<()> {
+    /// Makes `candidate` the supervisor. Its first packet is `attached`, with `listeners` if
+    /// it takes them.
+    pub fn attach(
+        &mut self,
+        candidate: Candidate,
+        attached: Attached,
+        listeners: &[Arc<OwnedFd>],
+    ) -> io::Result<()> {
+        let mut files = Vec::new();
+        if candidate.takes_listeners {
+            files.extend_from_slice(listeners);
+        }
         let socket = Arc::new(candidate.socket);
         let first = Event::Attached(Box::new(attached));
-        self.outbox.attach(Arc::clone(&socket), Some(&first))?;
+        self.outbox
+            .attach(Arc::clone(&socket), Some((&first, files)))?;
         self.attached = Some(socket);
         Ok(())
     }
@@ -164,7 +177,7 @@ impl Peers {
         let waiting_at = fds.len();
         for waiting in &self.waiting {
             // One that has sent Attach is not read again.
-            let interest = match waiting.versions {
+            let interest = match waiting.asked {
                 None => PollFlags::POLLIN,
                 Some(_) => PollFlags::empty(),
             };
@@ -220,13 +233,19 @@ impl Peers {
         let mut ready = ready.iter();
         self.waiting.retain_mut(|waiting| {
             let ready = ready.next().is_some_and(|ready| !ready.is_empty());
-            if waiting.versions.is_some() {
+            if waiting.asked.is_some() {
                 return true;
             }
             let rejection = if ready {
                 match wire::recv::<Command>(waiting.socket.as_fd()) {
-                    Ok(Some((Command::Attach { versions }, _))) => {
-                        waiting.versions = Some(versions);
+                    Ok(Some((
+                        Command::Attach {
+                            versions,
+                            takes_listeners,
+                        },
+                        _,
+                    ))) => {
+                        waiting.asked = Some((versions, takes_listeners));
                         return true;
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
@@ -250,7 +269,7 @@ impl Peers {
             Ok(socket) => self.waiting.push(Waiting {
                 socket,
                 deadline: Instant::now() + self.attach_limit,
-                versions: None,
+                asked: None,
             }),
             // The connection is gone already.
             Err(Rejection::System(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -279,10 +298,10 @@ impl Peers {
     /// Answers connections that sent `Attach`: the first of them may attach if
     /// there is no supervisor.
     fn decide(&mut self, messages: &mut Vec<Message>) {
-        let asked = |waiting: &mut Waiting| waiting.versions.is_some();
+        let asked = |waiting: &mut Waiting| waiting.asked.is_some();
         let mut taken = self.attached.is_some();
         for waiting in self.waiting.extract_if(.., asked) {
-            let theirs = waiting.versions.unwrap_or_default();
+            let (theirs, takes_listeners) = waiting.asked.unwrap_or_default();
             let common = VERSIONS.iter().find(|version| theirs.contains(version));
             let rejection = match common {
                 Some(version) if !taken => {
@@ -290,6 +309,7 @@ impl Peers {
                     messages.push(Message::Attach(Candidate {
                         socket: waiting.socket,
                         version: *version,
+                        takes_listeners,
                     }));
                     continue;
                 }
@@ -320,9 +340,7 @@ impl Peers {
 
 /// Accepts a connection of `user`.
 fn accept_from(listener: &UnixListener, user: u32) -> Result<OwnedFd, Rejection> {
-    let (socket, _) = listener.accept()?;
-    socket.set_nonblocking(true)?;
-    let socket = OwnedFd::from(socket);
+    let socket = wire::accept(listener.as_fd())?;
     let peer = getsockopt(&socket, sockopt::PeerCredentials).map_err(io::Error::from)?;
     if peer.uid() != user {
         return Err(Rejection::User(peer.uid()));

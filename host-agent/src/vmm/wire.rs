@@ -10,7 +10,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, accept4, recvmsg, sendmsg,
+    socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -27,8 +28,8 @@ const CONTROL: usize = CMSG_HEADER + (KERNEL_FILES * size_of::<RawFd>()).next_mu
 pub trait Packet: Serialize {
     /// Longest packet in bytes.
     const MAX_BYTES: usize;
-    /// Most file descriptors in one packet.
-    const MAX_FILES: usize;
+    /// Most file descriptors beside this message.
+    fn max_files(&self) -> usize;
 }
 
 /// One packet.
@@ -77,13 +78,13 @@ pub fn send<T: Packet>(
     files: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
     let bytes = encode(message)?;
-    if files.len() > T::MAX_FILES {
+    if files.len() > message.max_files() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
                 "control message with {} files, the limit is {}",
                 files.len(),
-                T::MAX_FILES
+                message.max_files()
             ),
         ));
     }
@@ -166,19 +167,30 @@ fn receive_with<T: Packet + DeserializeOwned>(
         let bytes = &mut buffer[..T::MAX_BYTES];
         let (length, flags) = receive_into(socket, bytes, control)?;
         let files = installed(control);
-        let message = if flags.contains(MsgFlags::MSG_TRUNC) || files.len() > T::MAX_FILES {
-            Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "control packet is longer or carries more files than the protocol allows",
-            ))
-        } else if length == 0 {
+        let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text);
+        let message = if flags.contains(MsgFlags::MSG_TRUNC) {
+            Err(invalid("control packet is longer than the protocol allows"))
+        } else if length == 0 && files.is_empty() {
             return Ok(None);
         } else {
-            serde_json::from_slice(&bytes[..length])
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            match serde_json::from_slice::<T>(&bytes[..length]) {
+                Ok(message) if files.len() > message.max_files() => Err(invalid(
+                    "control packet carries more files than the protocol allows",
+                )),
+                message => {
+                    message.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+                }
+            }
         };
         Ok(Some(Received { message, files }))
     })
+}
+
+/// Accepts a connection, which is close-on-exec and does not block: no further call sets
+/// that, which the filter of the thread would have to allow for every descriptor.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(owned(accept4(listener.as_raw_fd(), flags)?))
 }
 
 /// Receives bytes of a stream socket, and the descriptors beside them.
@@ -237,7 +249,7 @@ fn installed(control: &[u8]) -> Vec<OwnedFd> {
 #[allow(unsafe_code)]
 fn owned(raw: RawFd) -> OwnedFd {
     use std::os::fd::FromRawFd;
-    // SAFETY: the kernel has just installed this descriptor for this message;
+    // SAFETY: the kernel has just installed this descriptor for the caller;
     // nothing else in the process knows its number.
     unsafe { OwnedFd::from_raw_fd(raw) }
 }
@@ -260,7 +272,10 @@ mod tests {
     /// A packet of a stranger.
     impl Packet for &str {
         const MAX_BYTES: usize = MAX_COMMAND;
-        const MAX_FILES: usize = MAX_FILES;
+
+        fn max_files(&self) -> usize {
+            MAX_FILES
+        }
     }
 
     #[test]

@@ -11,19 +11,26 @@ use super::super::event::EventKind;
 use super::super::instance::PreparedInstance;
 use super::super::instance::record::InstanceRecord;
 use super::super::process::{AttachError, Expected, VmmProcess};
-use super::create::{NewDeployment, Published};
+use super::create::NewDeployment;
+use super::published::{Published, RoleEndpoints};
 use super::{DeploymentHandle, Files, Host, HostError};
 use crate::blocking::blocking;
-use crate::endpoints::Rotation;
+use crate::endpoints::HandedOver;
 use crate::store::deployment::{DeploymentDir, Retention, durable};
 
 /// Directory and record of an instance.
 type Recorded = (PathBuf, io::Result<InstanceRecord>);
+/// An instance that is adopted, and what its VMM process held if it runs.
+type Adopted = (InstanceRecord, PreparedInstance, Option<HandedOver>);
+
+/// Time for an adopted guest to be in rotation again, in seconds: its agents dial their
+/// channels anew, or it boots. Clients that have connected meanwhile wait for that.
+const PATIENCE: u64 = 30;
 
 impl Host {
     /// Adopts every durable deployment that no host agent owns and whose id is `wanted`:
-    /// attaches to the VMM processes that run, publishes the endpoints, and restarts the
-    /// guests that ended meanwhile. What cannot be adopted is reported and left as it is.
+    /// attaches to the VMM processes that run, takes over the listening sockets that these
+    /// held, listens on the other public addresses, and restarts the guests that ended meanwhile. What cannot be adopted is reported and left as it is.
     ///
     /// # Errors
     /// The deployments cannot be listed.
@@ -82,7 +89,7 @@ impl Host {
             .iter()
             .filter_map(|(_, record)| record.as_ref().ok());
         let endpoints = records.map(|record| (record.spec.role(), &record.spec.endpoints[..]));
-        let published = Published::listen(endpoints)?;
+        let mut published = Published::of(endpoints);
         let mut new = NewDeployment {
             service: String::new(),
             id: files.dir.id().to_owned(),
@@ -92,16 +99,20 @@ impl Host {
         let count = recorded.len();
         let adopting = recorded.into_iter().map(|(path, record)| {
             let role = record.as_ref().map_or("", |record| record.spec.role());
-            let (this, rotation) = (self.clone(), published.rotation(role));
+            let (this, endpoints) = (self.clone(), published.of_role(role));
             async move {
-                let result = this.adopt_instance(&path, record, rotation).await;
+                let result = this.adopt_instance(&path, record, endpoints).await;
                 (path, result)
             }
         });
         let mut prepared = Vec::new();
         for (path, result) in at_once(adopting).await {
             match result {
-                Ok((record, instance)) => {
+                Ok((record, instance, handed_over)) => {
+                    if let Some(handed_over) = handed_over {
+                        let foreign = published.take_over(record.spec.role(), handed_over);
+                        self.report_foreign(&record, foreign);
+                    }
                     new.service.clone_from(&record.spec.service);
                     new.specs.push(record.spec);
                     prepared.push(instance);
@@ -115,6 +126,9 @@ impl Host {
         if prepared.is_empty() {
             return Ok(None);
         }
+        // After every VMM process has given what it held: else an address is in use.
+        let patience = self.0.options.scaled(PATIENCE);
+        published.serve(&self.0.timeline.of(&new.id), patience);
         let whole = prepared.len() == count;
         Ok(Some(self.start(new, files, prepared, published, whole)))
     }
@@ -123,8 +137,8 @@ impl Host {
         &self,
         dir: &Path,
         record: io::Result<InstanceRecord>,
-        rotation: Rotation,
-    ) -> Result<(InstanceRecord, PreparedInstance), Box<dyn std::error::Error + Send + Sync>> {
+        endpoints: RoleEndpoints,
+    ) -> Result<Adopted, Box<dyn std::error::Error + Send + Sync>> {
         let record = record?;
         let image = self.image(&record.spec.image).await?;
         let expected = Expected {
@@ -132,15 +146,17 @@ impl Host {
             generation: record.history.generation,
             process: record.process,
         };
-        let mut parts = self.parts(record.spec.clone(), image, dir.to_owned(), rotation);
+        let mut parts = self.parts(record.spec.clone(), image, dir.to_owned(), endpoints);
         parts.durable = true;
         let instance = self.prepare(parts).await?;
         let history = record.history.clone();
         if !history.running {
-            return Ok((record, instance.restored(history)));
+            return Ok((record, instance.restored(history), None));
         }
+        let mut held = None;
         let instance = match VmmProcess::attach(dir, &expected).await {
-            Ok((process, attached)) => {
+            Ok((process, attached, handed_over)) => {
+                held = Some(handed_over);
                 blocking(move || instance.attached(history, process, attached)).await?
             }
             Err(AttachError::Gone { exit }) => instance.ended(history, exit),
@@ -150,7 +166,18 @@ impl Host {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok((record, instance))
+        Ok((record, instance, held))
+    }
+
+    fn report_foreign(&self, record: &InstanceRecord, count: usize) {
+        if count > 0 {
+            let timeline = self.0.timeline.of(record.spec.deployment());
+            let text = format!(
+                "the VMM process handed over {count} descriptors that do not listen on an \
+                 endpoint of its role"
+            );
+            timeline.report(Some(record.spec.name()), EventKind::Warning { text });
+        }
     }
 
     fn report_not_adopted(

@@ -1,8 +1,8 @@
 //! Creates a deployment on a host: all of it, or nothing is left.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 
@@ -11,11 +11,11 @@ use super::super::guest::{self, GuestError};
 use super::super::instance::record::InstanceRecord;
 use super::super::instance::{InstanceParts, PreparedInstance};
 use super::super::lifecycle::RestartHistory;
-use super::super::spec::{InstanceSpec, PublicEndpoint};
+use super::super::spec::InstanceSpec;
+use super::published::{Published, RoleEndpoints};
 use super::{Deployment, DeploymentHandle, Files, Host, HostError, announce, lock};
 use crate::blocking::{DropBlocking, blocking};
 use crate::digest::Digest;
-use crate::endpoints::{Rotation, listen, serve};
 use crate::progress::Progress;
 use crate::service::build_application_image;
 use crate::service::model::Role;
@@ -81,7 +81,7 @@ impl Host {
     pub async fn create(
         &self,
         new: NewDeployment,
-        published: Published,
+        mut published: Published,
         hold: &HeldContent,
     ) -> Result<DeploymentHandle, HostError> {
         if lock(&self.0.deployments).contains_key(&new.id) {
@@ -93,7 +93,10 @@ impl Host {
         let created = blocking(move || DeploymentDir::create(&data_dir, &id, &owner)).await?;
         let files = Files::new(created.map_err(failed)?, &self.0.content);
         match self.prepare_all(&new, &files, hold, &published).await {
-            Ok(prepared) => Ok(self.start(new, files, prepared, published, true)),
+            Ok(prepared) => {
+                published.serve(&self.0.timeline.of(&new.id), Duration::ZERO);
+                Ok(self.start(new, files, prepared, published, true))
+            }
             Err(error) => {
                 published.close().await;
                 let files = Arc::clone(&files);
@@ -118,8 +121,8 @@ impl Host {
             let image = self.image(&spec.image).await?;
             let path = self.make_files(spec, &image, files, hold, durable).await?;
             timeline.report(Some(spec.name()), EventKind::DisksReady { kept: false });
-            let rotation = published.rotation(spec.role());
-            let mut parts = self.parts(spec.clone(), image, path, rotation);
+            let endpoints = published.of_role(spec.role());
+            let mut parts = self.parts(spec.clone(), image, path, endpoints);
             parts.durable = durable;
             prepared.push(self.prepare(parts).await?);
         }
@@ -178,7 +181,7 @@ impl Host {
         spec: InstanceSpec,
         image: Arc<Image>,
         dir: PathBuf,
-        rotation: Rotation,
+        endpoints: RoleEndpoints,
     ) -> InstanceParts {
         let options = &self.0.options;
         InstanceParts {
@@ -194,7 +197,8 @@ impl Host {
             probe_limit: options.scaled(3),
             ping_every: options.scaled(10),
             prepare_limit: options.scaled(30),
-            rotation,
+            rotation: endpoints.rotation,
+            listeners: endpoints.listeners,
             durable: false,
             require_sandbox: options.require_sandbox,
         }
@@ -233,55 +237,5 @@ impl Host {
         };
         lock(&self.0.deployments).insert(new.id, deployment);
         handle
-    }
-}
-
-/// The listeners of a deployment. Drop closes them.
-#[derive(Debug, Default)]
-pub struct Published {
-    /// The rotation of each role, by role name.
-    rotations: BTreeMap<String, Rotation>,
-    listeners: JoinSet<()>,
-}
-
-impl Published {
-    /// Listens on the public addresses of roles, each given by its name and endpoints. A
-    /// client that connects before an instance is Ready is closed.
-    ///
-    /// # Errors
-    /// An address is in use or not permitted.
-    pub fn listen<'a>(
-        roles: impl IntoIterator<Item = (&'a str, &'a [PublicEndpoint])>,
-    ) -> Result<Self, HostError> {
-        let mut this = Self::default();
-        for (role, endpoints) in roles {
-            if this.rotations.contains_key(role) {
-                continue;
-            }
-            let rotation = Rotation::default();
-            for endpoint in endpoints {
-                let listener = listen(&endpoint.label, endpoint.address).map_err(|source| {
-                    HostError::Listen {
-                        role: role.to_owned(),
-                        name: endpoint.name.clone(),
-                        source,
-                    }
-                })?;
-                let task = serve(listener, rotation.clone(), endpoint.local_port);
-                this.listeners.spawn(task);
-            }
-            this.rotations.insert(role.to_owned(), rotation);
-        }
-        Ok(this)
-    }
-
-    /// The rotation of `role`.
-    pub(super) fn rotation(&self, role: &str) -> Rotation {
-        self.rotations.get(role).cloned().unwrap_or_default()
-    }
-
-    /// Waits until every listener is closed.
-    pub(super) async fn close(mut self) {
-        self.listeners.shutdown().await;
     }
 }

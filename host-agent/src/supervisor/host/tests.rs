@@ -212,6 +212,40 @@ async fn an_instance_that_cannot_be_adopted_keeps_its_files() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn an_address_in_use_prevents_no_adoption() {
+    let mut test = host();
+    let hold = test.host.hold_content().await.unwrap();
+    let new = test.deployment(Retention::Durable, &hold);
+    let spec = &new.specs[0];
+    let record = InstanceRecord {
+        spec: spec.clone(),
+        history: crate::supervisor::lifecycle::RestartHistory::default(),
+        process: None,
+    };
+    let dir = DeploymentDir::create(test.dir.path(), ID, "another host").unwrap();
+    record.write(&dir.instance("A_IN_0").unwrap()).unwrap();
+    dir.retain(Retention::Durable).unwrap();
+    drop(dir);
+    let address = spec.endpoints[0].address;
+    // As a VMM process that was not attached holds it.
+    let in_use = TcpListener::bind(address).unwrap();
+    let adopted = test.host.adopt(|_| true).await.unwrap();
+    let [deployment] = &adopted[..] else {
+        panic!("{adopted:?}");
+    };
+    while let Some(event) = test.events.next().await {
+        if event.kind.to_string().contains("cannot listen on") {
+            break;
+        }
+    }
+    drop(in_use);
+    until(|| std::net::TcpStream::connect(address).is_ok()).await;
+    deployment.kill().await;
+    test.host.remove(ID).await.unwrap();
+    TcpListener::bind(address).unwrap();
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn a_newer_goal_reaches_the_record_of_its_instance() {
     let test = host();
     let hold = test.host.hold_content().await.unwrap();

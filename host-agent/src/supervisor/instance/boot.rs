@@ -43,6 +43,8 @@ pub(super) struct GuestBoot {
     pub(super) execs: BTreeMap<u64, PendingExec>,
     /// The guest is being ended because it floods.
     condemned: bool,
+    /// The process can hold listening sockets; one of an earlier version cannot.
+    pub(super) holds_listeners: bool,
 }
 
 /// The guest's connections to the channels.
@@ -85,6 +87,7 @@ impl Instance {
         let process = started.claim();
         let pid = process.pid();
         self.begin_boot(generation, process, started.group.take(), None);
+        self.hold_listeners();
         self.liveness.spawned();
         pid
     }
@@ -126,6 +129,7 @@ impl Instance {
             misbehaviour: HashMap::new(),
             execs: BTreeMap::new(),
             condemned: false,
+            holds_listeners: true,
         });
     }
 

@@ -10,6 +10,7 @@ use vmbus::channel::{EXEC_PORT, TUNNEL_PORT};
 use vmbus::frame::encode;
 use vmbus::message::TunnelRequest;
 
+use super::super::event::EventKind;
 use super::super::lifecycle::Input;
 use super::{Instance, MAX_OPEN_REQUESTS, Request};
 use crate::endpoints::Incoming;
@@ -125,6 +126,23 @@ impl Instance {
             first: encode(&request).expect("a number fits into a frame"),
         };
         let _ = self.command(&dial, vec![connection.socket]);
+    }
+
+    /// Gives the VMM process of a durable instance the listening sockets of its role, which
+    /// it hands to the next host agent.
+    pub(super) fn hold_listeners(&mut self) {
+        let boot = self.boot.as_ref().filter(|boot| boot.holds_listeners);
+        if !self.parts.durable || boot.is_none() {
+            return;
+        }
+        match self.parts.listeners.duplicates() {
+            // If this fails, the process has ended.
+            Ok(files) => drop(self.command(&Command::HoldListeners {}, files)),
+            Err(error) => {
+                let text = format!("cannot duplicate a listening socket: {error}");
+                self.report(EventKind::Warning { text });
+            }
+        }
     }
 
     pub(super) fn command(&mut self, command: &Command, files: Vec<OwnedFd>) -> io::Result<()> {

@@ -129,6 +129,7 @@ impl PreparedInstance {
             agent_log: Arc::new(agent_log),
             channel_sender,
             incoming_sender,
+            listener_changes: parts.listeners.changes(),
             goal: watch::channel(parts.spec.goal.clone()).0,
             status,
             parts,
@@ -186,6 +187,10 @@ impl Instance {
             exit => exit,
         };
         self.begin_boot(generation, process, group, exit);
+        if let Some(boot) = &mut self.boot {
+            boot.holds_listeners = attached.holds_listeners;
+        }
+        self.hold_listeners();
         let held = !attached.no_space.is_empty();
         let now = clock(ClockId::CLOCK_MONOTONIC);
         self.liveness.adopted(attached.paused, held, now);

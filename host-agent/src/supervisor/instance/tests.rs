@@ -2,6 +2,7 @@
 //! last messages of one that ended.
 
 pub(super) mod hanging;
+mod holding;
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -56,6 +57,7 @@ struct Started {
     handle: InstanceHandle,
     task: JoinHandle<()>,
     events: Events,
+    listeners: HeldListeners,
 }
 
 /// Starts an instance without disks, after `change` has changed its directory.
@@ -76,6 +78,7 @@ fn started_as(
     let image = image(dir.path());
     let timeline = Timeline::start();
     let events = timeline.subscribe();
+    let listeners = HeldListeners::default();
     let parts = InstanceParts {
         spec: spec(dir.path(), &image),
         image: Arc::new(image),
@@ -89,6 +92,7 @@ fn started_as(
         ping_every: Duration::from_secs(10),
         prepare_limit: Duration::from_millis(10),
         rotation: Rotation::default(),
+        listeners: listeners.clone(),
         timeline,
         durable,
         require_sandbox: false,
@@ -100,6 +104,7 @@ fn started_as(
         handle,
         task: tokio::spawn(task),
         events,
+        listeners,
     }
 }
 

@@ -21,6 +21,7 @@ use super::VmmProcess;
 use super::control_socket::ControlSocket;
 use super::handle::{ProcessHandle, ProcessId};
 use crate::blocking::blocking;
+use crate::endpoints::HandedOver;
 use crate::vmm::control::{Attached, Command, Event, ExitReason, VERSIONS};
 use crate::vmm::wire;
 
@@ -142,7 +143,7 @@ fn system(step: &'static str) -> impl Fn(io::Error) -> AttachError {
 pub(super) async fn attach(
     dir: &Path,
     expected: &Expected,
-) -> Result<(VmmProcess, Attached), AttachError> {
+) -> Result<(VmmProcess, Attached, HandedOver), AttachError> {
     let deadline = Instant::now() + RETRY_LIMIT;
     loop {
         let result = attach_once(dir, expected).await;
@@ -162,7 +163,7 @@ pub(super) async fn attach(
 async fn attach_once(
     dir: &Path,
     expected: &Expected,
-) -> Result<(VmmProcess, Attached), AttachError> {
+) -> Result<(VmmProcess, Attached, HandedOver), AttachError> {
     let gone = async || {
         let path = exit_path(dir);
         let exit = blocking(move || exit_reason(&path)).await;
@@ -200,30 +201,31 @@ async fn attach_once(
     }
     let attach = Command::Attach {
         versions: VERSIONS.to_vec(),
+        takes_listeners: true,
     };
     wire::send(socket.as_fd(), &attach, &[]).map_err(system("send Attach"))?;
     let control = UnixStream::from_std(socket.into()).map_err(system("register the socket"))?;
     let mut control = ControlSocket::new(control);
     let answer = tokio::time::timeout(ANSWER_LIMIT, async {
-        match control.next().await {
+        match control.answer().await {
             // The socket closes a moment before the process ends.
             Ok(None) => process.ended().await.map(|_| None),
-            Ok(Some((event, _))) => event.map(Some),
+            Ok(Some((event, handed_over))) => event.map(|event| Some((event, handed_over))),
             Err(error) => Err(error),
         }
     });
-    let attached = match answer.await {
+    let (attached, handed_over) = match answer.await {
         Err(_) => return Err(AttachError::NoAnswer),
         Ok(Ok(None)) => return Err(gone().await),
-        Ok(Ok(Some(Event::Attached(attached)))) => *attached,
-        Ok(Ok(Some(Event::Refused { busy: true, .. }))) => return Err(AttachError::Busy),
-        Ok(Ok(Some(Event::Refused { versions, .. }))) => {
+        Ok(Ok(Some((Event::Attached(attached), handed_over)))) => (*attached, handed_over),
+        Ok(Ok(Some((Event::Refused { busy: true, .. }, _)))) => return Err(AttachError::Busy),
+        Ok(Ok(Some((Event::Refused { versions, .. }, _)))) => {
             return Err(AttachError::Version {
                 ours: VERSIONS.to_vec(),
                 theirs: versions,
             });
         }
-        Ok(Ok(Some(event))) => return Err(AttachError::BadAnswer(format!("{event:?}"))),
+        Ok(Ok(Some((event, _)))) => return Err(AttachError::BadAnswer(format!("{event:?}"))),
         Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
             return Err(AttachError::BadAnswer(error.to_string()));
         }
@@ -238,7 +240,11 @@ async fn attach_once(
         });
     }
     let exit = Some(exit_path(dir));
-    Ok((VmmProcess::new(process, control, exit), attached))
+    Ok((
+        VmmProcess::new(process, control, exit),
+        attached,
+        handed_over,
+    ))
 }
 
 fn connect_in(dir: &Path) -> nix::Result<OwnedFd> {

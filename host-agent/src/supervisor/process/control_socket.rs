@@ -18,6 +18,7 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use crate::closer::{Closer, PeerSocket};
+use crate::endpoints::HandedOver;
 use crate::event_budget::{EventBudget, PAUSE};
 use crate::until::until;
 use crate::vmm::control::{Command, Event};
@@ -111,6 +112,26 @@ impl ControlSocket {
     /// Waits for the next event; `None` when the other end is closed. Cancelling loses
     /// nothing.
     pub(super) async fn next(&mut self) -> io::Result<Option<Incoming>> {
+        let received = self.receive().await?;
+        Ok(received.map(|received| self.admit(received)))
+    }
+
+    /// The answer to [`Command::Attach`], with the descriptors of [`Event::Attached`].
+    pub(super) async fn answer(&mut self) -> io::Result<Option<(io::Result<Event>, HandedOver)>> {
+        let Some(mut received) = self.receive().await? else {
+            return Ok(None);
+        };
+        let files = match received.message {
+            Ok(Event::Attached(_)) => std::mem::take(&mut received.files),
+            _ => Vec::new(),
+        };
+        let handed_over = HandedOver::new(files, self.closer().clone());
+        let (event, _) = self.admit(received);
+        Ok(Some((event, handed_over)))
+    }
+
+    /// Waits for the next packet.
+    async fn receive(&mut self) -> io::Result<Option<Received<Event>>> {
         if self.in_a_row >= MAX_IN_A_ROW {
             self.in_a_row = 0;
             tokio::task::yield_now().await;
@@ -135,7 +156,7 @@ impl ControlSocket {
                         }
                         received => {
                             self.in_a_row += 1;
-                            return Ok(received?.map(|received| self.admit(received)));
+                            return received;
                         }
                     }
                 }

@@ -10,6 +10,7 @@ use super::*;
 use crate::closer::tests::{LINGER, busy, is_open, lingering};
 use crate::event_budget::PAUSE;
 use crate::token_bucket::Rate;
+use crate::vmm::control::MAX_LISTENERS;
 
 /// A process that speaks on the other end of `ours` whatever the test sends there.
 pub(in crate::supervisor) fn process(program: &mut Program, ours: OwnedFd) -> VmmProcess {
@@ -154,6 +155,37 @@ async fn descriptors_are_taken_only_where_they_belong() {
     assert!(matches!(
         process.next().await,
         VmmEvent::Event(Event::Opened { .. }, None)
+    ));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn listeners_come_with_the_answer_to_attach_only() {
+    let (ours, theirs) = wire::pair().unwrap();
+    let mut process = process(Program::new("sleep").arg("1000"), ours);
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let attached = wire::encode(&Event::Attached(Box::default())).unwrap();
+    let files = [file.as_fd(), listener.as_fd(), listener.as_fd()];
+    wire::send_bytes(theirs.as_fd(), &attached, &files).unwrap();
+    let (event, mut handed_over) = process.control.answer().await.unwrap().unwrap();
+    assert!(matches!(event, Ok(Event::Attached(_))));
+    assert_eq!(handed_over.foreign(&[address]), 1);
+    assert!(handed_over.take(address).is_some());
+    // More than a service has, and with another event.
+    let many = vec![listener.as_fd(); MAX_LISTENERS + 1];
+    wire::send_bytes(theirs.as_fd(), &attached, &many).unwrap();
+    let (event, handed_over) = process.control.answer().await.unwrap().unwrap();
+    assert!(event.is_err());
+    assert_eq!(handed_over.foreign(&[]), 0);
+    wire::send(theirs.as_fd(), &Event::Pong { id: 1 }, &files[1..2]).unwrap();
+    let (_, handed_over) = process.control.answer().await.unwrap().unwrap();
+    assert_eq!(handed_over.foreign(&[]), 0);
+    // Later it is an event without descriptors.
+    wire::send_bytes(theirs.as_fd(), &attached, &files[1..]).unwrap();
+    assert!(matches!(
+        process.next().await,
+        VmmEvent::Event(Event::Attached(_), None)
     ));
 }
 

@@ -1,5 +1,7 @@
 //! Supervisors that come and go, against a guest that is not a machine.
 
+mod attaching;
+
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -235,7 +237,7 @@ impl Supervisor {
 
     fn ask_to_attach(&self, versions: &[u32]) -> Event {
         let versions = versions.to_vec();
-        self.send(&Command::Attach { versions });
+        self.send(&attach(versions));
         self.next().unwrap()
     }
 
@@ -243,6 +245,13 @@ impl Supervisor {
     fn ping(&self, id: u64) {
         self.send(&Command::Ping { id });
         assert_eq!(self.next(), Some(Event::Pong { id }));
+    }
+}
+
+const fn attach(versions: Vec<u32>) -> Command {
+    Command::Attach {
+        versions,
+        takes_listeners: false,
     }
 }
 
@@ -285,69 +294,6 @@ fn a_guest_that_may_not_outlive_its_supervisor_ends_with_it() {
 }
 
 #[test]
-fn a_second_supervisor_is_refused_while_the_first_lives() {
-    let (fixture, first) = start(true);
-    for _ in 0..10 {
-        let second = fixture.connect();
-        let refused = second.ask_to_attach(VERSIONS);
-        let versions = VERSIONS.to_vec();
-        assert_eq!(
-            refused,
-            Event::Refused {
-                versions,
-                busy: true
-            }
-        );
-        assert_eq!(second.next(), None);
-        first.ping(1);
-    }
-    drop(first);
-    fixture.attach();
-}
-
-#[test]
-fn of_two_that_ask_at_once_one_is_attached() {
-    let (fixture, first) = start(true);
-    let candidates = [fixture.connect(), fixture.connect()];
-    drop(first);
-    for candidate in &candidates {
-        let versions = VERSIONS.to_vec();
-        candidate.send(&Command::Attach { versions });
-    }
-    let answers = candidates.map(|candidate| (candidate.next(), candidate));
-    let count = |wanted: fn(&Event) -> bool| {
-        let answers = answers.iter().filter_map(|(answer, _)| answer.as_ref());
-        answers.filter(|answer| wanted(answer)).count()
-    };
-    assert_eq!(count(|event| matches!(event, Event::Attached(_))), 1);
-    assert_eq!(
-        count(|event| matches!(event, Event::Refused { busy: true, .. })),
-        1
-    );
-}
-
-#[test]
-fn a_supervisor_of_another_version_learns_our_versions() {
-    let (fixture, first) = start(true);
-    drop(first);
-    let other = fixture.connect();
-    let versions = VERSIONS.to_vec();
-    assert_eq!(
-        other.ask_to_attach(&[99]),
-        Event::Refused {
-            versions,
-            busy: false
-        }
-    );
-    assert_eq!(other.next(), None);
-    let newer = fixture.connect();
-    assert!(matches!(
-        newer.ask_to_attach(&[99, 1]),
-        Event::Attached(attached) if attached.version == 1
-    ));
-}
-
-#[test]
 fn connections_that_do_not_attach_are_dropped() {
     let short = Duration::from_millis(50);
     let (fixture, first) = start_with(true, |peers| peers.set_attach_limit(short));
@@ -362,24 +308,6 @@ fn connections_that_do_not_attach_are_dropped() {
     assert_eq!(garbage.next(), None);
     fixture.attach();
     assert!(silent.iter().all(|silent| silent.next().is_none()));
-}
-
-#[test]
-fn a_process_of_another_user_is_not_heard() {
-    let (fixture, first) = start_with(true, |peers| {
-        let user = nix::unistd::geteuid().as_raw();
-        peers.set_user(user + 1);
-    });
-    drop(first);
-    let other = fixture.connect();
-    let _ = wire::send(
-        other.0.as_fd(),
-        &Command::Attach {
-            versions: VERSIONS.to_vec(),
-        },
-        &[],
-    );
-    assert_eq!(other.next(), None);
 }
 
 #[test]

@@ -6,8 +6,8 @@
 //! something that the thread has no descriptor of.
 
 use libc::{
-    AF_UNIX, F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, FIONBIO, MADV_DONTNEED, MAP_ANONYMOUS, PROT_EXEC,
-    SIGABRT, SIGBUS, SIGSEGV, SO_LINGER, SO_PEERCRED, SOL_SOCKET,
+    AF_UNIX, F_DUPFD_CLOEXEC, MADV_DONTNEED, MAP_ANONYMOUS, PROT_EXEC, SIGABRT, SIGBUS, SIGSEGV,
+    SO_LINGER, SO_PEERCRED, SOL_SOCKET,
 };
 
 /// `KVM_RUN` (`linux/kvm.h`): `_IO(KVMIO, 0x80)`.
@@ -102,14 +102,13 @@ const EVERY: &[Allowed] = calls! {
     SYS_poll => "waits, also that for the supervisor after a panic";
 };
 
+/// No call that changes `O_NONBLOCK`: the listening sockets that the process holds share it
+/// with the supervisor, whose accept would wait.
 const MAIN: &[Allowed] = calls! {
     SYS_recvmsg => "commands";
     SYS_read => "the eventfd that wakes the thread";
     SYS_accept4 => "a supervisor that attaches";
     SYS_getsockopt if Is(1, SOL_SOCKET as u64), Is(2, SO_PEERCRED as u64) => "its user";
-    SYS_ioctl if Is(1, FIONBIO) => "its socket does not block";
-    SYS_fcntl if Is(1, F_GETFL as u64) => "the same";
-    SYS_fcntl if Is(1, F_SETFL as u64) => "the same";
     SYS_tgkill if OwnProcess(0), Is(2, KICK) => "takes vCPUs out of the guest";
 };
 
