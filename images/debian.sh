@@ -173,6 +173,23 @@ static_busybox() {
   printf '%s/bin/busybox\n' "$dir"
 }
 
+# promtool: prints the path of promtool. Its package has 19 MB and a server, which would
+# start when it is installed; of its 100 MB only this program is unpacked.
+promtool() {
+  [ -x "$cache/promtool/promtool" ] || step "fetch promtool (unpacked, not installed)" fetch_promtool >&2
+  printf '%s/promtool/promtool\n' "$cache"
+}
+
+fetch_promtool() {
+  local dir=$cache/promtool
+  private_update "$lab_suite"
+  rm -rf "$dir" "$dir.partial"
+  mkdir -p "$dir.partial"
+  ( cd "$dir.partial" && private_apt "$lab_suite" apt-get download prometheus \
+    && dpkg-deb --fsys-tarfile ./*.deb | tar -x --strip-components=3 ./usr/bin/promtool && rm ./*.deb )
+  mv "$dir.partial" "$dir"
+}
+
 # lab_tools: prints the directory with QEMU for the lab and `qemu-system-x86_64`, a script
 # that starts it.
 lab_tools() {

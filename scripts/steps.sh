@@ -128,6 +128,9 @@ kvm_usable() { "${HOST_AGENT_BIN:?}" doctor >/dev/null 2>&1; }
 # Directory of the release binaries (see .cargo/config.toml).
 release=$target/x86_64-unknown-linux-gnu/release
 
+# Directory of the Python environment with schemathesis, which scripts/setup makes.
+schemathesis=$cache/schemathesis
+
 # project_version: the version of all programs.
 project_version() { sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\1/p' "$project/Cargo.toml"; }
 

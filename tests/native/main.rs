@@ -1,5 +1,6 @@
 //! Tests of the program that need no guest image: they run on any machine.
 
+mod api;
 mod costly_files;
 mod daemon;
 mod descriptors;

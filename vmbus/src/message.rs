@@ -106,6 +106,7 @@ pub enum Health {
 
 /// State of the role inside the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum RoleState {
     /// No goal received yet.
@@ -240,6 +241,7 @@ pub struct TunnelRequest {
 /// First frame from the host on an `exec` connection (guest port
 /// [`crate::channel::EXEC_PORT`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ExecRequest {
     /// Program and arguments; looked up on `PATH`.
     pub command: Vec<String>,

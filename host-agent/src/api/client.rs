@@ -379,7 +379,7 @@ impl Client {
         }
         let Problem { kind, message } = self.read(answer).await?;
         Err(match kind {
-            RefusalKind::NoSuchPath => self.version(),
+            RefusalKind::NoSuchPath | RefusalKind::NoSuchMethod => self.version(),
             kind => ClientError::Refused { kind, message },
         })
     }

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::request::Failure;
 use super::routes::Api;
-use super::types::{EventInfo, EventQuery, RefusalKind};
+use super::types::{EventInfo, EventQuery, Problem, RefusalKind};
 use crate::controller::ControllerError;
 use crate::controller::events::EventLog;
 use crate::store::events::{EventFilter, EventPage, KEPT, StoredEvent};
@@ -24,7 +24,24 @@ use crate::store::events::{EventFilter, EventPage, KEPT, StoredEvent};
 /// Interval of comments in an answer without events.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Answers with events.
+/// Server-sent events, in the order of their numbers.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(EventQuery, ("last-event-id" = Option<u64>, Header, description = "Replaces `after`")),
+    responses(
+        (
+            status = 200,
+            description = "Events with their numbers as ids, and JSON as data",
+            body = String,
+            content_type = "text/event-stream",
+        ),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "This host keeps no events", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 pub(super) async fn events(
     State(api): State<Api>,
     headers: HeaderMap,

@@ -1,6 +1,6 @@
 //! `POST …/exec`: a program in a guest, whose frames go over an upgraded connection.
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -10,18 +10,30 @@ use vmbus::message::ExecRequest;
 use vmbus::stream::{join, send};
 
 use super::listener::Client;
-use super::request::Failure;
+use super::request::{Failure, Named};
 use super::routes::Api;
-use super::types::{EXEC_PROTOCOL, RefusalKind};
+use super::types::{EXEC_PROTOCOL, Problem, RefusalKind};
 use crate::guest_stream::GuestStream;
 
 /// Bytes that are copied at once.
 const BUFFER: usize = 64 * 1024;
 
-/// Starts the program and answers 101; the frames of [`EXEC_PROTOCOL`] follow.
+/// Starts the program and answers 101; the frames of `host-agent-exec` follow.
+#[utoipa::path(
+    post,
+    path = "/exec",
+    params(("deployment" = String, Path), ("instance" = String, Path)),
+    request_body = ExecRequest,
+    responses(
+        (status = 101, description = "Frames of host-agent-exec follow, in both directions"),
+        (status = 400, description = "The request is invalid, or has no header upgrade: host-agent-exec", body = Problem),
+        (status = 404, description = "No such instance on this host", body = Problem),
+        (status = 503, description = "The guest cannot be reached, or too many clients", body = Problem),
+    ),
+)]
 pub(super) async fn exec(
     State(api): State<Api>,
-    Path((deployment, instance)): Path<(String, String)>,
+    Named((deployment, instance)): Named<(String, String)>,
     mut request: Request,
 ) -> Result<Response, Failure> {
     let instance = api.instance(&deployment, &instance)?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -14,9 +14,9 @@ use futures_util::Stream;
 use futures_util::stream::try_unfold;
 use tokio::sync::watch;
 
-use super::request::Failure;
+use super::request::{Failure, Named};
 use super::routes::Api;
-use super::types::LogQuery;
+use super::types::{LogQuery, Problem};
 use crate::blocking::blocking;
 use crate::store::log_tail::LogTail;
 
@@ -27,9 +27,21 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const CHUNK: usize = 64 * 1024;
 
 /// Answers with a log. A chunked body that is cut off shows the client that bytes are missing.
+#[utoipa::path(
+    get,
+    path = "/logs",
+    params(("deployment" = String, Path), ("instance" = String, Path), LogQuery),
+    responses(
+        (status = 200, description = "The log", body = String, content_type = "application/octet-stream"),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such instance on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 pub(super) async fn logs(
     State(api): State<Api>,
-    Path((deployment, instance)): Path<(String, String)>,
+    Named((deployment, instance)): Named<(String, String)>,
     query: Result<Query<LogQuery>, QueryRejection>,
 ) -> Result<Response, Failure> {
     let Query(query) = query?;

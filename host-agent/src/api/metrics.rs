@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use super::request::Failure;
 use super::routes::Api;
+use super::types::Problem;
 use crate::blocking::blocking;
 use collect::{InstanceSample, Snapshot, StoreSample};
 use process::ProcessSample;
@@ -27,6 +28,15 @@ use process::ProcessSample;
 const PROCESS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Answers with every metric.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses(
+        (status = 200, description = "Prometheus text", body = String, content_type = "text/plain"),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, Failure> {
     let store = match api.services() {
         Some(controller) => {

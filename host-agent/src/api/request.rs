@@ -3,9 +3,12 @@
 use std::io;
 
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{FromRequestParts, Path};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
 use vmbus::text::chain;
 
 use super::types::{Problem, RefusalKind};
@@ -23,11 +26,25 @@ impl Failure {
     }
 }
 
+/// The parts of a path. Unlike that of axum, its error is a [`Problem`].
+#[derive(Debug)]
+pub(super) struct Named<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let Path(named) = Path::from_request_parts(parts, state).await?;
+        Ok(Self(named))
+    }
+}
+
 impl RefusalKind {
     /// Its HTTP status.
     pub(super) const fn status(self) -> StatusCode {
         match self {
             Self::NotFound | Self::NoSuchPath => StatusCode::NOT_FOUND,
+            Self::NoSuchMethod => StatusCode::METHOD_NOT_ALLOWED,
             Self::Invalid => StatusCode::BAD_REQUEST,
             Self::Conflict | Self::NoRoom => StatusCode::CONFLICT,
             Self::Unreachable | Self::Unable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
@@ -72,6 +89,12 @@ impl From<ControllerError> for Failure {
 
 impl From<JsonRejection> for Failure {
     fn from(error: JsonRejection) -> Self {
+        Self::new(RefusalKind::Invalid, error.body_text())
+    }
+}
+
+impl From<PathRejection> for Failure {
+    fn from(error: PathRejection) -> Self {
         Self::new(RefusalKind::Invalid, error.body_text())
     }
 }

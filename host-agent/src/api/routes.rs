@@ -3,22 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, FromRequest as _, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest as _, Request, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, Uri};
 use axum::middleware::map_response;
-use axum::response::Response;
-use axum::routing::{get, post};
+use axum::response::{IntoResponse as _, Response};
 use axum::{Json, Router};
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
+use utoipa::openapi::{Info, OpenApi, OpenApiBuilder};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::listener::Places;
-use super::request::Failure;
+use super::request::{Failure, Named};
 use super::types::{
-    DeploymentInfo, Deployments, EndpointInfo, InstanceInfo, MAX_BODY, PROGRAM, PROGRAM_HEADER,
-    PauseRequest, RefusalKind,
+    DeploymentInfo, Deployments, EndpointInfo, Health, InstanceInfo, MAX_BODY, PROGRAM,
+    PROGRAM_HEADER, PauseRequest, Problem, RefusalKind,
 };
 use super::{events, exec, logs, metrics, services};
 use crate::controller::Controller;
@@ -31,6 +33,8 @@ pub(super) struct Api(Arc<ApiState>);
 
 #[derive(Debug)]
 struct ApiState {
+    /// The OpenAPI document.
+    openapi: String,
     host: Host,
     /// Of a host agent that keeps services.
     controller: Option<Controller>,
@@ -51,7 +55,10 @@ pub(super) fn router(
     places: Places,
     request_limit: Duration,
 ) -> Router {
+    let (router, document) = documented();
+    let openapi = document.to_json().expect("the document is JSON");
     let api = Api(Arc::new(ApiState {
+        openapi,
         host,
         controller,
         ended,
@@ -60,25 +67,35 @@ pub(super) fn router(
         process_reads: Arc::new(Semaphore::new(1)),
         request_limit,
     }));
-    let instance = Router::new()
-        .route("/exec", post(exec::exec))
-        .route("/logs", get(logs::logs))
-        .route("/pause", post(pause));
-    Router::new()
-        .route("/healthz", get(health))
-        .route("/metrics", get(metrics::metrics))
-        .route("/v1/deployments", get(deployments))
-        .route("/v1/events", get(events::events))
+    router
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(map_response(with_program))
+        .with_state(api)
+}
+
+/// The paths with their handlers, and the document of both. A path that is not in the
+/// document cannot be added (clippy.toml).
+fn documented() -> (Router<Api>, OpenApi) {
+    let info = Info::new("host-agent", PROGRAM);
+    let document = OpenApiBuilder::new().info(info).build();
+    let instance = OpenApiRouter::default()
+        .routes(routes!(exec::exec))
+        .routes(routes!(logs::logs))
+        .routes(routes!(pause));
+    OpenApiRouter::with_openapi(document)
+        .routes(routes!(health))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(openapi))
+        .routes(routes!(deployments))
+        .routes(routes!(events::events))
         .nest(
             "/v1/deployments/{deployment}/instances/{instance}",
             instance,
         )
         .nest("/v1", services::routes())
-        .fallback(no_such_path)
-        .method_not_allowed_fallback(no_such_path)
-        .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(map_response(with_program))
-        .with_state(api)
+        .split_for_parts()
 }
 
 impl Api {
@@ -171,10 +188,43 @@ pub(super) fn deployment_info(api: &Api, deployment: &DeploymentHandle) -> Deplo
     }
 }
 
-async fn health() -> Json<Value> {
-    Json(json!({"status": "ok", "version": PROGRAM}))
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    responses(
+        (status = 200, description = "The host agent answers", body = Health),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
+async fn health() -> Json<Health> {
+    Json(Health {
+        status: "ok".into(),
+        version: PROGRAM.into(),
+    })
 }
 
+/// The OpenAPI document of these paths.
+#[utoipa::path(
+    get,
+    path = "/v1/openapi.json",
+    responses(
+        (status = 200, description = "This document", body = serde_json::Value),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
+async fn openapi(State(api): State<Api>) -> Response {
+    let headers = [(CONTENT_TYPE, "application/json")];
+    (headers, api.0.openapi.clone()).into_response()
+}
+
+#[utoipa::path(
+    get,
+    path = "/v1/deployments",
+    responses(
+        (status = 200, description = "Every deployment that runs", body = Deployments),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn deployments(State(api): State<Api>) -> Json<Deployments> {
     let found = api.0.host.deployments();
     let deployments = found.iter().map(|found| deployment_info(&api, found));
@@ -182,9 +232,21 @@ async fn deployments(State(api): State<Api>) -> Json<Deployments> {
     Json(Deployments { deployments })
 }
 
+#[utoipa::path(
+    post,
+    path = "/pause",
+    params(("deployment" = String, Path), ("instance" = String, Path)),
+    request_body = PauseRequest,
+    responses(
+        (status = 200, description = "The vCPUs are stopped, or run", body = PauseRequest),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such instance on this host", body = Problem),
+        (status = 503, description = "The VMM process cannot be reached, or too many clients", body = Problem),
+    ),
+)]
 async fn pause(
     State(api): State<Api>,
-    Path((deployment, instance)): Path<(String, String)>,
+    Named((deployment, instance)): Named<(String, String)>,
     request: Request,
 ) -> Result<Json<PauseRequest>, Failure> {
     let instance = api.instance(&deployment, &instance)?;
@@ -195,8 +257,16 @@ async fn pause(
 }
 
 async fn no_such_path(method: Method, uri: Uri) -> Failure {
+    missing(RefusalKind::NoSuchPath, &method, &uri)
+}
+
+async fn no_such_method(method: Method, uri: Uri) -> Failure {
+    missing(RefusalKind::NoSuchMethod, &method, &uri)
+}
+
+fn missing(kind: RefusalKind, method: &Method, uri: &Uri) -> Failure {
     let text = format!("host-agent {PROGRAM} has no {method} {}", uri.path());
-    Failure::new(RefusalKind::NoSuchPath, text)
+    Failure::new(kind, text)
 }
 
 async fn with_program(mut response: Response) -> Response {

@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, Request, State};
-use axum::routing::get;
-use axum::{Json, Router};
+use axum::extract::{Query, Request, State};
 use http_body_util::BodyExt as _;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::listener::Client;
-use super::request::Failure;
+use super::request::{Failure, Named};
 use super::routes::{Api, deployment_info};
 use super::types::{
     ApplyAnswer, ApplyRequest, History, OperationQuery, PackageInfo, PlannedEndpoint,
-    PlannedInstance, RefusalKind, RevisionInfo, ServiceInfo, Services,
+    PlannedInstance, Problem, RefusalKind, RevisionInfo, ServiceInfo, Services,
 };
 use crate::blocking::blocking;
 use crate::controller::{ControllerError, ServiceState};
@@ -29,15 +30,25 @@ use crate::supervisor::plan::instance_names;
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// Paths below the version.
-pub(super) fn routes() -> Router<Api> {
-    Router::new()
-        .route("/services", get(list))
-        .route("/services/{name}", get(show).put(apply).delete(delete))
-        .route("/services/{name}/history", get(history))
-        .route("/operations/{id}", get(operation))
-        .route("/packages/{digest}", get(package).put(upload))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::default()
+        .routes(routes!(list))
+        .routes(routes!(show, apply, delete))
+        .routes(routes!(history))
+        .routes(routes!(operation))
+        .routes(routes!(package, upload))
 }
 
+#[utoipa::path(
+    get,
+    path = "/services",
+    responses(
+        (status = 200, description = "Every service", body = Services),
+        (status = 404, description = "This host keeps no services", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn list(State(api): State<Api>) -> Result<Json<Services>, Failure> {
     let services = api.controller()?.services().await?;
     let services = services.iter().map(|state| service_info(&api, state));
@@ -46,17 +57,43 @@ async fn list(State(api): State<Api>) -> Result<Json<Services>, Failure> {
     }))
 }
 
+#[utoipa::path(
+    get,
+    path = "/services/{name}",
+    params(("name" = String, Path, description = "Name of the service")),
+    responses(
+        (status = 200, description = "The service", body = ServiceInfo),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such service on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn show(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    Named(name): Named<String>,
 ) -> Result<Json<ServiceInfo>, Failure> {
     let service = api.controller()?.service(&name).await?;
     Ok(Json(service_info(&api, &service)))
 }
 
+#[utoipa::path(
+    put,
+    path = "/services/{name}",
+    params(("name" = String, Path, description = "Name of the service")),
+    request_body = ApplyRequest,
+    responses(
+        (status = 200, description = "What is created", body = ApplyAnswer),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such package on this host", body = Problem),
+        (status = 409, description = "The service differs, is being deleted, or does not fit", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients, or the host cannot run guests", body = Problem),
+    ),
+)]
 async fn apply(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    Named(name): Named<String>,
     request: Request,
 ) -> Result<Json<ApplyAnswer>, Failure> {
     let controller = api.controller()?;
@@ -81,18 +118,42 @@ async fn apply(
     Ok(Json(answer))
 }
 
+#[utoipa::path(
+    delete,
+    path = "/services/{name}",
+    params(("name" = String, Path, description = "Name of the service")),
+    responses(
+        (status = 200, description = "The operation", body = Operation),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such service on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn delete(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    Named(name): Named<String>,
     request: Request,
 ) -> Result<Json<Operation>, Failure> {
     let begun = api.controller()?.delete(&name, user(&request)).await?;
     Ok(Json(begun))
 }
 
+#[utoipa::path(
+    get,
+    path = "/services/{name}/history",
+    params(("name" = String, Path, description = "Name of the service")),
+    responses(
+        (status = 200, description = "Its revisions and operations", body = History),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such service on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn history(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    Named(name): Named<String>,
 ) -> Result<Json<History>, Failure> {
     let (revisions, operations) = api.controller()?.history(&name).await?;
     let revisions = revisions.into_iter().map(|revision| RevisionInfo {
@@ -107,18 +168,42 @@ async fn history(
     }))
 }
 
+#[utoipa::path(
+    get,
+    path = "/operations/{id}",
+    params(("id" = String, Path, description = "Its id"), OperationQuery),
+    responses(
+        (status = 200, description = "The operation", body = Operation),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such operation on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn operation(
     State(api): State<Api>,
-    Path(id): Path<String>,
+    Named(id): Named<String>,
     query: Result<Query<OperationQuery>, QueryRejection>,
 ) -> Result<Json<Operation>, Failure> {
     let wait = Duration::from_millis(query?.0.wait_ms).min(MAX_WAIT);
     Ok(Json(api.controller()?.operation(&id, wait).await?))
 }
 
+#[utoipa::path(
+    get,
+    path = "/packages/{digest}",
+    params(("digest" = Digest, Path, description = "SHA-256 of the package")),
+    responses(
+        (status = 200, description = "The package is on this host", body = PackageInfo),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "No such package on this host", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn package(
     State(api): State<Api>,
-    Path(digest): Path<String>,
+    Named(digest): Named<String>,
 ) -> Result<Json<PackageInfo>, Failure> {
     let package = parse(&digest)?;
     let packages = api.controller()?.packages().clone();
@@ -130,9 +215,22 @@ async fn package(
 }
 
 /// Takes a package in as it arrives.
+#[utoipa::path(
+    put,
+    path = "/packages/{digest}",
+    params(("digest" = Digest, Path, description = "SHA-256 of the package")),
+    request_body(content = String, content_type = "application/octet-stream"),
+    responses(
+        (status = 200, description = "The package is durable", body = PackageInfo),
+        (status = 400, description = "The request is invalid", body = Problem),
+        (status = 404, description = "This host keeps no services", body = Problem),
+        (status = 500, description = "An error of the host", body = Problem),
+        (status = 503, description = "Too many clients", body = Problem),
+    ),
+)]
 async fn upload(
     State(api): State<Api>,
-    Path(digest): Path<String>,
+    Named(digest): Named<String>,
     request: Request,
 ) -> Result<Json<PackageInfo>, Failure> {
     let package = parse(&digest)?;

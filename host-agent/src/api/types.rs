@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::digest::Digest;
 use crate::service::PublishedPort;
@@ -28,7 +29,7 @@ pub const PROGRAM_HEADER: &str = "host-agent-version";
 pub const MAX_BODY: usize = 1 << 20;
 
 /// A log of an instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogFile {
     /// Standard output and error of the role.
@@ -60,10 +61,12 @@ impl LogFile {
 }
 
 /// Query of `GET …/logs`, whose answer is the log from its beginning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct LogQuery {
     /// Which log.
+    #[param(inline)]
     pub source: LogFile,
     /// Continue with what is appended, until the deployment ends.
     #[serde(default)]
@@ -71,7 +74,7 @@ pub struct LogQuery {
 }
 
 /// Body of `POST …/pause`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PauseRequest {
     /// Stop the vCPUs, or let them run again.
@@ -79,7 +82,7 @@ pub struct PauseRequest {
 }
 
 /// Body of every answer that is not a success.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// Class of the error.
     pub kind: RefusalKind,
@@ -96,13 +99,15 @@ impl Problem {
 }
 
 /// Classes of errors. Each has one HTTP status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RefusalKind {
     /// No such resource on this host: 404.
     NotFound,
     /// This program has no such path; another version may: 404.
     NoSuchPath,
+    /// This program has the path, but not with this method: 405.
+    NoSuchMethod,
     /// The request is invalid: 400.
     Invalid,
     /// It contradicts what exists: 409.
@@ -119,15 +124,24 @@ pub enum RefusalKind {
     Internal,
 }
 
+/// Answer to `GET /healthz`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// `ok`: the host agent answers.
+    pub status: String,
+    /// Version of the program.
+    pub version: String,
+}
+
 /// Answer to `GET /v1/deployments`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deployments {
     /// Every deployment of this host.
     pub deployments: Vec<DeploymentInfo>,
 }
 
 /// A deployment that runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeploymentInfo {
     /// 32 hexadecimal digits.
     pub deployment: String,
@@ -140,7 +154,7 @@ pub struct DeploymentInfo {
 }
 
 /// An instance of a running deployment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct InstanceInfo {
     /// `<Role>_IN_<n>`.
     pub name: String,
@@ -159,18 +173,19 @@ pub struct InstanceInfo {
 }
 
 /// A published endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct EndpointInfo {
     /// Endpoint name.
     pub name: String,
     /// Address on the host.
+    #[schema(value_type = String)]
     pub address: SocketAddr,
     /// Port in the guest.
     pub local_port: u16,
 }
 
 /// Body of `PUT /v1/services/{name}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ApplyRequest {
     /// SHA-256 of a package that was uploaded.
@@ -186,7 +201,7 @@ pub struct ApplyRequest {
 }
 
 /// Answer to an [`ApplyRequest`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ApplyAnswer {
     /// Instances that are created.
     pub create: Vec<PlannedInstance>,
@@ -197,7 +212,7 @@ pub struct ApplyAnswer {
 }
 
 /// An instance that is created.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PlannedInstance {
     /// `<Role>_IN_<n>`.
     pub name: String,
@@ -208,7 +223,7 @@ pub struct PlannedInstance {
 }
 
 /// An endpoint that is published.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PlannedEndpoint {
     /// Endpoint name.
     pub name: String,
@@ -219,14 +234,14 @@ pub struct PlannedEndpoint {
 }
 
 /// Answer to `GET /v1/services`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Services {
     /// Every service of the host.
     pub services: Vec<ServiceInfo>,
 }
 
 /// A service.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ServiceInfo {
     /// Its name.
     pub name: String,
@@ -243,7 +258,7 @@ pub struct ServiceInfo {
 }
 
 /// Answer to `GET /v1/services/{name}/history`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct History {
     /// Revisions, the oldest first; none of a service that was deleted.
     pub revisions: Vec<RevisionInfo>,
@@ -252,7 +267,7 @@ pub struct History {
 }
 
 /// A revision of a service.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RevisionInfo {
     /// Its number.
     pub generation: u64,
@@ -265,7 +280,8 @@ pub struct RevisionInfo {
 }
 
 /// Query of `GET /v1/operations/{id}`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct OperationQuery {
     /// Answer only when the operation has ended, but after this many milliseconds at the
@@ -275,7 +291,8 @@ pub struct OperationQuery {
 }
 
 /// Query of `GET /v1/events`. The header `Last-Event-ID` replaces `after`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct EventQuery {
     /// Only events with larger numbers; else from the oldest that is kept.
@@ -321,7 +338,7 @@ pub struct EventInfo {
 }
 
 /// Answer to `GET` and `PUT /v1/packages/{digest}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PackageInfo {
     /// SHA-256.
     pub package: Digest,

@@ -3,14 +3,16 @@
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::model::{ServiceModel, full_name};
 
 /// A public port of an endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PublishedPort {
     /// Port on the host, from 1.
+    #[schema(minimum = 1, maximum = 65535)]
     pub port: u16,
     /// `ENDPOINT`, or `ROLE.ENDPOINT` where several roles have one of that name.
     pub endpoint: String,

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::database::{Database, StoreError};
 use super::deployment::random_id;
@@ -64,7 +65,7 @@ const MAX_OPERATIONS: u32 = 100;
 pub struct ServiceStore(pub(super) Database);
 
 /// What is wanted of a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Expected {
     /// Its newest revision runs.
@@ -111,7 +112,7 @@ pub struct Revision {
 }
 
 /// Kind of an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OperationKind {
     /// Create a service.
@@ -121,7 +122,7 @@ pub enum OperationKind {
 }
 
 /// State of an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OperationState {
     /// The host is at it.
@@ -133,7 +134,7 @@ pub enum OperationState {
 }
 
 /// Something asked for that takes time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Operation {
     /// 32 hexadecimal digits.
     pub id: String,

@@ -5,12 +5,13 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use vmbus::message::{RoleState, Status};
 
 use super::event::{EventKind, Verdict, state_name};
 
 /// The current state of an instance.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct InstanceStatus {
     /// Its phase.
     pub phase: Phase,
@@ -39,7 +40,7 @@ pub struct InstanceStatus {
 }
 
 /// Phase of an instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "phase", content = "role", rename_all = "kebab-case")]
 pub enum Phase {
     /// Created; no guest has been started.

@@ -78,7 +78,7 @@ async fn a_malformed_request_is_answered_with_what_is_wrong() {
     let request = |line: &str| format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     for (line, status, text) in [
         ("GET /v9/deployments", "404", "no-such-path"),
-        ("PUT /v1/deployments", "404", "has no PUT /v1/deployments"),
+        ("PUT /v1/deployments", "405", "has no PUT /v1/deployments"),
         (
             "GET /v1/deployments/d/instances/i/logs?source=dreams",
             "400",
@@ -103,6 +103,24 @@ async fn a_malformed_request_is_answered_with_what_is_wrong() {
     let mut client = Client::connect(&socket).await.unwrap();
     let found: Deployments = client.get("deployments").await.unwrap();
     assert!(found.deployments.is_empty());
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn every_documented_path_is_served() {
+    let (_dir, _server, socket) = served(REQUEST_LIMIT);
+    let mut client = Client::connect(&socket).await.unwrap();
+    let document: serde_json::Value = client.get("openapi.json").await.unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() >= 13, "{document}");
+    for (path, operations) in paths {
+        for method in operations.as_object().unwrap().keys() {
+            let method = method.to_uppercase();
+            let line = format!("{method} {} HTTP/1.1", path.replace(['{', '}'], "x"));
+            let head = format!("{line}\r\nhost: x\r\nconnection: close\r\n\r\n");
+            let answer = raw(&socket, head.as_bytes()).await;
+            assert!(!answer.contains("no-such-"), "{line}: {answer}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "current_thread")]
