@@ -1,161 +1,19 @@
 //! How every error is printed: what happened, to which object, what to do next.
 
+mod code;
+mod convert;
+
 use std::fmt::Write as _;
-use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+pub use self::code::Code;
 use super::exit::Exit;
-use crate::api::client::ClientError;
-use crate::api::types::RefusalKind;
 use crate::doctor::{self, HostReport, Verdict};
 use crate::printable::{printable, printable_code, printable_lines};
-use crate::service::{Blame, Position, ServiceError, SourceLocation};
+use crate::service::{Position, SourceLocation};
 use crate::shell::quoted;
-
-/// A class of error. Its number is stable: scripts and people look it up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// No other class fits.
-    Unclassified,
-    /// The command line or an environment variable is not valid.
-    Usage,
-    /// Definition, configuration or package refused.
-    Service,
-    /// Definition, configuration or package cannot be read.
-    ServiceFile,
-    /// A report, a package or standard output cannot be written.
-    Output,
-    /// There is no `/dev/kvm`.
-    NoKvm,
-    /// `/dev/kvm` may not be opened.
-    KvmDenied,
-    /// `/dev/kvm` cannot run an unmodified kernel.
-    KvmUnusable,
-    /// Not enough memory or disk.
-    HostFull,
-    /// `--require-sandbox`: a layer is missing.
-    Sandbox,
-    /// The guest image does not exist.
-    ImageMissing,
-    /// The guest image does not match its manifest.
-    ImageDamaged,
-    /// A public port is in use.
-    PortInUse,
-    /// The deployment could not be started.
-    Start,
-    /// A guest did not boot.
-    Boot,
-    /// A time limit passed.
-    Timeout,
-    /// A role failed or keeps exiting.
-    Role,
-    /// A probe failed.
-    Probe,
-    /// The service did not stop cleanly.
-    Unclean,
-    /// No running instance has that name.
-    NoInstance,
-    /// Several running instances have that name.
-    Ambiguous,
-    /// The host agent or an agent in the guest does not answer.
-    Unreachable,
-    /// The directory with the sockets of running deployments cannot be used.
-    RuntimeDirectory,
-    /// The request contradicts what exists.
-    Conflict,
-    /// No `host-agent serve` runs.
-    NotServing,
-    /// An operation of a service failed.
-    Operation,
-    /// The store of services cannot be used.
-    Store,
-    /// `exec`: the host side failed.
-    ExecHost,
-    /// `exec`: the program could not be started in the guest.
-    ExecGuest,
-    /// Ended by a signal.
-    Interrupted,
-}
-
-impl Code {
-    /// Every code.
-    #[cfg(test)]
-    const ALL: [Self; 30] = [
-        Self::Unclassified,
-        Self::Usage,
-        Self::Service,
-        Self::ServiceFile,
-        Self::Output,
-        Self::NoKvm,
-        Self::KvmDenied,
-        Self::KvmUnusable,
-        Self::HostFull,
-        Self::Sandbox,
-        Self::ImageMissing,
-        Self::ImageDamaged,
-        Self::PortInUse,
-        Self::Start,
-        Self::Boot,
-        Self::Timeout,
-        Self::Role,
-        Self::Probe,
-        Self::Unclean,
-        Self::NoInstance,
-        Self::Ambiguous,
-        Self::Unreachable,
-        Self::RuntimeDirectory,
-        Self::Conflict,
-        Self::NotServing,
-        Self::Operation,
-        Self::Store,
-        Self::ExecHost,
-        Self::ExecGuest,
-        Self::Interrupted,
-    ];
-
-    /// The number, and the exit code unless the error has its own.
-    const fn row(self) -> (u16, Exit) {
-        match self {
-            Self::Unclassified => (1, Exit::Unclassified),
-            Self::Usage => (2, Exit::Usage),
-            Self::Interrupted => (3, Exit::Signal(2)),
-            Self::Service => (101, Exit::Invalid),
-            Self::ServiceFile => (102, Exit::NotFound),
-            Self::Output => (103, Exit::Unclassified),
-            Self::NoKvm => (201, Exit::Host),
-            Self::KvmDenied => (202, Exit::Permission),
-            Self::KvmUnusable => (203, Exit::Host),
-            Self::HostFull => (204, Exit::Host),
-            Self::ImageMissing => (205, Exit::NotFound),
-            Self::ImageDamaged => (206, Exit::Invalid),
-            Self::PortInUse => (207, Exit::Conflict),
-            Self::Start => (208, Exit::Unclassified),
-            Self::Sandbox => (209, Exit::Host),
-            Self::Boot => (301, Exit::Boot),
-            Self::Timeout => (302, Exit::Timeout),
-            Self::Role => (401, Exit::Role),
-            Self::Probe => (402, Exit::Role),
-            Self::Unclean => (403, Exit::Role),
-            Self::Operation => (404, Exit::Role),
-            Self::NoInstance => (501, Exit::NotFound),
-            Self::Ambiguous => (502, Exit::Conflict),
-            Self::Unreachable => (503, Exit::Unreachable),
-            Self::ExecHost => (504, Exit::ExecHost),
-            Self::ExecGuest => (505, Exit::Guest(127)),
-            Self::RuntimeDirectory => (506, Exit::Permission),
-            Self::Conflict => (507, Exit::Conflict),
-            Self::NotServing => (508, Exit::Unreachable),
-            Self::Store => (509, Exit::Unclassified),
-        }
-    }
-
-    /// `HA-nnnn`.
-    pub fn name(self) -> String {
-        format!("HA-{:04}", self.row().0)
-    }
-}
 
 /// An error as it is printed. Boxed, so that a `Result` stays small.
 #[derive(Debug)]
@@ -385,136 +243,13 @@ pub fn sources(error: &dyn std::error::Error) -> Vec<String> {
         .collect()
 }
 
-impl From<ServiceError> for CliError {
-    fn from(error: ServiceError) -> Self {
-        let system = std::error::Error::source(&error)
-            .and_then(|source| source.downcast_ref::<std::io::Error>())
-            .map(std::io::Error::kind);
-        let code = match (error.blame(), system) {
-            (Blame::Usage, _) => Code::Usage,
-            (_, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded)) => Code::HostFull,
-            (Blame::Output, _) => Code::Output,
-            (Blame::Service, None) => Code::Service,
-            (Blame::Service, Some(_)) => Code::ServiceFile,
-        };
-        let exit = match (code, system) {
-            // Without an I/O error: another file has that name.
-            (Code::Output, None) => Exit::Conflict,
-            (Code::ServiceFile | Code::Output, Some(kind)) => match kind {
-                ErrorKind::NotFound | ErrorKind::NotADirectory => Exit::NotFound,
-                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Exit::Permission,
-                // Bad content; the deflate decoder reports `InvalidInput`.
-                ErrorKind::InvalidData | ErrorKind::UnexpectedEof | ErrorKind::InvalidInput => {
-                    Exit::Invalid
-                }
-                _ => Exit::Unclassified,
-            },
-            (code, _) => code.row().1,
-        };
-        let mut this = Self::new(code, error.what()).exit_with(exit);
-        this.0.place = Some((error.file().display().to_string(), error.position()));
-        this.0.snippet = error.snippet().map(Into::into);
-        this.0.hint = error.hint().map(Into::into);
-        if code == Code::HostFull && this.0.hint.is_none() {
-            this.0.hint = Some("free space there, or name a file on another disk".into());
-        }
-        this.0.causes = sources(&error);
-        this
-    }
-}
-
-impl From<ClientError> for CliError {
-    fn from(error: ClientError) -> Self {
-        let code = match &error {
-            ClientError::NotFound { .. }
-            | ClientError::Refused {
-                kind: RefusalKind::NotFound,
-                ..
-            } => Code::NoInstance,
-            ClientError::Ambiguous { .. } => Code::Ambiguous,
-            ClientError::Unreachable { .. }
-            | ClientError::Version { .. }
-            | ClientError::Refused {
-                kind: RefusalKind::Unreachable | RefusalKind::Busy,
-                ..
-            } => Code::Unreachable,
-            ClientError::Invalid(_)
-            | ClientError::Refused {
-                kind: RefusalKind::Invalid,
-                ..
-            } => Code::Usage,
-            ClientError::Refused {
-                kind: RefusalKind::NoRoom,
-                ..
-            } => Code::HostFull,
-            ClientError::Refused {
-                kind: RefusalKind::Unable,
-                ..
-            } => Code::KvmUnusable,
-            ClientError::Refused {
-                kind: RefusalKind::Conflict,
-                ..
-            } => Code::Conflict,
-            ClientError::List { .. } => Code::RuntimeDirectory,
-            ClientError::Refused { .. } => Code::Unclassified,
-        };
-        let this = Self::chain(code, &error);
-        match error {
-            ClientError::NotFound { running, .. } if running.is_empty() => this
-                .cause("no instance is running")
-                .hint("host-agent run SERVICE   (in another terminal)"),
-            ClientError::NotFound { running, .. } => this
-                .cause(format!("running: {}", running.join(", ")))
-                .hint("host-agent ps"),
-            ClientError::Ambiguous { matches, .. } => {
-                this.hint(format!("name one of: {}", matches.join(", ")))
-            }
-            ClientError::List { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
-                this.hint("export XDG_RUNTIME_DIR=/directory/of/your/own")
-            }
-            ClientError::List { .. } => this.exit_with(Exit::Unclassified),
-            _ => this,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
-
-    #[test]
-    fn error_numbers_are_unique_and_no_exit_code_is_zero() {
-        let mut numbers: Vec<u16> = Code::ALL.iter().map(|code| code.row().0).collect();
-        numbers.sort_unstable();
-        let count = numbers.len();
-        numbers.dedup();
-        assert_eq!(numbers.len(), count);
-        assert!(Code::ALL.iter().all(|code| code.row().1.code() != 0));
-    }
-
-    #[test]
-    fn the_manual_lists_every_error_with_its_exit_code() {
-        let manual = include_str!("../../../docs/errors.md");
-        let listed: Vec<(&str, &str)> = manual
-            .lines()
-            .filter_map(|line| {
-                let mut cells = line.strip_prefix("| ")?.split(" | ");
-                let name = cells.next().filter(|name| name.starts_with("HA-"))?;
-                Some((name, cells.next()?))
-            })
-            .collect();
-        let mut codes: Vec<_> = Code::ALL.iter().map(|code| code.row()).collect();
-        codes.sort_by_key(|(number, _)| *number);
-        let codes: Vec<_> = codes
-            .into_iter()
-            .map(|(number, exit)| (format!("HA-{number:04}"), exit.code().to_string()))
-            .collect();
-        let codes: Vec<_> = codes
-            .iter()
-            .map(|(a, b)| (a.as_str(), b.as_str()))
-            .collect();
-        assert_eq!(listed, codes);
-    }
+    use crate::api::client::ClientError;
+    use crate::service::ServiceError;
 
     #[test]
     fn an_error_in_a_file_shows_position_line_and_hint() {

@@ -1,0 +1,117 @@
+//! Arguments of `serve` and `service`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::time::duration;
+use crate::service::PublishedPort;
+
+/// `serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Refuse to run guests whose VMM process lacks a layer of the sandbox
+    #[arg(long)]
+    pub require_sandbox: bool,
+    /// Restart a guest that is silent this long [default: 10m]
+    #[arg(long, value_name = "S", value_parser = duration)]
+    pub heartbeat_limit: Option<Duration>,
+}
+
+/// `service`.
+#[derive(Debug, Clone, Args)]
+#[command(disable_help_subcommand = true)]
+pub struct ServiceCommand {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: ServiceVerb,
+}
+
+/// What to do with services.
+#[derive(Debug, Clone, Subcommand)]
+pub enum ServiceVerb {
+    /// Create a service, or do nothing if it is as wanted already
+    #[command(after_help = "\
+Examples:
+  host-agent service apply shop --package shop.cspkg --config shop.cscfg --wait
+  host-agent service apply shop --package ./shop --dry-run")]
+    Apply(ApplyArgs),
+    /// List the services
+    #[command(after_help = "\
+Examples:
+  host-agent service list
+  host-agent service list --json | jq '.services[].name'")]
+    List,
+    /// Show a service with its instances and endpoints
+    #[command(after_help = "\
+Examples:
+  host-agent service show shop
+  host-agent service show shop --json | jq .operation")]
+    Show(ServiceName),
+    /// Show the revisions and operations of a service
+    #[command(after_help = "\
+Examples:
+  host-agent service history shop
+  host-agent service history shop --json | jq '.operations[0]'")]
+    History(ServiceName),
+    /// Stop a service and remove everything of it
+    #[command(after_help = "\
+Examples:
+  host-agent service delete shop
+  host-agent service delete shop --yes --wait")]
+    Delete(DeleteArgs),
+}
+
+/// A service.
+#[derive(Debug, Clone, Args)]
+pub struct ServiceName {
+    /// Name of the service
+    pub service: String,
+}
+
+/// `service apply`.
+#[derive(Debug, Clone, Args)]
+pub struct ApplyArgs {
+    /// Name of the service
+    pub service: String,
+    /// A .cspkg, or a directory with a .csdef
+    #[arg(long, value_name = "F")]
+    pub package: PathBuf,
+    /// Configuration, when it is not beside the package
+    #[arg(long, value_name = "F.cscfg")]
+    pub config: Option<PathBuf>,
+    /// Publish an endpoint on this port; may be repeated
+    #[arg(short, long, value_name = "PORT:ENDPOINT")]
+    pub publish: Vec<PublishedPort>,
+    /// Only show what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// `service delete`.
+#[derive(Debug, Clone, Args)]
+pub struct DeleteArgs {
+    /// Name of the service
+    pub service: String,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// How an operation is begun.
+#[derive(Debug, Clone, Args)]
+pub struct BeginArgs {
+    /// Do not ask on a terminal
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Wait until it is done
+    #[arg(long)]
+    pub wait: bool,
+    /// With --wait: give up waiting after this time, not the operation
+    #[arg(long, value_name = "S", value_parser = duration, requires = "wait")]
+    pub timeout: Option<Duration>,
+}
