@@ -37,6 +37,7 @@ fn deployment() -> DeploymentInfo {
             state: "Ready".into(),
             status: InstanceStatus::default(),
             generation: 1,
+            incarnation: 1,
             uptime_ms: 1,
             vmm_pid: None,
             endpoints: vec![],

@@ -477,6 +477,7 @@ mod tests {
             name: (*name).into(),
             state: "Ready".into(),
             generation: 1,
+            incarnation: 1,
             uptime_ms: 1,
             vmm_pid: None,
             endpoints: Vec::new(),

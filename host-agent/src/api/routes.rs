@@ -174,6 +174,7 @@ pub(super) fn deployment_info(api: &Api, deployment: &DeploymentHandle) -> Deplo
             name: spec.name().to_owned(),
             state: status.word().to_owned(),
             generation: status.generation,
+            incarnation: spec.goal.incarnation,
             uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
             vmm_pid: status.vmm_pid,
             endpoints: endpoints.collect(),

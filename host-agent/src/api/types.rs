@@ -164,6 +164,9 @@ pub struct InstanceInfo {
     pub status: InstanceStatus,
     /// Number of the guest's boot.
     pub generation: u64,
+    /// Incarnation of the newest goal; `status.applied` is the one that the guest has applied.
+    #[serde(default)]
+    pub incarnation: u64,
     /// Milliseconds since the deployment was accepted.
     pub uptime_ms: u64,
     /// Process id of the VMM, while there is one.

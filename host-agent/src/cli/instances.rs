@@ -131,6 +131,7 @@ mod tests {
                 state: "Ready".into(),
                 status: InstanceStatus::default(),
                 generation: 2,
+                incarnation: 1,
                 uptime_ms: 61_000,
                 vmm_pid: Some(9),
                 endpoints: vec![EndpointInfo {

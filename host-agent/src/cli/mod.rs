@@ -11,6 +11,7 @@ mod events;
 mod evidence;
 mod exec;
 mod exit;
+mod explain;
 mod instances;
 mod interrupt;
 mod logs;
@@ -27,6 +28,7 @@ mod service_manager;
 mod terminal;
 mod test;
 mod ticker;
+mod wait;
 mod watch;
 
 use std::io::Write;
@@ -63,6 +65,8 @@ pub fn main() -> ExitCode {
         Verb::Doctor => doctor::run(&output),
         Verb::Exec(args) => exec::run(&args, no_input),
         Verb::Logs(args) => logs::run(&args),
+        Verb::Wait(args) => wait::run(&args, &output),
+        Verb::Explain(args) => explain::run(&args, &output),
         Verb::Ps => instances::list(&output),
         Verb::Freeze(args) => instances::pause(&args, true, &output),
         Verb::Thaw(args) => instances::pause(&args, false, &output),

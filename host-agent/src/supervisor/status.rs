@@ -27,6 +27,9 @@ pub struct InstanceStatus {
     pub paused: bool,
     /// Why the guest is paused for disk space, if it is.
     pub no_space: Option<String>,
+    /// Why the role or the guest is not well: the event that said so, for people.
+    #[serde(default)]
+    pub cause: Option<String>,
     /// When the last heartbeat of this boot arrived (`CLOCK_MONOTONIC` of this host).
     #[serde(skip)]
     pub last_heartbeat: Option<Duration>,
@@ -78,6 +81,7 @@ impl Default for InstanceStatus {
             recycles: 0,
             paused: false,
             no_space: None,
+            cause: None,
             last_heartbeat: None,
             exits: BTreeMap::new(),
             verdict: None,
@@ -118,6 +122,11 @@ impl InstanceStatus {
                 state, recycles, ..
             } => {
                 self.phase = Phase::Role(*state);
+                let is_failure = matches!(
+                    state,
+                    RoleState::Failed | RoleState::Cycling | RoleState::Recycling
+                );
+                self.cause = is_failure.then(|| event.to_string());
                 self.recycles = *recycles;
             }
             EventKind::Paused { paused } => self.paused = *paused,
@@ -130,14 +139,21 @@ impl InstanceStatus {
                     phase: Phase::Ended,
                     generation: self.generation,
                     exits: std::mem::take(&mut self.exits),
+                    cause: Some(event.to_string()),
                     ..Self::default()
                 };
             }
             EventKind::Restarting { .. } => self.phase = Phase::Restarting,
-            EventKind::Faulted { .. } => self.phase = Phase::Faulted,
+            EventKind::Faulted { .. } => {
+                self.phase = Phase::Faulted;
+                self.cause = Some(event.to_string());
+            }
             EventKind::Stopping => self.phase = Phase::Stopping,
             EventKind::Stopped { clean } => self.phase = Phase::Stopped { clean: *clean },
-            EventKind::Failed { .. } => self.phase = Phase::Failed,
+            EventKind::Failed { .. } => {
+                self.phase = Phase::Failed;
+                self.cause = Some(event.to_string());
+            }
             _ => {}
         }
     }
@@ -253,6 +269,7 @@ mod tests {
             phase: Phase::Ended,
             generation: 1,
             exits: BTreeMap::from([("power-off".to_owned(), 1)]),
+            cause: Some("guest ended: power-off".to_owned()),
             ..InstanceStatus::default()
         };
         assert_eq!(status, ended);

@@ -12,12 +12,15 @@ pub use self::deploy::*;
 pub use self::files::*;
 pub use self::instances::*;
 pub use self::services::*;
+pub(super) use self::time::duration;
 use super::events::EventsArgs;
+use super::explain::ExplainArgs;
+use super::wait::WaitArgs;
 
 /// Verbs in the order in which a newcomer meets them.
 const OVERVIEW: &str = "\
 Start:   doctor  validate  pack  run  test
-Look:    ps  logs
+Look:    ps  logs  wait  explain
 Inside:  exec
 Keep:    serve  service  events
 More:    completion  version  help
@@ -164,6 +167,21 @@ Examples:
   host-agent ps
   host-agent ps --json | jq '.deployments[].instances[].name'")]
     Ps,
+    /// Wait until an instance or a service is Ready, or never will be
+    #[command(after_help = "\
+Exits with 7 at --timeout, 4 if the name is unknown or goes away, 8 or 9 with the cause if
+guest or role failed.
+
+Examples:
+  host-agent wait Cache_IN_0 --for agent --timeout 60
+  host-agent wait shop --for gone")]
+    Wait(WaitArgs),
+    /// Say what an error number means and what to do
+    #[command(after_help = "\
+Examples:
+  host-agent explain HA-0204
+  host-agent explain --json | jq -r '.errors[].code'")]
+    Explain(ExplainArgs),
     /// Keep services running, whatever ends; guests outlive this command
     #[command(after_help = "\
 Examples:

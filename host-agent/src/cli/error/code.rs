@@ -63,6 +63,8 @@ pub enum Code {
     ExecHost,
     /// `exec`: the program could not be started in the guest.
     ExecGuest,
+    /// `explain`: there is no such number.
+    NoSuchError,
     /// Ended by a signal.
     Interrupted,
 }
@@ -70,7 +72,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 30] = [
+    const ALL: [Self; 31] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -100,6 +102,7 @@ impl Code {
         Self::Store,
         Self::ExecHost,
         Self::ExecGuest,
+        Self::NoSuchError,
         Self::Interrupted,
     ];
 
@@ -136,6 +139,7 @@ impl Code {
             Self::Conflict => (507, Exit::Conflict),
             Self::NotServing => (508, Exit::Unreachable),
             Self::Store => (509, Exit::Unclassified),
+            Self::NoSuchError => (531, Exit::NotFound),
         }
     }
 
