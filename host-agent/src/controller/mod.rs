@@ -1,6 +1,7 @@
 //! Keeps the services of the store running on the host: what was asked for is durable
 //! before it is answered, and a task for each service does what is missing.
 
+mod copies;
 mod decide;
 mod error;
 pub mod events;
@@ -54,6 +55,8 @@ struct State {
     tasks: Mutex<BTreeMap<String, Arc<Notify>>>,
     /// Counts the changes of operations.
     changes: watch::Sender<u64>,
+    /// Wakes what keeps the good copy of the store.
+    copy: Arc<Notify>,
 }
 
 /// A service and what runs of it.
@@ -81,6 +84,10 @@ impl Controller {
         unable: Option<String>,
     ) -> Result<Self, ControllerError> {
         let packages = PackageStore::new(&host.options().data_dir);
+        let copy = Arc::new(Notify::new());
+        let copier = store.database().copier().clone();
+        let restored = store.database().restored().cloned();
+        let copying = copies::keep(copier, Arc::clone(&copy), host.timeline().clone());
         let store = Arc::new(Mutex::new(store));
         let events = EventLog::start(Arc::clone(&store), events, host.timeline().clone());
         let this = Self(Arc::new(State {
@@ -91,7 +98,12 @@ impl Controller {
             unable,
             tasks: Mutex::default(),
             changes: watch::Sender::new(0),
+            copy,
         }));
+        tokio::spawn(copying);
+        if let Some(restored) = restored {
+            this.report_restored(restored);
+        }
         let (services, used) = this
             .with_store(|store| Ok((store.services()?, store.packages()?)))
             .await?;
@@ -99,6 +111,7 @@ impl Controller {
         let _ = blocking(move || packages.sweep(&used)).await?;
         let deployments = services.iter().filter_map(|it| it.deployment.clone());
         let known: BTreeSet<String> = deployments.collect();
+        this.report_unknown(&known).await?;
         this.0.host.adopt(move |id| known.contains(id)).await?;
         for service in services {
             this.wake(&service.name);
@@ -296,7 +309,16 @@ impl Controller {
         work: impl FnOnce(&mut ServiceStore) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, ControllerError> {
         let store = Arc::clone(&self.0.store);
-        Ok(blocking(move || work(&mut lock(&store))).await??)
+        let worked = blocking(move || {
+            let mut store = lock(&store);
+            let result = work(&mut store);
+            (result, store.database().take_changed())
+        });
+        let (result, changed) = worked.await?;
+        if changed {
+            self.0.copy.notify_one();
+        }
+        Ok(result?)
     }
 }
 

@@ -4,6 +4,7 @@ pub mod content;
 pub mod database;
 pub mod deployment;
 pub mod events;
+pub mod good_copy;
 pub mod image;
 pub mod janitor;
 pub mod log_tail;

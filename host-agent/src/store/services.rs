@@ -172,13 +172,19 @@ pub enum Applied {
 impl ServiceStore {
     /// Opens the store in `data_dir`.
     pub fn open(data_dir: &Path) -> Result<Self, StoreError> {
-        Database::open(&data_dir.join("state"), MIGRATIONS).map(Self)
+        let opened = Database::open(&data_dir.join("state"), MIGRATIONS, readable);
+        opened.map(Self)
+    }
+
+    /// The database.
+    pub fn database(&self) -> &Database {
+        &self.0
     }
 
     /// Every service, by name.
     pub fn services(&self) -> Result<Vec<ServiceRecord>, StoreError> {
-        let sql = "SELECT name, expected, generation, deployment FROM service ORDER BY name";
-        let mut statement = self.0.connection.prepare(sql)?;
+        let sql = format!("{SELECT_SERVICES} ORDER BY name");
+        let mut statement = self.0.connection.prepare(&sql)?;
         let found = statement.query_map([], service)?;
         Ok(found.collect::<Result<_, _>>()?)
     }
@@ -195,9 +201,8 @@ impl ServiceStore {
 
     /// Every revision of a service, the oldest first.
     pub fn history(&self, name: &str) -> Result<Vec<Revision>, StoreError> {
-        let sql = "SELECT generation, package, configuration, publish, user, at_ms FROM revision \
-                   WHERE service = ?1 ORDER BY generation";
-        let mut statement = self.0.connection.prepare(sql)?;
+        let sql = format!("{SELECT_REVISION} FROM revision WHERE service = ?1 ORDER BY generation");
+        let mut statement = self.0.connection.prepare(&sql)?;
         let found = statement.query_map([name], revision)?;
         Ok(found.collect::<Result<_, _>>()?)
     }
@@ -321,12 +326,36 @@ impl ServiceStore {
     }
 }
 
+/// Whether every row can be read.
+fn readable(connection: &Connection) -> rusqlite::Result<()> {
+    fn all<T>(
+        connection: &Connection,
+        sql: &str,
+        parse: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<()> {
+        let mut statement = connection.prepare(sql)?;
+        let mut found = statement.query_map([], parse)?;
+        found.try_for_each(|row| row.map(drop))
+    }
+    all(connection, SELECT_SERVICES, service)?;
+    all(
+        connection,
+        &format!("{SELECT_REVISION} FROM revision"),
+        revision,
+    )?;
+    all(connection, SELECT_OPERATION, operation)
+}
+
+const SELECT_SERVICES: &str = "SELECT name, expected, generation, deployment FROM service";
+
+const SELECT_REVISION: &str = "SELECT generation, package, configuration, publish, user, at_ms";
+
 const SELECT_OPERATION: &str = "SELECT id, service, kind, generation, user, state, error, \
                                 started_ms, ended_ms FROM operation";
 
 fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<ServiceRecord>> {
-    let sql = "SELECT name, expected, generation, deployment FROM service WHERE name = ?1";
-    connection.query_row(sql, [name], service).optional()
+    let sql = format!("{SELECT_SERVICES} WHERE name = ?1");
+    connection.query_row(&sql, [name], service).optional()
 }
 
 fn revision_of(
@@ -334,9 +363,8 @@ fn revision_of(
     name: &str,
     generation: u64,
 ) -> rusqlite::Result<Option<Revision>> {
-    let sql = "SELECT generation, package, configuration, publish, user, at_ms FROM revision \
-               WHERE service = ?1 AND generation = ?2";
-    let found = connection.query_row(sql, params![name, signed(generation)], revision);
+    let sql = format!("{SELECT_REVISION} FROM revision WHERE service = ?1 AND generation = ?2");
+    let found = connection.query_row(&sql, params![name, signed(generation)], revision);
     found.optional()
 }
 

@@ -219,6 +219,18 @@ pub enum EventKind {
         /// The error chain.
         error: String,
     },
+    /// The store of services was damaged, and its good copy is in its place.
+    StoreRestored {
+        /// What was wrong.
+        what: String,
+        /// Where the damaged file is.
+        aside: Option<PathBuf>,
+    },
+    /// A deployment is kept that no service has.
+    UnknownDeployment {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// A message for the operator; no state changes.
     Warning {
         /// The message.
@@ -401,6 +413,23 @@ impl fmt::Display for EventKind {
             Self::Stopped { clean: true } => write!(f, "stopped"),
             Self::Stopped { clean: false } => write!(f, "stopped by force"),
             Self::Failed { error } => write!(f, "failed: {error}"),
+            Self::StoreRestored { what, aside } => {
+                write!(
+                    f,
+                    "the store of services was damaged ({what}) and is restored from its good \
+                     copy; its events are lost, and so are changes of its last seconds"
+                )?;
+                match aside {
+                    Some(aside) => write!(f, "; the damaged file is {}", aside.display()),
+                    None => Ok(()),
+                }
+            }
+            Self::UnknownDeployment { path } => write!(
+                f,
+                "no service has the deployment in {}; it is left as it is: remove the directory \
+                 when no guest of it runs",
+                path.display()
+            ),
             Self::Warning { text } => write!(f, "warning: {text}"),
         }
     }
