@@ -88,6 +88,10 @@ fn a_killed_guest_agent_is_replaced_and_the_role_runs_on() -> Result<()> {
     service.entry = ECHO.replacen("my $l", &format!("{ticking}my $l"), 1);
     let mut run = start_echo(&sandbox, &service, port)?;
     let before = stack(&run)?;
+    // Nothing of the guest agent came over the bus.
+    let program =
+        run.shell("readlink $(grep -lx guest-agent /proc/[0-9]*/comm | sed s/comm/exe/)")?;
+    ensure!(program == "/usr/lib/host-agent/guest-agent\n", "{program}");
 
     // A port without privileges shows that the thief can take one.
     let ports = format!("{TUNNEL_PORT} {EXEC_PORT} 1000000");

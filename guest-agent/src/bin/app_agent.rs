@@ -1,5 +1,5 @@
-//! The app agent: PID 1 of the guest. Boots it, answers heartbeats, takes the
-//! guest agent over the bus, keeps it running, shuts the guest down.
+//! The app agent: PID 1 of the guest. Boots it, answers heartbeats, keeps the guest agent of
+//! the image running, or one that it took over the bus, shuts the guest down.
 
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
@@ -26,8 +26,10 @@ use vmbus::stream::{FrameReader, send};
 use vmbus::text::chain;
 
 const NAME: &str = "app-agent";
-/// Where the delivered program is kept, in memory.
-const PROGRAM: &str = "/run/host-agent/guest-agent";
+/// The guest agent of the image.
+const IMAGE_PROGRAM: &str = "/usr/lib/host-agent/guest-agent";
+/// Where the guest agent is kept in memory if the image has none and it is delivered.
+const DELIVERED_PROGRAM: &str = "/run/host-agent/guest-agent";
 /// Serial number of the OS disk.
 const OS_DISK: &str = "os";
 /// Most time for the OS disk to appear.
@@ -232,13 +234,17 @@ async fn watch_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) 
     }
 }
 
-/// Takes the guest agent over the bus, runs it, and runs it again when it ends. The role of
-/// an earlier guest agent goes on meanwhile.
+/// Runs the guest agent, and runs it again when it ends. An image without one gets it over
+/// the bus. The role of an earlier guest agent goes on meanwhile.
 async fn keep_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
-    let mut open = take_program().await;
+    let (program, mut open) = if Path::new(IMAGE_PROGRAM).exists() {
+        (IMAGE_PROGRAM, None)
+    } else {
+        (DELIVERED_PROGRAM, Some(take_program().await))
+    };
     let mut process = agent.subscribe();
     while !with(&shared, |monitor| monitor.leaving()) {
-        let end = match start_agent(&shared, &agent) {
+        let end = match start_agent(&shared, &agent, program) {
             Err(error) => format!("cannot start: {error}"),
             Ok(()) => {
                 report_agent(&mut open, None).await;
@@ -273,7 +279,7 @@ async fn take_program() -> Open {
     let mut dialer = Dialer::new(Channel::Agent, NAME);
     loop {
         let mut open = dialer.open().await;
-        let Err(error) = delivery::receive(&mut open, Path::new(PROGRAM)).await else {
+        let Err(error) = delivery::receive(&mut open, Path::new(DELIVERED_PROGRAM)).await else {
             return open;
         };
         let error = chain(&error);
@@ -284,8 +290,12 @@ async fn take_program() -> Open {
 }
 
 /// Does not wait: see [`Process`].
-fn start_agent(shared: &SharedMonitor, agent: &watch::Sender<Process>) -> std::io::Result<()> {
-    let child = Command::new(PROGRAM)
+fn start_agent(
+    shared: &SharedMonitor,
+    agent: &watch::Sender<Process>,
+    program: &str,
+) -> std::io::Result<()> {
+    let child = Command::new(program)
         .env_clear()
         .env("PATH", guest_agent::environment::PATH)
         .spawn()?;
@@ -296,12 +306,15 @@ fn start_agent(shared: &SharedMonitor, agent: &watch::Sender<Process>) -> std::i
 }
 
 /// Reports to the host that the guest agent runs, or why it does not.
-async fn report_agent(open: &mut Open, error: Option<String>) {
+async fn report_agent(open: &mut Option<Open>, error: Option<String>) {
     let message = ToHost::AgentResult { error };
-    if send(&mut open.writer, &message).await.is_err()
-        && let Ok(again) = bus::dial(Channel::Agent, NAME).await
+    if let Some(open) = open
+        && send(&mut open.writer, &message).await.is_ok()
     {
-        *open = again;
+        return;
+    }
+    *open = bus::dial(Channel::Agent, NAME).await.ok();
+    if let Some(open) = open {
         let _ = send(&mut open.writer, &message).await;
     }
 }

@@ -95,7 +95,7 @@ pub enum EventKind {
         /// Name and version of the program.
         agent: String,
     },
-    /// The guest agent was started, or could not be.
+    /// The guest agent was started, or could not be, or ended.
     GuestAgent {
         /// Why it could not be started.
         error: Option<String>,
@@ -308,7 +308,7 @@ impl fmt::Display for EventKind {
             Self::AgentConnected { init_ms, agent } => {
                 write!(f, "{agent} connected, kernel took {} to init", ms(*init_ms))
             }
-            Self::GuestAgent { error: None } => write!(f, "guest agent delivered and started"),
+            Self::GuestAgent { error: None } => write!(f, "guest agent started"),
             Self::GuestAgent { error: Some(error) } => write!(f, "guest agent: {error}"),
             Self::Role {
                 state,
