@@ -276,7 +276,7 @@ fn parse(digest: &str) -> Result<Digest, Failure> {
 }
 
 /// The user of the request's connection.
-fn user(request: &Request) -> u32 {
+pub(super) fn user(request: &Request) -> u32 {
     let client = request.extensions().get::<Client>();
     client.map_or(u32::MAX, |client| client.user)
 }

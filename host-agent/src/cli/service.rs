@@ -1,5 +1,7 @@
 //! `host-agent service`: what an operator does with the services that `serve` keeps.
 
+mod changes;
+
 use std::fs::File;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::path::Path;
@@ -24,7 +26,7 @@ use crate::digest::Digest;
 use crate::printable::printable;
 use crate::service;
 use crate::store::paths;
-use crate::store::services::{Operation, OperationKind, OperationState};
+use crate::store::services::{Expected, Operation, OperationKind, OperationState};
 
 /// Longest wait in one request.
 const WAIT: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ pub fn run(verb: &ServiceVerb, no_input: bool, output: &Output) -> Result<Exit, 
                 ServiceVerb::List => list(output).await,
                 ServiceVerb::Show(args) => show(&args.service, output).await,
                 ServiceVerb::History(args) => history(&args.service, output).await,
+                ServiceVerb::Stop(args) => changes::stop(args, no_input, output).await,
+                ServiceVerb::Start(args) => changes::start(args, output).await,
                 ServiceVerb::Delete(args) => delete(args, no_input, output).await,
             }
         };
@@ -129,6 +133,9 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
     };
     let operation = finish(&mut client, operation, &args.begin).await?;
     let info: ServiceInfo = client.get(&path).await?;
+    if info.expected == Expected::Stopped {
+        return stopped(name, output);
+    }
     let took = started.elapsed().as_secs_f64();
     let (ready, all) = (
         info.ready,
@@ -148,6 +155,14 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
     output.answer(
         &text,
         || json!({"schema": "host-agent.service-apply/1", "service": info, "operation": operation}),
+    )?;
+    Ok(Exit::Success)
+}
+
+fn stopped(name: &str, output: &Output) -> Result<Exit, CliError> {
+    output.answer(
+        &format!("{name}: stopped; host-agent service start {name} starts it"),
+        || json!({"schema": "host-agent.service-apply/1", "service": name, "operation": null}),
     )?;
     Ok(Exit::Success)
 }
@@ -254,6 +269,8 @@ async fn finish(
     let what = match operation.kind {
         OperationKind::Apply => "was not started",
         OperationKind::Delete => "was not deleted",
+        OperationKind::Stop => "was not stopped",
+        OperationKind::Start => "was not started again",
     };
     let error = CliError::new(
         Code::Operation,

@@ -10,8 +10,10 @@ use crate::supervisor::status::{InstanceStatus, Phase};
 pub(super) enum Presence {
     /// It runs.
     Running,
-    /// It has files that this host agent has not adopted.
+    /// It has files that this host agent has not adopted, and guests of it may run.
     Files,
+    /// It has files, and no guest of it runs.
+    Stopped,
     /// Nothing.
     Absent,
 }
@@ -25,8 +27,14 @@ pub(super) enum Step {
     Adopt,
     /// It is as wanted: wait for a change.
     Watch,
+    /// Stop the deployment. Its files stay.
+    Stop,
+    /// It is stopped, as wanted: wait for a change.
+    Rest,
     /// Stop the deployment and remove its files.
     Remove,
+    /// Remove the files of a deployment that does not run.
+    Discard,
     /// Nothing is left of a deleted service.
     Forget,
 }
@@ -34,10 +42,14 @@ pub(super) enum Step {
 /// The next step for `service`, of whose deployment there is `presence`.
 pub(super) const fn next_step(service: &ServiceRecord, presence: Presence) -> Step {
     match (service.expected, presence) {
-        (_, Presence::Files) => Step::Adopt,
+        // Its guests may run: they are stopped only after they are adopted.
+        (_, Presence::Files) | (Expected::Started, Presence::Stopped) => Step::Adopt,
         (Expected::Started, Presence::Absent) => Step::Deploy,
         (Expected::Started, Presence::Running) => Step::Watch,
+        (Expected::Stopped, Presence::Running) => Step::Stop,
+        (Expected::Stopped, Presence::Stopped | Presence::Absent) => Step::Rest,
         (Expected::Deleted, Presence::Running) => Step::Remove,
+        (Expected::Deleted, Presence::Stopped) => Step::Discard,
         (Expected::Deleted, Presence::Absent) => Step::Forget,
     }
 }
@@ -76,14 +88,20 @@ mod tests {
 
     #[test]
     fn what_is_wanted_and_what_is_there_decide_the_step() {
-        use Presence::{Absent, Files, Running};
+        use Presence::{Absent, Files, Running, Stopped};
         for (expected, presence, step) in [
             (Expected::Started, Absent, Step::Deploy),
             (Expected::Started, Files, Step::Adopt),
             (Expected::Started, Running, Step::Watch),
+            (Expected::Started, Stopped, Step::Adopt),
+            (Expected::Stopped, Running, Step::Stop),
+            // A host agent that died while it stopped the guests has left some.
+            (Expected::Stopped, Files, Step::Adopt),
+            (Expected::Stopped, Stopped, Step::Rest),
+            (Expected::Stopped, Absent, Step::Rest),
             (Expected::Deleted, Running, Step::Remove),
-            // Its guests may run: they are stopped only after they are adopted.
             (Expected::Deleted, Files, Step::Adopt),
+            (Expected::Deleted, Stopped, Step::Discard),
             (Expected::Deleted, Absent, Step::Forget),
         ] {
             assert_eq!(next_step(&service(expected), presence), step);

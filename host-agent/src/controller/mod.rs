@@ -1,6 +1,7 @@
 //! Keeps the services of the store running on the host: what was asked for is durable
 //! before it is answered, and a task for each service does what is missing.
 
+mod changes;
 mod copies;
 mod decide;
 mod error;
@@ -23,7 +24,7 @@ use crate::service::model::ServiceModel;
 use crate::store::database::StoreError;
 use crate::store::packages::PackageStore;
 use crate::store::services::{
-    Applied, Operation, OperationState, Revision, ServiceRecord, ServiceStore, Wanted,
+    Applied, Expected, Operation, OperationState, Revision, ServiceRecord, ServiceStore, Wanted,
 };
 use crate::supervisor::deploy::sizes;
 use crate::supervisor::host::{DeploymentHandle, Host};
@@ -112,7 +113,13 @@ impl Controller {
         let deployments = services.iter().filter_map(|it| it.deployment.clone());
         let known: BTreeSet<String> = deployments.collect();
         this.report_unknown(&known).await?;
-        this.0.host.adopt(move |id| known.contains(id)).await?;
+        // Those that are to be stopped may be stopped already: their tasks look.
+        let stopped = services
+            .iter()
+            .filter(|it| it.expected == Expected::Stopped);
+        let stopped: BTreeSet<_> = stopped.filter_map(|it| it.deployment.clone()).collect();
+        let adopted = move |id: &str| known.contains(id) && !stopped.contains(id);
+        this.0.host.adopt(adopted).await?;
         for service in services {
             this.wake(&service.name);
         }

@@ -14,7 +14,7 @@ use super::{ADDRESS, Controller, ControllerError, lock};
 use crate::blocking::blocking;
 use crate::progress::Progress;
 use crate::store::deployment::{Retention, directory, random_id};
-use crate::store::services::ServiceRecord;
+use crate::store::services::{Operation, OperationState, ServiceRecord};
 use crate::supervisor::deploy::{DeployOptions, deploy};
 use crate::supervisor::event::EventKind;
 use crate::supervisor::host::{DeploymentHandle, HostError};
@@ -59,7 +59,13 @@ async fn step(controller: &Controller, name: &str, wake: &Notify) -> Result<Done
     let running = controller.state(service.clone(), None).deployment;
     let presence = match (&running, &service.deployment) {
         (Some(_), _) => Presence::Running,
-        (None, Some(id)) if controller.has_files(id).await? => Presence::Files,
+        (None, Some(id)) if controller.has_files(id).await? => {
+            if controller.0.host.may_run(id).await? {
+                Presence::Files
+            } else {
+                Presence::Stopped
+            }
+        }
         _ => Presence::Absent,
     };
     match (next_step(&service, presence), running) {
@@ -73,10 +79,24 @@ async fn step(controller: &Controller, name: &str, wake: &Notify) -> Result<Done
         }
         (Step::Adopt, _) => adopt(controller, &service).await?,
         (Step::Watch, Some(deployment)) => watch(controller, name, &deployment, wake).await?,
+        (Step::Stop, Some(deployment)) => {
+            deployment.stop().await;
+            deployment.ended().await;
+            controller.0.host.release(deployment.id()).await;
+        }
+        (Step::Rest, _) => {
+            end_running(controller, name, None).await?;
+            wake.notified().await;
+        }
         (Step::Remove, Some(deployment)) => {
             deployment.stop().await;
             deployment.ended().await;
             controller.0.host.remove(deployment.id()).await?;
+        }
+        (Step::Discard, _) => {
+            if let Some(id) = &service.deployment {
+                controller.0.host.discard(id).await?;
+            }
         }
         (Step::Forget, _) => {
             let of_store = name.to_owned();
@@ -85,7 +105,7 @@ async fn step(controller: &Controller, name: &str, wake: &Notify) -> Result<Done
             controller.changed();
         }
         // `next_step` gives these for a running deployment only.
-        (Step::Watch | Step::Remove, None) => {}
+        (Step::Watch | Step::Stop | Step::Remove, None) => {}
     }
     Ok(Done::Again)
 }
@@ -147,15 +167,49 @@ async fn watch(
     deployment: &DeploymentHandle,
     wake: &Notify,
 ) -> Result<(), ControllerError> {
-    let result = tokio::select! {
-        result = settled(deployment) => result,
-        () = wake.notified() => return Ok(()),
-    };
     let of_store = name.to_owned();
-    let ended = controller.with_store(move |store| store.end(&of_store, result.err().as_deref()));
+    let found = controller.with_store(move |store| store.running(&of_store));
+    if let Some(running) = found.await? {
+        let result = tokio::select! {
+            result = settled(deployment) => result,
+            () = wake.notified() => return Ok(()),
+        };
+        end(controller, &running, result.err()).await?;
+    }
+    wake.notified().await;
+    Ok(())
+}
+
+/// Ends the operation of service `name` that runs, if one does.
+async fn end_running(
+    controller: &Controller,
+    name: &str,
+    error: Option<String>,
+) -> Result<(), ControllerError> {
+    let of_store = name.to_owned();
+    let found = controller.with_store(move |store| store.running(&of_store));
+    match found.await? {
+        Some(running) => end(controller, &running, error).await,
+        None => Ok(()),
+    }
+}
+
+/// Ends `operation`, unless another one has replaced it: it has succeeded unless there is an
+/// `error`.
+async fn end(
+    controller: &Controller,
+    operation: &Operation,
+    error: Option<String>,
+) -> Result<(), ControllerError> {
+    let id = operation.id.clone();
+    let state = match error {
+        None => OperationState::Succeeded,
+        Some(_) => OperationState::Failed,
+    };
+    let ended =
+        controller.with_store(move |store| store.end_operation(&id, state, error.as_deref()));
     ended.await?;
     controller.changed();
-    wake.notified().await;
     Ok(())
 }
 

@@ -70,6 +70,8 @@ pub struct ServiceStore(pub(super) Database);
 pub enum Expected {
     /// Its newest revision runs.
     Started,
+    /// Nothing of it runs; its disks and logs stay.
+    Stopped,
     /// Nothing of it is left.
     Deleted,
 }
@@ -119,6 +121,10 @@ pub enum OperationKind {
     Apply,
     /// Delete it.
     Delete,
+    /// Stop it.
+    Stop,
+    /// Start it again.
+    Start,
 }
 
 /// State of an operation.
@@ -350,10 +356,10 @@ const SELECT_SERVICES: &str = "SELECT name, expected, generation, deployment FRO
 
 const SELECT_REVISION: &str = "SELECT generation, package, configuration, publish, user, at_ms";
 
-const SELECT_OPERATION: &str = "SELECT id, service, kind, generation, user, state, error, \
+pub(super) const SELECT_OPERATION: &str = "SELECT id, service, kind, generation, user, state, error, \
                                 started_ms, ended_ms FROM operation";
 
-fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<ServiceRecord>> {
+pub(super) fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<ServiceRecord>> {
     let sql = format!("{SELECT_SERVICES} WHERE name = ?1");
     connection.query_row(&sql, [name], service).optional()
 }
@@ -368,7 +374,7 @@ fn revision_of(
     found.optional()
 }
 
-fn begin(
+pub(super) fn begin(
     connection: &Connection,
     name: &str,
     kind: OperationKind,
@@ -412,7 +418,12 @@ fn begin(
     Ok(begun)
 }
 
-fn end(connection: &Connection, name: &str, error: Option<&str>, now: u64) -> rusqlite::Result<()> {
+pub(super) fn end(
+    connection: &Connection,
+    name: &str,
+    error: Option<&str>,
+    now: u64,
+) -> rusqlite::Result<()> {
     let state = match error {
         None => OperationState::Succeeded,
         Some(_) => OperationState::Failed,
@@ -447,7 +458,7 @@ fn revision(row: &Row<'_>) -> rusqlite::Result<Revision> {
     })
 }
 
-fn operation(row: &Row<'_>) -> rusqlite::Result<Operation> {
+pub(super) fn operation(row: &Row<'_>) -> rusqlite::Result<Operation> {
     let ended: Option<i64> = row.get(8)?;
     Ok(Operation {
         id: row.get(0)?,
@@ -491,7 +502,7 @@ pub(super) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -526,8 +537,8 @@ macro_rules! named {
         }
     };
 }
-named!(Expected: Started = "started", Deleted = "deleted");
-named!(OperationKind: Apply = "apply", Delete = "delete");
+named!(Expected: Started = "started", Stopped = "stopped", Deleted = "deleted");
+named!(OperationKind: Apply = "apply", Delete = "delete", Stop = "stop", Start = "start");
 named!(OperationState: Running = "running", Succeeded = "succeeded", Failed = "failed");
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod adopt;
 mod create;
 mod error;
 mod published;
+mod rest;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -286,12 +287,9 @@ impl Host {
     /// # Errors
     /// Files could not be removed. The next start removes them.
     pub async fn remove(&self, id: &str) -> Result<(), HostError> {
-        let Some(mut deployment) = lock(&self.0.deployments).remove(id) else {
+        let Some(deployment) = self.take_down(id).await else {
             return Ok(());
         };
-        while deployment.tasks.join_next().await.is_some() {}
-        deployment.published.close().await;
-        lock(&self.0.images).retain(|_, image| Arc::strong_count(image) > 1);
         if !deployment.whole {
             return Ok(());
         }

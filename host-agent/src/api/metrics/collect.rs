@@ -103,6 +103,7 @@ impl Snapshot {
                 "Services by what is wanted of them.",
                 vec![
                     expected("started", Expected::Started),
+                    expected("stopped", Expected::Stopped),
                     expected("deleted", Expected::Deleted),
                 ],
             ),

@@ -55,6 +55,18 @@ Examples:
   host-agent service history shop
   host-agent service history shop --json | jq '.operations[0]'")]
     History(ServiceName),
+    /// Stop a service; its disks and logs stay
+    #[command(after_help = "\
+Examples:
+  host-agent service stop shop
+  host-agent service stop shop --yes --wait --timeout 2m")]
+    Stop(ChangeArgs),
+    /// Start a service that was stopped
+    #[command(after_help = "\
+Examples:
+  host-agent service start shop
+  host-agent service start shop --wait --timeout 2m")]
+    Start(ChangeArgs),
     /// Stop a service and remove everything of it
     #[command(after_help = "\
 Examples:
@@ -87,6 +99,16 @@ pub struct ApplyArgs {
     /// Only show what would be done
     #[arg(long)]
     pub dry_run: bool,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// `service stop` and `service start`.
+#[derive(Debug, Clone, Args)]
+pub struct ChangeArgs {
+    /// Name of the service
+    pub service: String,
     /// How the operation is begun.
     #[command(flatten)]
     pub begin: BeginArgs,

@@ -266,3 +266,36 @@ async fn a_newer_goal_reaches_the_record_of_its_instance() {
     drop(hold);
     test.emptied().await;
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_released_deployment_keeps_its_files_until_it_is_discarded() {
+    let test = host();
+    let hold = test.host.hold_content().await.unwrap();
+    let new = test.deployment(Retention::Durable, &hold);
+    let address = new.specs[0].endpoints[0].address;
+    let published = listen(&new.specs).unwrap();
+    let deployment = test.host.create(new, published, &hold).await.unwrap();
+    deployment.kill().await;
+    deployment.ended().await;
+    test.host.release(ID).await;
+    TcpListener::bind(address).unwrap();
+    assert!(test.host.deployment(ID).is_none());
+    assert!(!test.host.may_run(ID).await.unwrap());
+    // It can be adopted, and released again.
+    assert_eq!(test.host.adopt(|_| true).await.unwrap().len(), 1);
+    assert!(matches!(
+        test.host.discard(ID).await,
+        Err(HostError::NotAdopted { .. })
+    ));
+    let deployment = test.host.deployment(ID).unwrap();
+    deployment.kill().await;
+    deployment.ended().await;
+    test.host.release(ID).await;
+    // A record that cannot be read says nothing of its guest.
+    let record = deployment.directory().join("A_IN_0/instance.json");
+    fs::write(record, "{}").unwrap();
+    assert!(test.host.may_run(ID).await.unwrap());
+    test.host.discard(ID).await.unwrap();
+    drop(hold);
+    test.emptied().await;
+}
