@@ -14,11 +14,13 @@ pub mod channels;
 pub mod child;
 pub mod cli;
 mod closer;
+pub mod config;
 pub mod controller;
 pub mod descriptors;
 pub mod digest;
 pub mod dispositions;
 pub mod doctor;
+mod duration;
 pub mod endpoints;
 mod event_budget;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -1,6 +1,7 @@
 //! Tests of the program that need no guest image: they run on any machine.
 
 mod api;
+mod configuration;
 mod costly_files;
 mod daemon;
 mod descriptors;

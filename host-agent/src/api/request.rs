@@ -76,7 +76,9 @@ impl From<ControllerError> for Failure {
             | ControllerError::Publish(_)
             | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
             ControllerError::Unable(_) => RefusalKind::Unable,
-            ControllerError::Host(HostError::NoRoom(_)) => RefusalKind::NoRoom,
+            ControllerError::Host(HostError::NoRoom(_)) | ControllerError::Quota(_) => {
+                RefusalKind::NoRoom
+            }
             ControllerError::Differs(_) | ControllerError::Deleting(_) => RefusalKind::Conflict,
             ControllerError::Package(AddError::Io(_))
             | ControllerError::Store(_)

@@ -285,7 +285,7 @@ fn plan(model: &ServiceModel) -> ApplyAnswer {
     let sizes = model
         .roles
         .iter()
-        .flat_map(|role| (0..role.instances).map(|_| role.size));
+        .flat_map(|role| (0..role.instances).map(|_| &role.size));
     let create = instance_names(model).into_iter().zip(sizes);
     let create = create.map(|(name, size)| PlannedInstance {
         name,

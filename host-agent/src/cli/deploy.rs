@@ -12,14 +12,14 @@ use super::error::{CliError, Code, sources};
 use super::exit::Exit;
 use super::meter::Meter;
 use super::output::Output;
+use crate::config::Config;
 use crate::doctor::{self, HostReport, Scope};
 use crate::endpoints::ListenError;
 use crate::printable::printable;
-use crate::service;
 use crate::service::model::ServiceModel;
+use crate::service::{self, ServiceRules};
 use crate::shell::quoted;
 use crate::store::image::ImageError;
-use crate::store::paths;
 use crate::supervisor::event::TimelineEvent;
 use crate::supervisor::host::{HostError, HostOptions};
 use crate::supervisor::liveness::heartbeat::HeartbeatRule;
@@ -31,18 +31,22 @@ const MAX_MANIFEST: u64 = 4 << 20;
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
 
 /// Reads and checks the service.
-pub fn load(args: &ServiceArgs, output: &Output) -> Result<ServiceModel, CliError> {
+pub fn load(
+    args: &ServiceArgs,
+    rules: &ServiceRules,
+    output: &Output,
+) -> Result<ServiceModel, CliError> {
     let meter = Meter::start(output);
     let config = args.config.as_deref();
-    let mut model = service::load(&args.service, config, meter.progress())?;
+    let mut model = rules.load(&args.service, config, meter.progress())?;
     service::publish(&mut model, &args.publish)
         .map_err(|error| CliError::chain(Code::Usage, &error).hint("-p PORT:ENDPOINT"))?;
     Ok(model)
 }
 
 /// Checks the host.
-pub fn host(scope: Scope) -> Result<HostReport, CliError> {
-    let report = doctor::check(&paths::data_dir(), scope);
+pub fn host(config: &Config, scope: Scope) -> Result<HostReport, CliError> {
+    let report = doctor::check(&config.data_dir.value, scope);
     match &report.scale_refused {
         Some(why) => Err(CliError::new(Code::Usage, why).hint("unset HOST_AGENT_TIMEOUT_SCALE")),
         None => Ok(report),
@@ -52,23 +56,23 @@ pub fn host(scope: Scope) -> Result<HostReport, CliError> {
 /// How instances are run on the machine that `host` describes.
 pub fn options(
     host: &HostReport,
+    config: &Config,
     heartbeat_limit: Option<Duration>,
 ) -> Result<HostOptions, CliError> {
-    let mut options = HostOptions {
-        data_dir: paths::data_dir(),
-        runtime_dir: paths::runtime_dir(),
+    let limit = heartbeat_limit.unwrap_or(config.heartbeat_limit.value);
+    // The limit of the first contact stays, because it depends on the boot.
+    let boot_limit = HeartbeatRule::DEFAULT.limit();
+    let rule = HeartbeatRule::with_limit(limit, boot_limit)
+        .map_err(|error| CliError::chain(Code::Usage, &error))?;
+    Ok(HostOptions {
+        data_dir: config.data_dir.value.clone(),
+        runtime_dir: config.runtime_dir.value.clone(),
         socket: None,
-        rule: HeartbeatRule::DEFAULT,
+        rule,
+        admission: config.admission(),
         timeout_scale: f64::from(host.timeout_scale()),
         require_sandbox: false,
-    };
-    if let Some(limit) = heartbeat_limit {
-        // The limit of the first contact stays, because it depends on the boot.
-        let boot_limit = HeartbeatRule::DEFAULT.limit();
-        options.rule = HeartbeatRule::with_limit(limit, boot_limit)
-            .map_err(|error| CliError::chain(Code::Usage, &error))?;
-    }
-    Ok(options)
+    })
 }
 
 /// Why `model` could not be deployed, and what helps.

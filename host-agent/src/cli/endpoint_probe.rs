@@ -262,6 +262,7 @@ fn status(head: &[u8]) -> Option<u16> {
 mod tests {
     use super::*;
     use crate::service::model::Payload;
+    use crate::service::size::Sizes;
     use crate::service::{Position, SourceLocation, definition};
     use std::path::Path;
     use tokio::net::TcpListener;
@@ -316,12 +317,12 @@ mod tests {
             "<ServiceDefinition name='S' xmlns='{}'>{roles}</ServiceDefinition>",
             definition::NAMESPACE
         );
-        let definition = definition::parse(Path::new("S.csdef"), text).unwrap();
+        let definition = definition::parse(Path::new("S.csdef"), text, &Sizes::default()).unwrap();
         let payload = Payload::Directory("/".into());
         let roles = definition.roles.into_iter().map(|role| Role {
             definition: role.definition,
             instances: 1,
-            size: role.size,
+            size: role.size.clone(),
             public_ports: role.public_ports,
             payload: payload.clone(),
         });

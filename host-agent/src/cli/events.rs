@@ -196,7 +196,7 @@ fn text(event: &EventInfo) -> String {
 mod tests {
     use super::*;
     use crate::api::server::{self, Server};
-    use crate::controller::Controller;
+    use crate::controller::{Controller, Policy};
     use crate::store::services::ServiceStore;
     use crate::supervisor::event::EventKind;
     use crate::supervisor::host::{Host, tests::empty};
@@ -212,7 +212,8 @@ mod tests {
             let text = (*text).to_owned();
             host.timeline().report(None, EventKind::Warning { text });
         }
-        let controller = Controller::start(host.clone(), store, events, None).await;
+        let controller =
+            Controller::start(host.clone(), store, events, Policy::default(), None).await;
         let controller = controller.unwrap();
         let server = server::serve(&host, Some(controller.clone())).unwrap();
         (host, controller, server)

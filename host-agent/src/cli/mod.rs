@@ -2,6 +2,7 @@
 
 mod args;
 mod completion;
+mod config;
 mod deploy;
 mod doctor;
 mod endpoint_probe;
@@ -61,6 +62,10 @@ pub fn main() -> ExitCode {
     };
     start_log(line.global.verbose, &output);
     let no_input = line.global.no_input;
+    if let Err(error) = config::check(&line.verb) {
+        output.error(&error);
+        return error.exit().into();
+    }
     let result = match line.verb {
         Verb::Doctor => doctor::run(&output),
         Verb::Exec(args) => exec::run(&args, no_input),
@@ -72,6 +77,7 @@ pub fn main() -> ExitCode {
         Verb::Thaw(args) => instances::pause(&args, false, &output),
         Verb::Pack(args) => package::pack(&args, &output),
         Verb::Validate(args) => package::validate(&args, &output),
+        Verb::Config(args) => config::print(&args, &output),
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
         Verb::Events(args) => events::run(&args, &output),

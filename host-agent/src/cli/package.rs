@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinError;
 
 use super::args::{PackArgs, ValidateArgs};
+use super::config;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::interrupt::Interrupts;
@@ -21,15 +22,16 @@ use crate::digest::Digest;
 use crate::doctor::iec;
 use crate::printable::printable;
 use crate::progress::Progress;
-use crate::service::{self, Validated};
+use crate::service::Validated;
 
 /// Packs a directory into a package file.
 pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
     let started = Instant::now();
     let meter = Meter::start(output);
+    let rules = config::load(None)?.rules();
     let PackArgs { dir, output: out } = args.clone();
     let (packed, digest) = interruptible(meter.progress(), move |progress| {
-        let packed = service::pack(&dir, &out, progress)?;
+        let packed = rules.pack(&dir, &out, progress)?;
         let digest = digest_of(&out, progress).map_err(|error| {
             let what = format!("cannot read {} again", out.display());
             CliError::new(Code::Output, what).cause(error.to_string())
@@ -101,12 +103,13 @@ pub fn validate(args: &ValidateArgs, output: &Output) -> Result<Exit, CliError> 
     let mut lines = Vec::new();
     let mut results = Vec::new();
     let mut exit = Exit::Success;
+    let rules = config::load(None)?.rules();
     let meter = Meter::start(output);
     for file in &args.files {
         // Names that are not UTF-8 are shown with replacement characters.
         let name = file.display().to_string();
         let shown = printable(&name);
-        match service::validate(file, args.config.as_deref(), meter.progress()) {
+        match rules.validate(file, args.config.as_deref(), meter.progress()) {
             Ok(found) => {
                 lines.push(format!("ok    {shown}  {}", describe(found)));
                 results.push(json!({"file": name, "valid": true, "what": describe(found)}));

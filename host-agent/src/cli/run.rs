@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 
 use super::args::{RunArgs, Until};
+use super::config;
 use super::deploy::MORE_SPACE;
 use super::error::{CliError, Code};
 use super::evidence;
@@ -22,17 +23,21 @@ const TAIL: usize = 15;
 pub fn run(args: &RunArgs, output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-    let model = deploy::load(&args.service, output)?;
-    let host = deploy::host(if args.require_sandbox {
-        Scope::GuestsAndSandbox
-    } else {
-        Scope::Guests
-    })?;
+    let config = config::load(None)?;
+    let model = deploy::load(&args.service, &config.rules(), output)?;
+    let host = deploy::host(
+        &config,
+        if args.require_sandbox {
+            Scope::GuestsAndSandbox
+        } else {
+            Scope::Guests
+        },
+    )?;
     if !host.is_usable() {
         return Err(CliError::host(&host, &args.service.service));
     }
     output.progress(&format!("host-agent: {}", host.summary()));
-    let mut options = deploy::options(&host, args.heartbeat_limit)?;
+    let mut options = deploy::options(&host, &config, args.heartbeat_limit)?;
     if args.require_sandbox {
         if !host.has_sandbox() {
             return Err(CliError::sandbox(&host));

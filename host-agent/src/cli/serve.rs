@@ -4,6 +4,7 @@
 use vmbus::text::chain;
 
 use super::args::ServeArgs;
+use super::config;
 use super::deploy::{self, timeline_line};
 use super::error::{CliError, Code};
 use super::exit::Exit;
@@ -12,7 +13,8 @@ use super::output::Output;
 use super::runtime;
 use super::service_manager::{self, Watchdog};
 use crate::api::server;
-use crate::controller::Controller;
+use crate::config::Config;
+use crate::controller::{Controller, Policy};
 use crate::doctor::Scope;
 use crate::store::database::StoreError;
 use crate::store::paths;
@@ -25,16 +27,20 @@ use crate::supervisor::timeline::Timeline;
 pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-    let machine = deploy::host(if args.require_sandbox {
-        Scope::GuestsAndSandbox
-    } else {
-        Scope::Guests
-    })?;
+    let config = config::load(args.config.file.as_deref())?;
+    let machine = deploy::host(
+        &config,
+        if args.require_sandbox {
+            Scope::GuestsAndSandbox
+        } else {
+            Scope::Guests
+        },
+    )?;
     let unable = machine.failure().map(|check| check.text.clone());
     if let Some(why) = &unable {
         output.warn(&format!("services cannot be started on this host: {why}"));
     }
-    let mut options = deploy::options(&machine, args.heartbeat_limit)?;
+    let mut options = deploy::options(&machine, &config, args.heartbeat_limit)?;
     if args.require_sandbox && !machine.has_sandbox() {
         return Err(CliError::sandbox(&machine));
     }
@@ -50,7 +56,7 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         let failed = |error: &dyn std::error::Error| CliError::chain(Code::Start, error);
         let host = Host::open(options, timeline);
         let host = host.await.map_err(|error| failed(&error))?;
-        let controller = Controller::start(host.clone(), store, recorded, unable);
+        let controller = Controller::start(host.clone(), store, recorded, policy(&config), unable);
         let controller = controller.await.map_err(|error| failed(&error))?;
         let server = server::serve(&host, Some(controller.clone()));
         let server = server.map_err(|error| {
@@ -82,6 +88,14 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         // Drops of the host's instances would end their guests.
         std::process::exit(0)
     })
+}
+
+/// What the operator decides about services.
+fn policy(config: &Config) -> Policy {
+    Policy {
+        rules: config.rules(),
+        max_services: config.max_services.value,
+    }
 }
 
 fn show(output: &Output, event: &TimelineEvent) -> Result<(), CliError> {

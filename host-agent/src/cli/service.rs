@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::{ApplyArgs, BeginArgs, DeleteArgs, ServiceVerb};
+use super::config;
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::instances::columns;
@@ -24,7 +25,7 @@ use crate::api::types::{
 };
 use crate::digest::Digest;
 use crate::printable::printable;
-use crate::service;
+use crate::service::{self, ServiceRules};
 use crate::store::paths;
 use crate::store::services::{Expected, Operation, OperationKind, OperationState};
 
@@ -77,9 +78,10 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
     let config = args.config.as_deref();
     let meter = Meter::start(output);
     // Checked here too, so that errors name the user's files.
-    service::load(&args.package, config, meter.progress())?;
+    let rules = config::load(None)?.rules();
+    rules.load(&args.package, config, meter.progress())?;
     let configuration = service::configuration_text(&args.package, config)?;
-    let packed = pack(&args.package, &meter)?;
+    let packed = pack(&rules, &args.package, &meter)?;
     let package = packed.as_ref().map_or(&*args.package, |packed| &**packed);
     let cannot = |error: io::Error| {
         let what = format!("cannot read {}", package.display());
@@ -176,7 +178,11 @@ fn unchanged(name: &str, output: &Output) -> Result<Exit, CliError> {
 }
 
 /// The package of a directory, in a temporary file.
-fn pack(package: &Path, meter: &Meter) -> Result<Option<tempfile::TempPath>, CliError> {
+fn pack(
+    rules: &ServiceRules,
+    package: &Path,
+    meter: &Meter,
+) -> Result<Option<tempfile::TempPath>, CliError> {
     if !package.is_dir() {
         return Ok(None);
     }
@@ -185,7 +191,7 @@ fn pack(package: &Path, meter: &Meter) -> Result<Option<tempfile::TempPath>, Cli
     };
     let file = tempfile::Builder::new().suffix(".cspkg").tempfile();
     let path = file.map_err(cannot)?.into_temp_path();
-    service::pack(package, &path, meter.progress())?;
+    rules.pack(package, &path, meter.progress())?;
     Ok(Some(path))
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use super::args::{OnNoKvm, ServiceArgs, TestArgs};
+use super::config;
 use super::deploy::MORE_SPACE;
 use super::endpoint_probe::{EndpointProbe, UnresolvedEndpoint};
 use super::error::{CliError, Code};
@@ -105,14 +106,15 @@ fn write_report(file: &ReportFile, report: &TestReport) -> Result<(), CliError> 
 fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<(), CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-    let model = deploy::load(&args.service, output)?;
+    let config = config::load(None)?;
+    let model = deploy::load(&args.service, &config.rules(), output)?;
     report.service.clone_from(&model.name);
     let probes = resolve(&args.probes, &model)?;
     let on_no_kvm = match args.on_no_kvm {
         Some(given) => given,
         None => environment::choice("HOST_AGENT_ON_NO_KVM")?.unwrap_or(OnNoKvm::Fail),
     };
-    let host = deploy::host(Scope::Guests)?;
+    let host = deploy::host(&config, Scope::Guests)?;
     report.host = HostFacts {
         kvm: host.kind.map(str::to_owned),
         exit_us: host.exit_us,
@@ -128,7 +130,7 @@ fn attempt(args: &TestArgs, output: &Output, report: &mut TestReport) -> Result<
         });
     }
     output.progress(&format!("host-agent: {}", host.summary()));
-    let options = deploy::options(&host, None)?;
+    let options = deploy::options(&host, &config, None)?;
     let data_dir = options.data_dir.clone();
     let runtime = runtime()?;
     let result = runtime.block_on(async {

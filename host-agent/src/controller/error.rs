@@ -28,6 +28,9 @@ pub enum ControllerError {
     /// The host cannot run guests.
     #[error("this host cannot run guests: {0}")]
     Unable(String),
+    /// The quota of services is used up.
+    #[error("this host keeps at most {0} services (quotas.services of its configuration)")]
+    Quota(u32),
     /// The service is being deleted.
     #[error("service {0} is being deleted")]
     Deleting(String),

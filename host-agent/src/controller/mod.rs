@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use crate::blocking::blocking;
 use crate::progress::Progress;
 use crate::service;
+use crate::service::ServiceRules;
 use crate::service::model::ServiceModel;
 use crate::store::database::StoreError;
 use crate::store::packages::PackageStore;
@@ -54,10 +55,21 @@ struct State {
     unable: Option<String>,
     /// Wakes the task of each service.
     tasks: Mutex<BTreeMap<String, Arc<Notify>>>,
+    /// What the operator decides.
+    policy: Mutex<Arc<Policy>>,
     /// Counts the changes of operations.
     changes: watch::Sender<u64>,
     /// Wakes what keeps the good copy of the store.
     copy: Arc<Notify>,
+}
+
+/// What the operator of a host decides about its services.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    /// Sizes, images, ports.
+    pub rules: ServiceRules,
+    /// Most services.
+    pub max_services: Option<u32>,
 }
 
 /// A service and what runs of it.
@@ -74,7 +86,7 @@ pub struct ServiceState {
 impl Controller {
     /// Adopts the deployments of the services in `store` and starts to keep each service at
     /// what is wanted. Records `events`, which are those of the host. A host that is `unable`
-    /// to run guests, for this reason, takes no new service.
+    /// to run guests, for this reason, takes no new service. Services are read by `policy`.
     ///
     /// # Errors
     /// The store cannot be read, or the deployments cannot be listed.
@@ -82,6 +94,7 @@ impl Controller {
         host: Host,
         store: ServiceStore,
         events: Events,
+        policy: Policy,
         unable: Option<String>,
     ) -> Result<Self, ControllerError> {
         let packages = PackageStore::new(&host.options().data_dir);
@@ -98,6 +111,7 @@ impl Controller {
             packages: packages.clone(),
             unable,
             tasks: Mutex::default(),
+            policy: Mutex::new(Arc::new(policy)),
             changes: watch::Sender::new(0),
             copy,
         }));
@@ -126,6 +140,15 @@ impl Controller {
         Ok(this)
     }
 
+    /// Replaces the policy. It counts for services that are applied or started from now on.
+    pub fn set_policy(&self, policy: Policy) {
+        *lock(&self.0.policy) = Arc::new(policy);
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&lock(&self.0.policy))
+    }
+
     /// The host.
     pub fn host(&self) -> &Host {
         &self.0.host
@@ -149,13 +172,15 @@ impl Controller {
     /// Reads and checks what `wanted` names.
     pub async fn load(&self, wanted: &Wanted) -> Result<ServiceModel, ControllerError> {
         let path = self.0.packages.path(&wanted.package);
-        let wanted = wanted.clone();
+        let (wanted, policy) = (wanted.clone(), self.policy());
         blocking(move || {
             if !path.exists() {
                 return Err(ControllerError::NoPackage(wanted.package.hex()));
             }
             let progress = Progress::default();
-            let mut model = service::load_text(&path, &wanted.configuration, &progress)?;
+            let mut model = policy
+                .rules
+                .load_text(&path, &wanted.configuration, &progress)?;
             service::publish(&mut model, &wanted.publish)?;
             Ok(model)
         })
@@ -176,10 +201,19 @@ impl Controller {
         }
         let model = self.load(&wanted).await?;
         self.check_room(name, &model).await?;
-        let of_store = name.to_owned();
+        let (of_store, most) = (name.to_owned(), self.policy().max_services);
         let applied = self
-            .with_store(move |store| store.apply(&of_store, &wanted, user))
+            .with_store(move |store| {
+                let exists = store.service(&of_store)?.is_some();
+                match most {
+                    Some(most) if !exists && store.services()?.len() >= most as usize => {
+                        Ok(Err(most))
+                    }
+                    _ => store.apply(&of_store, &wanted, user).map(Ok),
+                }
+            })
             .await?;
+        let applied = applied.map_err(ControllerError::Quota)?;
         match applied {
             Applied::Begun(operation) => {
                 self.wake(name);

@@ -8,6 +8,7 @@ use vm_memory::VolatileSlice;
 
 use super::input::Input;
 use crate::progress::Progress;
+use crate::service::size::Sizes;
 use crate::service::{configuration, definition, validate};
 use crate::vmm::disk::{Diff, Disk, Storage, create_diff};
 
@@ -161,7 +162,9 @@ pub fn xml(data: &[u8]) {
             .next()
             .map(|part| String::from_utf8_lossy(part).into_owned())
     };
-    let Some(Ok(definition)) = text().map(|text| definition::parse(Path::new("d"), text)) else {
+    let Some(Ok(definition)) =
+        text().map(|text| definition::parse(Path::new("d"), text, &Sizes::default()))
+    else {
         return;
     };
     if let Some(text) = text() {

@@ -8,14 +8,12 @@ use vmbus::role::RoleDefinition;
 
 use super::definition::Definition;
 use super::error::{ServiceError, SourceLocation, nearest};
+use super::rules::{DEFAULT_IMAGE, is_image_name};
 use super::xml::{self, EMPTY, Element, Names, Schema};
 
 /// Namespace of configurations.
 pub const NAMESPACE: &str =
     "http://schemas.microsoft.com/ServiceHosting/2008/10/ServiceConfiguration";
-
-/// Image if a configuration has no `osFamily`.
-pub const DEFAULT_IMAGE: &str = "minimal";
 
 /// Most instances of a role: more than a host can run, and low enough that a
 /// typing error is refused.
@@ -24,8 +22,8 @@ pub const MAX_INSTANCES: u32 = 1000;
 /// A configuration that agrees with its definition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Configuration {
-    /// `osFamily`: name of the guest image.
-    pub image: String,
+    /// `osFamily`, which may be the name of an image.
+    pub image: Option<String>,
     /// `osFamily`, or the root element if there is none.
     pub image_place: SourceLocation,
     /// One for each role of the definition, in the same order.
@@ -131,19 +129,14 @@ pub fn parse(
     })
 }
 
-/// Name of the image, safe as the name of a directory, and its location.
-fn image(root: Element<'_>) -> Result<(String, SourceLocation), ServiceError> {
+/// `osFamily`, which may be the name of an image, and its location.
+fn image(root: Element<'_>) -> Result<(Option<String>, SourceLocation), ServiceError> {
     let Some(value) = root.attribute("osFamily") else {
-        return Ok((DEFAULT_IMAGE.into(), root.location()));
+        return Ok((None, root.location()));
     };
     let name = value.text;
-    let usable = name.len() <= 64
-        && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-        && name.bytes().all(|byte| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte)
-        });
-    if usable {
-        return Ok((name.into(), value.location()));
+    if is_image_name(name) {
+        return Ok((Some(name.into()), value.location()));
     }
     Err(value
         .refuse(format!("{} is not the name of an image", value.quoted()))

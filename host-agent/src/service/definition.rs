@@ -9,6 +9,7 @@ use vmbus::role::{
 
 use super::error::{ServiceError, nearest};
 use super::model::{PublicPort, VmSize};
+use super::size::Sizes;
 use super::xml::{self, EMPTY, Element, Names, Schema, Value};
 use super::{command, size, xpath};
 
@@ -126,15 +127,15 @@ const fn list(children: &'static [&'static str]) -> Schema {
     Schema { children, ..EMPTY }
 }
 
-/// Reads the definition in `file`.
-pub fn read(file: &Path) -> Result<Definition, ServiceError> {
+/// Reads the definition in `file`, whose roles have sizes of `sizes`.
+pub fn read(file: &Path, sizes: &Sizes) -> Result<Definition, ServiceError> {
     xml::read_text(file)
-        .and_then(|text| parse(file, text))
+        .and_then(|text| parse(file, text, sizes))
         .map_err(|error| error.or_hint("correct the definition; host-agent validate checks it"))
 }
 
 /// Reads the definition `text`, naming it `file` in errors.
-pub fn parse(file: &Path, text: String) -> Result<Definition, ServiceError> {
+pub fn parse(file: &Path, text: String, sizes: &Sizes) -> Result<Definition, ServiceError> {
     let document = xml::parse_written(file, &text)?;
     let root = xml::root(file, &text, &document, "ServiceDefinition", NAMESPACE)?;
     root.check(&SERVICE)?;
@@ -148,7 +149,7 @@ pub fn parse(file: &Path, text: String) -> Result<Definition, ServiceError> {
             return Err(element.refuse(format!("more than {MAX_ROLES} roles")));
         }
         names.take(element.required("name")?)?;
-        roles.push(worker_role(element, &mut ports)?);
+        roles.push(worker_role(element, &mut ports, sizes)?);
     }
     if roles.is_empty() {
         return Err(root
@@ -189,6 +190,7 @@ impl Definition {
 fn worker_role(
     element: Element<'_>,
     ports: &mut HashMap<u16, String>,
+    sizes: &Sizes,
 ) -> Result<DefinedRole, ServiceError> {
     element.check(&WORKER_ROLE)?;
     let name = element.required("name")?.identifier()?.to_owned();
@@ -199,9 +201,9 @@ fn worker_role(
             .refuse("partial trust is not supported yet")
             .with_hint("remove enableNativeCodeExecution"));
     }
-    let size = vm_size(element)?;
+    let size = vm_size(element, sizes)?;
     let settings = settings(element)?;
-    let local_storage = local_storage(element, size)?;
+    let local_storage = local_storage(element, &size)?;
     let (endpoints, public_ports) = endpoints(element, &name, ports)?.into_iter().unzip();
 
     let missing = || {
@@ -259,17 +261,17 @@ fn worker_role(
     })
 }
 
-fn vm_size(role: Element<'_>) -> Result<VmSize, ServiceError> {
+fn vm_size(role: Element<'_>, sizes: &Sizes) -> Result<VmSize, ServiceError> {
     let Some(value) = role.attribute("vmsize") else {
-        return Ok(size::find(size::DEFAULT).expect("the default size is in the table"));
+        return Ok(sizes.default_size().clone());
     };
-    size::find(value.text).ok_or_else(|| {
+    sizes.find(value.text).cloned().ok_or_else(|| {
         if size::is_later(value.text) {
             return value
                 .refuse(format!("{} is not supported yet", value.quoted()))
                 .with_hint("use ExtraSmall, Small, Medium, Large or ExtraLarge");
         }
-        let hint = match nearest(value.text, size::names()) {
+        let hint = match nearest(value.text, sizes.names()) {
             Some(near) => format!("did you mean \"{near}\"?"),
             None => "use ExtraSmall, Small, Medium, Large or ExtraLarge".into(),
         };
@@ -299,7 +301,7 @@ fn settings(role: Element<'_>) -> Result<BTreeMap<String, String>, ServiceError>
     Ok(settings)
 }
 
-fn local_storage(role: Element<'_>, size: VmSize) -> Result<Vec<LocalStorage>, ServiceError> {
+fn local_storage(role: Element<'_>, size: &VmSize) -> Result<Vec<LocalStorage>, ServiceError> {
     let available = size.resource_mib.saturating_sub(size::RESERVED_MIB);
     let mut elements: Vec<Element<'_>> = role.children("LocalStorage").collect();
     if let Some(resources) = role.child("LocalResources")? {

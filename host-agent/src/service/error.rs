@@ -226,7 +226,7 @@ fn locate(text: &str, offset: usize) -> (Position, String) {
 }
 
 /// The candidate nearest to `word`, if it is near enough to be a suggestion.
-pub(super) fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

@@ -21,6 +21,7 @@ use super::error::{ServiceError, nearest};
 use super::model::{Payload, Role, ServiceModel, VerifiedPackage};
 use super::package::Package;
 use super::payload::{Files, Total};
+use super::rules::ServiceRules;
 use super::xml;
 use crate::progress::Progress;
 use crate::shell::quoted;
@@ -32,9 +33,7 @@ const DEFAULT_CONFIGURATION: &str = "ServiceConfiguration.cscfg";
 /// supervisor keeps one goal for each instance.
 const MAX_MODEL: usize = 64 << 20;
 
-/// Loads the service in `service`, a directory or a `.cspkg`, with the
-/// configuration `config` or the one found beside the definition or package.
-/// Every content of a package is checked.
+/// [`ServiceRules::load`] by the rules of no operator.
 ///
 /// # Errors
 /// The first error of the service.
@@ -43,24 +42,33 @@ pub fn load(
     config: Option<&Path>,
     progress: &Progress,
 ) -> Result<ServiceModel, ServiceError> {
+    load_by(&ServiceRules::default(), service, config, progress)
+}
+
+pub(super) fn load_by(
+    rules: &ServiceRules,
+    service: &Path,
+    config: Option<&Path>,
+    progress: &Progress,
+) -> Result<ServiceModel, ServiceError> {
     let step = progress.step(format!("reading {}", service.display()), None);
     let metadata = std::fs::metadata(service)
         .map_err(|source| ServiceError::io(service, "cannot open the service", source))?;
     if metadata.is_dir() {
-        return load_directory(service, config);
+        return load_directory(rules, service, config);
     }
     if service.extension().is_some_and(|name| name == "csdef") {
         let directory = quoted(directory_of(service));
         return Err(ServiceError::new(service, "is the definition of a service")
             .with_hint(format!("name its directory: {directory}")));
     }
-    let package = Package::open(service)?;
+    let package = Package::open(service, &rules.sizes)?;
     let config = match config {
         Some(config) => config.to_owned(),
         None => find_configuration(directory_of(service))?,
     };
     drop(step);
-    load_package(package, &config, progress)
+    load_package(rules, package, &config, progress)
 }
 
 /// The text of the configuration that [`load`] takes for the same arguments.
@@ -76,32 +84,31 @@ pub fn configuration_text(service: &Path, config: Option<&Path>) -> Result<Strin
     xml::read_text(&found)
 }
 
-/// Loads the `.cspkg` in `package` with the text of a configuration. Every content is checked.
-///
-/// # Errors
-/// The first error of the service.
-pub fn load_text(
+pub(super) fn load_text(
+    rules: &ServiceRules,
     package: &Path,
     configuration: &str,
     progress: &Progress,
 ) -> Result<ServiceModel, ServiceError> {
-    let package = Package::open(package)?;
+    let package = Package::open(package, &rules.sizes)?;
     let name = Path::new(DEFAULT_CONFIGURATION);
     let configuration = configuration::parse(name, configuration, package.definition())?;
-    load_configured(package, configuration, progress)
+    load_configured(rules, package, configuration, progress)
 }
 
 /// Loads `package` with the configuration `config`.
 pub(super) fn load_package(
+    rules: &ServiceRules,
     package: Package,
     config: &Path,
     progress: &Progress,
 ) -> Result<ServiceModel, ServiceError> {
     let configuration = configuration::read(config, package.definition())?;
-    load_configured(package, configuration, progress)
+    load_configured(rules, package, configuration, progress)
 }
 
 fn load_configured(
+    rules: &ServiceRules,
     package: Package,
     configuration: Configuration,
     progress: &Progress,
@@ -111,7 +118,7 @@ fn load_configured(
         package: VerifiedPackage(Arc::clone(&package)),
         role: role.definition.name.clone(),
     };
-    join(package.definition(), configuration, payload)
+    join(rules, package.definition(), configuration, payload)
 }
 
 /// Checks the contents of `package` and the entry point of each role.
@@ -142,8 +149,12 @@ pub(super) fn directory_of(file: &Path) -> &Path {
     }
 }
 
-fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel, ServiceError> {
-    let definition = definition::read(&find_definition(service)?)?;
+fn load_directory(
+    rules: &ServiceRules,
+    service: &Path,
+    config: Option<&Path>,
+) -> Result<ServiceModel, ServiceError> {
+    let definition = definition::read(&find_definition(service)?, &rules.sizes)?;
     let config = match config {
         Some(config) => config.to_owned(),
         None => find_configuration(service)?,
@@ -155,7 +166,7 @@ fn load_directory(service: &Path, config: Option<&Path>) -> Result<ServiceModel,
         check_directory(&definition, role, &directory, &mut total)?;
     }
     let payload = |role: &DefinedRole| Payload::Directory(service.join(&role.definition.name));
-    join(&definition, configuration, payload)
+    join(rules, &definition, configuration, payload)
 }
 
 /// The only `.csdef` in `directory`.
@@ -233,6 +244,7 @@ fn file_name(path: &Path) -> String {
 
 /// Joins the definition with its configuration.
 fn join(
+    rules: &ServiceRules,
     definition: &Definition,
     configuration: Configuration,
     payload: impl Fn(&DefinedRole) -> Payload,
@@ -257,17 +269,19 @@ fn join(
         roles.push(Role {
             definition: joined,
             instances: configured.instances,
-            size: role.size,
+            size: role.size.clone(),
             public_ports: role.public_ports.clone(),
             payload: payload(role),
         });
     }
-    Ok(ServiceModel {
+    let mut model = ServiceModel {
         name: definition.name.clone(),
-        image: configuration.image,
+        image: rules.image(configuration.image.as_deref()),
         image_place: configuration.image_place,
         roles,
-    })
+    };
+    rules.publish(&mut model)?;
+    Ok(model)
 }
 
 /// Refuses a role that no guest could be sent or start; `joined` is `role` with its

@@ -9,6 +9,7 @@ use vmbus::role::{Endpoint, EntryPoint, InstanceValue, LocalStorage, VariableVal
 
 use super::error::{Position, ServiceError, SourceLocation};
 use super::model::{Payload, PublicPort};
+use super::size::Sizes;
 use super::{configuration, definition, load};
 use crate::progress::Progress;
 
@@ -65,7 +66,7 @@ fn line_of(text: &str, needle: &str) -> usize {
 
 fn refused(text: &str) -> ServiceError {
     let file = Path::new("S.csdef");
-    match definition::parse(file, text.to_owned()) {
+    match definition::parse(file, text.to_owned(), &Sizes::default()) {
         Ok(_) => panic!("accepted:\n{text}"),
         Err(error) => error,
     }
@@ -82,7 +83,10 @@ fn a_definition_with_everything_supported_is_read_as_written() {
     let role = &cart.definition;
     assert_eq!(role.name, "Cart");
     assert_eq!(cart.instances, 3);
-    assert_eq!((cart.size.name, cart.size.memory_mib), ("ExtraSmall", 768));
+    assert_eq!(
+        (&*cart.size.name, cart.size.memory_mib),
+        ("ExtraSmall", 768)
+    );
     let command = ["bin/serve", "--flag", "two words"].map(str::to_owned);
     assert_eq!(
         role.entry_point,
@@ -138,7 +142,7 @@ fn a_definition_with_everything_supported_is_read_as_written() {
         cart.payload,
         Payload::Directory(directory.path().join("Cart"))
     );
-    assert_eq!((mail.size.name, mail.size.memory_mib), ("Small", 1792));
+    assert_eq!((&*mail.size.name, mail.size.memory_mib), ("Small", 1792));
     let EntryPoint::Program { ready_on_start, .. } = &mail.definition.entry_point;
     assert!(*ready_on_start && !mail.definition.elevated);
 }
@@ -226,7 +230,7 @@ const BAD_DEFINITIONS: &[(&str, &str, &str, &str, &str)] = &[
 
 #[test]
 fn each_malformed_definition_gives_one_error_at_its_line() {
-    definition::parse(Path::new("S.csdef"), CSDEF.into()).unwrap();
+    definition::parse(Path::new("S.csdef"), CSDEF.into(), &Sizes::default()).unwrap();
     for (old, new, line, what, hint) in BAD_DEFINITIONS {
         assert!(CSDEF.contains(old), "{old}");
         let text = CSDEF.replacen(old, new, 1);
@@ -320,7 +324,8 @@ const BAD_CONFIGURATIONS: &[(&str, &str, &str, &str, &str)] = &[
 #[test]
 fn each_malformed_configuration_gives_one_error_at_its_line() {
     let file = Path::new("S.cscfg");
-    let definition = definition::parse(Path::new("S.csdef"), CSDEF.into()).unwrap();
+    let definition =
+        definition::parse(Path::new("S.csdef"), CSDEF.into(), &Sizes::default()).unwrap();
     for (old, new, line, what, hint) in BAD_CONFIGURATIONS {
         assert!(CSCFG.contains(old), "{old}");
         let text = CSCFG.replacen(old, new, 1);
@@ -352,7 +357,7 @@ fn each_malformed_configuration_gives_one_error_at_its_line() {
     );
     let plain = CSCFG.replace("osFamily=\"web\" osVersion=\"*\" ", "");
     let read = configuration::parse(file, &plain, &definition).unwrap();
-    assert_eq!(read.image, "minimal");
+    assert_eq!(read.image, None);
 }
 
 /// A directory with the service of [`CSDEF`], complete.
@@ -554,8 +559,8 @@ proptest! {
         cut in any::<prop::sample::Index>(),
         length in 0..40_usize,
     ) {
-        let definition = definition::parse(Path::new("d"), CSDEF.into()).unwrap();
-        let _ = definition::parse(Path::new("d"), noise.clone());
+        let definition = definition::parse(Path::new("d"), CSDEF.into(), &Sizes::default()).unwrap();
+        let _ = definition::parse(Path::new("d"), noise.clone(), &Sizes::default());
         for original in [CSDEF, CSCFG] {
             let mut start = cut.index(original.len());
             while !original.is_char_boundary(start) { start -= 1; }
@@ -563,7 +568,7 @@ proptest! {
             while !original.is_char_boundary(end) { end += 1; }
             let text = format!("{}{noise}{}", &original[..start], &original[end..]);
             for error in [
-                definition::parse(Path::new("d"), text.clone()).err(),
+                definition::parse(Path::new("d"), text.clone(), &Sizes::default()).err(),
                 configuration::parse(Path::new("c"), &text, &definition).err(),
             ].into_iter().flatten() {
                 let position = error.position().unwrap();

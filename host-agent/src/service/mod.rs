@@ -25,6 +25,7 @@ pub mod payload;
 #[cfg(test)]
 mod policy_tests;
 mod publish;
+mod rules;
 pub mod size;
 mod squashfs;
 mod validate;
@@ -34,10 +35,12 @@ mod xml_tokens;
 mod xpath;
 
 pub use archive::MAX_PACKED;
+pub(crate) use error::nearest;
 pub use error::{Blame, Position, ServiceError, SourceLocation};
-pub use load::{configuration_text, load, load_text};
+pub use load::{configuration_text, load};
 pub use pack::{Packed, pack};
 pub use publish::{PublishError, PublishedPort, publish};
+pub use rules::{DEFAULT_IMAGE, ServiceRules, is_image_name};
 pub use squashfs::{ImageError, build_application_image};
 pub use validate::{Validated, validate};
 

@@ -1,5 +1,6 @@
 //! A service that passed every check: what the supervisor works from.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use super::package::Package;
 pub struct ServiceModel {
     /// `ServiceDefinition@name`.
     pub name: String,
-    /// `ServiceConfiguration@osFamily`: the name of the guest image.
+    /// Name of the guest image, by `ServiceConfiguration@osFamily` and the rules of the host.
     pub image: String,
     /// Where it is named, or should be.
     pub image_place: SourceLocation,
@@ -115,11 +116,11 @@ impl PartialEq for VerifiedPackage {
 
 impl Eq for VerifiedPackage {}
 
-/// A size of the classic table (role model, section 2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A virtual machine size: of the classic table (role model, section 2), or of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmSize {
     /// Name as written in definitions.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Virtual processors, 1 to 8.
     pub vcpus: u8,
     /// Guest RAM in MiB.

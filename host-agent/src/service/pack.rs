@@ -21,6 +21,7 @@ use super::package::{
     ROLE_LAYOUT,
 };
 use super::payload::{Files, RoleFile, Total};
+use super::size::Sizes;
 use super::xml::escape;
 use crate::digest::{Digest, Verified};
 use crate::progress::Progress;
@@ -44,15 +45,22 @@ pub struct Packed {
     pub bytes: u64,
 }
 
-/// Packs the service in `directory` into the file `out`, which appears only
-/// when it is complete. If `out` is a symbolic link, its target is replaced.
-/// Timestamps in the package are `$SOURCE_DATE_EPOCH`, else 1980-01-01.
+/// [`ServiceRules::pack`] by the rules of no operator.
 ///
 /// # Errors
 /// The service is refused, or `out` cannot be written.
 pub fn pack(directory: &Path, out: &Path, progress: &Progress) -> Result<Packed, ServiceError> {
+    pack_by(&Sizes::default(), directory, out, progress)
+}
+
+pub(super) fn pack_by(
+    sizes: &Sizes,
+    directory: &Path,
+    out: &Path,
+    progress: &Progress,
+) -> Result<Packed, ServiceError> {
     let time = source_date(std::env::var_os("SOURCE_DATE_EPOCH").as_deref())?;
-    pack_at(directory, &destination(out)?, time, progress)
+    pack_at(sizes, directory, &destination(out)?, time, progress)
 }
 
 /// The path at which the package for `out` appears. Only a regular file is
@@ -86,6 +94,7 @@ fn destination(out: &Path) -> Result<PathBuf, ServiceError> {
 }
 
 fn pack_at(
+    sizes: &Sizes,
     directory: &Path,
     out: &Path,
     time: Timestamp,
@@ -93,7 +102,7 @@ fn pack_at(
 ) -> Result<Packed, ServiceError> {
     let what = format!("listing {}", directory.display());
     let step = progress.step(what, None);
-    let definition = definition::read(&find_definition(directory)?)?;
+    let definition = definition::read(&find_definition(directory)?, sizes)?;
     let mut roles = Vec::new();
     let mut total = Total::default();
     for role in &definition.roles {

@@ -12,6 +12,7 @@ use super::archive::{Archive, MAX_PARTS, Part, PartReader};
 use super::definition::{self, Definition};
 use super::error::ServiceError;
 use super::payload::RoleFile;
+use super::size::Sizes;
 use super::xml::{self, Element, Schema};
 use super::xml_chunks::LargeXml;
 use crate::digest::{Digest, Verified};
@@ -105,12 +106,12 @@ const RELATIONSHIP: Schema = Schema::of_attributes(&["Type", "Target", "TargetMo
 
 impl Package {
     /// Opens the package `file` and checks everything but the contents.
-    pub fn open(file: &Path) -> Result<Self, ServiceError> {
+    pub fn open(file: &Path, sizes: &Sizes) -> Result<Self, ServiceError> {
         let hint = "make the package with: host-agent pack DIR -o FILE.cspkg";
-        Self::read_structure(file).map_err(|error| error.or_hint(hint))
+        Self::read_structure(file, sizes).map_err(|error| error.or_hint(hint))
     }
 
-    fn read_structure(file: &Path) -> Result<Self, ServiceError> {
+    fn read_structure(file: &Path, sizes: &Sizes) -> Result<Self, ServiceError> {
         let archive = Archive::open(file)?;
         check_content_types(&archive)?;
         let manifest_name = manifest_name(&archive)?;
@@ -118,7 +119,7 @@ impl Package {
         let part = archive.find(&manifest_name).ok_or_else(|| {
             ServiceError::new(file, format!("the package has no part \"{manifest_name}\""))
         })?;
-        let (definition, contents, layouts) = read_manifest(&archive, part, &place)?;
+        let (definition, contents, layouts) = read_manifest(&archive, part, &place, sizes)?;
         for role in &definition.roles {
             if !layouts.contains_key(&role.definition.name) {
                 let what = format!(
@@ -213,6 +214,7 @@ fn read_manifest(
     archive: &Archive,
     part: &Part,
     place: &Path,
+    sizes: &Sizes,
 ) -> Result<(Definition, Vec<Content>, Layouts), ServiceError> {
     let root = ("PackageDefinition", MANIFEST_NAMESPACE);
     let manifest = large(archive, part, place, root, LISTS)?;
@@ -222,7 +224,7 @@ fn read_manifest(
         check_all_named(archive, &part.name, &contents)?;
         let layouts = layouts(archive, &manifest, root, &contents, &by_name)?;
         check_all_used(place, &by_name, &layouts)?;
-        let definition = read_definition(archive, &contents, &by_name)?;
+        let definition = read_definition(archive, &contents, &by_name, sizes)?;
         Ok((definition, contents, layouts))
     })
 }
@@ -394,6 +396,7 @@ fn read_definition(
     archive: &Archive,
     contents: &[Content],
     by_name: &ByName,
+    sizes: &Sizes,
 ) -> Result<Definition, ServiceError> {
     let index = by_name.get(DEFINITION).ok_or_else(|| {
         let what = format!("the package has no content \"{DEFINITION}\"");
@@ -401,7 +404,7 @@ fn read_definition(
     })?;
     let part = &archive.parts()[contents[*index as usize].part as usize];
     let (place, text) = read_text(archive, part)?;
-    definition::parse(&place, text)
+    definition::parse(&place, text, sizes)
 }
 
 /// Name for messages and text of `part`.

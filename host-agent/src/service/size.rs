@@ -1,4 +1,6 @@
-//! The virtual machine sizes of the classic platform.
+//! Virtual machine sizes: those of the classic platform, and those that an operator adds.
+
+use std::borrow::Cow;
 
 use super::model::VmSize;
 
@@ -12,7 +14,7 @@ pub const RESERVED_MIB: u64 = 6144;
 
 /// Cores, memory and local storage, from "How to Configure Virtual Machine
 /// Sizes". `A0` to `A4` are the names of the later size tables.
-const TABLE: [(&str, VmSize); 5] = [
+static TABLE: [(&str, VmSize); 5] = [
     ("A0", size("ExtraSmall", 1, 768, 19_480)),
     ("A1", size("Small", 1, 1792, 229_400)),
     ("A2", size("Medium", 2, 3584, 500_760)),
@@ -22,25 +24,59 @@ const TABLE: [(&str, VmSize); 5] = [
 
 const fn size(name: &'static str, vcpus: u8, memory_mib: u32, resource_mib: u64) -> VmSize {
     VmSize {
-        name,
+        name: Cow::Borrowed(name),
         vcpus,
         memory_mib,
         resource_mib,
     }
 }
 
-/// The size called `name`, by either of its names.
-pub fn find(name: &str) -> Option<VmSize> {
-    TABLE
-        .iter()
-        .find(|(alias, size)| size.name == name || *alias == name)
-        .map(|(_, size)| *size)
+/// The sizes that a host offers: the classic ones, and those of its operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sizes {
+    /// By name. The classic ones come first, by memory.
+    sizes: Vec<VmSize>,
 }
 
-/// Every name that a definition may use.
-pub fn names() -> impl Iterator<Item = &'static str> {
-    let written = TABLE.iter().map(|(_, size)| size.name);
-    written.chain(TABLE.iter().map(|(alias, _)| *alias))
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            sizes: TABLE.iter().map(|(_, size)| size.clone()).collect(),
+        }
+    }
+}
+
+impl Sizes {
+    /// Adds a size, or replaces the one of its name.
+    pub fn set(&mut self, size: VmSize) {
+        match self.sizes.iter_mut().find(|known| known.name == size.name) {
+            Some(known) => *known = size,
+            None => self.sizes.push(size),
+        }
+    }
+
+    /// The size called `name`. The classic ones have two names.
+    pub fn find(&self, name: &str) -> Option<&VmSize> {
+        let of_alias = TABLE.iter().find(|(alias, _)| *alias == name);
+        let by_name = |name: &str| self.sizes.iter().find(|size| size.name == name);
+        by_name(name).or_else(|| by_name(&of_alias?.1.name))
+    }
+
+    /// The size of a role whose definition has none.
+    pub fn default_size(&self) -> &VmSize {
+        self.find(DEFAULT).expect("classic sizes are never removed")
+    }
+
+    /// Every size.
+    pub fn iter(&self) -> impl Iterator<Item = &VmSize> {
+        self.sizes.iter()
+    }
+
+    /// Every name that a definition may use.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.sizes.iter().map(|size| &*size.name);
+        names.chain(TABLE.iter().map(|(alias, _)| *alias))
+    }
 }
 
 /// Whether `name` is a size of the classic platform that this version does not

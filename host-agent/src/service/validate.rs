@@ -6,9 +6,11 @@ use super::configuration;
 use super::definition::{self, Definition};
 use super::error::ServiceError;
 use super::load::{
-    directory_of, find_configuration, find_definition, load, load_package, verified, with_extension,
+    directory_of, find_configuration, find_definition, load_by, load_package, verified,
+    with_extension,
 };
 use super::package::Package;
+use super::rules::ServiceRules;
 use crate::progress::Progress;
 
 /// What was checked and is valid.
@@ -27,8 +29,7 @@ pub enum Validated {
     Package,
 }
 
-/// Checks `path`: a service directory, `.csdef`, `.cscfg` or `.cspkg`, with
-/// the configuration `config` or the one beside it.
+/// [`ServiceRules::validate`] by the rules of no operator.
 ///
 /// # Errors
 /// The first thing that is wrong with it.
@@ -37,34 +38,45 @@ pub fn validate(
     config: Option<&Path>,
     progress: &Progress,
 ) -> Result<Validated, ServiceError> {
+    validate_by(&ServiceRules::default(), path, config, progress)
+}
+
+pub(super) fn validate_by(
+    rules: &ServiceRules,
+    path: &Path,
+    config: Option<&Path>,
+    progress: &Progress,
+) -> Result<Validated, ServiceError> {
     let metadata = std::fs::metadata(path)
         .map_err(|source| ServiceError::io(path, "cannot open the file", source))?;
     if metadata.is_dir() {
-        return load(path, config, progress).map(|_| Validated::Service);
+        return load_by(rules, path, config, progress).map(|_| Validated::Service);
     }
     let extension = path.extension().and_then(|extension| extension.to_str());
     match (extension.map(str::to_ascii_lowercase).as_deref(), config) {
-        (Some("csdef"), None) => definition::read(path).map(|_| Validated::Definition),
+        (Some("csdef"), None) => {
+            definition::read(path, &rules.sizes).map(|_| Validated::Definition)
+        }
         (Some("csdef"), Some(config)) => {
-            configuration::read(config, &definition::read(path)?).map(|_| Validated::Configuration)
+            configuration::read(config, &definition::read(path, &rules.sizes)?)
+                .map(|_| Validated::Configuration)
         }
         (Some("cscfg"), None) => {
-            let definition = definition_beside(directory_of(path))?;
+            let definition = definition_beside(rules, directory_of(path))?;
             configuration::read(path, &definition).map(|_| Validated::Configuration)
         }
         (Some("cscfg"), Some(_)) => Err(ServiceError::new(path, "is already a configuration")
             .with_hint("use --config with a directory, .csdef or .cspkg")),
         (Some("cspkg"), config) => {
-            let package = Package::open(path)?;
+            let package = Package::open(path, &rules.sizes)?;
             let config = match config {
                 Some(config) => Some(config.to_owned()),
                 // Without a clear choice of configuration check the package alone.
                 None => find_configuration(directory_of(path)).ok(),
             };
             match config {
-                Some(config) => {
-                    load_package(package, &config, progress).map(|_| Validated::PackagedService)
-                }
+                Some(config) => load_package(rules, package, &config, progress)
+                    .map(|_| Validated::PackagedService),
                 None => verified(package, progress).map(|_| Validated::Package),
             }
         }
@@ -77,12 +89,12 @@ pub fn validate(
 }
 
 /// The definition in `directory`, or that of its only package.
-fn definition_beside(directory: &Path) -> Result<Definition, ServiceError> {
+fn definition_beside(rules: &ServiceRules, directory: &Path) -> Result<Definition, ServiceError> {
     if let ([], [package]) = (
         with_extension(directory, "csdef")?.as_slice(),
         with_extension(directory, "cspkg")?.as_slice(),
     ) {
-        return Ok(Package::open(package)?.definition().clone());
+        return Ok(Package::open(package, &rules.sizes)?.definition().clone());
     }
-    definition::read(&find_definition(directory)?)
+    definition::read(&find_definition(directory)?, &rules.sizes)
 }

@@ -9,9 +9,25 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::{Uid, User};
 
-/// Images and deployments: `HOST_AGENT_DATA_DIR`, else `host-agent` under
-/// `XDG_DATA_HOME` or `~/.local/share`. An absolute path.
+use crate::config::Config;
+
+/// Variable with the data directory.
+pub const DATA_VARIABLE: &str = "HOST_AGENT_DATA_DIR";
+
+/// Images and deployments, by the configuration of this host. An absolute path. Blocking.
 pub fn data_dir() -> PathBuf {
+    // A configuration that cannot be read has ended the command before.
+    Config::load(None).unwrap_or_default().data_dir.value
+}
+
+/// Sockets, by the configuration of this host. Blocking.
+pub fn runtime_dir() -> PathBuf {
+    Config::load(None).unwrap_or_default().runtime_dir.value
+}
+
+/// Images and deployments where no file and no variable of ours says another place:
+/// `host-agent` under `XDG_DATA_HOME` or `~/.local/share`. An absolute path.
+pub fn default_data_dir() -> PathBuf {
     let home = || Some(User::from_uid(Uid::effective()).ok()??.dir);
     let directory = data_dir_of(|name| env::var_os(name), home);
     // Fails only when the working directory is gone.
@@ -20,7 +36,7 @@ pub fn data_dir() -> PathBuf {
 
 /// Sockets: `host-agent` under `XDG_RUNTIME_DIR`, `/run` for root, else a directory
 /// per user in `/tmp`. Short, because a socket path has at most 107 bytes.
-pub fn runtime_dir() -> PathBuf {
+pub fn default_runtime_dir() -> PathBuf {
     runtime_dir_of(|name| env::var_os(name), Uid::effective())
 }
 
@@ -58,9 +74,6 @@ fn data_dir_of(
     home: impl FnOnce() -> Option<PathBuf>,
 ) -> PathBuf {
     let set = |name| set(&variable, name);
-    if let Some(dir) = set("HOST_AGENT_DATA_DIR") {
-        return dir;
-    }
     if let Some(dir) = set("XDG_DATA_HOME").filter(|dir| dir.is_absolute()) {
         return dir.join("host-agent");
     }
@@ -132,8 +145,6 @@ mod tests {
         assert_eq!(data(&[("HOME", "/h")]), "/h/.local/share/host-agent");
         assert_eq!(data(&[("XDG_DATA_HOME", "/x")]), "/x/host-agent");
         assert_eq!(data(&[("XDG_DATA_HOME", "x")]), of_passwd);
-        let ours = [("HOST_AGENT_DATA_DIR", "/d"), ("XDG_DATA_HOME", "/x")];
-        assert_eq!(data(&ours), "/d");
         let runtime = |value: &str, user| {
             let variable = |_: &str| Some(OsString::from(value));
             let directory = runtime_dir_of(variable, Uid::from_raw(user));

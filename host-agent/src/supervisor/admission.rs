@@ -8,7 +8,7 @@ use super::spec::GuestSize;
 
 /// Virtual processors for each processor of the host: guests share processors, which makes
 /// them slower but ends none of them.
-const OVERCOMMIT: u64 = 16;
+pub const OVERCOMMIT: u32 = 16;
 
 /// MiB that a VMM process needs beyond the RAM of its guest, rounded up.
 const OVERHEAD_MIB: u64 = 8;
@@ -17,9 +17,31 @@ const OVERHEAD_MIB: u64 = 8;
 const RESERVED_PART: u64 = 16;
 const RESERVED_MIB: u64 = 256;
 
+/// What an operator lets the instances of a host take together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AdmissionLimits {
+    /// Virtual processors for each processor of the host.
+    pub overcommit: u32,
+    /// Most instances.
+    pub instances: Option<u32>,
+    /// Most memory in MiB, if the host has as much.
+    pub memory_mib: Option<u64>,
+}
+
+impl Default for AdmissionLimits {
+    fn default() -> Self {
+        Self {
+            overcommit: OVERCOMMIT,
+            instances: None,
+            memory_mib: None,
+        }
+    }
+}
+
 /// What instances take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Demand {
+    instances: u64,
     memory_mib: u64,
     vcpus: u64,
 }
@@ -27,6 +49,7 @@ pub struct Demand {
 /// What a host has for guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
+    instances: u64,
     memory_mib: u64,
     vcpus: u64,
 }
@@ -60,6 +83,7 @@ impl Demand {
     /// What one instance takes.
     fn of(size: &GuestSize) -> Self {
         Self {
+            instances: 1,
             memory_mib: u64::from(size.memory_mib) + OVERHEAD_MIB,
             vcpus: u64::from(size.vcpus),
         }
@@ -69,6 +93,7 @@ impl Demand {
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
+            instances: self.instances + other.instances,
             memory_mib: self.memory_mib + other.memory_mib,
             vcpus: self.vcpus + other.vcpus,
         }
@@ -78,6 +103,7 @@ impl Demand {
     #[must_use]
     pub fn minus(self, other: Self) -> Self {
         Self {
+            instances: self.instances.saturating_sub(other.instances),
             memory_mib: self.memory_mib.saturating_sub(other.memory_mib),
             vcpus: self.vcpus.saturating_sub(other.vcpus),
         }
@@ -90,23 +116,29 @@ impl Demand {
     }
 
     fn fits(self, capacity: Capacity) -> bool {
-        self.memory_mib <= capacity.memory_mib && self.vcpus <= capacity.vcpus
+        self.memory_mib <= capacity.memory_mib
+            && self.vcpus <= capacity.vcpus
+            && self.instances <= capacity.instances
     }
 }
 
 impl Capacity {
-    /// Of this machine. One whose memory is not known has no bound. Blocking.
-    pub fn of_machine() -> Self {
+    /// Of this machine within `limits`. One whose memory is not known has no bound. Blocking.
+    pub fn of_machine(limits: AdmissionLimits) -> Self {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let processors = available_parallelism().map_or(1, |number| number.get() as u64);
-        Self::of(total_mib(&meminfo).unwrap_or(u64::MAX), processors)
+        Self::of(total_mib(&meminfo).unwrap_or(u64::MAX), processors, limits)
     }
 
-    fn of(memory_mib: u64, processors: u64) -> Self {
+    fn of(memory_mib: u64, processors: u64, limits: AdmissionLimits) -> Self {
         let reserved = (memory_mib / RESERVED_PART).max(RESERVED_MIB);
+        let memory_mib = memory_mib.saturating_sub(reserved);
         Self {
-            memory_mib: memory_mib.saturating_sub(reserved),
-            vcpus: processors * OVERCOMMIT,
+            instances: limits.instances.map_or(u64::MAX, u64::from),
+            memory_mib: limits
+                .memory_mib
+                .map_or(memory_mib, |most| most.min(memory_mib)),
+            vcpus: processors * u64::from(limits.overcommit),
         }
     }
 }
@@ -135,13 +167,12 @@ pub fn admit(capacity: Capacity, used: Demand, wanted: &[GuestSize]) -> Result<D
         if used.memory_mib + demand.memory_mib > capacity.memory_mib {
             let memory = (demand.memory_mib, used.memory_mib, capacity.memory_mib);
             ("MiB of memory", memory.0, memory.1, memory.2)
+        } else if used.vcpus + demand.vcpus > capacity.vcpus {
+            let vcpus = (demand.vcpus, used.vcpus, capacity.vcpus);
+            ("virtual processors", vcpus.0, vcpus.1, vcpus.2)
         } else {
-            (
-                "virtual processors",
-                demand.vcpus,
-                used.vcpus,
-                capacity.vcpus,
-            )
+            let places = (demand.instances, used.instances, capacity.instances);
+            ("places of the quota", places.0, places.1, places.2)
         };
     Err(NoRoom {
         resource,
@@ -168,7 +199,7 @@ mod tests {
 
     #[test]
     fn twenty_guests_do_not_fit_into_six_gibibytes() {
-        let capacity = Capacity::of(5925, 1);
+        let capacity = Capacity::of(5925, 1, AdmissionLimits::default());
         let small = size(1, 768);
         let seven = vec![small.clone(); 7];
         assert_eq!(
@@ -189,7 +220,7 @@ mod tests {
 
     #[test]
     fn processors_are_shared_up_to_a_bound() {
-        let capacity = Capacity::of(1 << 20, 1);
+        let capacity = Capacity::of(1 << 20, 1, AdmissionLimits::default());
         let eight = vec![size(8, 1); 2];
         assert!(admit(capacity, Demand::default(), &eight).is_ok());
         let refused = admit(capacity, Demand::sum(&eight), &[size(1, 1)]).unwrap_err();
@@ -200,10 +231,34 @@ mod tests {
     }
 
     #[test]
+    fn an_operator_limits_instances_memory_and_processors() {
+        let limits = AdmissionLimits {
+            overcommit: 2,
+            instances: Some(3),
+            memory_mib: Some(1000),
+        };
+        let capacity = Capacity::of(1 << 20, 1, limits);
+        let refused = |wanted: &[GuestSize]| {
+            let refused = admit(capacity, Demand::default(), wanted).unwrap_err();
+            refused.to_string()
+        };
+        assert!(admit(capacity, Demand::default(), &[size(2, 900)]).is_ok());
+        let text = refused(&[size(1, 900), size(1, 900)]);
+        assert!(
+            text.contains("1 of 2 instances fit") && text.contains("the 1000"),
+            "{text}"
+        );
+        assert!(refused(&[size(3, 1)]).contains("3 virtual processors"));
+        let text = refused(&vec![size(0, 1); 4]);
+        assert!(text.starts_with("3 of 4 instances fit"), "{text}");
+        assert!(text.contains("4 places of the quota"), "{text}");
+    }
+
+    #[test]
     fn total_memory_is_read_from_proc() {
         let text = "MemTotal:        2048 kB\nMemFree: 1 kB\n";
         assert_eq!(total_mib(text), Some(2));
         assert_eq!(total_mib("MemFree: 1 kB\n"), None);
-        assert!(Capacity::of_machine().memory_mib > 0);
+        assert!(Capacity::of_machine(AdmissionLimits::default()).memory_mib > 0);
     }
 }

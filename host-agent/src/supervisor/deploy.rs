@@ -24,7 +24,7 @@ pub struct DeployOptions {
 /// The size of each instance of `model`.
 pub fn sizes(model: &ServiceModel) -> Vec<GuestSize> {
     let roles = model.roles.iter();
-    let sizes = roles.flat_map(|role| (0..role.instances).map(|_| GuestSize::from(role.size)));
+    let sizes = roles.flat_map(|role| (0..role.instances).map(|_| GuestSize::from(&role.size)));
     sizes.collect()
 }
 

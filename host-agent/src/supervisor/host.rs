@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use vmbus::text::chain;
 
-use super::admission::{Capacity, Demand, admit};
+use super::admission::{AdmissionLimits, Capacity, Demand, admit};
 use super::event::EventKind;
 use super::instance::{InstanceHandle, Request};
 use super::lifecycle::Limits;
@@ -49,6 +49,8 @@ pub struct HostOptions {
     pub rule: HeartbeatRule,
     /// Factor on every limit that depends on the speed of this machine.
     pub timeout_scale: f64,
+    /// What all instances may take, until [`Host::limit`] changes it.
+    pub admission: AdmissionLimits,
     /// Start no guest whose VMM process lacks a layer of the sandbox.
     pub require_sandbox: bool,
 }
@@ -89,7 +91,7 @@ struct HostState {
     group: Option<Arc<DropBlocking<HostGroup>>>,
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
-    capacity: Capacity,
+    capacity: Mutex<Capacity>,
     /// Of deployments that are being created.
     claimed: Mutex<Demand>,
     _janitor: Janitor,
@@ -129,7 +131,7 @@ impl Host {
     /// # Errors
     /// The janitor cannot be started.
     pub async fn open(options: HostOptions, timeline: Timeline) -> Result<Self, HostError> {
-        let data_dir = options.data_dir.clone();
+        let (data_dir, limits) = (options.data_dir.clone(), options.admission);
         let content = ContentStore::new(&data_dir);
         let of_sweep = content.clone();
         let (id, swept, group, capacity) = blocking(move || {
@@ -141,7 +143,7 @@ impl Host {
                 .and_then(|place| {
                     HostGroup::create(&place, short_id(&id)).map_err(|error| chain(&error))
                 });
-            Ok((id, swept.and(unused), group, Capacity::of_machine()))
+            Ok((id, swept.and(unused), group, Capacity::of_machine(limits)))
         })
         .await?
         .map_err(HostError::directory("choose an id for", &options.data_dir))?;
@@ -175,7 +177,7 @@ impl Host {
             group,
             images: Mutex::default(),
             deployments: Mutex::default(),
-            capacity,
+            capacity: Mutex::new(capacity),
             claimed: Mutex::default(),
             _janitor: janitor,
         })))
@@ -209,6 +211,16 @@ impl Host {
         handles.collect()
     }
 
+    /// Limits what instances take from now on. Those that run do so further.
+    ///
+    /// # Errors
+    /// A panic in the blocking step.
+    pub async fn limit(&self, limits: AdmissionLimits) -> Result<(), HostError> {
+        let capacity = blocking(move || Capacity::of_machine(limits)).await?;
+        *lock(&self.0.capacity) = capacity;
+        Ok(())
+    }
+
     /// Claims room for instances that are going to be created. Drop the claim when they are.
     ///
     /// # Errors
@@ -219,8 +231,9 @@ impl Host {
             let instances = deployments.values().flat_map(|it| &it.handle.instances);
             Demand::sum(instances.map(|instance| &instance.spec().size))
         };
+        let capacity = *lock(&self.0.capacity);
         let mut claimed = lock(&self.0.claimed);
-        let demand = admit(self.0.capacity, used.plus(*claimed), sizes)?;
+        let demand = admit(capacity, used.plus(*claimed), sizes)?;
         *claimed = claimed.plus(demand);
         let state = Arc::clone(&self.0);
         Ok(Claim { state, demand })

@@ -52,7 +52,7 @@ pub fn plan(model: &ServiceModel, placement: &Placement<'_>) -> Vec<InstanceSpec
                 service: model.name.clone(),
                 image: placement.image.clone(),
                 application: *application,
-                size: role.size.into(),
+                size: (&role.size).into(),
                 endpoints: endpoints.clone(),
                 goal: goal(role, number, placement),
             });

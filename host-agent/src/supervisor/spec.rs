@@ -65,10 +65,10 @@ pub struct GuestSize {
     pub resource_mib: u64,
 }
 
-impl From<VmSize> for GuestSize {
-    fn from(size: VmSize) -> Self {
+impl From<&VmSize> for GuestSize {
+    fn from(size: &VmSize) -> Self {
         Self {
-            name: size.name.to_owned(),
+            name: size.name.to_string(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             resource_mib: size.resource_mib,

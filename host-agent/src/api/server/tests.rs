@@ -4,6 +4,7 @@ use super::super::client::{self, Client, ClientError, InstanceTarget};
 use super::super::listener::MAX_CONNECTIONS;
 use super::super::types::{Deployments, EventQuery, LogFile, LogQuery, RefusalKind};
 use super::*;
+use crate::controller::Policy;
 use crate::store::services::ServiceStore;
 use crate::supervisor::event::EventKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -213,7 +214,7 @@ async fn keeping(dir: &Path) -> (Host, Controller, Server) {
     let host = crate::supervisor::host::tests::empty(dir, dir);
     let store = ServiceStore::open(dir).unwrap();
     let events = host.timeline().subscribe();
-    let controller = Controller::start(host.clone(), store, events, None)
+    let controller = Controller::start(host.clone(), store, events, Policy::default(), None)
         .await
         .unwrap();
     let server = serve(&host, Some(controller.clone())).unwrap();

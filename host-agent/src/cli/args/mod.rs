@@ -13,6 +13,7 @@ pub use self::files::*;
 pub use self::instances::*;
 pub use self::services::*;
 pub(super) use self::time::duration;
+use super::config::ConfigFileArg;
 use super::events::EventsArgs;
 use super::explain::ExplainArgs;
 use super::wait::WaitArgs;
@@ -23,7 +24,7 @@ Start:   doctor  validate  pack  run  test
 Look:    ps  logs  wait  explain
 Inside:  exec
 Keep:    serve  service  events
-More:    completion  version  help
+More:    config  completion  version  help
 
 Examples:
   host-agent doctor             can this machine run guests?
@@ -212,6 +213,15 @@ Examples:
   host-agent validate ./redis
   host-agent validate redis.cspkg ServiceConfiguration.cscfg --json")]
     Validate(ValidateArgs),
+    /// Print the configuration: each value and where it comes from
+    #[command(after_help = "\
+Files: /etc/host-agent/config.toml, then ~/.config/host-agent/config.toml, then that of --config
+or HOST_AGENT_CONFIG. Later ones win, and variables win over files.
+
+Examples:
+  host-agent config
+  host-agent config --config ./config.toml --json")]
+    Config(ConfigFileArg),
     /// Print the completion script of a shell
     #[command(after_help = "\
 Examples:

@@ -6,11 +6,15 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::time::duration;
+use crate::cli::config::ConfigFileArg;
 use crate::service::PublishedPort;
 
 /// `serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
+    /// Its configuration.
+    #[command(flatten)]
+    pub config: ConfigFileArg,
     /// Refuse to run guests whose VMM process lacks a layer of the sandbox
     #[arg(long)]
     pub require_sandbox: bool,

@@ -59,6 +59,8 @@ pub enum Code {
     Operation,
     /// The store of services cannot be used.
     Store,
+    /// A file of the configuration is refused.
+    Configuration,
     /// `exec`: the host side failed.
     ExecHost,
     /// `exec`: the program could not be started in the guest.
@@ -72,7 +74,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 31] = [
+    const ALL: [Self; 32] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -100,6 +102,7 @@ impl Code {
         Self::NotServing,
         Self::Operation,
         Self::Store,
+        Self::Configuration,
         Self::ExecHost,
         Self::ExecGuest,
         Self::NoSuchError,
@@ -139,6 +142,7 @@ impl Code {
             Self::Conflict => (507, Exit::Conflict),
             Self::NotServing => (508, Exit::Unreachable),
             Self::Store => (509, Exit::Unclassified),
+            Self::Configuration => (520, Exit::Invalid),
             Self::NoSuchError => (531, Exit::NotFound),
         }
     }

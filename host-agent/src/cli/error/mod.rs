@@ -55,6 +55,13 @@ impl CliError {
         this
     }
 
+    /// Replaces the class.
+    #[must_use]
+    pub fn coded(mut self, code: Code) -> Self {
+        self.0.code = code;
+        self
+    }
+
     /// Replaces the exit code of the class.
     #[must_use]
     pub fn exit_with(mut self, exit: Exit) -> Self {

@@ -40,6 +40,7 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
             runtime_dir: runtime_dir.to_owned(),
             socket: None,
             rule: HeartbeatRule::DEFAULT,
+            admission: AdmissionLimits::default(),
             timeout_scale: 1.0,
             require_sandbox: false,
         },
@@ -48,7 +49,7 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
         group: None,
         images: Mutex::default(),
         deployments: Mutex::default(),
-        capacity: Capacity::of_machine(),
+        capacity: Mutex::new(Capacity::of_machine(AdmissionLimits::default())),
         claimed: Mutex::default(),
         _janitor: Janitor::none(),
     }))
