@@ -131,6 +131,9 @@ release=$target/x86_64-unknown-linux-gnu/release
 # Directory of the Python environment with schemathesis, which scripts/setup makes.
 schemathesis=$cache/schemathesis
 
+# Directory of the Node.js packages that drive a browser, which scripts/setup installs.
+browser_modules=$cache/browser-modules
+
 # project_version: the version of all programs.
 project_version() { sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\1/p' "$project/Cargo.toml"; }
 

@@ -26,6 +26,7 @@ mod event_budget;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod guest_stream;
+pub mod page;
 pub mod printable;
 pub mod progress;
 #[cfg(test)]

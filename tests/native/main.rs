@@ -12,6 +12,7 @@ mod hangup;
 mod memory;
 mod no_kvm;
 mod packages;
+mod page;
 mod processes;
 mod security_page;
 mod signals;

@@ -39,9 +39,9 @@ impl Places {
 
 /// The client of a connection. The connection's place is free when the last clone is dropped.
 #[derive(Debug, Clone)]
-pub(super) struct Client {
+pub(crate) struct Client {
     /// Id of its user; that of nobody if the kernel does not say it.
-    pub(super) user: u32,
+    pub(crate) user: u32,
     _place: Arc<OwnedSemaphorePermit>,
 }
 

@@ -1,7 +1,7 @@
 //! `GET /metrics`: the state of the host as Prometheus text, collected at each scrape.
 
 mod collect;
-mod process;
+pub(crate) mod process;
 #[cfg(test)]
 mod tests;
 mod text;

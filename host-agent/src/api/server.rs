@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::Router;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -31,17 +32,25 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 pub struct Server {
     path: PathBuf,
     task: JoinHandle<()>,
+    /// For other listeners. `None` at the end.
+    router: Option<Router>,
     ended: watch::Sender<bool>,
 }
 
 /// Serves `host`, and the services that it keeps, on its socket.
 pub fn serve(host: &Host, controller: Option<Controller>) -> io::Result<Server> {
-    serve_within(host, controller, REQUEST_LIMIT)
+    serve_within(host, controller, Router::new(), REQUEST_LIMIT)
+}
+
+/// Serves `host` and the services of `controller`, and `pages` beside the API.
+pub fn serve_with(host: &Host, controller: Controller, pages: Router) -> io::Result<Server> {
+    serve_within(host, Some(controller), pages, REQUEST_LIMIT)
 }
 
 fn serve_within(
     host: &Host,
     controller: Option<Controller>,
+    pages: Router,
     request_limit: Duration,
 ) -> io::Result<Server> {
     let runtime_dir = &host.options().runtime_dir;
@@ -68,16 +77,28 @@ fn serve_within(
         places.clone(),
         request_limit,
     );
-    let task = tokio::spawn(accept(listener, places, router, request_limit));
-    Ok(Server { path, task, ended })
+    let router = router.merge(pages);
+    let task = tokio::spawn(accept(listener, places, router.clone(), request_limit));
+    Ok(Server {
+        path,
+        task,
+        router: Some(router),
+        ended,
+    })
 }
 
 impl Server {
+    /// What is served, for another listener, which ends before this.
+    pub(crate) fn router(&self) -> Router {
+        self.router.clone().unwrap_or_default()
+    }
+
     /// Stops the server when the deployment has ended: clients that follow a log get the
     /// rest of it and its end.
     pub async fn close(mut self) {
         self.ended.send_replace(true);
         // The handlers' own receiver goes with the router.
+        self.router = None;
         self.task.abort();
         let _ = (&mut self.task).await;
         // A client that does not read misses the end.

@@ -1,6 +1,8 @@
 //! `host-agent serve`: keeps the services of this user running. Their guests outlive it, and
 //! the next one takes them over.
 
+use std::net::SocketAddr;
+
 use vmbus::text::chain;
 
 use super::args::ServeArgs;
@@ -12,10 +14,12 @@ use super::interrupt::Interrupts;
 use super::output::Output;
 use super::runtime;
 use super::service_manager::{self, Watchdog};
-use crate::api::server;
+use crate::api::server::{self, Server};
 use crate::config::Config;
 use crate::controller::{Controller, Policy};
 use crate::doctor::Scope;
+use crate::page;
+use crate::page::tcp::TcpPage;
 use crate::store::database::StoreError;
 use crate::store::paths;
 use crate::store::services::ServiceStore;
@@ -58,12 +62,17 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         let host = host.await.map_err(|error| failed(&error))?;
         let controller = Controller::start(host.clone(), store, recorded, policy(&config), unable);
         let controller = controller.await.map_err(|error| failed(&error))?;
-        let server = server::serve(&host, Some(controller.clone()));
+        let pages = page::router(controller.clone());
+        let server = server::serve_with(&host, controller.clone(), pages);
         let server = server.map_err(|error| {
             let what = format!("cannot serve {}", host.socket().display());
             CliError::new(Code::RuntimeDirectory, what).cause(chain(&error))
         })?;
         output.progress(&format!("host-agent: serving {}", host.socket().display()));
+        let page = match args.page {
+            Some(address) => Some(serve_page(address, &server, output).await?),
+            None => None,
+        };
         service_manager::ready();
         loop {
             tokio::select! {
@@ -82,6 +91,7 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         service_manager::stopping();
         // Clients that follow events get the last ones.
         controller.close().await;
+        drop(page);
         server.close().await;
         output.progress("host-agent: ended; guests run on, the next serve takes them over");
         output.finish();
@@ -96,6 +106,20 @@ fn policy(config: &Config) -> Policy {
         rules: config.rules(),
         max_services: config.max_services.value,
     }
+}
+
+async fn serve_page(
+    address: SocketAddr,
+    server: &Server,
+    output: &Output,
+) -> Result<TcpPage, CliError> {
+    let page = TcpPage::start(address, server).await.map_err(|error| {
+        let what = format!("cannot serve the page on {address}");
+        let this = CliError::new(Code::Page, what).cause(chain(&error));
+        this.hint("host-agent serve --page 127.0.0.1:0")
+    })?;
+    output.progress(&format!("host-agent: page {}", page.url()));
+    Ok(page)
 }
 
 fn show(output: &Output, event: &TimelineEvent) -> Result<(), CliError> {

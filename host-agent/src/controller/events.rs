@@ -10,7 +10,7 @@ use vmbus::text::chain;
 
 use super::{ControllerError, lock};
 use crate::blocking::blocking;
-use crate::store::events::{EventFilter, EventPage, EventRecord};
+use crate::store::events::{EventFilter, EventPage, EventRecord, StoredEvent};
 use crate::store::services::ServiceStore;
 use crate::supervisor::event::EventKind;
 use crate::supervisor::timeline::{Events, Lost, Reported, Timeline};
@@ -86,6 +86,16 @@ impl EventLog {
     ) -> Result<EventPage, ControllerError> {
         let (store, filter) = (Arc::clone(&self.0.store), filter.clone());
         Ok(blocking(move || lock(&store).events(after, &filter)).await??)
+    }
+
+    /// The newest events, at most `most`, in their order.
+    pub async fn newest(
+        &self,
+        filter: &EventFilter,
+        most: usize,
+    ) -> Result<Vec<StoredEvent>, ControllerError> {
+        let (store, filter) = (Arc::clone(&self.0.store), filter.clone());
+        Ok(blocking(move || lock(&store).newest_events(&filter, most)).await??)
     }
 
     /// Stores what was reported until now, and ends the recorder. Gives up after a while.

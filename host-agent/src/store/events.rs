@@ -133,6 +133,47 @@ impl ServiceStore {
     }
 }
 
+impl ServiceStore {
+    /// The newest events, at most `most`, in their order. Those of a service alone are looked
+    /// for among the newest few thousand.
+    pub fn newest_events(
+        &self,
+        filter: &EventFilter,
+        most: usize,
+    ) -> Result<Vec<StoredEvent>, StoreError> {
+        // An index finds those of a deployment.
+        let scanned = match filter {
+            EventFilter {
+                deployment: Some(_),
+                ..
+            } => KEPT,
+            _ => MAX_SCANNED,
+        };
+        let sql = "SELECT number, at_ms, service, deployment, instance, text, event FROM event \
+                   WHERE number > (SELECT coalesce(max(number), 0) FROM event) - ?1 \
+                   AND (?2 IS NULL OR service = ?2) \
+                   AND (?4 IS NULL OR instance = ?4)";
+        // Not with OR, which would keep SQLite from the index.
+        let deployment = match filter.deployment {
+            Some(_) => "AND deployment = ?3",
+            None => "AND ?3 IS NULL",
+        };
+        let sql = format!("{sql} {deployment} ORDER BY number DESC LIMIT ?5");
+        let mut statement = self.0.connection.prepare(&sql)?;
+        let found = params![
+            signed(scanned),
+            filter.service,
+            filter.deployment,
+            filter.instance,
+            i64::try_from(most).unwrap_or(i64::MAX)
+        ];
+        let found = statement.query_map(found, stored)?;
+        let mut events = found.collect::<Result<Vec<_>, _>>()?;
+        events.reverse();
+        Ok(events)
+    }
+}
+
 fn insert(transaction: &Transaction<'_>, events: &[EventRecord]) -> rusqlite::Result<()> {
     // A service that is deleted is no longer in its table when its last events arrive.
     let mut insert = transaction.prepare(
@@ -283,6 +324,30 @@ pub(crate) mod tests {
             ..EventFilter::default()
         };
         assert_eq!(read(&only), (vec![0, 0], 0));
+    }
+
+    #[test]
+    fn the_newest_events_are_those_of_the_filter() {
+        let (_dir, mut store) = store();
+        for number in 0..5 {
+            let text = number.to_string();
+            let of_a = event("d", "A_IN_0", &text);
+            store.record(&[of_a, event("e", "B_IN_0", &text)]).unwrap();
+        }
+        let texts = |deployment: Option<&str>, instance: Option<&str>, most| {
+            let filter = EventFilter {
+                service: None,
+                deployment: deployment.map(Into::into),
+                instance: instance.map(Into::into),
+            };
+            let found = store.newest_events(&filter, most).unwrap();
+            let texts = found.into_iter().map(|it| it.record.text);
+            texts.collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(texts(None, None, 3), "3 4 4");
+        assert_eq!(texts(Some("e"), Some("B_IN_0"), 2), "3 4");
+        assert_eq!(texts(Some("d"), Some("B_IN_0"), 2), "");
+        assert_eq!(texts(None, Some("A_IN_0"), 9), "0 1 2 3 4");
     }
 
     #[test]

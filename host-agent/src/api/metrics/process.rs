@@ -6,17 +6,17 @@ use nix::unistd::{SysconfVar, sysconf};
 
 /// Figures of a process.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct ProcessSample {
+pub(crate) struct ProcessSample {
     /// Seconds of processor time in user and kernel mode.
-    pub(super) cpu_seconds: f64,
+    pub(crate) cpu_seconds: f64,
     /// Resident memory.
-    pub(super) resident_bytes: u64,
+    pub(crate) resident_bytes: u64,
     /// Open descriptors; only known of the own process.
-    pub(super) open_fds: Option<u64>,
+    pub(crate) open_fds: Option<u64>,
 }
 
 /// The figures of process `pid`; `None` if it is gone.
-pub(super) fn read(pid: u32) -> Option<ProcessSample> {
+pub(crate) fn read(pid: u32) -> Option<ProcessSample> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let unit = |name| sysconf(name).ok().flatten()?.try_into().ok();
     let mut sample = parse(

@@ -1,5 +1,6 @@
 //! Arguments of `serve` and `service`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,6 +22,20 @@ pub struct ServeArgs {
     /// Restart a guest that is silent this long [default: 10m]
     #[arg(long, value_name = "S", value_parser = duration)]
     pub heartbeat_limit: Option<Duration>,
+    /// Serve the status page on this loopback address too; port 0 chooses one
+    #[arg(long, value_name = "IP:PORT", value_parser = loopback)]
+    pub page: Option<SocketAddr>,
+}
+
+/// An address that only this machine can reach.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| "write an address and a port, such as 127.0.0.1:8080")?;
+    if address.ip().is_loopback() {
+        return Ok(address);
+    }
+    Err("the page has no encryption: only 127.0.0.1 and ::1 are allowed".into())
 }
 
 /// `service`.

@@ -67,6 +67,8 @@ pub enum Code {
     ExecGuest,
     /// `explain`: there is no such number.
     NoSuchError,
+    /// `serve --page`: the address cannot be used.
+    Page,
     /// Ended by a signal.
     Interrupted,
 }
@@ -74,7 +76,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 32] = [
+    const ALL: [Self; 33] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -106,6 +108,7 @@ impl Code {
         Self::ExecHost,
         Self::ExecGuest,
         Self::NoSuchError,
+        Self::Page,
         Self::Interrupted,
     ];
 
@@ -144,6 +147,7 @@ impl Code {
             Self::Store => (509, Exit::Unclassified),
             Self::Configuration => (520, Exit::Invalid),
             Self::NoSuchError => (531, Exit::NotFound),
+            Self::Page => (545, Exit::Conflict),
         }
     }
 
