@@ -32,9 +32,11 @@ const STOP_MARGIN: Duration = Duration::from_secs(5);
 /// Most time at the end for the last log lines to be sent.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Runs until SIGTERM, which stops the role.
+/// Runs until SIGTERM, which stops the role, or SIGUSR1, which does not: another guest agent
+/// takes the place of this one.
 pub async fn run() -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut replaced = signal(SignalKind::user_defined1())?;
     let logger = Logger::start(NAME);
     logger.agent(NAME, format!("{} starts", crate::name(NAME)));
     let planner = Planner::new();
@@ -82,6 +84,11 @@ pub async fn run() -> io::Result<()> {
                 None => agent.bootstrapper_ended().await,
             },
             () = until(wait) => {}
+            _ = replaced.recv() => {
+                agent.log("another guest agent follows".into());
+                agent.logger.flush(LAST_LINES).await;
+                return Ok(());
+            }
             _ = terminate.recv() => {
                 if let Err(failure) = agent.stop().await {
                     agent.log(failure.detail);

@@ -1,4 +1,4 @@
-//! Takes the guest-agent program over the bus and checks it.
+//! Takes the guest agent of an image whose initrd has none over the bus, at each boot.
 
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -40,7 +40,7 @@ pub enum DeliveryError {
 
 /// Asks for the program and stores it at `path`; its version.
 pub async fn receive(open: &mut Open, path: &Path) -> Result<String, DeliveryError> {
-    send(&mut open.writer, &ToHost::AgentRequest {}).await?;
+    send(&mut open.writer, &ToHost::AgentRequest { sha256: None }).await?;
     let Some(ToGuest::AgentProgram {
         version,
         size,

@@ -18,6 +18,7 @@ pub mod planner;
 pub mod report;
 pub mod setup;
 pub mod tunnel;
+pub mod update;
 
 /// Name and version of a program of this package, for hellos.
 pub fn name(program: &str) -> String {

@@ -21,3 +21,4 @@ mod service;
 mod stop;
 mod terminal;
 mod tunnel;
+mod updates;

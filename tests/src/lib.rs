@@ -1,6 +1,7 @@
 //! Harness of the end-to-end tests: writes services, runs the program as a user
 //! does, and uses only its public interface.
 
+pub mod agents;
 pub mod bare;
 pub mod disks;
 pub mod mount_namespace;

@@ -3,11 +3,15 @@
 //! The host never uses a guest's values as paths, keys or formats, and checks them against
 //! its own tables. Times in the guest are durations, since the clocks differ.
 
+mod agent;
+
 use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, FrameError, Message};
 use crate::piece::{self, STDERR, STDIN, STDOUT};
 use crate::role::RoleDefinition;
+
+pub use agent::{AgentOffer, AgentUpdate, AgentVersions, BadAgent, MAX_BAD, UpdateStep};
 
 impl Message for ToHost {}
 impl Message for ToGuest {}
@@ -22,8 +26,17 @@ pub enum ToHost {
     Beat(Beat),
     /// Channel `status`.
     Status(Status),
-    /// Channel `agent`: ready to receive the program.
-    AgentRequest {},
+    /// Channel `agent`: which guest agent runs. The host answers with its offer.
+    AgentVersions(AgentVersions),
+    /// Channel `agent`: ready to receive a package or a program.
+    AgentRequest {
+        /// The package of the offer; absent for the program of the image, which an image
+        /// without a guest agent takes at each boot.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sha256: Option<String>,
+    },
+    /// Channel `agent`: what became of a package.
+    AgentUpdate(AgentUpdate),
     /// Channel `agent`: the program was started, or could not be started, or ended.
     AgentResult {
         /// Absent when the program runs; else why it does not.
@@ -51,7 +64,13 @@ pub enum ToGuest {
     },
     /// Channel `goal`: the desired state; replaces every earlier goal.
     Goal(Box<Goal>),
-    /// Channel `agent`: the program that follows as `size` raw bytes.
+    /// Channel `agent`: what the guest may take; replaces every earlier offer. A request for
+    /// an earlier one is not answered.
+    AgentOffer {
+        /// Absent when nothing is offered.
+        offer: Option<AgentOffer>,
+    },
+    /// Channel `agent`: what was requested and follows as `size` raw bytes.
     AgentProgram {
         /// Version, for people and logs.
         version: String,

@@ -7,12 +7,13 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use guest_agent::agent_monitor::{AgentMonitor, TICK};
+use guest_agent::agent_monitor::{AgentMonitor, TICK, Tick};
 use guest_agent::bootstrapper::client::Bootstrapper;
-use guest_agent::bus::{Dialer, Open};
+use guest_agent::bus::Dialer;
 use guest_agent::log::uptime_ms;
 use guest_agent::os::{boot, disk, loopback, power, user};
 use guest_agent::report::{self, Report};
+use guest_agent::update::{self, AgentFiles, Failure, Start, Updates};
 use guest_agent::{RUN_DIR, bus, clock, delivery};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -20,6 +21,7 @@ use nix::unistd::Pid;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use vmbus::agent_signature::TrustedKeys;
 use vmbus::channel::Channel;
 use vmbus::message::{PowerAction, ToGuest, ToHost};
 use vmbus::stream::{FrameReader, send};
@@ -30,6 +32,10 @@ const NAME: &str = "app-agent";
 const IMAGE_PROGRAM: &str = "/usr/lib/host-agent/guest-agent";
 /// Where the guest agent is kept in memory if the image has none and it is delivered.
 const DELIVERED_PROGRAM: &str = "/run/host-agent/guest-agent";
+/// Guest agents that were installed over the bus, on the OS disk.
+const INSTALLED: &str = "/var/lib/host-agent/agents";
+/// Time for a guest agent that is replaced to send its last lines.
+const REPLACE_LIMIT: Duration = Duration::from_secs(2);
 /// Serial number of the OS disk.
 const OS_DISK: &str = "os";
 /// Most time for the OS disk to appear.
@@ -93,15 +99,12 @@ async fn init(init_ms: u64) {
     let (power, mut powered) = mpsc::channel(1);
     tokio::spawn(shutdown_channel(power));
 
-    let rooted = tokio::task::spawn_blocking(|| {
-        let device = disk::by_serial(OS_DISK, OS_DISK_LIMIT).map_err(|error| chain(&error))?;
-        boot::switch_root(&device).map_err(|error| chain(&error))
-    });
-    match rooted.await {
-        Ok(Ok(())) => {}
+    let rooted = tokio::task::spawn_blocking(prepare_root).await;
+    let keys = match rooted {
+        Ok(Ok(keys)) => keys,
         Ok(Err(reason)) => die(&reason),
         Err(error) => die(&error.to_string()),
-    }
+    };
     if let Err(error) = loopback::up().and_then(|()| loopback::free_low_ports()) {
         eprintln!("{NAME}: loopback: {error}");
     }
@@ -110,18 +113,54 @@ async fn init(init_ms: u64) {
     }
     let (agent, current) = watch::channel(Process::None);
     let agent = Arc::new(agent);
-    match listen_for_reports(Arc::clone(&shared)) {
-        Ok(()) => {
-            tokio::spawn(watch_agent(Arc::clone(&shared), Arc::clone(&agent)));
-        }
-        // Without reports every guest agent would be taken for hung and killed.
-        Err(error) => eprintln!("{NAME}: {}: {error}", report::SOCKET),
+    let listening = listen_for_reports(Arc::clone(&shared));
+    if let Err(error) = &listening {
+        eprintln!("{NAME}: {}: {error}", report::SOCKET);
     }
     tokio::spawn(reap(Arc::clone(&agent)));
-    tokio::spawn(keep_agent(Arc::clone(&shared), agent));
-    if let Some((then, deadline)) = powered.recv().await {
-        shut_down(&shared, current, then, deadline).await;
+    let updates = serve_updates(keys).await;
+    // Without reports every guest agent would be taken for hung and killed.
+    if listening.is_ok() {
+        let watched = (Arc::clone(&shared), Arc::clone(&agent));
+        tokio::spawn(watch_agent(watched.0, watched.1, Arc::clone(&updates)));
     }
+    tokio::spawn(keep_agent(Arc::clone(&shared), agent, Arc::clone(&updates)));
+    if let Some((then, deadline)) = powered.recv().await {
+        shut_down(&shared, updates, current, then, deadline).await;
+    }
+}
+
+/// Makes the OS disk the root; the keys of the image.
+fn prepare_root() -> Result<TrustedKeys, String> {
+    let keys = boot::image_keys().map_err(|error| chain(&error))?;
+    let keys = TrustedKeys::parse(&keys).map_err(|error| chain(&error))?;
+    let device = disk::by_serial(OS_DISK, OS_DISK_LIMIT).map_err(|error| chain(&error))?;
+    boot::switch_root(&device).map_err(|error| chain(&error))?;
+    Ok(keys)
+}
+
+/// Finds out what is installed, and serves channel *agent*.
+async fn serve_updates(keys: TrustedKeys) -> Arc<Updates> {
+    let program = if Path::new(IMAGE_PROGRAM).exists() {
+        IMAGE_PROGRAM
+    } else {
+        take_program().await;
+        DELIVERED_PROGRAM
+    };
+    let opened = tokio::task::spawn_blocking(move || {
+        let files = AgentFiles::new(INSTALLED.into());
+        // The programs of an image are of one build.
+        let image = env!("CARGO_PKG_VERSION").parse();
+        let image = image.expect("the version of this package is three numbers");
+        Updates::open(files, image, program.into())
+    });
+    let (updates, messages) = match opened.await {
+        Ok(opened) => opened,
+        Err(error) => die(&error.to_string()),
+    };
+    let updates = Arc::new(updates);
+    tokio::spawn(update::serve(Arc::clone(&updates), messages, keys, NAME));
+    updates
 }
 
 fn with<T>(shared: &SharedMonitor, act: impl FnOnce(&mut AgentMonitor) -> T) -> T {
@@ -222,65 +261,127 @@ async fn reap(agent: Arc<watch::Sender<Process>>) {
 }
 
 /// Kills a guest agent that hangs: this process then starts another, clients of its tunnels
-/// see their connections close, and the role goes on.
-async fn watch_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
+/// see their connections close, and the role goes on. Confirms a new one that has proven itself.
+async fn watch_agent(
+    shared: SharedMonitor,
+    agent: Arc<watch::Sender<Process>>,
+    updates: Arc<Updates>,
+) {
     loop {
         tokio::time::sleep(TICK).await;
-        if with(&shared, AgentMonitor::tick)
-            && let Process::Running(pid) = *agent.borrow()
-        {
-            let _ = kill(pid, Signal::SIGKILL);
+        match with(&shared, AgentMonitor::tick) {
+            Tick::Nothing => {}
+            Tick::Kill => {
+                if let Process::Running(pid) = *agent.borrow() {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+            }
+            Tick::Proven => of_updates(&updates, Updates::confirm).await,
         }
     }
 }
 
-/// Runs the guest agent, and runs it again when it ends. An image without one gets it over
-/// the bus. The role of an earlier guest agent goes on meanwhile.
-async fn keep_agent(shared: SharedMonitor, agent: Arc<watch::Sender<Process>>) {
-    let (program, mut open) = if Path::new(IMAGE_PROGRAM).exists() {
-        (IMAGE_PROGRAM, None)
-    } else {
-        (DELIVERED_PROGRAM, Some(take_program().await))
-    };
+/// Work on the OS disk, which may take its time.
+async fn of_updates<T: Send + 'static>(
+    updates: &Arc<Updates>,
+    work: impl FnOnce(&Updates) -> T + Send + 'static,
+) -> T {
+    let updates = Arc::clone(updates);
+    match tokio::task::spawn_blocking(move || work(&updates)).await {
+        Ok(result) => result,
+        Err(error) => die(&error.to_string()),
+    }
+}
+
+/// Runs the guest agent, and runs it again when it ends, or another one in its place. The role
+/// of an earlier guest agent goes on meanwhile.
+async fn keep_agent(
+    shared: SharedMonitor,
+    agent: Arc<watch::Sender<Process>>,
+    updates: Arc<Updates>,
+) {
     let mut process = agent.subscribe();
     while !with(&shared, |monitor| monitor.leaving()) {
-        let end = match start_agent(&shared, &agent, program) {
+        let start = of_updates(&updates, Updates::next).await;
+        let end = match start_agent(&shared, &agent, &start) {
             Err(error) => format!("cannot start: {error}"),
             Ok(()) => {
-                report_agent(&mut open, None).await;
-                let ended = process.wait_for(|it| matches!(it, Process::Ended(_))).await;
-                match ended.as_deref() {
-                    Ok(Process::Ended(how)) => how.clone(),
-                    _ => return,
-                }
+                updates.send(ToHost::AgentResult { error: None });
+                let ended = tokio::select! {
+                    how = end_of(&mut process) => Some(how),
+                    () = updates.replaced(&start) => None,
+                };
+                let Some(how) = ended else {
+                    replace(&mut process).await;
+                    with(&shared, AgentMonitor::replaced);
+                    continue;
+                };
+                how
             }
         };
-        let (hung, wait, leaving) = with(&shared, |monitor| {
-            let hung = monitor.hung();
-            (hung, monitor.ended(Instant::now()), monitor.leaving())
+        let (hung, mut wait, again, leaving) = with(&shared, |monitor| {
+            let (hung, now) = (monitor.hung(), Instant::now());
+            let wait = monitor.ended(now);
+            (hung, wait, monitor.keeps_dying(now), monitor.leaving())
         });
-        let end = if hung {
-            format!("sent no report for a minute and {end}")
-        } else {
-            end
+        let end = match hung {
+            Some(how) => format!("{how} and {end}"),
+            None => end,
         };
         if leaving {
             return;
         }
         eprintln!("{NAME}: guest agent {end}");
-        report_agent(&mut open, Some(end)).await;
+        updates.send(ToHost::AgentResult {
+            error: Some(end.clone()),
+        });
+        let failure = match hung {
+            _ if again => Failure::Again,
+            Some(_) => Failure::Hung,
+            None => Failure::Once,
+        };
+        if of_updates(&updates, move |it| it.failed(failure, &end)).await {
+            with(&shared, AgentMonitor::replaced);
+            wait = Duration::ZERO;
+        }
         tokio::time::sleep(wait).await;
     }
 }
 
-/// Takes the program, with growing waits after attempts that fail; the channel on which it
-/// came.
-async fn take_program() -> Open {
+/// How the guest agent that runs ends.
+async fn end_of(process: &mut watch::Receiver<Process>) -> String {
+    let ended = process.wait_for(|it| matches!(it, Process::Ended(_))).await;
+    match ended.as_deref() {
+        Ok(Process::Ended(how)) => how.clone(),
+        // PID 1 keeps the sender.
+        _ => "ended".into(),
+    }
+}
+
+/// Ends the guest agent that runs, whose role goes on. One that knows SIGUSR1 sends its last
+/// lines first; others are ended by it.
+async fn replace(process: &mut watch::Receiver<Process>) {
+    for (signal, limit) in [
+        (Signal::SIGUSR1, REPLACE_LIMIT),
+        (Signal::SIGKILL, Duration::MAX),
+    ] {
+        if let Process::Running(pid) = *process.borrow() {
+            let _ = kill(pid, signal);
+        }
+        if clock::timeout(limit, end_of(process)).await.is_ok() {
+            return;
+        }
+    }
+}
+
+/// Takes the program of an image that carries none, with growing waits after attempts that
+/// fail.
+async fn take_program() {
     let mut dialer = Dialer::new(Channel::Agent, NAME);
     loop {
         let mut open = dialer.open().await;
         let Err(error) = delivery::receive(&mut open, Path::new(DELIVERED_PROGRAM)).await else {
-            return open;
+            return;
         };
         let error = chain(&error);
         eprintln!("{NAME}: guest agent not delivered: {error}");
@@ -293,39 +394,33 @@ async fn take_program() -> Open {
 fn start_agent(
     shared: &SharedMonitor,
     agent: &watch::Sender<Process>,
-    program: &str,
+    start: &Start,
 ) -> std::io::Result<()> {
-    let child = Command::new(program)
+    let child = Command::new(&start.program)
         .env_clear()
         .env("PATH", guest_agent::environment::PATH)
         .spawn()?;
     let pid = i32::try_from(child.id()).expect("a process id is a positive i32");
     agent.send_replace(Process::Running(Pid::from_raw(pid)));
-    with(shared, AgentMonitor::started);
+    with(shared, |monitor| monitor.started(start.watched));
     Ok(())
-}
-
-/// Reports to the host that the guest agent runs, or why it does not.
-async fn report_agent(open: &mut Option<Open>, error: Option<String>) {
-    let message = ToHost::AgentResult { error };
-    if let Some(open) = open
-        && send(&mut open.writer, &message).await.is_ok()
-    {
-        return;
-    }
-    *open = bus::dial(Channel::Agent, NAME).await.ok();
-    if let Some(open) = open {
-        let _ = send(&mut open.writer, &message).await;
-    }
 }
 
 async fn shut_down(
     shared: &SharedMonitor,
+    updates: Arc<Updates>,
     mut agent: watch::Receiver<Process>,
     then: PowerAction,
     deadline: Duration,
 ) {
-    with(shared, AgentMonitor::leave);
+    let works = with(shared, |monitor| {
+        monitor.leave();
+        monitor.works()
+    });
+    if works {
+        // Beside the shutdown, which does not wait for the disk.
+        tokio::task::spawn_blocking(move || updates.left_well());
+    }
     let mut end = clock::deadline(deadline);
     let process = agent.borrow().clone();
     if let Process::Running(pid) = process {

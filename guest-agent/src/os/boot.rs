@@ -1,7 +1,7 @@
 //! First steps of PID 1: kernel file systems, modules, the root file system.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -12,6 +12,11 @@ use nix::unistd::{chdir, chroot};
 const NEW_ROOT: &str = "/newroot";
 /// Kernel modules in the initial RAM file system, and their order.
 const MODULES: &str = "/modules";
+
+/// Public keys of the image, as files `.pub` in the initial RAM file system.
+const KEYS: &str = "/agent-keys";
+/// Longest text of a key that is read.
+const MAX_KEY: u64 = 64 * 1024;
 
 /// File systems in memory that every user can write. The kernel's default of half of the
 /// memory for each would allow them all of it together.
@@ -88,6 +93,27 @@ pub fn load_modules() -> Result<(), BootError> {
         }
     }
     Ok(())
+}
+
+/// The texts of the image's public keys. To be called before [`switch_root`].
+pub fn image_keys() -> Result<Vec<String>, BootError> {
+    let read = |path: &Path| {
+        let mut text = String::new();
+        File::open(path)?.take(MAX_KEY).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let entries = match fs::read_dir(KEYS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(io_failed(format!("list {KEYS}")))?,
+    };
+    let paths = entries.map(|entry| entry.map(|it| it.path()));
+    let paths = paths.collect::<io::Result<Vec<_>>>();
+    let mut paths = paths.map_err(io_failed(format!("list {KEYS}")))?;
+    paths.retain(|path| path.extension().is_some_and(|it| it == "pub"));
+    let texts = paths
+        .iter()
+        .map(|path| read(path).map_err(io_failed(format!("read {}", path.display()))));
+    texts.collect()
 }
 
 /// Makes the OS disk the root file system of every thread of this process. Other threads

@@ -1,5 +1,6 @@
 //! The API of a host agent: HTTP with JSON on a Unix socket.
 
+pub mod agents;
 pub mod changes;
 pub mod client;
 pub mod event_stream;

@@ -13,6 +13,7 @@ use vmbus::text::chain;
 
 use super::types::{Problem, RefusalKind};
 use crate::controller::ControllerError;
+use crate::store::agents::AgentError;
 use crate::store::packages::AddError;
 use crate::supervisor::host::HostError;
 
@@ -75,6 +76,12 @@ impl From<ControllerError> for Failure {
             | ControllerError::Service(_)
             | ControllerError::Publish(_)
             | ControllerError::Package(AddError::Digest { .. }) => RefusalKind::Invalid,
+            ControllerError::Agent(error) => match error {
+                AgentError::Missing(_) => RefusalKind::NotFound,
+                AgentError::Downgrade { .. } | AgentError::NoKeys(_) => RefusalKind::Conflict,
+                AgentError::Digest { .. } | AgentError::Refused(_) => RefusalKind::Invalid,
+                AgentError::Key { .. } | AgentError::Io { .. } => RefusalKind::Internal,
+            },
             ControllerError::Unable(_) => RefusalKind::Unable,
             ControllerError::Host(HostError::NoRoom(_)) | ControllerError::Quota(_) => {
                 RefusalKind::NoRoom

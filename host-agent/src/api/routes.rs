@@ -22,7 +22,7 @@ use super::types::{
     DeploymentInfo, Deployments, EndpointInfo, Health, InstanceInfo, MAX_BODY, PROGRAM,
     PROGRAM_HEADER, PauseRequest, Problem, RefusalKind,
 };
-use super::{changes, events, exec, logs, metrics, services};
+use super::{agents, changes, events, exec, logs, metrics, services};
 use crate::controller::Controller;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
@@ -96,6 +96,7 @@ fn documented() -> (Router<Api>, OpenApi) {
         )
         .nest("/v1", services::routes())
         .nest("/v1", changes::routes())
+        .nest("/v1", agents::routes())
         .split_for_parts()
 }
 

@@ -264,11 +264,11 @@ async fn upload(
     Ok(Json(PackageInfo { package }))
 }
 
-fn internal(error: tokio::task::JoinError) -> Failure {
+pub(super) fn internal(error: tokio::task::JoinError) -> Failure {
     ControllerError::from(error).into()
 }
 
-fn parse(digest: &str) -> Result<Digest, Failure> {
+pub(super) fn parse(digest: &str) -> Result<Digest, Failure> {
     Digest::from_hex(digest).ok_or_else(|| {
         let text = format!("{digest} is no SHA-256 in 64 lower-case digits");
         Failure::new(RefusalKind::Invalid, text)

@@ -3,6 +3,7 @@
 //! A connection is a task. The port that the guest dialed determines the channel, whatever
 //! the guest's hello claims, and the instance's actor checks everything that a guest reports.
 
+mod agent;
 mod serve;
 #[cfg(test)]
 mod tests;
@@ -17,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use vmbus::channel::{Channel, PRIVILEGED_PORTS};
-use vmbus::message::{Beat, Goal, LogSource, PowerAction, Status};
+use vmbus::message::{AgentUpdate, Beat, Goal, LogSource, PowerAction, Status};
 use vmbus::stream::{FrameReader, StreamError, send};
 use vmbus::text::chain;
 use vmbus::version::{Hello, SUPPORTED, Welcome, negotiate};
@@ -27,6 +28,7 @@ use crate::event_budget::{EventBudget, PAUSE};
 use crate::guest_stream::GuestStream;
 use crate::queued_writer::QueuedWriter;
 use crate::store::image::AgentProgram;
+use crate::supervisor::agents::{Offers, RunningAgent};
 
 /// What a guest reports on its channels, for the instance's actor.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +51,8 @@ pub enum ChannelEvent {
         /// Why it does not run, if so.
         error: Option<String>,
     },
+    /// Which guest agent runs, or what became of one that was offered.
+    Agent(AgentEvent),
     /// The guest has begun to shut down.
     ShutdownBegun,
     /// A connection was ended because it broke the protocol.
@@ -58,6 +62,15 @@ pub enum ChannelEvent {
         /// What was wrong.
         reason: String,
     },
+}
+
+/// What a guest says of its guest agent. Versions and digests are valid.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AgentEvent {
+    /// This one runs.
+    Runs(RunningAgent),
+    /// What became of one that was offered.
+    Update(AgentUpdate),
 }
 
 /// A request to the app agent.
@@ -84,8 +97,10 @@ pub struct GuestChannels {
     pub goal: watch::Receiver<Goal>,
     /// Set when the guest shall shut down.
     pub shutdown: watch::Receiver<Option<ShutdownRequest>>,
-    /// The guest agent to deliver.
+    /// The guest agent of the image, for guests whose disk has none.
     pub program: Arc<AgentProgram>,
+    /// The guest agent that is offered.
+    pub offers: Offers,
     /// The role's log.
     pub role_log: Arc<QueuedWriter>,
     /// The agents' log.

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{ReadHalf, WriteHalf};
 use tokio::time::Instant;
 use vmbus::channel::Channel;
 use vmbus::message::{LogRecord, MAX_DETAIL, Status, ToGuest, ToHost};
-use vmbus::stream::{FrameReader, StreamError, send};
+use vmbus::stream::{FrameReader, send};
 use vmbus::version::Hello;
 
 use super::{ChannelError, ChannelEvent, GuestChannels};
@@ -15,7 +15,7 @@ use crate::printable::{escaped, is_printable};
 use crate::token_bucket::{Rate, TokenBucket};
 
 /// Longest guest text taken into an event, in characters.
-const MAX_TEXT: usize = MAX_DETAIL;
+pub(super) const MAX_TEXT: usize = MAX_DETAIL;
 /// Longest name of an agent taken into an event, in characters.
 const MAX_AGENT_NAME: usize = 100;
 /// Status reports of a connection. A guest that sends more waits on its own
@@ -115,30 +115,6 @@ impl GuestChannels {
         Ok(())
     }
 
-    async fn agent(&self, mut reader: Reader, mut writer: Writer) -> Result<(), ChannelError> {
-        while let Some(message) = reader.next().await? {
-            match message {
-                ToHost::AgentRequest {} => {
-                    let program = ToGuest::AgentProgram {
-                        version: self.program.version.clone(),
-                        size: self.program.bytes.len() as u64,
-                        sha256: self.program.sha256.clone(),
-                    };
-                    send(&mut writer, &program).await?;
-                    let sent = writer.write_all(&self.program.bytes).await;
-                    sent.map_err(StreamError::Io)?;
-                }
-                ToHost::AgentResult { error } => {
-                    let error = error.map(|text| clean(&text, MAX_TEXT));
-                    self.report_caused(ChannelEvent::AgentResult { error })
-                        .await;
-                }
-                other => return Err(unexpected(&other)),
-            }
-        }
-        Ok(())
-    }
-
     async fn log_records(&self, mut reader: Reader) -> Result<(), ChannelError> {
         while let Some(message) = reader.next().await? {
             let ToHost::Log(record) = message else {
@@ -191,7 +167,7 @@ impl GuestChannels {
     }
 }
 
-fn unexpected(message: &ToHost) -> ChannelError {
+pub(super) fn unexpected(message: &ToHost) -> ChannelError {
     let name = format!("{message:?}");
     let name: String = name.chars().take_while(|c| c.is_alphanumeric()).collect();
     ChannelError::Protocol(format!("message {name} does not belong on this channel"))
@@ -210,7 +186,7 @@ pub(super) fn bounded(text: &str) -> String {
 }
 
 /// Guest text with blanks for characters that are not printable, cut at `most` characters.
-fn clean(text: &str, most: usize) -> String {
+pub(super) fn clean(text: &str, most: usize) -> String {
     let printable = |c| if is_printable(c) { c } else { ' ' };
     text.chars().map(printable).take(most).collect()
 }

@@ -61,8 +61,10 @@ fn host(interval: Duration) -> Host {
         program: Arc::new(AgentProgram {
             version: String::new(),
             sha256: String::new(),
-            bytes: Vec::new(),
+            size: 0,
+            file: Arc::new(tempfile::tempfile().unwrap()),
         }),
+        offers: watch::channel(None).1,
         role_log: log("role.log"),
         agent_log: log("agent.log"),
         alive: mpsc::channel(1).0,

@@ -1,5 +1,6 @@
 //! The command line: verbs, output, exit codes.
 
+mod agent;
 mod args;
 mod completion;
 mod config;
@@ -82,6 +83,7 @@ pub fn main() -> ExitCode {
         Verb::Version => version(&output),
         Verb::Events(args) => events::run(&args, &output),
         Verb::Serve(args) => serve::run(&args, &output),
+        Verb::Agent(args) => agent::run(&args.verb, &output),
         Verb::Service(args) => service::run(&args.verb, no_input, &output),
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => Ok(test::run(&args, &output)),

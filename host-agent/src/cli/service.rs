@@ -58,7 +58,7 @@ pub fn run(verb: &ServiceVerb, no_input: bool, output: &Output) -> Result<Exit, 
     result
 }
 
-async fn connect() -> Result<Client, CliError> {
+pub(super) async fn connect() -> Result<Client, CliError> {
     let socket = paths::serve_socket();
     let connected = Client::connect(&socket).await;
     connected.map_err(|error| not_serving(&error))
@@ -418,7 +418,7 @@ async fn history(name: &str, output: &Output) -> Result<Exit, CliError> {
 }
 
 /// A time as RFC 3339 in UTC.
-fn time(ms: u64) -> String {
+pub(super) fn time(ms: u64) -> String {
     let ms = i64::try_from(ms).unwrap_or(i64::MAX);
     jiff::Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |it| format!("{it:.0}"))
 }

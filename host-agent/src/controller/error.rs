@@ -3,6 +3,7 @@
 use tokio::task::JoinError;
 
 use crate::service::{PublishError, ServiceError};
+use crate::store::agents::AgentError;
 use crate::store::database::StoreError;
 use crate::store::packages::AddError;
 use crate::supervisor::host::HostError;
@@ -43,6 +44,9 @@ pub enum ControllerError {
     /// The package that was uploaded.
     #[error(transparent)]
     Package(#[from] AddError),
+    /// A guest agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),

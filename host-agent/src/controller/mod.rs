@@ -1,6 +1,7 @@
 //! Keeps the services of the store running on the host: what was asked for is durable
 //! before it is answered, and a task for each service does what is missing.
 
+pub mod agents;
 mod changes;
 mod copies;
 mod decide;
@@ -22,6 +23,7 @@ use crate::progress::Progress;
 use crate::service;
 use crate::service::ServiceRules;
 use crate::service::model::ServiceModel;
+use crate::store::agents::AgentPackages;
 use crate::store::database::StoreError;
 use crate::store::packages::PackageStore;
 use crate::store::services::{
@@ -51,6 +53,9 @@ struct State {
     store: Arc<Mutex<ServiceStore>>,
     events: EventLog,
     packages: PackageStore,
+    agents: AgentPackages,
+    /// Held while it is decided what is offered.
+    offering: tokio::sync::Mutex<()>,
     /// Why this host cannot run guests, if it cannot.
     unable: Option<String>,
     /// Wakes the task of each service.
@@ -102,6 +107,7 @@ impl Controller {
         let copier = store.database().copier().clone();
         let restored = store.database().restored().cloned();
         let copying = copies::keep(copier, Arc::clone(&copy), host.timeline().clone());
+        let agents = AgentPackages::new(&host.options().data_dir);
         let store = Arc::new(Mutex::new(store));
         let events = EventLog::start(Arc::clone(&store), events, host.timeline().clone());
         let this = Self(Arc::new(State {
@@ -109,6 +115,8 @@ impl Controller {
             store,
             events,
             packages: packages.clone(),
+            agents,
+            offering: tokio::sync::Mutex::default(),
             unable,
             tasks: Mutex::default(),
             policy: Mutex::new(Arc::new(policy)),
@@ -124,6 +132,7 @@ impl Controller {
             .await?;
         // Nobody uploads yet. What cannot be removed only takes space.
         let _ = blocking(move || packages.sweep(&used)).await?;
+        this.start_agents().await?;
         let deployments = services.iter().filter_map(|it| it.deployment.clone());
         let known: BTreeSet<String> = deployments.collect();
         this.report_unknown(&known).await?;

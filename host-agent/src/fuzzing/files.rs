@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vm_memory::VolatileSlice;
+use vmbus::agent_package::{START, parse};
+use vmbus::agent_signature::{TrustedKeys, check};
 
 use super::input::Input;
 use crate::progress::Progress;
@@ -152,6 +154,27 @@ pub fn package(data: &[u8]) {
         .unwrap();
     // An error is as good as a package that is valid.
     let _ = validate(&path, None, &Progress::default());
+}
+
+/// The public key with which the corpus of [`agent_package`] is signed.
+const AGENT_KEY: &str = "untrusted comment: of the corpus\n\
+                         RWRH/auj78DO7ktaiC+KXeH3ETP0plRzEzUW/kNF2/P9rHXLvjACnAM1\n";
+
+/// A signature, and after a zero byte the guest-agent package that it is of.
+pub fn agent_package(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let signature = String::from_utf8_lossy(parts.next().unwrap_or_default());
+    let package = parts.next().unwrap_or_default();
+    // Text of an attacker is no key that panics.
+    let _ = TrustedKeys::parse(&[&*signature]);
+    let keys = TrustedKeys::parse(&[AGENT_KEY]).unwrap();
+    let length = package.len() as u64;
+    let parsed = parse(&package[..package.len().min(START)], length);
+    if let Ok(checked) = check(&mut &*package, length, &signature, &keys) {
+        let (head, at) = parsed.unwrap();
+        assert_eq!((&checked.head, checked.program_at), (&head, at as u64));
+        assert_eq!(at as u64 + head.size, length);
+    }
 }
 
 /// A definition, and after a zero byte its configuration.

@@ -14,5 +14,5 @@ mod messages;
 mod tests;
 
 pub use devices::{block_requests, mmio_state, queue_chains, vsock_packets};
-pub use files::{package, qcow2_open, xml};
+pub use files::{agent_package, package, qcow2_open, xml};
 pub use messages::{bus_frames, control_events};

@@ -117,6 +117,11 @@ fn package_survives_its_corpus_and_mutations() {
 }
 
 #[test]
+fn agent_package_survives_its_corpus_and_mutations() {
+    replay("agent_package", agent_package, 2000);
+}
+
+#[test]
 fn xml_survives_its_corpus_and_mutations() {
     replay("xml", xml, 2000);
 }

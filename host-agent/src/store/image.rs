@@ -91,15 +91,17 @@ struct ManifestFile {
     version: Option<String>,
 }
 
-/// The guest-agent program of an image.
+/// A guest agent that is sent to guests: the program of an image, or a package.
 #[derive(Debug, Clone)]
 pub struct AgentProgram {
-    /// Version from the manifest.
+    /// Its version, for people.
     pub version: String,
     /// SHA-256 in lower-case hexadecimal.
     pub sha256: String,
-    /// The program.
-    pub bytes: Vec<u8>,
+    /// Its length in bytes.
+    pub size: u64,
+    /// The file.
+    pub file: Arc<File>,
 }
 
 /// An image whose files match their digests.
@@ -119,7 +121,7 @@ pub struct Image {
     pub base_size: u64,
     /// Initial file system of resource disks, open read-only.
     pub resource: File,
-    /// The guest agent that the app agent downloads.
+    /// The guest agent, which guests download if their disk has none.
     pub agent: Arc<AgentProgram>,
     /// Whether an earlier full check of the same files was used.
     pub cached: bool,
@@ -194,20 +196,14 @@ pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, I
         // Without this file only the next start is slower.
         let _ = fs::write(dir.join(CHECKED), json);
     }
-    let [kernel, initrd, base, resource, mut program] =
+    let [kernel, initrd, base, resource, program] =
         <[File; 5]>::try_from(opened).expect("one handle was opened for each of FILES");
-    let mut bytes = Vec::new();
-    program
-        .read_to_end(&mut bytes)
-        .map_err(|source| ImageError::Read {
-            path: dir.join("guest-agent"),
-            source,
-        })?;
     let agent = &manifest.files["guest-agent"];
     let agent = Arc::new(AgentProgram {
         version: agent.version.clone().unwrap_or_default(),
         sha256: agent.sha256.clone(),
-        bytes,
+        size: identities["guest-agent"].size,
+        file: Arc::new(program),
     });
     Ok(Image {
         digest,

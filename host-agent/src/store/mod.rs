@@ -1,5 +1,6 @@
 //! The files of the host agent: images, packages, deployments, logs, and what was asked for.
 
+pub mod agents;
 pub mod changes;
 pub mod content;
 pub mod database;

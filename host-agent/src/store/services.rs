@@ -16,7 +16,8 @@ use crate::digest::Digest;
 use crate::service::PublishedPort;
 
 /// The SQL from each schema to the next. A released entry never changes.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE service (
   name TEXT PRIMARY KEY,
   expected TEXT NOT NULL,
@@ -55,7 +56,28 @@ CREATE TABLE event (
   event TEXT NOT NULL
 ) STRICT;
 CREATE INDEX event_of_deployment ON event (deployment);
-"];
+",
+    "
+CREATE TABLE agent (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  digest TEXT NOT NULL UNIQUE,
+  version TEXT NOT NULL,
+  withdrawn INTEGER NOT NULL,
+  allow_downgrade INTEGER NOT NULL,
+  user INTEGER NOT NULL,
+  at_ms INTEGER NOT NULL,
+  signature TEXT NOT NULL
+) STRICT;
+CREATE TABLE agent_failure (
+  deployment TEXT NOT NULL,
+  instance TEXT NOT NULL,
+  digest TEXT NOT NULL,
+  reason TEXT NOT NULL,
+  at_ms INTEGER NOT NULL,
+  PRIMARY KEY (deployment, instance, digest)
+) STRICT;
+",
+];
 
 /// Operations that are kept of one service; older ones are removed.
 const MAX_OPERATIONS: u32 = 100;
@@ -473,7 +495,7 @@ pub(super) fn operation(row: &Row<'_>) -> rusqlite::Result<Operation> {
     })
 }
 
-fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
+pub(super) fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
     let text: String = row.get(column)?;
     Digest::from_hex(&text).ok_or_else(|| {
         let error = format!("{text} is no SHA-256").into();

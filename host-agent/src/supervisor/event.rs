@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use vmbus::message::{ExitCause, RoleState};
+use vmbus::message::{ExitCause, RoleState, UpdateStep};
 
 use crate::vmm::control::ExitReason;
 use crate::vmm::sandbox::SandboxReport;
@@ -99,6 +99,17 @@ pub enum EventKind {
     GuestAgent {
         /// Why it could not be started.
         error: Option<String>,
+    },
+    /// What became of a guest agent that was offered.
+    AgentUpdate {
+        /// Its version.
+        version: String,
+        /// SHA-256 of its package.
+        package: String,
+        /// What happened.
+        step: UpdateStep,
+        /// Why, if something is wrong.
+        detail: String,
     },
     /// The role's state changed.
     Role {
@@ -310,6 +321,21 @@ impl fmt::Display for EventKind {
             }
             Self::GuestAgent { error: None } => write!(f, "guest agent started"),
             Self::GuestAgent { error: Some(error) } => write!(f, "guest agent: {error}"),
+            Self::AgentUpdate {
+                version,
+                step,
+                detail,
+                ..
+            } => match step {
+                UpdateStep::Refused => write!(f, "guest agent {version} refused: {detail}"),
+                UpdateStep::Installed => write!(f, "guest agent {version} installed and started"),
+                UpdateStep::Confirmed => write!(f, "guest agent {version} has proven itself"),
+                UpdateStep::WentBack => write!(
+                    f,
+                    "guest agent {version} failed and is bad from now on, the one before follows: \
+                     {detail}"
+                ),
+            },
             Self::Role {
                 state,
                 detail,

@@ -14,10 +14,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use vmbus::text::chain;
 
 use super::admission::{AdmissionLimits, Capacity, Demand, admit};
+use super::agents::OfferedAgent;
 use super::event::EventKind;
 use super::instance::{InstanceHandle, Request};
 use super::lifecycle::Limits;
@@ -92,6 +94,8 @@ struct HostState {
     images: Mutex<BTreeMap<ImageRef, Arc<Image>>>,
     deployments: Mutex<BTreeMap<String, Deployment>>,
     capacity: Mutex<Capacity>,
+    /// The guest agent that is offered to all guests.
+    offers: watch::Sender<Option<Arc<OfferedAgent>>>,
     /// Of deployments that are being created.
     claimed: Mutex<Demand>,
     _janitor: Janitor,
@@ -178,6 +182,7 @@ impl Host {
             images: Mutex::default(),
             deployments: Mutex::default(),
             capacity: Mutex::new(capacity),
+            offers: watch::Sender::new(None),
             claimed: Mutex::default(),
             _janitor: janitor,
         })))
@@ -196,6 +201,16 @@ impl Host {
     /// Its event bus.
     pub fn timeline(&self) -> &Timeline {
         &self.0.timeline
+    }
+
+    /// Offers a guest agent to all guests, or none.
+    pub fn offer_agent(&self, offered: Option<OfferedAgent>) {
+        self.0.offers.send_replace(offered.map(Arc::new));
+    }
+
+    /// The guest agent that is offered.
+    pub fn offered_agent(&self) -> Option<Arc<OfferedAgent>> {
+        self.0.offers.borrow().clone()
     }
 
     /// The deployment `id`, if it runs.

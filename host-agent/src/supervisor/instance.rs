@@ -1,6 +1,7 @@
 //! The actor of one instance: gives the events of its VMM process, its channels
 //! and its owner to the pure policy, and performs the effects.
 
+mod agents;
 mod boot;
 mod drain;
 mod handle;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use vmbus::channel::{Channel, EXEC_PORT};
 use vmbus::message::{Goal, Health, RoleState};
 
+use super::agents::Offers;
 use super::event::EventKind;
 use super::lifecycle::{Effect, Input, Lifecycle, Limits, Wait};
 use super::liveness::heartbeat::{HeartbeatRule, Now};
@@ -99,6 +101,8 @@ pub struct InstanceParts {
     pub listeners: HeldListeners,
     /// The deployment's timeline.
     pub timeline: Timeline,
+    /// The guest agent that is offered.
+    pub offers: Offers,
     /// The guest outlives this process, and its state is recorded for the next.
     pub durable: bool,
     /// Start no guest whose VMM process lacks a layer of the sandbox.
@@ -365,6 +369,10 @@ impl Instance {
             }
             ChannelEvent::AgentResult { error } => {
                 self.report_limited(EventKind::GuestAgent { error });
+                true
+            }
+            ChannelEvent::Agent(event) => {
+                self.agent(event);
                 true
             }
             ChannelEvent::ShutdownBegun => {

@@ -4,6 +4,7 @@
 //! actor performs what it decides.
 
 pub mod admission;
+pub mod agents;
 pub mod deploy;
 pub mod event;
 pub mod guest;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmbus::message::{RoleState, Status};
 
+use super::agents::RunningAgent;
 use super::event::{EventKind, Verdict, state_name};
 
 /// The current state of an instance.
@@ -37,6 +38,9 @@ pub struct InstanceStatus {
     /// was condemned, else the reason of its exit.
     #[serde(default)]
     pub exits: BTreeMap<String, u64>,
+    /// The guest agent of this boot, as far as the guest has said.
+    #[serde(default)]
+    pub agent: Option<RunningAgent>,
     /// The verdict of this boot, if its guest is condemned.
     #[serde(skip)]
     pub verdict: Option<Verdict>,
@@ -84,6 +88,7 @@ impl Default for InstanceStatus {
             cause: None,
             last_heartbeat: None,
             exits: BTreeMap::new(),
+            agent: None,
             verdict: None,
         }
     }

@@ -90,11 +90,56 @@ fn log_record() -> impl Strategy<Value = LogRecord> {
     )
 }
 
+fn agent_versions() -> impl Strategy<Value = AgentVersions> {
+    let bad = (text(), text(), text()).prop_map(|(version, sha256, reason)| BadAgent {
+        version,
+        sha256,
+        reason,
+    });
+    let all = (text(), option::of(text()), any::<bool>(), vec(bad, 0..4));
+    all.prop_map(|(version, sha256, watched, bad)| AgentVersions {
+        version,
+        sha256,
+        watched,
+        bad,
+    })
+}
+
+fn agent_update() -> impl Strategy<Value = AgentUpdate> {
+    let step = prop::sample::select(vec![
+        UpdateStep::Refused,
+        UpdateStep::Installed,
+        UpdateStep::Confirmed,
+        UpdateStep::WentBack,
+    ]);
+    (text(), text(), step, text()).prop_map(|(version, sha256, step, detail)| AgentUpdate {
+        version,
+        sha256,
+        step,
+        detail,
+    })
+}
+
+fn agent_offer() -> impl Strategy<Value = AgentOffer> {
+    let all = ([text(), text(), text()], vec(text(), 0..3), any::<bool>());
+    all.prop_map(
+        |([version, sha256, signature], keys, allow_downgrade)| AgentOffer {
+            version,
+            sha256,
+            signature,
+            keys,
+            allow_downgrade,
+        },
+    )
+}
+
 fn to_host() -> impl Strategy<Value = ToHost> {
     prop_oneof![
         beat().prop_map(ToHost::Beat),
         status().prop_map(ToHost::Status),
-        Just(ToHost::AgentRequest {}),
+        option::of(text()).prop_map(|sha256| ToHost::AgentRequest { sha256 }),
+        agent_versions().prop_map(ToHost::AgentVersions),
+        agent_update().prop_map(ToHost::AgentUpdate),
         option::of(text()).prop_map(|error| ToHost::AgentResult { error }),
         log_record().prop_map(ToHost::Log),
         Just(ToHost::ShutdownBegun {}),
@@ -202,6 +247,7 @@ fn to_guest() -> impl Strategy<Value = ToGuest> {
                 sha256,
             }
         }),
+        option::of(agent_offer()).prop_map(|offer| ToGuest::AgentOffer { offer }),
         (power, any::<u64>())
             .prop_map(|(then, deadline_ms)| ToGuest::Shutdown { then, deadline_ms }),
     ]

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod agents;
 mod deploy;
 mod files;
 mod instances;
@@ -8,6 +9,7 @@ mod time;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::agents::*;
 pub use self::deploy::*;
 pub use self::files::*;
 pub use self::instances::*;
@@ -23,7 +25,7 @@ const OVERVIEW: &str = "\
 Start:   doctor  validate  pack  run  test
 Look:    ps  logs  wait  explain
 Inside:  exec
-Keep:    serve  service  events
+Keep:    serve  service  events  agent
 More:    config  completion  version  help
 
 Examples:
@@ -195,6 +197,12 @@ Examples:
   host-agent service apply shop --package shop.cspkg --config shop.cscfg --wait
   host-agent service list --json")]
     Service(ServiceCommand),
+    /// Publish guest agents, which guests take while their roles run on
+    #[command(after_help = "\
+Examples:
+  host-agent agent publish guest-agent-0.2.0.agent
+  host-agent agent list")]
+    Agent(AgentCommand),
     /// Print what happened to services and instances
     #[command(after_help = "\
 Examples:

@@ -61,6 +61,14 @@ pub enum Code {
     Store,
     /// A file of the configuration is refused.
     Configuration,
+    /// A guest-agent package or its signature is not valid, or not trusted.
+    AgentRefused,
+    /// A guest agent is older than what is offered, or nobody is trusted to sign.
+    AgentConflict,
+    /// A guest-agent package, its signature or program cannot be read.
+    AgentFile,
+    /// No such guest agent was published.
+    NoAgent,
     /// `exec`: the host side failed.
     ExecHost,
     /// `exec`: the program could not be started in the guest.
@@ -76,7 +84,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 33] = [
+    const ALL: [Self; 37] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -105,6 +113,10 @@ impl Code {
         Self::Operation,
         Self::Store,
         Self::Configuration,
+        Self::AgentRefused,
+        Self::AgentConflict,
+        Self::AgentFile,
+        Self::NoAgent,
         Self::ExecHost,
         Self::ExecGuest,
         Self::NoSuchError,
@@ -148,6 +160,10 @@ impl Code {
             Self::Configuration => (520, Exit::Invalid),
             Self::NoSuchError => (531, Exit::NotFound),
             Self::Page => (545, Exit::Conflict),
+            Self::AgentRefused => (540, Exit::Invalid),
+            Self::AgentConflict => (541, Exit::Conflict),
+            Self::AgentFile => (542, Exit::NotFound),
+            Self::NoAgent => (543, Exit::NotFound),
         }
     }
 

@@ -199,6 +199,7 @@ impl Host {
             prepare_limit: options.scaled(30),
             rotation: endpoints.rotation,
             listeners: endpoints.listeners,
+            offers: self.0.offers.subscribe(),
             durable: false,
             require_sandbox: options.require_sandbox,
         }

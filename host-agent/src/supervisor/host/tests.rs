@@ -50,6 +50,7 @@ pub(crate) fn empty(data_dir: &Path, runtime_dir: &Path) -> Host {
         images: Mutex::default(),
         deployments: Mutex::default(),
         capacity: Mutex::new(Capacity::of_machine(AdmissionLimits::default())),
+        offers: watch::Sender::new(None),
         claimed: Mutex::default(),
         _janitor: Janitor::none(),
     }))

@@ -112,6 +112,7 @@ impl Instance {
             goal: self.goal.subscribe(),
             shutdown: shutdown_receiver,
             program: Arc::clone(&parts.image.agent),
+            offers: parts.offers.clone(),
             role_log: Arc::clone(&self.role_log),
             agent_log: Arc::clone(&self.agent_log),
             alive,

@@ -96,6 +96,7 @@ fn started_as(
         timeline,
         durable,
         require_sandbox: false,
+        offers: watch::channel(None).1,
     };
     let prepared = origin(PreparedInstance::new(parts).unwrap());
     let (handle, task) = prepared.start();
@@ -234,6 +235,7 @@ fn guest() -> Guest {
         goal: watch::channel(spec(dir.path(), &image).goal).1,
         shutdown: watch::channel(None).1,
         program: image.agent,
+        offers: watch::channel(None).1,
         role_log: log("role.log"),
         agent_log: log("agent.log"),
         alive,
