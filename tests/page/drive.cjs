@@ -171,6 +171,8 @@ async function main() {
     times.push(await paint());
   }
   times.sort((a, b) => a - b);
+  // With room for a busy machine: 60 ms are usual.
+  assert.ok(times[5] < 300, `the first paint takes ${times[5]} ms`);
   console.log(`first paint: ${times[5].toFixed(0)} ms (median of 11), ${times[10].toFixed(0)} ms at most`);
 
   await until('figures', async () => await page.locator('.plot polyline').count() > 0);
@@ -206,6 +208,10 @@ async function main() {
   await page.getByRole('dialog').getByRole('button', { name: 'Delete', exact: true }).click();
   await page.waitForURL(`${origin}/`);
   await page.getByRole('link', { name: settings.service, exact: true }).waitFor({ state: 'detached' });
+  await page.goto(PAGES.hostile);
+  await page.getByRole('button', { name: 'Delete…' }).click();
+  await page.getByRole('dialog').getByRole('button', { name: 'Delete', exact: true }).click();
+  await page.getByText('No services.').waitFor();
   assert.deepEqual(faults, [], 'the browser has nothing to complain of');
   await browser.close();
 }
