@@ -4,6 +4,7 @@ mod adoption;
 mod agent;
 mod bad_input;
 mod boot;
+mod commands;
 mod debian;
 mod disk;
 mod disk_full;

@@ -310,6 +310,14 @@ impl Client {
         Ok(EventStream::new(self.body(answer)))
     }
 
+    /// The metrics of the host, as Prometheus text.
+    pub async fn metrics(mut self) -> Result<String, ClientError> {
+        let answer = self.send(Method::GET, "/metrics", empty(), &[]).await?;
+        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+        let body = body.map_err(|error| ClientError::unreachable(&self.socket, error))?;
+        Ok(String::from_utf8_lossy(&body.to_bytes()).into_owned())
+    }
+
     /// Opens a log of an instance.
     pub async fn logs(
         mut self,
@@ -361,9 +369,21 @@ impl Client {
         body: Body,
         headers: &[(HeaderName, &'static str)],
     ) -> Result<Answer<Incoming>, ClientError> {
+        let uri = format!("/{VERSION}/{path}");
+        self.send(method, &uri, body, headers).await
+    }
+
+    /// The same of a path that has no version.
+    async fn send(
+        &mut self,
+        method: Method,
+        uri: &str,
+        body: Body,
+        headers: &[(HeaderName, &'static str)],
+    ) -> Result<Answer<Incoming>, ClientError> {
         let mut request = Request::builder()
             .method(method)
-            .uri(format!("/{VERSION}/{path}"))
+            .uri(uri)
             .header(HOST, "host-agent");
         for (name, value) in headers {
             request = request.header(name, *value);

@@ -6,6 +6,7 @@ pub mod client;
 pub mod event_stream;
 mod events;
 mod exec;
+pub mod gc;
 pub(crate) mod listener;
 mod logs;
 pub(crate) mod metrics;

@@ -90,6 +90,7 @@ impl From<ControllerError> for Failure {
             ControllerError::Package(AddError::Io(_))
             | ControllerError::Store(_)
             | ControllerError::Host(_)
+            | ControllerError::Garbage(_)
             | ControllerError::Blocking(_) => RefusalKind::Internal,
         };
         Self::new(kind, chain(&error))

@@ -22,7 +22,7 @@ use super::types::{
     DeploymentInfo, Deployments, EndpointInfo, Health, InstanceInfo, MAX_BODY, PROGRAM,
     PROGRAM_HEADER, PauseRequest, Problem, RefusalKind,
 };
-use super::{agents, changes, events, exec, logs, metrics, services};
+use super::{agents, changes, events, exec, gc, logs, metrics, services};
 use crate::controller::Controller;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
@@ -90,6 +90,7 @@ fn documented() -> (Router<Api>, OpenApi) {
         .routes(routes!(openapi))
         .routes(routes!(deployments))
         .routes(routes!(events::events))
+        .routes(routes!(gc::gc))
         .nest(
             "/v1/deployments/{deployment}/instances/{instance}",
             instance,

@@ -4,7 +4,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::ServiceArgs;
@@ -26,6 +26,9 @@ use crate::supervisor::liveness::heartbeat::HeartbeatRule;
 
 /// Longest manifest of an image that a hint is made of, in bytes.
 const MAX_MANIFEST: u64 = 4 << 20;
+
+/// Name under which `scripts/install` installs the script that builds images.
+const INSTALLED_BUILDER: &str = "host-agent-image";
 
 /// Hint for a full disk.
 pub const MORE_SPACE: &str = "export HOST_AGENT_DATA_DIR=/directory/with/more/space";
@@ -105,7 +108,7 @@ pub fn refused(error: &HostError, model: &ServiceModel) -> CliError {
     }
 }
 
-fn image(error: &ImageError) -> CliError {
+pub(super) fn image(error: &ImageError) -> CliError {
     match error {
         ImageError::Missing { path, .. } => {
             CliError::chain(Code::ImageMissing, error).hint(build_hint(path))
@@ -130,8 +133,13 @@ fn image(error: &ImageError) -> CliError {
 fn build_hint(path: &Path) -> String {
     let directory = path.parent().unwrap_or(path);
     let name = directory.file_name().unwrap_or_default();
-    let mut hint = format!("{} {}", builder(), quoted(name));
     let options = built_with(&directory.join("manifest.json"));
+    if let Some([.., imported, file]) = options.as_deref()
+        && imported == "--imported"
+    {
+        return format!("host-agent image import {} {}", quoted(name), quoted(file));
+    }
+    let mut hint = format!("{} {}", builder(), quoted(name));
     for option in options.iter().flatten() {
         hint.push_str(&format!(" {}", quoted(option)));
     }
@@ -157,17 +165,23 @@ fn built_with(manifest: &Path) -> Option<Vec<String>> {
 /// installed it beside this program, else the script of the checkout that this program
 /// was built in.
 fn builder() -> String {
-    let program = env::current_exe().unwrap_or_default();
-    if program.with_file_name("host-agent-image").exists() {
-        return "host-agent-image".into();
-    }
-    let scripts = program.ancestors().map(|dir| dir.join("images/build"));
-    let script = scripts.into_iter().find(|script| script.exists());
     let here = env::current_dir().unwrap_or_default();
-    script.map_or_else(
-        || "images/build".into(),
-        |script| quoted(script.strip_prefix(&here).unwrap_or(&script)),
-    )
+    match builder_program() {
+        None => "images/build".into(),
+        Some(program) if program.ends_with(INSTALLED_BUILDER) => INSTALLED_BUILDER.into(),
+        Some(script) => quoted(script.strip_prefix(&here).unwrap_or(&script)),
+    }
+}
+
+/// The program of [`builder`], if there is one.
+pub(super) fn builder_program() -> Option<PathBuf> {
+    let program = env::current_exe().unwrap_or_default();
+    let installed = program.with_file_name(INSTALLED_BUILDER);
+    if installed.exists() {
+        return Some(installed);
+    }
+    let mut scripts = program.ancestors().map(|dir| dir.join("images/build"));
+    scripts.find(|script| script.exists())
 }
 
 fn listen(error: &ListenError) -> CliError {

@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod completion;
 mod config;
+mod cp;
 mod deploy;
 mod doctor;
 mod endpoint_probe;
@@ -14,6 +15,9 @@ mod evidence;
 mod exec;
 mod exit;
 mod explain;
+mod gc;
+mod image;
+mod init;
 mod instances;
 mod interrupt;
 mod logs;
@@ -30,6 +34,7 @@ mod service_manager;
 mod terminal;
 mod test;
 mod ticker;
+mod top;
 mod wait;
 mod watch;
 
@@ -69,6 +74,11 @@ pub fn main() -> ExitCode {
     }
     let result = match line.verb {
         Verb::Doctor => doctor::run(&output),
+        Verb::Image(args) => image::run(&args.verb, &output),
+        Verb::Top(args) => top::run(&args, &output),
+        Verb::Init(args) => init::run(&args, &output),
+        Verb::Gc(args) => gc::run(&args, no_input, &output),
+        Verb::Cp(args) => cp::run(&args, &output),
         Verb::Exec(args) => exec::run(&args, no_input),
         Verb::Logs(args) => logs::run(&args),
         Verb::Wait(args) => wait::run(&args, &output),

@@ -178,6 +178,11 @@ impl Output {
         }
     }
 
+    /// Whether the answer is for people.
+    pub fn is_table(&self) -> bool {
+        self.format == Format::Table
+    }
+
     /// How to show a long step.
     pub const fn style(&self) -> ProgressStyle {
         self.progress

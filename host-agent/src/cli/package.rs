@@ -65,7 +65,7 @@ pub fn pack(args: &PackArgs, output: &Output) -> Result<Exit, CliError> {
 
 /// Runs `work` on another thread. The first signal cancels it and waits until it
 /// has removed its files; the second one does not wait.
-fn interruptible<T: Send + 'static>(
+pub(super) fn interruptible<T: Send + 'static>(
     progress: &Progress,
     work: impl FnOnce(&Progress) -> Result<T, CliError> + Send + 'static,
 ) -> Result<T, CliError> {

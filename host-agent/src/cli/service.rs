@@ -220,7 +220,11 @@ async fn delete(args: &DeleteArgs, no_input: bool, output: &Output) -> Result<Ex
 }
 
 /// Asks on a terminal.
-async fn confirm(question: &str, begin: &BeginArgs, no_input: bool) -> Result<(), CliError> {
+pub(super) async fn confirm(
+    question: &str,
+    begin: &BeginArgs,
+    no_input: bool,
+) -> Result<(), CliError> {
     if begin.yes || no_input || !io::stdin().is_terminal() {
         return Ok(());
     }

@@ -24,6 +24,9 @@ use crate::supervisor::status::Phase;
 /// an answer.
 const POLL: Duration = Duration::from_millis(200);
 
+/// How long roles must stay Ready: one that is Ready when its process starts may exit at once.
+const STEADY: Duration = Duration::from_secs(1);
+
 /// `wait`.
 #[derive(Debug, Clone, Args)]
 pub struct WaitArgs {
@@ -71,6 +74,16 @@ struct Found {
     operation: Option<Operation>,
 }
 
+impl Found {
+    /// Of each instance the boots of its guest and the ends of its role.
+    fn boots(&self) -> Vec<(u64, u32)> {
+        let instances = self.instances.iter();
+        instances
+            .map(|it| (it.generation, it.status.recycles))
+            .collect()
+    }
+}
+
 /// Waits.
 pub fn run(args: &WaitArgs, output: &Output) -> Result<Exit, CliError> {
     runtime()?.block_on(async {
@@ -85,12 +98,24 @@ pub fn run(args: &WaitArgs, output: &Output) -> Result<Exit, CliError> {
 async fn wait(args: &WaitArgs, output: &Output) -> Result<Exit, CliError> {
     let (name, condition, started) = (&args.name, args.condition, Instant::now());
     let mut last: Option<Found> = None;
+    let mut met: Option<(Instant, Vec<(u64, u32)>)> = None;
     let mut said = String::new();
     loop {
         match (look(name).await?, &last) {
             (Some(found), _) => {
                 if is_met(condition, name, &found)? {
-                    return answer(args, &found.instances, started, output);
+                    let boots = found.boots();
+                    if met.as_ref().is_none_or(|(_, before)| *before != boots) {
+                        met = Some((Instant::now(), boots));
+                    }
+                    let lasted = met
+                        .as_ref()
+                        .is_some_and(|(since, _)| since.elapsed() >= STEADY);
+                    if condition != Condition::Ready || lasted {
+                        return answer(args, &found.instances, started, output);
+                    }
+                } else {
+                    met = None;
                 }
                 let states = found.instances.iter();
                 let states: Vec<_> = states

@@ -53,6 +53,9 @@ pub enum ControllerError {
     /// The host.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// What is not needed could not be listed or removed.
+    #[error("cannot remove what is not needed")]
+    Garbage(#[source] std::io::Error),
     /// A panic in a blocking step.
     #[error("internal error")]
     Blocking(#[from] JoinError),

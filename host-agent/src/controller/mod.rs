@@ -7,6 +7,7 @@ mod copies;
 mod decide;
 mod error;
 pub mod events;
+pub mod garbage;
 mod reconcile;
 
 use std::collections::BTreeSet;
@@ -180,10 +181,11 @@ impl Controller {
 
     /// Reads and checks what `wanted` names.
     pub async fn load(&self, wanted: &Wanted) -> Result<ServiceModel, ControllerError> {
-        let path = self.0.packages.path(&wanted.package);
         let (wanted, policy) = (wanted.clone(), self.policy());
+        let packages = self.0.packages.clone();
         blocking(move || {
-            if !path.exists() {
+            let path = packages.path(&wanted.package);
+            if !packages.has(&wanted.package) {
                 return Err(ControllerError::NoPackage(wanted.package.hex()));
             }
             let progress = Progress::default();

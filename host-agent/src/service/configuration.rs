@@ -129,6 +129,14 @@ pub fn parse(
     })
 }
 
+/// The `osFamily` of the configuration `text`, whose service was checked when it was accepted.
+pub(super) fn os_family(text: &str) -> Result<Option<String>, ServiceError> {
+    let file = Path::new("ServiceConfiguration.cscfg");
+    let document = xml::parse_written(file, text)?;
+    let root = xml::root(file, text, &document, "ServiceConfiguration", NAMESPACE)?;
+    image(root).map(|(name, _)| name)
+}
+
 /// `osFamily`, which may be the name of an image, and its location.
 fn image(root: Element<'_>) -> Result<(Option<String>, SourceLocation), ServiceError> {
     let Some(value) = root.attribute("osFamily") else {

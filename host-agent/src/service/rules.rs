@@ -1,9 +1,10 @@
 //! What an operator decides about the services of a host: sizes, images and ports in place of
 //! those that a definition and a configuration name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use super::configuration;
 use super::error::ServiceError;
 use super::load;
 use super::model::ServiceModel;
@@ -97,6 +98,17 @@ impl ServiceRules {
         progress: &Progress,
     ) -> Result<Packed, ServiceError> {
         pack::pack_by(&self.sizes, directory, out, progress)
+    }
+
+    /// The images that the configuration `text` names, by these rules or by none.
+    ///
+    /// # Errors
+    /// The text is not a configuration.
+    pub fn images_named(&self, text: &str) -> Result<BTreeSet<String>, ServiceError> {
+        let family = configuration::os_family(text)?;
+        let mut names = BTreeSet::from([self.image(family.as_deref())]);
+        names.extend(family);
+        Ok(names)
     }
 
     /// The image for `family`, the `osFamily` of a configuration.

@@ -31,6 +31,20 @@ pub struct ContentHold {
     _sweep: SweepOnDrop,
 }
 
+/// Content without users, while nobody can begin to use it.
+#[derive(Debug)]
+pub struct UnusedContent {
+    paths: Vec<PathBuf>,
+    lock: Option<Flock<File>>,
+}
+
+impl UnusedContent {
+    /// The files.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.paths.clone()
+    }
+}
+
 /// Sweeps the store when it is dropped, which blocks.
 #[derive(Debug)]
 pub struct SweepOnDrop(pub ContentStore);
@@ -97,22 +111,34 @@ impl ContentStore {
         fs::hard_link(self.path(digest), to)
     }
 
-    /// Removes content without users, unless a hold exists. Blocking.
-    pub fn sweep(&self) -> io::Result<()> {
-        if !self.directory.exists() {
-            return Ok(());
-        }
-        let lock = self.lock_file()?;
-        let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
-            return Ok(());
+    /// Content without users, none if a hold exists. No content is added or linked while the
+    /// answer exists. Blocking.
+    pub fn unused(&self) -> io::Result<UnusedContent> {
+        let mut unused = UnusedContent {
+            paths: Vec::new(),
+            lock: None,
         };
+        if !self.directory.exists() {
+            return Ok(unused);
+        }
+        let Ok(lock) = Flock::lock(self.lock_file()?, FlockArg::LockExclusiveNonblock) else {
+            return Ok(unused);
+        };
+        unused.lock = Some(lock);
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
             if entry.file_name() != LOCK && entry.metadata()?.nlink() == 1 {
-                fs::remove_file(entry.path())?;
+                unused.paths.push(entry.path());
             }
         }
-        Ok(())
+        unused.paths.sort();
+        Ok(unused)
+    }
+
+    /// Removes content without users, unless a hold exists. Blocking.
+    pub fn sweep(&self) -> io::Result<()> {
+        let unused = self.unused()?;
+        unused.paths.iter().try_for_each(fs::remove_file)
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {

@@ -4,6 +4,7 @@
 //! it, and it is renamed again before it is emptied. So a directory under its own name
 //! whose lock is free belongs to a process that died.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -12,6 +13,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use serde::Deserialize;
 
 use crate::digest::hex;
 
@@ -25,6 +27,8 @@ const OWNER: &str = "owner";
 const KEEP: &str = "keep";
 /// Present in a directory whose guests outlive the host agent.
 const DURABLE: &str = "durable";
+/// Record of an instance, in its directory.
+const RECORD: &str = "instance.json";
 /// Prefix of directories that are being created.
 const NEW: &str = ".new-";
 /// Prefix of directories that are being removed.
@@ -212,11 +216,62 @@ pub fn durable(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn remove_if_dead(path: &Path) -> io::Result<()> {
-    let name = file_name(path);
-    if name.starts_with(GONE) {
+/// Directories of ephemeral deployments whose owner has died. Blocking.
+pub fn dead(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut dead = Vec::new();
+    for path in list(&data_dir.join(PARENT))? {
+        if file_name(&path).starts_with(GONE) || lock_if_dead(&path)?.is_some() {
+            dead.push(path);
+        }
+    }
+    Ok(dead)
+}
+
+/// Names of the images whose bases the disks of deployments stand on. Blocking.
+pub fn images(data_dir: &Path) -> io::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for deployment in list(&data_dir.join(PARENT))? {
+        for instance in list(&deployment).unwrap_or_default() {
+            // What cannot be read was never started, or is just being removed.
+            let record = fs::read(instance.join(RECORD)).unwrap_or_default();
+            if let Ok(record) = serde_json::from_slice::<ImageOfRecord>(&record) {
+                names.insert(record.spec.image.name);
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// The part of an instance's record that names its image.
+#[derive(Deserialize)]
+struct ImageOfRecord {
+    spec: ImageOfSpec,
+}
+
+#[derive(Deserialize)]
+struct ImageOfSpec {
+    image: ImageName,
+}
+
+#[derive(Deserialize)]
+struct ImageName {
+    name: String,
+}
+
+/// Removes the directory of an ephemeral deployment whose owner has died. Blocking.
+pub fn remove_if_dead(path: &Path) -> io::Result<()> {
+    if file_name(path).starts_with(GONE) {
         return gone(fs::remove_dir_all(path));
     }
+    match lock_if_dead(path)? {
+        Some(_lock) => remove(path),
+        None => Ok(()),
+    }
+}
+
+/// The lock of an ephemeral deployment's directory, if its owner has died.
+fn lock_if_dead(path: &Path) -> io::Result<Option<Flock<File>>> {
+    let name = file_name(path);
     let dead = if name.starts_with(NEW) {
         // Its creator writes the owner when it has the lock.
         path.join(OWNER).exists() || is_abandoned(path)
@@ -224,21 +279,19 @@ fn remove_if_dead(path: &Path) -> io::Result<()> {
         !name.starts_with('.') && retention(path) == Retention::Ephemeral
     };
     if !dead {
-        return Ok(());
+        return Ok(None);
     }
     let lock = match lock_file(path) {
         // Its owner has renamed it.
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
-    let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
-        return Ok(());
+    let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+        return Ok(None);
     };
     // Its owner may have made it durable before it died.
-    if !name.starts_with(NEW) && retention(path) != Retention::Ephemeral {
-        return Ok(());
-    }
-    remove(path)
+    let durable = !name.starts_with(NEW) && retention(path) != Retention::Ephemeral;
+    Ok((!durable).then_some(lock))
 }
 
 /// Renames the directory, so that it is known to be unused, and removes it.

@@ -138,22 +138,83 @@ struct FileIdentity {
     changed: (i64, i64),
 }
 
+/// Directory of image `name`.
+pub fn directory(data_dir: &Path, name: &str) -> PathBuf {
+    data_dir.join("images").join(name)
+}
+
+/// Names of the images, sorted. Blocking.
+pub fn names(data_dir: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(data_dir.join("images")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        // The builder's own names begin with a period.
+        if let Ok(name) = entry.file_name().into_string()
+            && !name.starts_with('.')
+            && entry.path().join("manifest.json").exists()
+        {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Removes image `name` unless it `is_used`, which is asked again when nobody finds the image
+/// by its name any more. Whether it was removed. Blocking.
+pub fn remove(
+    data_dir: &Path,
+    name: &str,
+    is_used: impl FnOnce() -> io::Result<bool>,
+) -> io::Result<bool> {
+    let path = directory(data_dir, name);
+    let aside = directory(data_dir, &format!(".gone-{name}"));
+    // Of a removal that was interrupted.
+    let _ = fs::remove_dir_all(&aside);
+    match fs::rename(&path, &aside) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        renamed => renamed?,
+    }
+    if is_used().unwrap_or(true) {
+        fs::rename(&aside, &path)?;
+        return Ok(false);
+    }
+    fs::remove_dir_all(&aside)?;
+    Ok(true)
+}
+
+/// Opens image `name` and reads every file of it, also those that were checked before. Blocking.
+pub fn verify(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, ImageError> {
+    let path = directory(data_dir, name).join(CHECKED);
+    if let Err(source) = fs::remove_file(&path)
+        && source.kind() != io::ErrorKind::NotFound
+    {
+        return Err(ImageError::Read { path, source });
+    }
+    open(data_dir, name, progress)
+}
+
+/// Text of the manifest of image `name`. Blocking.
+pub fn manifest(data_dir: &Path, name: &str) -> Result<Vec<u8>, ImageError> {
+    let path = directory(data_dir, name).join("manifest.json");
+    match read_bounded(&path, MAX_MANIFEST) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ImageError::Missing {
+            name: name.to_owned(),
+            path,
+        }),
+        other => other.map_err(|source| ImageError::Read { path, source }),
+    }
+}
+
 /// Opens and checks image `name` in `data_dir`. Blocking: it may read whole files.
 pub fn open(data_dir: &Path, name: &str, progress: &Progress) -> Result<Image, ImageError> {
     let dir = data_dir.join("images").join(name);
     let path = dir.join("manifest.json");
-    let bytes = match read_bounded(&path, MAX_MANIFEST) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(ImageError::Missing {
-                name: name.to_owned(),
-                path,
-            });
-        }
-        other => other.map_err(|source| ImageError::Read {
-            path: path.clone(),
-            source,
-        })?,
-    };
+    let bytes = manifest(data_dir, name)?;
     let (digest, _) = Digest::of(&bytes[..]).map_err(|source| ImageError::Read {
         path: path.clone(),
         source,

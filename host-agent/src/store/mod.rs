@@ -6,6 +6,7 @@ pub mod content;
 pub mod database;
 pub mod deployment;
 pub mod events;
+pub mod garbage;
 pub mod good_copy;
 pub mod image;
 pub mod janitor;

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::digest::Digest;
 
@@ -49,9 +50,15 @@ impl PackageStore {
         self.directory.join(format!("{}.cspkg", digest.hex()))
     }
 
-    /// Whether the package is here. Blocking.
+    /// Whether the package is here. It is not removed as unused for a while then, since who
+    /// looks for it is going to name it. Blocking.
     pub fn has(&self, digest: &Digest) -> bool {
-        self.path(digest).exists()
+        let Ok(file) = File::open(self.path(digest)) else {
+            return false;
+        };
+        // On a file system that refuses this, an operator must be fast.
+        let _ = file.set_modified(SystemTime::now());
+        true
     }
 
     /// Begins a package. Blocking.
@@ -68,6 +75,27 @@ impl PackageStore {
             directory: self.directory.clone(),
             file,
         })
+    }
+
+    /// Packages that are not among `used` and were not looked for in the last `age`.
+    pub fn unused(&self, used: &[Digest], age: Duration) -> io::Result<Vec<PathBuf>> {
+        let entries = match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other?,
+        };
+        let used: Vec<_> = used.iter().map(|digest| self.path(digest)).collect();
+        let mut unused = Vec::new();
+        for entry in entries {
+            let path = entry?.path();
+            let changed = fs::metadata(&path).and_then(|found| found.modified());
+            // A clock that was set back only delays it.
+            let is_old = changed.is_ok_and(|time| time.elapsed().is_ok_and(|old| old > age));
+            if is_old && !used.contains(&path) {
+                unused.push(path);
+            }
+        }
+        unused.sort();
+        Ok(unused)
     }
 
     /// Removes packages that are not among `used`, and what a process that died was writing.

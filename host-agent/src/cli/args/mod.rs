@@ -16,16 +16,21 @@ pub use self::instances::*;
 pub use self::services::*;
 pub(super) use self::time::duration;
 use super::config::ConfigFileArg;
+use super::cp::CpArgs;
 use super::events::EventsArgs;
 use super::explain::ExplainArgs;
+use super::gc::GcArgs;
+use super::image::ImageCommand;
+use super::init::InitArgs;
+use super::top::TopArgs;
 use super::wait::WaitArgs;
 
 /// Verbs in the order in which a newcomer meets them.
 const OVERVIEW: &str = "\
-Start:   doctor  validate  pack  run  test
-Look:    ps  logs  wait  explain
-Inside:  exec
-Keep:    serve  service  events  agent
+Start:   doctor  init  validate  pack  run  test
+Look:    ps  top  logs  wait  explain
+Inside:  exec  cp
+Keep:    serve  service  events  agent  image  gc
 More:    config  completion  version  help
 
 Examples:
@@ -136,6 +141,12 @@ Examples:
   host-agent doctor
   host-agent doctor --json | jq .verdict")]
     Doctor,
+    /// Write a commented service that runs as it is
+    #[command(after_help = "\
+Examples:
+  host-agent init hello && host-agent run hello
+  host-agent init shop --template web")]
+    Init(InitArgs),
     /// Boot and deploy a service; Ctrl-C stops it
     #[command(after_help = "\
 Examples:
@@ -156,6 +167,15 @@ Examples:
   host-agent exec -i Cache_IN_0 -- redis-cli --pipe < keys
   host-agent exec -it Cache_IN_0 -- sh")]
     Exec(ExecArgs),
+    /// Copy files and directories into a guest and out of it
+    #[command(after_help = "\
+Links are copied as links. Modes are kept, owners are not. A log that is being written is
+copied as far as it is.
+
+Examples:
+  host-agent cp Cache_IN_0:/var/lib/redis/dump.rdb .
+  host-agent cp ./site Web_IN_0:/srv/")]
+    Cp(CpArgs),
     /// Print a log of an instance
     #[command(after_help = "\
 A terminal gets printable characters only; a pipe or a file gets the bytes of the log.
@@ -185,6 +205,14 @@ Examples:
   host-agent explain HA-0204
   host-agent explain --json | jq -r '.errors[].code'")]
     Explain(ExplainArgs),
+    /// Show what every instance takes: state, processor time, memory
+    #[command(after_help = "\
+On a terminal the table is shown again and again until Ctrl-C, else once.
+
+Examples:
+  host-agent top
+  host-agent top --json | jq '.instances[].cpu_percent'")]
+    Top(TopArgs),
     /// Keep services running, whatever ends; guests outlive this command
     #[command(after_help = "\
 Examples:
@@ -209,6 +237,22 @@ Examples:
   host-agent events -f --service shop
   host-agent events --after 120 --json | jq -r .event.event")]
     Events(EventsArgs),
+    /// Build, import, list, verify and remove guest images
+    #[command(after_help = "\
+Examples:
+  host-agent image build minimal
+  host-agent image import redis redis.tar")]
+    Image(ImageCommand),
+    /// Remove packages, disks and directories that nothing needs any more
+    #[command(after_help = "\
+Removed are packages that no revision names and that are older than an hour, application disks
+without users, directories of commands that were killed, and images with --images. The daemon
+does it if one runs.
+
+Examples:
+  host-agent gc --dry-run
+  host-agent gc --images --yes --json | jq .bytes")]
+    Gc(GcArgs),
     /// Make a package from a service directory
     #[command(after_help = "\
 Examples:

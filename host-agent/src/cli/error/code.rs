@@ -73,6 +73,12 @@ pub enum Code {
     ExecHost,
     /// `exec`: the program could not be started in the guest.
     ExecGuest,
+    /// `cp`: files could not be copied.
+    Copy,
+    /// `image build`, `image import`: the builder failed.
+    ImageBuild,
+    /// `image import`: the file is not a root file system or an archive of layers.
+    ImageImport,
     /// `explain`: there is no such number.
     NoSuchError,
     /// `serve --page`: the address cannot be used.
@@ -84,7 +90,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 37] = [
+    const ALL: [Self; 40] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -119,6 +125,9 @@ impl Code {
         Self::NoAgent,
         Self::ExecHost,
         Self::ExecGuest,
+        Self::Copy,
+        Self::ImageBuild,
+        Self::ImageImport,
         Self::NoSuchError,
         Self::Page,
         Self::Interrupted,
@@ -158,6 +167,9 @@ impl Code {
             Self::NotServing => (508, Exit::Unreachable),
             Self::Store => (509, Exit::Unclassified),
             Self::Configuration => (520, Exit::Invalid),
+            Self::Copy => (530, Exit::Unclassified),
+            Self::ImageBuild => (532, Exit::Unclassified),
+            Self::ImageImport => (533, Exit::Invalid),
             Self::NoSuchError => (531, Exit::NotFound),
             Self::Page => (545, Exit::Conflict),
             Self::AgentRefused => (540, Exit::Invalid),
