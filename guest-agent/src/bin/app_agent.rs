@@ -118,7 +118,14 @@ async fn init(init_ms: u64) {
         eprintln!("{NAME}: {}: {error}", report::SOCKET);
     }
     tokio::spawn(reap(Arc::clone(&agent)));
-    let updates = serve_updates(keys).await;
+    let updates = tokio::select! {
+        updates = serve_updates(keys) => updates,
+        // The host may not deliver a guest agent, and no role runs.
+        Some((then, _)) = powered.recv() => {
+            let _ = tokio::task::spawn_blocking(move || power::leave(then)).await;
+            return;
+        }
+    };
     // Without reports every guest agent would be taken for hung and killed.
     if listening.is_ok() {
         let watched = (Arc::clone(&shared), Arc::clone(&agent));
