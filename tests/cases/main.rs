@@ -16,6 +16,7 @@ mod many_guests;
 mod output;
 mod probe;
 mod role_limits;
+mod rollout;
 mod sandbox;
 mod serve;
 mod service;

@@ -71,6 +71,7 @@ impl From<ControllerError> for Failure {
         let kind = match &error {
             ControllerError::NoService(_)
             | ControllerError::NoOperation(_)
+            | ControllerError::NoRevision(_)
             | ControllerError::NoPackage(_) => RefusalKind::NotFound,
             ControllerError::Name(_)
             | ControllerError::Service(_)
@@ -86,7 +87,10 @@ impl From<ControllerError> for Failure {
             ControllerError::Host(HostError::NoRoom(_)) | ControllerError::Quota(_) => {
                 RefusalKind::NoRoom
             }
-            ControllerError::Differs(_) | ControllerError::Deleting(_) => RefusalKind::Conflict,
+            ControllerError::NotPossible(_)
+            | ControllerError::Stopped(_)
+            | ControllerError::NotWaiting(_)
+            | ControllerError::Deleting(_) => RefusalKind::Conflict,
             ControllerError::Package(AddError::Io(_))
             | ControllerError::Store(_)
             | ControllerError::Host(_)

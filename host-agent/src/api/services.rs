@@ -83,10 +83,10 @@ async fn show(
     params(("name" = String, Path, description = "Name of the service")),
     request_body = ApplyRequest,
     responses(
-        (status = 200, description = "What is created", body = ApplyAnswer),
+        (status = 200, description = "What is created or updated", body = ApplyAnswer),
         (status = 400, description = "The request is invalid", body = Problem),
         (status = 404, description = "No such package on this host", body = Problem),
-        (status = 409, description = "The service differs, is being deleted, or does not fit", body = Problem),
+        (status = 409, description = "The service cannot be changed so, is being deleted, or does not fit", body = Problem),
         (status = 500, description = "An error of the host", body = Problem),
         (status = 503, description = "Too many clients, or the host cannot run guests", body = Problem),
     ),
@@ -102,6 +102,7 @@ async fn apply(
         package,
         configuration,
         publish,
+        policy,
         dry_run,
     } = api.json(request).await?;
     let wanted = Wanted {
@@ -112,8 +113,12 @@ async fn apply(
     let model = controller.load(&wanted).await?;
     controller.check_room(&name, &model).await?;
     let mut answer = plan(&model);
+    answer.update = controller.plan_update(&name, &wanted).await?;
+    if answer.update.is_some() {
+        answer.create.clear();
+    }
     if !dry_run {
-        answer.operation = controller.apply(&name, wanted, user).await?;
+        answer.operation = controller.apply(&name, wanted, policy, user).await?;
     }
     Ok(Json(answer))
 }
@@ -302,6 +307,7 @@ fn plan(model: &ServiceModel) -> ApplyAnswer {
     ApplyAnswer {
         create: create.collect(),
         endpoints: endpoints.collect(),
+        update: None,
         operation: None,
     }
 }

@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 
+use crate::controller::plan::UpdatePlan;
 use crate::digest::Digest;
 use crate::service::PublishedPort;
+use crate::store::rollouts::RolloutPolicy;
 use crate::store::services::{Expected, Operation};
 use crate::supervisor::status::InstanceStatus;
 
@@ -198,6 +200,9 @@ pub struct ApplyRequest {
     /// Public ports in place of those of the definition.
     #[serde(default)]
     pub publish: Vec<PublishedPort>,
+    /// How the rollout goes, if the service exists.
+    #[serde(default)]
+    pub policy: RolloutPolicy,
     /// Only check and plan.
     #[serde(default)]
     pub dry_run: bool,
@@ -210,6 +215,8 @@ pub struct ApplyAnswer {
     pub create: Vec<PlannedInstance>,
     /// Endpoints that are published.
     pub endpoints: Vec<PlannedEndpoint>,
+    /// What is changed, if the service exists.
+    pub update: Option<UpdatePlan>,
     /// What was begun; none of a dry run, or if the service is as wanted already.
     pub operation: Option<Operation>,
 }

@@ -29,6 +29,10 @@ pub enum Exit {
     Unreachable,
     /// 11: permission denied.
     Permission,
+    /// 12: an update failed and was rolled back.
+    RolledBack,
+    /// 13: an update is halted and needs a decision.
+    Halted,
     /// 77: skipped (no KVM and `--on-no-kvm=skip`).
     Skipped,
     /// 125: `exec`: the host side failed.
@@ -55,6 +59,8 @@ impl Exit {
             Self::Role => 9,
             Self::Unreachable => 10,
             Self::Permission => 11,
+            Self::RolledBack => 12,
+            Self::Halted => 13,
             Self::Skipped => 77,
             Self::ExecHost => 125,
             Self::Guest(code) => code,
@@ -89,6 +95,8 @@ mod tests {
             (Role, 9),
             (Unreachable, 10),
             (Permission, 11),
+            (RolledBack, 12),
+            (Halted, 13),
             (Skipped, 77),
             (ExecHost, 125),
             (Guest(126), 126),

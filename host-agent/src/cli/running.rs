@@ -104,6 +104,7 @@ impl Running {
         let id = random_id();
         let id = id.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
         let how = DeployOptions {
+            incarnation: 1,
             id,
             retention,
             address: Ipv4Addr::LOCALHOST.into(),

@@ -1,6 +1,7 @@
 //! `host-agent service`: what an operator does with the services that `serve` keeps.
 
 mod changes;
+mod update;
 
 use std::fs::File;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
@@ -43,6 +44,9 @@ pub fn run(verb: &ServiceVerb, no_input: bool, output: &Output) -> Result<Exit, 
                 ServiceVerb::List => list(output).await,
                 ServiceVerb::Show(args) => show(&args.service, output).await,
                 ServiceVerb::History(args) => history(&args.service, output).await,
+                ServiceVerb::Update(args) => update::update(args, no_input, output).await,
+                ServiceVerb::Rollback(args) => update::rollback(args, no_input, output).await,
+                ServiceVerb::Resume(args) => update::resume(args, output).await,
                 ServiceVerb::Stop(args) => changes::stop(args, no_input, output).await,
                 ServiceVerb::Start(args) => changes::start(args, output).await,
                 ServiceVerb::Delete(args) => delete(args, no_input, output).await,
@@ -81,37 +85,22 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
     let rules = config::load(None)?.rules();
     rules.load(&args.package, config, meter.progress())?;
     let configuration = service::configuration_text(&args.package, config)?;
-    let packed = pack(&rules, &args.package, &meter)?;
-    let package = packed.as_ref().map_or(&*args.package, |packed| &**packed);
-    let cannot = |error: io::Error| {
-        let what = format!("cannot read {}", package.display());
-        CliError::new(Code::ServiceFile, what).cause(error.to_string())
-    };
-    let mut file = File::open(package).map_err(cannot)?;
-    let digest = Digest::of(&file).map_err(cannot)?.0;
-    let mut client = connect().await?;
-    let place = format!("packages/{}", digest.hex());
-    match client.get::<PackageInfo>(&place).await {
-        Ok(_) => {}
-        Err(ClientError::Refused {
-            kind: RefusalKind::NotFound,
-            ..
-        }) => {
-            io::Seek::rewind(&mut file).map_err(cannot)?;
-            client.upload::<PackageInfo>(&place, file).await?;
-        }
-        Err(error) => return Err(error.into()),
-    }
     drop(meter);
+    let mut client = connect().await?;
+    let package = package_of(&mut client, &rules, &args.package, output).await?;
     let path = format!("services/{name}");
     let mut request = ApplyRequest {
-        package: digest,
+        package,
         configuration,
         publish: args.publish.clone(),
+        policy: (&args.policy).into(),
         dry_run: true,
     };
     let plan: ApplyAnswer = client.put(&path, &request).await?;
-    let text = plan_text(&plan);
+    let text = match &plan.update {
+        Some(plan) => update::plan_text(plan),
+        None => plan_text(&plan),
+    };
     if args.dry_run {
         output.answer(
             &text,
@@ -139,6 +128,17 @@ async fn apply(args: &ApplyArgs, no_input: bool, output: &Output) -> Result<Exit
         return stopped(name, output);
     }
     let took = started.elapsed().as_secs_f64();
+    if matches!(
+        operation.kind,
+        OperationKind::Update | OperationKind::Rollback | OperationKind::Resume
+    ) {
+        let text = update::result_text(&operation, &info);
+        output.answer(
+            &text,
+            || json!({"schema": "host-agent.service-apply/1", "service": info, "operation": operation}),
+        )?;
+        return Ok(Exit::Success);
+    }
     let (ready, all) = (
         info.ready,
         info.deployment.as_ref().map_or(0, |it| it.instances.len()),
@@ -175,6 +175,37 @@ fn unchanged(name: &str, output: &Output) -> Result<Exit, CliError> {
         || json!({"schema": "host-agent.service-apply/1", "service": name, "operation": null}),
     )?;
     Ok(Exit::Success)
+}
+
+/// SHA-256 of a package that is on the host, where it is uploaded unless it is there.
+async fn package_of(
+    client: &mut Client,
+    rules: &ServiceRules,
+    package: &Path,
+    output: &Output,
+) -> Result<Digest, CliError> {
+    let meter = Meter::start(output);
+    let packed = pack(rules, package, &meter)?;
+    let package = packed.as_ref().map_or(package, |packed| &**packed);
+    let cannot = |error: io::Error| {
+        let what = format!("cannot read {}", package.display());
+        CliError::new(Code::ServiceFile, what).cause(error.to_string())
+    };
+    let mut file = File::open(package).map_err(cannot)?;
+    let digest = Digest::of(&file).map_err(cannot)?.0;
+    let place = format!("packages/{}", digest.hex());
+    match client.get::<PackageInfo>(&place).await {
+        Ok(_) => {}
+        Err(ClientError::Refused {
+            kind: RefusalKind::NotFound,
+            ..
+        }) => {
+            io::Seek::rewind(&mut file).map_err(cannot)?;
+            client.upload::<PackageInfo>(&place, file).await?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(digest)
 }
 
 /// The package of a directory, in a temporary file.
@@ -273,14 +304,23 @@ async fn finish(
         let path = format!("operations/{}?wait_ms={wait}", operation.id);
         operation = client.get(&path).await?;
     }
-    if operation.state != OperationState::Failed {
-        return Ok(operation);
+    match operation.state {
+        OperationState::Running | OperationState::Succeeded | OperationState::Paused => {
+            return Ok(operation);
+        }
+        OperationState::Halted | OperationState::RolledBack => {
+            return Err(update::failed(&operation));
+        }
+        OperationState::Failed => {}
     }
     let what = match operation.kind {
         OperationKind::Apply => "was not started",
         OperationKind::Delete => "was not deleted",
         OperationKind::Stop => "was not stopped",
         OperationKind::Start => "was not started again",
+        OperationKind::Update | OperationKind::Rollback | OperationKind::Resume => {
+            "was not updated"
+        }
     };
     let error = CliError::new(
         Code::Operation,
@@ -385,7 +425,8 @@ async fn show(name: &str, output: &Output) -> Result<Exit, CliError> {
 async fn history(name: &str, output: &Output) -> Result<Exit, CliError> {
     let path = format!("services/{name}/history");
     let found: History = connect().await?.get(&path).await?;
-    let mut rows = vec![["WHEN", "BY USER", "WHAT", "GENERATION", "RESULT"].map(str::to_owned)];
+    let head = ["WHEN", "BY USER", "WHAT", "GENERATION", "PACKAGE", "RESULT"];
+    let mut rows = vec![head.map(str::to_owned)];
     for operation in &found.operations {
         let took = operation
             .ended_ms
@@ -402,6 +443,7 @@ async fn history(name: &str, output: &Output) -> Result<Exit, CliError> {
             operation.user.to_string(),
             operation.kind.name().to_owned(),
             operation.generation.to_string(),
+            package_text(&found, operation.generation),
             result,
         ];
         rows.push(row.map(|cell| printable(&cell)));
@@ -419,6 +461,13 @@ async fn history(name: &str, output: &Output) -> Result<Exit, CliError> {
         || json!({"schema": "host-agent.service-history/1", "history": found}),
     )?;
     Ok(Exit::Success)
+}
+
+/// The first digits of the package of a generation; nothing if the service was deleted.
+fn package_text(history: &History, generation: u64) -> String {
+    let mut revisions = history.revisions.iter();
+    let found = revisions.find(|revision| revision.generation == generation);
+    found.map_or_else(String::new, |found| found.package.hex()[..12].to_owned())
 }
 
 /// A time as RFC 3339 in UTC.

@@ -23,9 +23,18 @@ pub enum ControllerError {
     /// The package has not been uploaded.
     #[error("package {0} is not on this host: upload it first")]
     NoPackage(String),
-    /// The service exists with another package or configuration.
-    #[error("service {0} runs another package or configuration: delete it first")]
-    Differs(String),
+    /// The service cannot be taken from what runs to what is wanted.
+    #[error("{0}")]
+    NotPossible(String),
+    /// The service is stopped.
+    #[error("service {0} is stopped: start it first")]
+    Stopped(String),
+    /// There is no such revision.
+    #[error("service {0} has no such generation: its history lists them")]
+    NoRevision(String),
+    /// There is nothing to resume.
+    #[error("no update of service {0} is paused or halted")]
+    NotWaiting(String),
     /// The host cannot run guests.
     #[error("this host cannot run guests: {0}")]
     Unable(String),

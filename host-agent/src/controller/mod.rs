@@ -8,7 +8,10 @@ mod decide;
 mod error;
 pub mod events;
 pub mod garbage;
+pub mod plan;
 mod reconcile;
+mod rollout;
+mod walk;
 
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
@@ -27,6 +30,7 @@ use crate::service::model::ServiceModel;
 use crate::store::agents::AgentPackages;
 use crate::store::database::StoreError;
 use crate::store::packages::PackageStore;
+use crate::store::rollouts::{RolloutPolicy, Target};
 use crate::store::services::{
     Applied, Expected, Operation, OperationState, Revision, ServiceRecord, ServiceStore, Wanted,
 };
@@ -198,12 +202,13 @@ impl Controller {
         .await?
     }
 
-    /// Creates service `name`, or does nothing if it is as wanted already. Durable when it
-    /// returns.
+    /// Creates service `name`, updates it, or does nothing if it is as wanted already. Durable
+    /// when it returns.
     pub async fn apply(
         &self,
         name: &str,
         wanted: Wanted,
+        policy: RolloutPolicy,
         user: u32,
     ) -> Result<Option<Operation>, ControllerError> {
         check_name(name)?;
@@ -212,7 +217,8 @@ impl Controller {
         }
         let model = self.load(&wanted).await?;
         self.check_room(name, &model).await?;
-        let (of_store, most) = (name.to_owned(), self.policy().max_services);
+        let (of_store, of_update) = (name.to_owned(), wanted.clone());
+        let most = self.policy().max_services;
         let applied = self
             .with_store(move |store| {
                 let exists = store.service(&of_store)?.is_some();
@@ -231,7 +237,10 @@ impl Controller {
                 Ok(Some(operation))
             }
             Applied::Unchanged(_) => Ok(None),
-            Applied::Differs(_) => Err(ControllerError::Differs(name.into())),
+            Applied::Differs(_) => {
+                let target = Target::New(of_update);
+                self.update(name, target, policy, user).await
+            }
             Applied::Deleting => Err(ControllerError::Deleting(name.into())),
         }
     }

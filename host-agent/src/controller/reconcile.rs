@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use vmbus::text::chain;
 
 use super::decide::{Presence, Step, next_step, outcome};
+use super::walk::walk;
 use super::{ADDRESS, Controller, ControllerError, lock};
 use crate::blocking::blocking;
 use crate::progress::Progress;
@@ -78,7 +79,14 @@ async fn step(controller: &Controller, name: &str, wake: &Notify) -> Result<Done
             }
         }
         (Step::Adopt, _) => adopt(controller, &service).await?,
-        (Step::Watch, Some(deployment)) => watch(controller, name, &deployment, wake).await?,
+        (Step::Watch, Some(deployment)) => {
+            let of_store = name.to_owned();
+            let found = controller.with_store(move |store| store.rollout(&of_store));
+            match found.await?.filter(|it| !it.paused && it.halted.is_none()) {
+                Some(rollout) => walk(controller, name, rollout, &deployment, wake).await?,
+                None => watch(controller, name, &deployment, wake).await?,
+            }
+        }
         (Step::Stop, Some(deployment)) => {
             deployment.stop().await;
             deployment.ended().await;
@@ -118,6 +126,9 @@ async fn create(controller: &Controller, service: &ServiceRecord) -> Result<(), 
     let Some(revision) = found.await? else {
         return Err(ControllerError::NoService(service.name.clone()));
     };
+    let of_store = service.name.clone();
+    let found = controller.with_store(move |store| store.incarnation(&of_store));
+    let incarnation = found.await?;
     let model = controller.load(&revision.wanted).await?;
     let host = &controller.0.host;
     let id = random_id().map_err(|source| HostError::Directory {
@@ -130,6 +141,7 @@ async fn create(controller: &Controller, service: &ServiceRecord) -> Result<(), 
     noted.await?;
     let how = DeployOptions {
         id,
+        incarnation,
         retention: Retention::Durable,
         address: ADDRESS,
     };

@@ -76,7 +76,10 @@ pub(super) fn service_row(state: &ServiceState) -> ServiceRow {
     let ready = instances.iter().filter(|it| it.status().is_ready()).count();
     let (record, all) = (&state.record, instances.len());
     let failed = state.operation.as_ref();
-    let failed = failed.is_some_and(|it| it.state == OperationState::Failed);
+    let failed = failed.is_some_and(|it| {
+        use OperationState::{Failed, Halted};
+        matches!(it.state, Failed | Halted)
+    });
     let (summary, mood) = if deployment.is_none() {
         let mood = if failed { Mood::Bad } else { Mood::Off };
         ("nothing runs".into(), mood)
@@ -106,9 +109,11 @@ pub(super) fn operation_row(operation: &Operation) -> OperationRow {
         kind: word(&operation.kind),
         state: word(&operation.state),
         mood: match operation.state {
-            OperationState::Running => Mood::Busy,
+            OperationState::Running | OperationState::Paused => Mood::Busy,
             OperationState::Succeeded => Mood::Good,
-            OperationState::Failed => Mood::Bad,
+            OperationState::Failed | OperationState::Halted | OperationState::RolledBack => {
+                Mood::Bad
+            }
         },
         generation: operation.generation,
         started: time(operation.started_ms),

@@ -153,6 +153,15 @@ impl DeploymentDir {
         Ok(found)
     }
 
+    /// Removes the directory of an instance, if it exists. A part of it that is left by a
+    /// process that dies is no instance, and the next start removes it. Blocking.
+    pub fn remove_instance(&self, name: &str) -> io::Result<()> {
+        let unused = format!("{GONE}{}.{name}", self.id);
+        let unused = self.path.with_file_name(unused);
+        gone(fs::remove_dir_all(&unused))?;
+        gone(fs::rename(self.path.join(name), &unused).and_then(|()| fs::remove_dir_all(&unused)))
+    }
+
     /// Removes the directory unless it is kept. Blocking.
     pub fn remove(&self) -> io::Result<()> {
         match self.retention.get() {

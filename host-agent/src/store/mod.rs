@@ -13,4 +13,5 @@ pub mod janitor;
 pub mod log_tail;
 pub mod packages;
 pub mod paths;
+pub mod rollouts;
 pub mod services;

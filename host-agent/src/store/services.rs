@@ -77,6 +77,7 @@ CREATE TABLE agent_failure (
   PRIMARY KEY (deployment, instance, digest)
 ) STRICT;
 ",
+    super::rollouts::MIGRATION,
 ];
 
 /// Operations that are kept of one service; older ones are removed.
@@ -105,7 +106,7 @@ pub struct ServiceRecord {
     pub name: String,
     /// What is wanted.
     pub expected: Expected,
-    /// Number of its newest revision, from 1.
+    /// Number of the revision that is wanted, from 1.
     pub generation: u64,
     /// Its deployment: chosen before it is created.
     pub deployment: Option<String>,
@@ -147,6 +148,12 @@ pub enum OperationKind {
     Stop,
     /// Start it again.
     Start,
+    /// Take it to a new revision.
+    Update,
+    /// Take it to an earlier revision.
+    Rollback,
+    /// Go on with an update.
+    Resume,
 }
 
 /// State of an operation.
@@ -159,6 +166,12 @@ pub enum OperationState {
     Succeeded,
     /// It failed, or another operation has replaced it.
     Failed,
+    /// The rollout is paused between two upgrade domains, as was asked for.
+    Paused,
+    /// An instance failed, and the rollout waits for a decision.
+    Halted,
+    /// An instance failed, and every instance is back at the revision before.
+    RolledBack,
 }
 
 /// Something asked for that takes time.
@@ -277,20 +290,9 @@ impl ServiceStore {
         let generation = 1;
         transaction.execute(
             "INSERT INTO service (name, expected, generation) VALUES (?1, ?2, ?3)",
-            params![name, Expected::Started, generation],
+            params![name, Expected::Started, signed(generation)],
         )?;
-        transaction.execute(
-            "INSERT INTO revision VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-            params![
-                name,
-                generation,
-                wanted.package.hex(),
-                wanted.configuration,
-                ports(&wanted.publish),
-                user,
-                signed(now)
-            ],
-        )?;
+        insert_revision(&transaction, name, generation, wanted, user, now)?;
         let begun = begin(&transaction, name, OperationKind::Apply, 1, user, now)?;
         transaction.commit()?;
         Ok(Applied::Begun(begun))
@@ -386,7 +388,7 @@ pub(super) fn find(connection: &Connection, name: &str) -> rusqlite::Result<Opti
     connection.query_row(&sql, [name], service).optional()
 }
 
-fn revision_of(
+pub(super) fn revision_of(
     connection: &Connection,
     name: &str,
     generation: u64,
@@ -394,6 +396,29 @@ fn revision_of(
     let sql = format!("{SELECT_REVISION} FROM revision WHERE service = ?1 AND generation = ?2");
     let found = connection.query_row(&sql, params![name, signed(generation)], revision);
     found.optional()
+}
+
+pub(super) fn insert_revision(
+    connection: &Connection,
+    name: &str,
+    generation: u64,
+    wanted: &Wanted,
+    user: u32,
+    now: u64,
+) -> rusqlite::Result<()> {
+    connection.execute(
+        "INSERT INTO revision VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        params![
+            name,
+            signed(generation),
+            wanted.package.hex(),
+            wanted.configuration,
+            ports(&wanted.publish),
+            user,
+            signed(now)
+        ],
+    )?;
+    Ok(())
 }
 
 pub(super) fn begin(
@@ -560,8 +585,10 @@ macro_rules! named {
     };
 }
 named!(Expected: Started = "started", Stopped = "stopped", Deleted = "deleted");
-named!(OperationKind: Apply = "apply", Delete = "delete", Stop = "stop", Start = "start");
-named!(OperationState: Running = "running", Succeeded = "succeeded", Failed = "failed");
+named!(OperationKind: Apply = "apply", Delete = "delete", Stop = "stop", Start = "start",
+    Update = "update", Rollback = "rollback", Resume = "resume");
+named!(OperationState: Running = "running", Succeeded = "succeeded", Failed = "failed",
+    Paused = "paused", Halted = "halted", RolledBack = "rolled-back");
 
 #[cfg(test)]
 mod tests;

@@ -17,6 +17,8 @@ pub struct DeployOptions {
     pub id: String,
     /// What happens to disks and logs at the end.
     pub retention: Retention,
+    /// Number of the goal state, from 1.
+    pub incarnation: u64,
     /// Address on which endpoints are published.
     pub address: IpAddr,
 }
@@ -60,7 +62,7 @@ pub async fn deploy(
     }
     let placement = Placement {
         deployment: &options.id,
-        incarnation: 1,
+        incarnation: options.incarnation,
         image: &image,
         applications: &applications,
         address: options.address,

@@ -1,5 +1,7 @@
 //! Events of the timeline: changes of state, as data and as text.
 
+mod rollout;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,6 +10,8 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 use vmbus::message::{ExitCause, RoleState, UpdateStep};
+
+pub use rollout::RolloutStep;
 
 use crate::vmm::control::ExitReason;
 use crate::vmm::sandbox::SandboxReport;
@@ -230,6 +234,12 @@ pub enum EventKind {
         /// The error chain.
         error: String,
     },
+    /// A step of the update of a service.
+    Rollout {
+        /// The step.
+        #[serde(flatten)]
+        step: RolloutStep,
+    },
     /// The store of services was damaged, and its good copy is in its place.
     StoreRestored {
         /// What was wrong.
@@ -439,6 +449,7 @@ impl fmt::Display for EventKind {
             Self::Stopped { clean: true } => write!(f, "stopped"),
             Self::Stopped { clean: false } => write!(f, "stopped by force"),
             Self::Failed { error } => write!(f, "failed: {error}"),
+            Self::Rollout { step } => step.fmt(f),
             Self::StoreRestored { what, aside } => {
                 write!(
                     f,

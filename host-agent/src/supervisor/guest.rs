@@ -43,6 +43,8 @@ const DIFF: &str = "diff.qcow2";
 const RESOURCE: &str = "resource.raw";
 /// File name of the application disk.
 const APPLICATION: &str = "app.squashfs";
+/// File name of an application disk that is about to replace it.
+const NEXT_APPLICATION: &str = "app.squashfs.next";
 
 /// An error with the files of a guest.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +143,36 @@ pub fn create_disks(
             path,
             source,
         })
+}
+
+/// Replaces the application disk of an instance whose guest does not run by the content that
+/// `spec` names. Blocking.
+pub fn swap_application(
+    dir: &Path,
+    spec: &InstanceSpec,
+    content: &ContentStore,
+    hold: &ContentHold,
+) -> Result<(), GuestError> {
+    let (path, next) = (dir.join(APPLICATION), dir.join(NEXT_APPLICATION));
+    let swap = || {
+        match fs::remove_file(&next) {
+            // Left by a host agent that died.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        content.link(hold, &spec.application, &next)?;
+        fs::rename(&next, &path)?;
+        // Both may be links to the same file: then rename(2) does nothing.
+        match fs::remove_file(&next) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => File::open(dir)?.sync_all(),
+        }
+    };
+    swap().map_err(|source| GuestError::File {
+        what: "link the content to",
+        path: path.clone(),
+        source,
+    })
 }
 
 /// Opens everything that the guest of an instance needs.
@@ -328,7 +360,7 @@ fn open_with(
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::digest::Digest;
     use crate::progress::Progress;
@@ -341,7 +373,7 @@ pub(super) mod tests {
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     /// An image whose files contain their own names.
-    pub(in crate::supervisor) fn image(data_dir: &Path) -> Image {
+    pub(crate) fn image(data_dir: &Path) -> Image {
         let dir = data_dir.join("images/minimal");
         fs::create_dir_all(&dir).unwrap();
         let file = |name: &str| {
@@ -367,11 +399,7 @@ pub(super) mod tests {
     }
 
     /// A spec whose application disk is in the content.
-    pub(in crate::supervisor) fn spec(
-        content: &ContentStore,
-        hold: &ContentHold,
-        image: &Image,
-    ) -> InstanceSpec {
+    pub(crate) fn spec(content: &ContentStore, hold: &ContentHold, image: &Image) -> InstanceSpec {
         let model = service::load(Path::new(service::SAMPLE), None, &Progress::default()).unwrap();
         let write = |file: &File| file.write_all_at(b"application", 0);
         let application = content.add::<io::Error>(hold, write).unwrap();

@@ -4,6 +4,7 @@
 mod adopt;
 mod create;
 mod error;
+mod place;
 mod published;
 mod rest;
 #[cfg(test)]
@@ -35,6 +36,7 @@ use crate::store::image::{self, Image};
 use crate::store::janitor::{self, Janitor, Remains};
 pub use create::{HeldContent, NewDeployment};
 pub use error::HostError;
+pub use place::same_disks;
 pub use published::Published;
 
 /// How a host runs its instances.
@@ -300,12 +302,20 @@ impl Host {
     /// # Errors
     /// No such instance runs here.
     pub async fn apply(&self, spec: InstanceSpec) -> Result<(), HostError> {
-        let (deployment, name) = (spec.deployment().to_owned(), spec.name().to_owned());
-        let handle = lock(&self.0.deployments)
-            .get(&deployment)
-            .and_then(|found| found.handle.instance(&name).cloned());
-        let handle = handle.ok_or(HostError::NotFound { deployment, name })?;
-        handle.send(Request::Apply(Box::new(spec.goal))).await;
+        let missing = || HostError::NotFound {
+            deployment: spec.deployment().to_owned(),
+            name: spec.name().to_owned(),
+        };
+        let handle = self.deployment(spec.deployment());
+        let handle = handle.as_ref().and_then(|it| it.instance(spec.name()));
+        let goal = Box::new(spec.goal.clone());
+        handle.ok_or_else(missing)?.send(Request::Apply(goal)).await;
+        if let Some(found) = lock(&self.0.deployments).get_mut(spec.deployment()) {
+            let mut instances = found.handle.instances.iter_mut();
+            if let Some(known) = instances.find(|it| it.spec().name() == spec.name()) {
+                *known = known.with_goal(spec.goal);
+            }
+        }
         Ok(())
     }
 

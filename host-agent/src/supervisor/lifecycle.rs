@@ -64,6 +64,8 @@ pub enum Input {
     Ended(ExitReason),
     /// [`Effect::Wait`] is over.
     Waited(Wait),
+    /// Leave the rotation until the next status that is Ready.
+    Drain,
     /// Stop cleanly.
     Stop,
     /// Stop now.
@@ -295,6 +297,7 @@ impl Lifecycle {
                 self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Connected, _) => self.connected = true,
+            (Input::Drain, _) => self.rotate(false, &mut effects),
             (Input::Beat, State::Running) => {
                 self.beats.get_or_insert((now, now)).1 = now;
                 self.report_status(now, &mut effects);

@@ -114,6 +114,9 @@ impl Snapshot {
                     operations("running", OperationState::Running),
                     operations("succeeded", OperationState::Succeeded),
                     operations("failed", OperationState::Failed),
+                    operations("paused", OperationState::Paused),
+                    operations("halted", OperationState::Halted),
+                    operations("rolled-back", OperationState::RolledBack),
                 ],
             ),
         ]

@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use super::time::duration;
 use crate::cli::config::ConfigFileArg;
 use crate::service::PublishedPort;
+use crate::store::rollouts::OnFailure;
 
 /// `serve`.
 #[derive(Debug, Clone, Args)]
@@ -50,7 +51,7 @@ pub struct ServiceCommand {
 /// What to do with services.
 #[derive(Debug, Clone, Subcommand)]
 pub enum ServiceVerb {
-    /// Create a service, or do nothing if it is as wanted already
+    /// Create a service, or update it to this package and configuration
     #[command(after_help = "\
 Examples:
   host-agent service apply shop --package shop.cspkg --config shop.cscfg --wait
@@ -74,6 +75,24 @@ Examples:
   host-agent service history shop
   host-agent service history shop --json | jq '.operations[0]'")]
     History(ServiceName),
+    /// Update a service, one upgrade domain after the other
+    #[command(after_help = "\
+Examples:
+  host-agent service update shop --package shop-2.cspkg --wait --on-failure rollback
+  host-agent service update shop --config shop.cscfg --dry-run")]
+    Update(UpdateArgs),
+    /// Take a service back to an earlier generation
+    #[command(after_help = "\
+Examples:
+  host-agent service rollback shop --wait
+  host-agent service rollback shop --to 1 --yes")]
+    Rollback(RollbackArgs),
+    /// Go on with an update that is paused or halted
+    #[command(after_help = "\
+Examples:
+  host-agent service resume shop
+  host-agent service resume shop --wait --timeout 10m")]
+    Resume(ResumeArgs),
     /// Stop a service; its disks and logs stay
     #[command(after_help = "\
 Examples:
@@ -118,6 +137,77 @@ pub struct ApplyArgs {
     /// Only show what would be done
     #[arg(long)]
     pub dry_run: bool,
+    /// How an update goes.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// How an update goes.
+#[derive(Debug, Clone, Args)]
+pub struct PolicyArgs {
+    /// When an instance is not Ready in time or fails [default: halt]
+    #[arg(long, value_name = "WHAT")]
+    pub on_failure: Option<OnFailure>,
+    /// Pause after each N upgrade domains, until `service resume`
+    #[arg(long, value_name = "N")]
+    pub pause_after: Option<u32>,
+    /// Pause after each upgrade domain
+    #[arg(long, conflicts_with = "pause_after")]
+    pub manual: bool,
+    /// Most time for a domain to become Ready [default: 30m]
+    #[arg(long, value_name = "S", value_parser = duration)]
+    pub ready_limit: Option<Duration>,
+    /// Time that an instance is to stay Ready before the next domain
+    #[arg(long, value_name = "S", value_parser = duration)]
+    pub stable_for: Option<Duration>,
+}
+
+/// `service update`.
+#[derive(Debug, Clone, Args)]
+pub struct UpdateArgs {
+    /// Name of the service
+    pub service: String,
+    /// A .cspkg, or a directory with a .csdef; else the package stays
+    #[arg(long, value_name = "F")]
+    pub package: Option<PathBuf>,
+    /// Configuration; else it stays
+    #[arg(long, value_name = "F.cscfg")]
+    pub config: Option<PathBuf>,
+    /// Only show what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How it goes.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// `service rollback`.
+#[derive(Debug, Clone, Args)]
+pub struct RollbackArgs {
+    /// Name of the service
+    pub service: String,
+    /// The generation [default: the one before]
+    #[arg(long, value_name = "N")]
+    pub to: Option<u64>,
+    /// How it goes.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    /// How the operation is begun.
+    #[command(flatten)]
+    pub begin: BeginArgs,
+}
+
+/// `service resume`.
+#[derive(Debug, Clone, Args)]
+pub struct ResumeArgs {
+    /// Name of the service
+    pub service: String,
     /// How the operation is begun.
     #[command(flatten)]
     pub begin: BeginArgs,

@@ -59,6 +59,10 @@ pub enum Code {
     Operation,
     /// The store of services cannot be used.
     Store,
+    /// An update failed and was rolled back.
+    RolledBack,
+    /// An update is halted.
+    Halted,
     /// A file of the configuration is refused.
     Configuration,
     /// A guest-agent package or its signature is not valid, or not trusted.
@@ -90,7 +94,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 40] = [
+    const ALL: [Self; 42] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -118,6 +122,8 @@ impl Code {
         Self::NotServing,
         Self::Operation,
         Self::Store,
+        Self::RolledBack,
+        Self::Halted,
         Self::Configuration,
         Self::AgentRefused,
         Self::AgentConflict,
@@ -166,6 +172,8 @@ impl Code {
             Self::Conflict => (507, Exit::Conflict),
             Self::NotServing => (508, Exit::Unreachable),
             Self::Store => (509, Exit::Unclassified),
+            Self::RolledBack => (515, Exit::RolledBack),
+            Self::Halted => (516, Exit::Halted),
             Self::Configuration => (520, Exit::Invalid),
             Self::Copy => (530, Exit::Unclassified),
             Self::ImageBuild => (532, Exit::Unclassified),

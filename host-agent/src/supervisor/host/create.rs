@@ -136,7 +136,7 @@ impl Host {
 
     /// Makes the disks of an instance, and its record if it is durable: a deployment that
     /// can be adopted has all records.
-    async fn make_files(
+    pub(super) async fn make_files(
         &self,
         spec: &InstanceSpec,
         image: &Arc<Image>,

@@ -22,6 +22,8 @@ pub enum Request {
     Stop,
     /// Stop now.
     Kill,
+    /// Leave the rotation until the guest reports its role Ready anew.
+    Drain,
     /// Be at this goal.
     Apply(Box<Goal>),
     /// Stop or resume the vCPUs.
@@ -54,7 +56,17 @@ impl InstanceHandle {
         }
     }
 
-    /// What it was created as.
+    /// The same instance with a newer goal.
+    pub(in super::super) fn with_goal(&self, goal: Goal) -> Self {
+        let mut spec = InstanceSpec::clone(&self.spec);
+        spec.goal = goal;
+        Self {
+            spec: Arc::new(spec),
+            ..self.clone()
+        }
+    }
+
+    /// What it is, with the newest goal that this host agent gave it.
     pub fn spec(&self) -> &InstanceSpec {
         &self.spec
     }

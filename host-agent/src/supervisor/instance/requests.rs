@@ -31,6 +31,7 @@ impl Instance {
         match request {
             Request::Stop => return self.feed(Input::Stop),
             Request::Kill => return self.feed(Input::Kill),
+            Request::Drain => return self.feed(Input::Drain),
             Request::Apply(goal) => {
                 self.goal.send_if_modified(|known| {
                     let newer = goal.incarnation > known.incarnation;
