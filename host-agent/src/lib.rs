@@ -39,3 +39,4 @@ pub mod supervisor;
 pub mod token_bucket;
 mod until;
 pub mod vmm;
+mod wall_clock;

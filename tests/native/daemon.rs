@@ -103,16 +103,20 @@ fn systemd_accepts_the_unit_file() -> Result<()> {
     std::os::unix::fs::symlink(e2e::program(), bin.join("host-agent"))?;
     let unit = include_str!("../../scripts/host-agent.service");
     let unit = unit.replace("@bindir@", &bin.to_string_lossy());
-    let path = sandbox.file("host-agent.service");
-    fs::write(&path, unit)?;
+    let socket = include_str!("../../scripts/host-agent.socket");
+    let paths = [("service", &*unit), ("socket", socket)].map(|(kind, text)| {
+        let path = sandbox.file(&format!("host-agent.{kind}"));
+        fs::write(&path, text).map(|()| path)
+    });
+    let [service, socket] = paths;
     let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no"])
-        .arg(&path)
+        .args([service?, socket?])
         .output()
         .context("systemd-analyze is a test dependency (systemd)")?;
     let printed = text(&output);
     ensure!(output.status.success(), "{printed}");
     // It accepts unknown settings with a warning.
-    ensure!(!printed.contains("host-agent.service"), "{printed}");
+    ensure!(!printed.contains("host-agent."), "{printed}");
     Ok(())
 }

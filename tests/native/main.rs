@@ -1,5 +1,6 @@
 //! Tests of the program that need no guest image: they run on any machine.
 
+mod access;
 mod api;
 mod configuration;
 mod costly_files;

@@ -397,7 +397,7 @@ impl Client {
         if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(answer);
         }
-        let Problem { kind, message } = self.read(answer).await?;
+        let Problem { kind, message, .. } = self.read(answer).await?;
         Err(match kind {
             RefusalKind::NoSuchPath | RefusalKind::NoSuchMethod => self.version(),
             kind => ClientError::Refused { kind, message },

@@ -9,10 +9,13 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{self, MsgFlags};
+use nix::unistd::{Gid, Group, Uid, User};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::types::{Problem, RefusalKind};
+use crate::blocking::blocking;
 
 /// Most connections. Each command of a user has one, for as long as it runs.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -23,6 +26,13 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// The places for connections. A clone has the same places.
 #[derive(Debug, Clone)]
 pub(super) struct Places(Arc<Semaphore>);
+
+impl Client {
+    /// For the audit log.
+    pub(super) fn who(&self) -> String {
+        format!("uid:{}", self.user)
+    }
+}
 
 impl Default for Places {
     fn default() -> Self {
@@ -42,6 +52,8 @@ impl Places {
 pub(crate) struct Client {
     /// Id of its user; that of nobody if the kernel does not say it.
     pub(crate) user: u32,
+    /// Id of its group.
+    group: u32,
     _place: Arc<OwnedSemaphorePermit>,
 }
 
@@ -51,6 +63,7 @@ pub(super) async fn accept(
     listener: UnixListener,
     places: Places,
     router: Router,
+    allowed: Allowed,
     limit: Duration,
 ) {
     loop {
@@ -60,31 +73,84 @@ pub(super) async fn accept(
             continue;
         };
         let Ok(place) = Arc::clone(&places.0).try_acquire_owned() else {
-            refuse(&stream);
+            let text =
+                format!("this host agent serves {MAX_CONNECTIONS} commands already; end one");
+            refuse(&stream, &Problem::new(RefusalKind::Busy, text));
             continue;
         };
+        let peer = stream.peer_cred();
         let client = Client {
-            user: stream.peer_cred().map_or(u32::MAX, |peer| peer.uid()),
+            user: peer.as_ref().map_or(u32::MAX, |peer| peer.uid()),
+            group: peer.map_or(u32::MAX, |peer| peer.gid()),
             _place: Arc::new(place),
         };
-        let service = TowerToHyperService::new(router.clone().layer(Extension(client)));
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limit)
-            .serve_connection(TokioIo::new(stream), service)
-            .with_upgrades();
+        let router = router.clone();
         tokio::spawn(async move {
-            // An error ends only this connection.
-            let _ = connection.await;
+            if allowed.contains(&client).await {
+                serve_connection(stream, client, router, limit).await;
+            } else {
+                refuse(
+                    &stream,
+                    &Problem::new(RefusalKind::Forbidden, "this user may not use it"),
+                );
+            }
         });
     }
 }
 
-/// Answers a client for which there is no place. Never waits.
-fn refuse(stream: &UnixStream) {
-    let text = format!("this host agent serves {MAX_CONNECTIONS} commands already; end one");
-    let problem = Problem::new(RefusalKind::Busy, text);
-    let body = serde_json::to_string(&problem).expect("strings are JSON");
+/// Who may use a socket: this user, root, and the members of a group.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Allowed {
+    /// Id of the group.
+    pub(super) group: Option<u32>,
+}
+
+impl Allowed {
+    /// Whether `client` may. The mode of the socket says the same; this holds also if
+    /// something else changes the mode.
+    async fn contains(self, client: &Client) -> bool {
+        if client.user == 0 || client.user == Uid::effective().as_raw() {
+            return true;
+        }
+        let Some(group) = self.group else {
+            return false;
+        };
+        let user = client.user;
+        // The databases of users and groups are files, or servers.
+        client.group == group
+            || blocking(move || is_member(user, group))
+                .await
+                .unwrap_or(false)
+    }
+}
+
+/// Whether `user` is a member of `group` by the databases of this machine.
+fn is_member(user: u32, group: u32) -> bool {
+    let user = User::from_uid(Uid::from_raw(user)).ok().flatten();
+    let group = Group::from_gid(Gid::from_raw(group)).ok().flatten();
+    let (Some(user), Some(group)) = (user, group) else {
+        return false;
+    };
+    user.gid == group.gid || group.mem.contains(&user.name)
+}
+
+/// Serves one connection. An error ends only this connection.
+async fn serve_connection<S>(stream: S, client: Client, router: Router, limit: Duration)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = TowerToHyperService::new(router.layer(Extension(client)));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limit)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    let _ = connection.await;
+}
+
+/// Answers a client that is not served. Never waits.
+fn refuse(stream: &UnixStream, problem: &Problem) {
+    let body = serde_json::to_string(problem).expect("strings are JSON");
     let answer = format!(
         "HTTP/1.1 {}\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n{body}",

@@ -7,6 +7,7 @@ pub mod event_stream;
 mod events;
 mod exec;
 pub mod gc;
+pub mod guard;
 pub(crate) mod listener;
 mod logs;
 pub(crate) mod metrics;

@@ -49,6 +49,8 @@ impl RefusalKind {
             Self::Invalid => StatusCode::BAD_REQUEST,
             Self::Conflict | Self::NoRoom => StatusCode::CONFLICT,
             Self::Unreachable | Self::Unable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Forbidden => StatusCode::FORBIDDEN,
+            Self::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }

@@ -10,12 +10,14 @@ use axum::middleware::map_response;
 use axum::response::{IntoResponse as _, Response};
 use axum::{Json, Router};
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use utoipa::openapi::{Info, OpenApi, OpenApiBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::guard;
 use super::listener::Places;
 use super::request::{Failure, Named};
 use super::types::{
@@ -56,7 +58,7 @@ pub(super) fn router(
     request_limit: Duration,
 ) -> Router {
     let (router, document) = documented();
-    let openapi = document.to_json().expect("the document is JSON");
+    let openapi = document_of(&document).to_string();
     let api = Api(Arc::new(ApiState {
         openapi,
         host,
@@ -99,6 +101,32 @@ fn documented() -> (Router<Api>, OpenApi) {
         .nest("/v1", changes::routes())
         .nest("/v1", agents::routes())
         .split_for_parts()
+}
+
+/// The OpenAPI document, with the answers that the guard gives in place of handlers.
+fn document_of(document: &OpenApi) -> Value {
+    let mut document = serde_json::to_value(document).expect("the document is JSON");
+    let paths = document["paths"].as_object_mut();
+    let operations = paths.into_iter().flat_map(|paths| paths.values_mut());
+    let operations = operations.filter_map(Value::as_object_mut).flatten();
+    for (method, operation) in operations {
+        let Some(responses) = operation
+            .get_mut("responses")
+            .and_then(Value::as_object_mut)
+        else {
+            continue;
+        };
+        for (status, description) in guard::answers(method) {
+            responses.entry(*status).or_insert_with(|| {
+                let schema = json!({"$ref": "#/components/schemas/Problem"});
+                json!({
+                    "description": description,
+                    "content": {"application/json": {"schema": schema}},
+                })
+            });
+        }
+    }
+    document
 }
 
 impl Api {

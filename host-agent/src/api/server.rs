@@ -11,7 +11,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::listener::{Places, accept};
+use super::guard::{Guard, guarded};
+use super::listener::{Allowed, Places, accept};
 use super::routes::router;
 use crate::controller::Controller;
 use crate::store::paths;
@@ -30,42 +31,77 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// A socket that is being served; dropping it stops and removes it.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
+    path: Option<PathBuf>,
     task: JoinHandle<()>,
     /// For other listeners. `None` at the end.
     router: Option<Router>,
     ended: watch::Sender<bool>,
 }
 
-/// Serves `host`, and the services that it keeps, on its socket.
-pub fn serve(host: &Host, controller: Option<Controller>) -> io::Result<Server> {
-    serve_within(host, controller, Router::new(), REQUEST_LIMIT)
+/// Who can reach a server, and what is recorded of it.
+#[derive(Debug, Default)]
+pub struct Access {
+    /// Passed by every request.
+    pub guard: Guard,
+    /// Id of the group whose members may use the socket.
+    pub group: Option<u32>,
+    /// The socket, if the service manager has made it.
+    pub activated: Option<std::os::unix::net::UnixListener>,
 }
 
-/// Serves `host` and the services of `controller`, and `pages` beside the API.
-pub fn serve_with(host: &Host, controller: Controller, pages: Router) -> io::Result<Server> {
-    serve_within(host, Some(controller), pages, REQUEST_LIMIT)
+/// Serves `host`, and the services that it keeps, on its socket.
+pub fn serve(host: &Host, controller: Option<Controller>) -> io::Result<Server> {
+    let access = Access::default();
+    serve_within(host, controller, Router::new(), access, REQUEST_LIMIT)
+}
+
+/// Serves `host` and the services of `controller`, and `pages` beside the API, as `access`
+/// says.
+pub fn serve_with(
+    host: &Host,
+    controller: Controller,
+    pages: Router,
+    access: Access,
+) -> io::Result<Server> {
+    serve_within(host, Some(controller), pages, access, REQUEST_LIMIT)
 }
 
 fn serve_within(
     host: &Host,
     controller: Option<Controller>,
     pages: Router,
+    access: Access,
     request_limit: Duration,
 ) -> io::Result<Server> {
+    let Access {
+        guard,
+        group,
+        activated,
+    } = access;
     let runtime_dir = &host.options().runtime_dir;
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(runtime_dir)?;
     paths::check_own(runtime_dir)?;
-    let path = host.socket();
-    if host.options().socket.is_some() {
-        // Its owner has the store, so that the socket is of one that is gone.
-        remove(&path)?;
-    }
-    let listener = UnixListener::bind(&path)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    let (path, listener) = match activated {
+        Some(listener) => {
+            listener.set_nonblocking(true)?;
+            // The service manager removes what it has made.
+            (None, UnixListener::from_std(listener)?)
+        }
+        None => {
+            let path = host.socket();
+            if host.options().socket.is_some() {
+                // Its owner has the store, so that the socket is of one that is gone.
+                remove(&path)?;
+            }
+            let listener = UnixListener::bind(&path)?;
+            open_to(&path, 0o600, group)?;
+            open_to(runtime_dir, 0o700, group)?;
+            (Some(path), listener)
+        }
+    };
     let directory = runtime_dir.clone();
     tokio::spawn(async move { sweep(&directory, STALE).await });
     let (ended, receiver) = watch::channel(false);
@@ -77,8 +113,14 @@ fn serve_within(
         places.clone(),
         request_limit,
     );
-    let router = router.merge(pages);
-    let task = tokio::spawn(accept(listener, places, router.clone(), request_limit));
+    let router = guarded(router.merge(pages), guard);
+    let task = tokio::spawn(accept(
+        listener,
+        places,
+        router.clone(),
+        Allowed { group },
+        request_limit,
+    ));
     Ok(Server {
         path,
         task,
@@ -104,6 +146,19 @@ impl Server {
         // A client that does not read misses the end.
         let _ = tokio::time::timeout(DRAIN_LIMIT, self.ended.closed()).await;
     }
+}
+
+/// Gives `path` this mode of its owner; with a group, the socket is for its members, and they
+/// may pass through the directory.
+fn open_to(path: &Path, owner: u32, group: Option<u32>) -> io::Result<()> {
+    // First closed: the members of the group that it had before are others.
+    fs::set_permissions(path, fs::Permissions::from_mode(owner))?;
+    let Some(group) = group else {
+        return Ok(());
+    };
+    std::os::unix::fs::chown(path, None, Some(group))?;
+    let of_group = if owner == 0o600 { 0o060 } else { 0o010 };
+    fs::set_permissions(path, fs::Permissions::from_mode(owner | of_group))
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -138,7 +193,9 @@ async fn sweep(runtime_dir: &Path, stale: Duration) {
 impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
-        let _ = fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 

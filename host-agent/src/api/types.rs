@@ -90,13 +90,20 @@ pub struct Problem {
     pub kind: RefusalKind,
     /// The error chain.
     pub message: String,
+    /// Id of the request, as in the header `x-request-id` and in the logs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
 }
 
 impl Problem {
     /// A problem of this class.
     pub fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { kind, message }
+        Self {
+            kind,
+            message,
+            request: None,
+        }
     }
 }
 
@@ -112,6 +119,8 @@ pub enum RefusalKind {
     NoSuchMethod,
     /// The request is invalid: 400.
     Invalid,
+    /// The client may not do it: 403.
+    Forbidden,
     /// It contradicts what exists: 409.
     Conflict,
     /// The instance or its agent cannot be reached now: 503.
@@ -122,6 +131,8 @@ pub enum RefusalKind {
     Unable,
     /// The host agent has too many clients: 503.
     Busy,
+    /// The disk of the host agent's state is full: 507.
+    NoSpace,
     /// Anything else: 500.
     Internal,
 }

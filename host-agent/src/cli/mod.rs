@@ -20,6 +20,7 @@ mod image;
 mod init;
 mod instances;
 mod interrupt;
+mod log;
 mod logs;
 mod lossless_output;
 mod meter;
@@ -38,20 +39,16 @@ mod top;
 mod wait;
 mod watch;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser as _;
 use clap::error::ErrorKind;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::prelude::*;
 
 use args::{CommandLine, Verb};
 use error::{CliError, Code};
 use exit::Exit;
+use log::LogControl;
 use output::Output;
-
-use crate::printable::printable;
 
 /// Runs the verb that the arguments name.
 pub fn main() -> ExitCode {
@@ -66,7 +63,7 @@ pub fn main() -> ExitCode {
             return error.exit().into();
         }
     };
-    start_log(line.global.verbose, &output);
+    let log = LogControl::start(line.global.verbose, &output);
     let no_input = line.global.no_input;
     if let Err(error) = config::check(&line.verb) {
         output.error(&error);
@@ -92,8 +89,8 @@ pub fn main() -> ExitCode {
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
         Verb::Events(args) => events::run(&args, &output),
-        Verb::Serve(args) => serve::run(&args, &output),
         Verb::Agent(args) => agent::run(&args.verb, &output),
+        Verb::Serve(args) => serve::run(&args, &log, &output),
         Verb::Service(args) => service::run(&args.verb, no_input, &output),
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => Ok(test::run(&args, &output)),
@@ -165,50 +162,6 @@ fn usage_error(text: &str) -> CliError {
         error = error.cause(format!("usage: {usage}"));
     }
     error.hint(tip.unwrap_or("host-agent --help"))
-}
-
-/// Log lines to standard error: warnings, more with `-v`, or by `HOST_AGENT_LOG`
-/// (`info`, `host_agent::supervisor=debug,warn`, …). VMM processes get no
-/// environment, so they always log warnings and errors.
-fn start_log(verbose: u8, output: &Output) {
-    let level = match verbose {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
-    };
-    let mut filter = Targets::new().with_default(level);
-    if let Ok(text) = std::env::var("HOST_AGENT_LOG")
-        && !text.is_empty()
-    {
-        match text.parse() {
-            Ok(parsed) => filter = parsed,
-            Err(error) => output.warn(&format!("HOST_AGENT_LOG={text} is ignored: {error}")),
-        }
-    }
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(|| PrintableLines(std::io::stderr()))
-        .with_ansi(false)
-        .with_target(verbose > 1);
-    tracing_subscriber::registry()
-        .with(lines.with_filter(filter))
-        .init();
-}
-
-/// Writes log lines, whose fields may quote guests and files, in printable characters. The
-/// subscriber writes each line as a whole.
-struct PrintableLines(std::io::Stderr);
-
-impl Write for PrintableLines {
-    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
-        let text = String::from_utf8_lossy(line);
-        let shown = printable(text.trim_end_matches('\n')) + "\n";
-        self.0.write_all(shown.as_bytes()).map(|()| line.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.0.flush()
-    }
 }
 
 /// An asynchronous runtime on this thread.

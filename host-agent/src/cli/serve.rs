@@ -11,15 +11,19 @@ use super::deploy::{self, timeline_line};
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::interrupt::Interrupts;
+use super::log::LogControl;
 use super::output::Output;
 use super::runtime;
 use super::service_manager::{self, Watchdog};
-use crate::api::server::{self, Server};
-use crate::config::Config;
+use crate::api::guard::Guard;
+use crate::api::server::{self, Access, Server};
+use crate::blocking::blocking;
+use crate::config::{Config, Entry};
 use crate::controller::{Controller, Policy};
 use crate::doctor::Scope;
 use crate::page;
 use crate::page::tcp::TcpPage;
+use crate::store::audit::AuditLog;
 use crate::store::database::StoreError;
 use crate::store::paths;
 use crate::store::services::ServiceStore;
@@ -28,10 +32,11 @@ use crate::supervisor::host::Host;
 use crate::supervisor::timeline::Timeline;
 
 /// Serves until a signal ends it.
-pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
+pub fn run(args: &ServeArgs, log: &LogControl, output: &Output) -> Result<Exit, CliError> {
     let unblocked = output.never_block();
     unblocked.map_err(|error| CliError::chain(Code::Unclassified, &error))?;
-    let config = config::load(args.config.file.as_deref())?;
+    let mut config = config::load(args.config.file.as_deref())?;
+    log.configure(&config);
     let machine = deploy::host(
         &config,
         if args.require_sandbox {
@@ -51,6 +56,9 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
     options.require_sandbox = args.require_sandbox;
     options.socket = Some(paths::SERVE);
     let store = ServiceStore::open(&options.data_dir).map_err(refused)?;
+    let audit = AuditLog::open(&options.data_dir.join("state")).map_err(|error| {
+        CliError::chain(Code::Store, &error).cause("audit log (state/audit.jsonl)")
+    })?;
     runtime()?.block_on(async {
         let mut interrupts = Interrupts::listen()?;
         let mut watchdog = Watchdog::from_environment();
@@ -63,7 +71,12 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         let controller = Controller::start(host.clone(), store, recorded, policy(&config), unable);
         let controller = controller.await.map_err(|error| failed(&error))?;
         let pages = page::router(controller.clone());
-        let server = server::serve_with(&host, controller.clone(), pages);
+        let access = Access {
+            guard: Guard::audited(audit),
+            group: config.api_group.value.as_ref().map(|group| group.id),
+            activated: service_manager::socket().map_err(|error| failed(&error))?,
+        };
+        let server = server::serve_with(&host, controller.clone(), pages, access);
         let server = server.map_err(|error| {
             let what = format!("cannot serve {}", host.socket().display());
             CliError::new(Code::RuntimeDirectory, what).cause(chain(&error))
@@ -80,11 +93,31 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
                 Some(event) = events.next() => show(output, &event)?,
                 () = watchdog.report() => {}
                 number = interrupts.next() => {
-                    // There is no configuration to read again.
-                    if i32::from(number) == libc::SIGHUP {
-                        continue;
+                    if i32::from(number) != libc::SIGHUP {
+                        break;
                     }
-                    break;
+                    let file = args.config.file.clone();
+                    let read = blocking(move || config::load(file.as_deref())).await;
+                    match read.unwrap_or_else(|error| Err(failed(&error))) {
+                        Ok(new) => {
+                            reload(&config, &new, output);
+                            log.configure(&new);
+                            controller.set_policy(policy(&new));
+                            let limited = host.limit(new.admission()).await;
+                            limited.map_err(|error| failed(&error))?;
+                            config = new;
+                            tracing::info!("configuration read again");
+                        }
+                        Err(error) => {
+                            output.warn("the configuration stays as it was");
+                            output.error(&error);
+                            tracing::error!(
+                                code = error.code().name(),
+                                error = error.what(),
+                                "configuration refused; the old one stays"
+                            );
+                        }
+                    }
                 }
             }
         }
@@ -98,6 +131,33 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<Exit, CliError> {
         // Drops of the host's instances would end their guests.
         std::process::exit(0)
     })
+}
+
+/// Keys that only a new daemon takes.
+const OF_THE_START: [&str; 4] = [
+    "directories.data",
+    "directories.runtime",
+    "guests.heartbeat_limit",
+    "api.group",
+];
+
+/// Says what of `new` does not count before the next start.
+fn reload(old: &Config, new: &Config, output: &Output) {
+    let (old, new) = (old.entries(), new.entries());
+    for key in OF_THE_START {
+        let value = |entries: &[Entry]| {
+            let found = entries.iter().find(|entry| entry.key == key);
+            found.map(|entry| (entry.value.clone(), entry.origin.clone()))
+        };
+        if let (Some((old, _)), Some((new, origin))) = (value(&old), value(&new))
+            && old != new
+        {
+            let text =
+                format!("{key} = {new} ({origin}) counts from the next start on: it is {old}");
+            output.warn(&text);
+            tracing::warn!("{text}");
+        }
+    }
 }
 
 /// What the operator decides about services.

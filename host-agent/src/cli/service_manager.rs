@@ -1,14 +1,22 @@
 //! Tells the service manager (systemd) that started this process how it is (`sd_notify(3)`).
 //! Without one every call does nothing.
 
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
+use listenfd::ListenFd;
 use sd_notify::{NotifyState, notify};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 /// The process serves.
 pub fn ready() {
     report(&[NotifyState::Ready]);
+}
+
+/// The Unix socket that the manager listens on for this process, if it does.
+pub fn socket() -> io::Result<Option<UnixListener>> {
+    ListenFd::from_env().take_unix_listener(0)
 }
 
 /// The process ends.

@@ -8,10 +8,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::unistd::Group;
 use serde::Deserialize;
 use toml::Spanned;
+use tracing_subscriber::filter::Targets;
 
-use super::{Config, Origin, Setting};
+use super::{ApiGroup, Config, LogFormat, Origin, Setting};
 use crate::duration::parse_duration;
 use crate::service::model::VmSize;
 use crate::service::{ServiceError, is_image_name, nearest};
@@ -52,6 +54,8 @@ struct Written {
     ports: BTreeMap<Spanned<String>, Spanned<u16>>,
     quotas: Quotas,
     guests: Guests,
+    api: Api,
+    log: Log,
 }
 
 #[derive(Default, Deserialize)]
@@ -96,6 +100,19 @@ struct Guests {
     heartbeat_limit: Option<Spanned<String>>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Api {
+    group: Option<Spanned<String>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Log {
+    format: Option<Spanned<LogFormat>>,
+    level: Option<Spanned<String>>,
+}
+
 impl Layer {
     /// Reads `path`; `None` if there is no such file.
     pub(super) fn read(path: &Path) -> Result<Option<Self>, ServiceError> {
@@ -134,6 +151,8 @@ impl Layer {
             ports,
             quotas,
             guests,
+            api,
+            log,
         } = written;
         self.set(directories.data, &mut config.data_dir, absolute)?;
         self.set(directories.runtime, &mut config.runtime_dir, absolute)?;
@@ -167,7 +186,14 @@ impl Layer {
         self.set(quotas.memory_mib, &mut config.max_memory_mib, |most| {
             Ok(Some(most))
         })?;
-        self.set(guests.heartbeat_limit, &mut config.heartbeat_limit, limit)
+        self.set(guests.heartbeat_limit, &mut config.heartbeat_limit, limit)?;
+        self.set(api.group, &mut config.api_group, group)?;
+        self.set(log.format, &mut config.log_format, Ok)?;
+        self.set(log.level, &mut config.log_level, |level| {
+            let parsed = level.parse::<Targets>();
+            parsed.map_err(|why| format!("is no filter: {why}"))?;
+            Ok(level)
+        })
     }
 
     fn size(
@@ -297,6 +323,17 @@ fn within<T: PartialOrd + std::fmt::Display>(number: T, least: T, most: T) -> Re
         return Ok(number);
     }
     Err(format!("is not from {least} to {most}"))
+}
+
+fn group(name: String) -> Result<Option<ApiGroup>, String> {
+    match Group::from_name(&name) {
+        Ok(Some(group)) => Ok(Some(ApiGroup {
+            name,
+            id: group.gid.as_raw(),
+        })),
+        Ok(None) => Err("is no group of this machine".to_owned()),
+        Err(error) => Err(format!("cannot be looked up: {error}")),
+    }
 }
 
 fn limit(text: String) -> Result<Duration, String> {

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::unistd::{Uid, User};
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::filter::Targets;
 
 use crate::service::model::VmSize;
 use crate::service::size::Sizes;
@@ -24,11 +26,37 @@ pub use value::{Entry, Origin, Setting};
 /// Variable with the path of a file that replaces values of the other files.
 pub const FILE_VARIABLE: &str = "HOST_AGENT_CONFIG";
 
+/// Variable with what is logged.
+pub const LOG_VARIABLE: &str = "HOST_AGENT_LOG";
+
+/// Variable with the format of the log of `serve`.
+const LOG_FORMAT_VARIABLE: &str = "HOST_AGENT_LOG_FORMAT";
+
 /// The file of the machine.
 const SYSTEM_FILE: &str = "/etc/host-agent/config.toml";
 
 /// Path of the user's file below that of the user's configuration.
 const USER_FILE: &str = "host-agent/config.toml";
+
+/// How `serve` logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Lines of text.
+    #[default]
+    Human,
+    /// One JSON document for each line.
+    Json,
+}
+
+/// A group of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiGroup {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: u32,
+}
 
 /// Every value that is in effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +83,12 @@ pub struct Config {
     pub max_memory_mib: Setting<Option<u64>>,
     /// A guest that is silent this long is restarted.
     pub heartbeat_limit: Setting<Duration>,
+    /// Group whose members may use the socket.
+    pub api_group: Setting<Option<ApiGroup>>,
+    /// How `serve` logs.
+    pub log_format: Setting<LogFormat>,
+    /// What `serve` logs: a filter of `tracing`.
+    pub log_level: Setting<String>,
 }
 
 /// Where values are looked for.
@@ -66,6 +100,10 @@ struct Places {
     named: Option<PathBuf>,
     /// `HOST_AGENT_DATA_DIR`.
     data_dir: Option<PathBuf>,
+    /// `HOST_AGENT_LOG`.
+    log: Option<OsString>,
+    /// `HOST_AGENT_LOG_FORMAT`.
+    log_format: Option<OsString>,
 }
 
 impl Config {
@@ -96,6 +134,22 @@ impl Config {
         if let Some(path) = &places.data_dir {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             config.data_dir = Setting::new(path, Origin::Variable(paths::DATA_VARIABLE));
+        }
+        // The log of the command warns of a filter that is none.
+        let log = places.log.as_ref().and_then(|log| log.to_str());
+        if let Some(log) = log.filter(|log| log.parse::<Targets>().is_ok()) {
+            config.log_level = Setting::new(log.to_owned(), Origin::Variable(LOG_VARIABLE));
+        }
+        if let Some(format) = &places.log_format {
+            let format = match format.to_str() {
+                Some("human") => LogFormat::Human,
+                Some("json") => LogFormat::Json,
+                _ => {
+                    let what = "is not a valid value: write human or json";
+                    return Err(ServiceError::new(Path::new(LOG_FORMAT_VARIABLE), what));
+                }
+            };
+            config.log_format = Setting::new(format, Origin::Variable(LOG_FORMAT_VARIABLE));
         }
         Ok(config)
     }
@@ -148,6 +202,9 @@ impl Default for Config {
             max_instances: Setting::default_value(None),
             max_memory_mib: Setting::default_value(None),
             heartbeat_limit: Setting::default_value(HeartbeatRule::DEFAULT.limit()),
+            api_group: Setting::default_value(None),
+            log_format: Setting::default_value(LogFormat::Human),
+            log_level: Setting::default_value("warn".to_owned()),
         }
     }
 }
@@ -167,6 +224,8 @@ impl Places {
             usual,
             named: named.map(Path::to_owned).or_else(|| set(FILE_VARIABLE)),
             data_dir: set(paths::DATA_VARIABLE),
+            log: variable(LOG_VARIABLE).filter(|value| !value.is_empty()),
+            log_format: variable(LOG_FORMAT_VARIABLE).filter(|value| !value.is_empty()),
         }
     }
 }

@@ -113,6 +113,14 @@ impl Config {
                 "guests.heartbeat_limit",
                 json!(format!("{}s", self.heartbeat_limit.value.as_secs_f64())),
             ),
+            self.api_group.entry(
+                "api.group",
+                json!(self.api_group.value.as_ref().map(|group| &group.name)),
+            ),
+            self.log_format
+                .entry("log.format", json!(self.log_format.value)),
+            self.log_level
+                .entry("log.level", json!(self.log_level.value)),
         ]);
         entries
     }

@@ -1,6 +1,7 @@
 //! The files of the host agent: images, packages, deployments, logs, and what was asked for.
 
 pub mod agents;
+pub mod audit;
 pub mod changes;
 pub mod content;
 pub mod database;

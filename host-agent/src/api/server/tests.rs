@@ -28,7 +28,7 @@ fn served(limit: Duration) -> (tempfile::TempDir, Server, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
-    let server = serve_within(&host, None, Router::new(), limit).unwrap();
+    let server = serve_within(&host, None, Router::new(), Access::default(), limit).unwrap();
     let socket = host.socket();
     (dir, server, socket)
 }

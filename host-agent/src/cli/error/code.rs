@@ -73,6 +73,8 @@ pub enum Code {
     AgentFile,
     /// No such guest agent was published.
     NoAgent,
+    /// The client may not do it.
+    Forbidden,
     /// `exec`: the host side failed.
     ExecHost,
     /// `exec`: the program could not be started in the guest.
@@ -94,7 +96,7 @@ pub enum Code {
 impl Code {
     /// Every code.
     #[cfg(test)]
-    const ALL: [Self; 42] = [
+    const ALL: [Self; 43] = [
         Self::Unclassified,
         Self::Usage,
         Self::Service,
@@ -129,6 +131,7 @@ impl Code {
         Self::AgentConflict,
         Self::AgentFile,
         Self::NoAgent,
+        Self::Forbidden,
         Self::ExecHost,
         Self::ExecGuest,
         Self::Copy,
@@ -178,6 +181,7 @@ impl Code {
             Self::Copy => (530, Exit::Unclassified),
             Self::ImageBuild => (532, Exit::Unclassified),
             Self::ImageImport => (533, Exit::Invalid),
+            Self::Forbidden => (522, Exit::Permission),
             Self::NoSuchError => (531, Exit::NotFound),
             Self::Page => (545, Exit::Conflict),
             Self::AgentRefused => (540, Exit::Invalid),

@@ -67,7 +67,7 @@ impl From<ClientError> for CliError {
                 ..
             } => Code::Usage,
             ClientError::Refused {
-                kind: RefusalKind::NoRoom,
+                kind: RefusalKind::NoRoom | RefusalKind::NoSpace,
                 ..
             } => Code::HostFull,
             ClientError::Refused {
@@ -78,6 +78,10 @@ impl From<ClientError> for CliError {
                 kind: RefusalKind::Conflict,
                 ..
             } => Code::Conflict,
+            ClientError::Refused {
+                kind: RefusalKind::Forbidden,
+                ..
+            } => Code::Forbidden,
             ClientError::List { .. } => Code::RuntimeDirectory,
             ClientError::Refused { .. } => Code::Unclassified,
         };
