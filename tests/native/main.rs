@@ -8,6 +8,7 @@ mod daemon;
 mod descriptors;
 mod disk_full;
 mod evil_guest;
+mod exhausted;
 mod first_service;
 mod hangup;
 mod memory;
