@@ -11,7 +11,7 @@ pub mod guard;
 pub(crate) mod listener;
 mod logs;
 pub(crate) mod metrics;
-mod request;
+pub(crate) mod request;
 mod routes;
 pub mod server;
 mod services;

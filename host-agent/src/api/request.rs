@@ -19,11 +19,16 @@ use crate::supervisor::host::HostError;
 
 /// The answer to a request that fails.
 #[derive(Debug)]
-pub(super) struct Failure(Problem);
+pub(crate) struct Failure(Problem);
 
 impl Failure {
-    pub(super) fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
+    pub(crate) fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
         Self(Problem::new(kind, message))
+    }
+
+    /// Its HTTP status, and the text for people.
+    pub(crate) fn into_parts(self) -> (StatusCode, String) {
+        (self.0.kind.status(), self.0.message)
     }
 }
 

@@ -2,6 +2,7 @@
 //! socket of `serve`, and when asked on loopback TCP.
 
 mod action;
+mod actions;
 mod assets;
 mod data;
 mod gate;

@@ -9,12 +9,11 @@ use axum::extract::{FromRequestParts, Path, Query, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::middleware::map_response;
-use axum::response::{Html, IntoResponse, Redirect, Response};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
-use vmbus::text::chain;
 
-use super::action::Action;
+use super::actions::{act_on_instance, act_on_service, instance_actions, service_actions};
 use super::assets::{self, asset};
 use super::data::{
     event_rows, instance_row, instance_rows, operation_row, plots, revision_row, service_row, strip,
@@ -23,13 +22,11 @@ use super::gate::protect;
 use super::samples::{Samples, monotonic};
 use super::sessions::Session;
 use super::states::stays;
-use super::views::{
-    ActionRow, EventsPage, Frame, InstancePage, LogTab, Message, Overview, ServicePage,
-};
-use crate::api::types::{LogFile, PROGRAM};
+use super::views::{EventsPage, Frame, InstancePage, LogTab, Message, Overview, ServicePage};
+use crate::api::request::Failure;
+use crate::api::types::{LogFile, PROGRAM, RefusalKind};
 use crate::controller::{Controller, ControllerError};
 use crate::store::events::{EventFilter, StoredEvent};
-use crate::store::services::{Expected, ServiceRecord};
 
 /// Events on a page with other things.
 const FEW_EVENTS: usize = 20;
@@ -40,7 +37,7 @@ const STATE_EVENTS: usize = 400;
 
 /// What the handlers share.
 #[derive(Debug, Clone)]
-struct Page(Arc<PageState>);
+pub(super) struct Page(Arc<PageState>);
 
 #[derive(Debug)]
 struct PageState {
@@ -62,10 +59,12 @@ pub fn router(controller: Controller) -> Router {
         .route("/", get(overview))
         .route("/events", get(events))
         .route("/services/{service}", get(service))
-        .route("/services/{service}/start", post(start))
-        .route("/services/{service}/stop", post(stop))
-        .route("/services/{service}/delete", post(delete))
+        .route("/services/{service}/{action}", post(act_on_service))
         .route("/services/{service}/instances/{instance}", get(instance))
+        .route(
+            "/services/{service}/instances/{instance}/{action}",
+            post(act_on_instance),
+        )
         .route("/page/{file}", get(asset))
         .layer(map_response(protect))
         .with_state(page)
@@ -84,7 +83,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Csrf {
 }
 
 impl Page {
-    fn controller(&self) -> &Controller {
+    /// The services.
+    pub(super) fn controller(&self) -> &Controller {
         &self.0.controller
     }
 
@@ -97,24 +97,31 @@ impl Page {
     }
 }
 
-/// The answer to a request that fails.
-struct Failed(ControllerError);
+/// The answer to a request that fails: as that of the API.
+pub(super) struct Failed(StatusCode, String);
+
+impl Failed {
+    pub(super) fn new(kind: RefusalKind, text: impl Into<String>) -> Self {
+        let (status, text) = Failure::new(kind, text).into_parts();
+        Self(status, text)
+    }
+}
 
 impl From<ControllerError> for Failed {
     fn from(error: ControllerError) -> Self {
-        Self(error)
+        let (status, text) = Failure::from(error).into_parts();
+        Self(status, text)
     }
 }
 
 impl IntoResponse for Failed {
     fn into_response(self) -> Response {
-        let (status, title) = match &self.0 {
-            ControllerError::NoService(_) => (StatusCode::NOT_FOUND, "Not found"),
-            ControllerError::Deleting(_) => (StatusCode::CONFLICT, "Refused"),
-            ControllerError::Unable(_) => (StatusCode::SERVICE_UNAVAILABLE, "Refused"),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, "Error"),
+        let title = match self.0 {
+            StatusCode::NOT_FOUND => "Not found",
+            status if status.is_server_error() => "Error",
+            _ => "Refused",
         };
-        message(status, title, &chain(&self.0))
+        message(self.0, title, &self.1)
     }
 }
 
@@ -194,7 +201,7 @@ async fn service(
     Ok(html(&ServicePage {
         frame: frame(name.clone(), stream(&newest, &of_stream), csrf),
         service: service_row(&state),
-        actions: service_actions(&state.record),
+        actions: service_actions(&state),
         instances: instance_rows(&state, monotonic()),
         operations: operations.iter().map(operation_row).collect(),
         revisions: revisions.iter().rev().map(revision_row).collect(),
@@ -216,10 +223,7 @@ async fn instance(
     let state = page.controller().service(&name).await?;
     let deployment = state.deployment.as_ref();
     let found = deployment.and_then(|it| Some((it, it.instance(&instance)?)));
-    let Some((deployment, handle)) = found else {
-        let text = format!("no instance {instance} of service {name} runs on this host");
-        return Ok(message(StatusCode::NOT_FOUND, "Not found", &text));
-    };
+    let (deployment, handle) = found.ok_or_else(|| no_instance(&name, &instance))?;
     let filter = EventFilter {
         service: None,
         deployment: Some(deployment.id().to_owned()),
@@ -242,7 +246,7 @@ async fn instance(
         frame: frame(instance.clone(), stream(&newest, &of_stream), csrf),
         instance: instance_row(&name, handle, monotonic()),
         strip: strip(&stays),
-        actions: Vec::new(),
+        actions: instance_actions(&name, handle),
         plots: plots(&samples),
         logs: logs
             .map(|it| LogTab {
@@ -255,64 +259,14 @@ async fn instance(
     }))
 }
 
-/// What can be asked of a service now.
-fn service_actions(record: &ServiceRecord) -> Vec<ActionRow> {
-    let name = &record.name;
-    let action = |id, label, question| ActionRow {
-        id,
-        label,
-        question,
-        path: format!("{}/{id}", service_path(name)),
-    };
-    let stop = || {
-        let question = format!("Stop service {name}? Its disks and logs stay.");
-        action("stop", "Stop", question)
-    };
-    let start = || action("start", "Start", format!("Start service {name}?"));
-    let delete = || {
-        let question = format!("Stop service {name} and remove its disks and logs?");
-        action("delete", "Delete", question)
-    };
-    match record.expected {
-        Expected::Started => vec![stop(), delete()],
-        Expected::Stopped => vec![start(), delete()],
-        Expected::Deleted => Vec::new(),
-    }
-}
-
-async fn start(
-    State(page): State<Page>,
-    Path(name): Path<String>,
-    action: Action,
-) -> Result<Redirect, Failed> {
-    page.controller().start_again(&name, action.user).await?;
-    Ok(Redirect::to(&service_path(&name)))
-}
-
-async fn stop(
-    State(page): State<Page>,
-    Path(name): Path<String>,
-    action: Action,
-) -> Result<Redirect, Failed> {
-    page.controller().stop(&name, action.user).await?;
-    Ok(Redirect::to(&service_path(&name)))
-}
-
-async fn delete(
-    State(page): State<Page>,
-    Path(name): Path<String>,
-    action: Action,
-) -> Result<Redirect, Failed> {
-    page.controller().delete(&name, action.user).await?;
-    Ok(Redirect::to("/"))
-}
-
-fn service_path(name: &str) -> String {
-    format!("/services/{}", encoded(name))
+/// No such instance runs.
+pub(super) fn no_instance(service: &str, instance: &str) -> Failed {
+    let text = format!("no instance {instance} of service {service} runs on this host");
+    Failed::new(RefusalKind::NotFound, text)
 }
 
 /// A text as one segment of a path.
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     let encoded = askama::filters::urlencode_strict(text);
     encoded.map_or_else(|never| match never {}, |it| it.to_string())
 }
