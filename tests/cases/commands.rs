@@ -1,4 +1,4 @@
-//! The verbs of an operator on a running guest: wait, cp.
+//! The verbs of an operator on a running guest: wait, cp, init.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -137,5 +137,23 @@ fn a_wait_ends_when_the_role_fails() -> Result<()> {
         "{error}"
     );
     run.stop()?;
+    Ok(())
+}
+
+#[test]
+fn the_templates_of_init_run_as_they_are() -> Result<()> {
+    let sandbox = Sandbox::new()?;
+    for (template, probe) in [("worker", None), ("web", Some("http://Http/health=200"))] {
+        let dir = sandbox.file(template);
+        let dir = dir.to_string_lossy();
+        let (code, written) = json(&sandbox, &["init", &dir, "--template", template])?;
+        ensure!(code == 0, "{written}");
+        let mut arguments = vec!["test", &*dir];
+        if let Some(probe) = probe {
+            arguments.extend(["-p", "0:Http", "--probe", probe]);
+        }
+        let tested = sandbox.output(&arguments)?;
+        ensure!(tested.status.success(), "{}", text(&tested));
+    }
     Ok(())
 }

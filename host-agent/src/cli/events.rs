@@ -69,8 +69,8 @@ pub fn run(args: &EventsArgs, output: &Output) -> Result<Exit, CliError> {
         let printed = async {
             let read = tokio::select! {
                 read = read(&socket, args.query(), &stdout, output) => read,
-                // A write that failed is noticed without another event.
-                () = stdout.broken() => Ok(()),
+                // Noticed without another event.
+                () = stdout.reader_gone() => Ok(()),
             };
             stdout.finish().await?;
             read

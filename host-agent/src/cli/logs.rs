@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::args::LogsArgs;
+use super::args::{InstanceArg, LogsArgs};
 use super::error::{CliError, Code};
 use super::exit::Exit;
 use super::instances;
@@ -14,7 +14,7 @@ use super::interrupt::Interrupts;
 use super::lossless_output::LosslessOutput;
 use super::{output, runtime};
 use crate::api::client::{BodyBytes, Client, InstanceTarget};
-use crate::api::types::LogQuery;
+use crate::api::types::{LogFile, LogQuery};
 use crate::printable::PrintableStream;
 use crate::queued_writer::previous;
 use crate::store::paths;
@@ -27,6 +27,15 @@ pub fn run(args: &LogsArgs) -> Result<Exit, CliError> {
             Err(error) if error.code() == Code::NoInstance => kept(args).ok_or(error)?,
             Err(error) => Err(error),
         }
+    })
+}
+
+/// Prints the serial console from its beginning, as the guest writes it.
+pub fn console(args: &InstanceArg) -> Result<Exit, CliError> {
+    run(&LogsArgs {
+        instance: args.instance.clone(),
+        follow: true,
+        source: LogFile::Serial,
     })
 }
 
@@ -59,7 +68,7 @@ async fn copy(
         let bytes = tokio::select! {
             bytes = log.next() => bytes,
             // A log that gets no more lines would never show the broken pipe.
-            () = stdout.broken() => break Ok(Exit::Success),
+            () = stdout.reader_gone() => break Ok(Exit::Success),
         };
         match bytes {
             Ok(Some(bytes)) => {

@@ -3,8 +3,10 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use tokio::io::Interest;
+use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot};
 
 use super::error::CliError;
@@ -17,6 +19,8 @@ const BACKLOG: usize = 4;
 #[derive(Debug)]
 pub struct LosslessOutput {
     chunks: mpsc::Sender<Vec<u8>>,
+    /// The stream, to notice that its reader is gone.
+    watched: OwnedFd,
     result: oneshot::Receiver<io::Result<()>>,
 }
 
@@ -29,7 +33,8 @@ impl LosslessOutput {
     /// # Errors
     /// `dup` or the start of the thread failed.
     pub fn to(file: impl AsFd) -> io::Result<Self> {
-        let mut file = File::from(file.as_fd().try_clone_to_owned()?);
+        let watched = file.as_fd().try_clone_to_owned()?;
+        let mut file = File::from(watched.try_clone()?);
         let (chunks, mut queue) = mpsc::channel::<Vec<u8>>(BACKLOG);
         let (sender, result) = oneshot::channel();
         // Not joined: a write to a full pipe cannot be cancelled.
@@ -45,7 +50,11 @@ impl LosslessOutput {
                 // Fails if the receiver is gone: then nobody needs the result.
                 let _ = sender.send(result);
             })?;
-        Ok(Self { chunks, result })
+        Ok(Self {
+            chunks,
+            watched,
+            result,
+        })
     }
 
     /// Waits for a slot; `None` after a write failed. Cancel safe.
@@ -56,6 +65,28 @@ impl LosslessOutput {
     /// Waits until a write fails.
     pub async fn broken(&self) {
         self.chunks.closed().await;
+    }
+
+    /// Waits until a write fails, or the reader of a pipe or socket closes it.
+    pub async fn reader_gone(&self) {
+        let closed = async {
+            // A file cannot be watched, and has no reader. The stream stays blocking.
+            let watched = self.watched.try_clone();
+            let Ok(watched) = watched.and_then(pipe::Sender::from_owned_fd_unchecked) else {
+                return std::future::pending().await;
+            };
+            // `EPOLLERR` is reported always (epoll_ctl(2)).
+            while let Ok(ready) = watched.ready(Interest::ERROR).await {
+                if ready.is_error() {
+                    return;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = self.broken() => {}
+            () = closed => {}
+        }
     }
 
     /// Waits until everything is written. Cancelling gives up what is not.
@@ -101,6 +132,27 @@ mod tests {
         put(output.reserve().await);
         output.finish().await.unwrap();
         assert_eq!(reading.await.unwrap(), sent);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_closed_pipe_is_noticed_without_a_write() {
+        let (reader, writer) = io::pipe().unwrap();
+        let output = LosslessOutput::to(writer).unwrap();
+        output.reserve().await.unwrap().send(b"first".to_vec());
+        let mut gone = std::pin::pin!(output.reader_gone());
+        tokio::select! {
+            biased;
+            () = &mut gone => panic!("the reader is there"),
+            () = tokio::task::yield_now() => {}
+        }
+        drop(reader);
+        gone.await;
+        // A file has no reader that could go.
+        let file = LosslessOutput::to(tempfile::tempfile().unwrap()).unwrap();
+        let limit = std::time::Duration::from_millis(1);
+        tokio::time::timeout(limit, file.reader_gone())
+            .await
+            .unwrap_err();
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -23,7 +23,9 @@ mod interrupt;
 mod log;
 mod logs;
 mod lossless_output;
+mod man;
 mod meter;
+mod names;
 mod output;
 mod package;
 mod report;
@@ -86,6 +88,9 @@ pub fn main() -> ExitCode {
         Verb::Pack(args) => package::pack(&args, &output),
         Verb::Validate(args) => package::validate(&args, &output),
         Verb::Config(args) => config::print(&args, &output),
+        Verb::Man(args) => man::run(&args, &output),
+        Verb::Names(args) => names::run(&args),
+        Verb::Console(args) => logs::console(&args),
         Verb::Completion(args) => completion::print(args.shell),
         Verb::Version => version(&output),
         Verb::Events(args) => events::run(&args, &output),

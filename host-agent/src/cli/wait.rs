@@ -31,6 +31,7 @@ const STEADY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Args)]
 pub struct WaitArgs {
     /// Instance, DEPLOYMENT/INSTANCE, or service
+    #[arg(id = "target_name", value_name = "NAME")]
     pub name: String,
     /// Until when
     #[arg(long = "for", value_name = "STATE", default_value = "ready")]

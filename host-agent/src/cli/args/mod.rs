@@ -22,6 +22,8 @@ use super::explain::ExplainArgs;
 use super::gc::GcArgs;
 use super::image::ImageCommand;
 use super::init::InitArgs;
+use super::man::ManArgs;
+use super::names::NamesArgs;
 use super::top::TopArgs;
 use super::wait::WaitArgs;
 
@@ -29,9 +31,9 @@ use super::wait::WaitArgs;
 const OVERVIEW: &str = "\
 Start:   doctor  init  validate  pack  run  test
 Look:    ps  top  logs  wait  explain
-Inside:  exec  cp
+Inside:  exec  cp  console
 Keep:    serve  service  events  agent  image  gc
-More:    config  completion  version  help
+More:    config  man  completion  version  help
 
 Examples:
   host-agent doctor             can this machine run guests?
@@ -280,6 +282,23 @@ Examples:
   host-agent completion bash > ~/.local/share/bash-completion/completions/host-agent
   host-agent completion fish > ~/.config/fish/completions/host-agent.fish")]
     Completion(CompletionArgs),
+    /// Print the serial console of a guest from its beginning, until Ctrl-C
+    #[command(after_help = "\
+Only output: the serial port of a guest takes no input. Use exec -it for a shell.
+
+Examples:
+  host-agent console Cache_IN_0
+  host-agent exec -it Cache_IN_0 -- sh")]
+    Console(InstanceArg),
+    /// Print a manual page, or write all of them
+    #[command(after_help = "\
+Examples:
+  host-agent man service apply | man -l -
+  host-agent man --dir ~/.local/share/man/man1")]
+    Man(ManArgs),
+    /// Print names for the completion of shells
+    #[command(hide = true)]
+    Names(NamesArgs),
     /// Print the version
     #[command(after_help = "\
 Examples:

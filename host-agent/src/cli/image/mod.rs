@@ -82,7 +82,7 @@ Examples:
 #[derive(Debug, Clone, Args)]
 pub struct ImageName {
     /// Name of the image: osFamily of a configuration
-    #[arg(value_parser = name)]
+    #[arg(id = "image", value_name = "NAME", value_parser = name)]
     pub name: String,
 }
 
