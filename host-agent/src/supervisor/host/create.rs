@@ -189,6 +189,7 @@ impl Host {
             spec,
             image,
             dir,
+            content: self.0.content.clone(),
             rule: options.rule,
             limits: options.limits(),
             group: self.0.group.clone(),

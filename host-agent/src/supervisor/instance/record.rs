@@ -98,12 +98,17 @@ impl Records {
             return None;
         }
         self.number += 1;
-        self.last = Some(record.clone());
+        self.last = Some(record);
+        self.last()
+    }
+
+    /// The newest record, whether or not it is written.
+    pub(super) fn last(&self) -> Option<PendingRecord> {
         Some(PendingRecord {
             dir: self.dir.clone(),
             written: Arc::clone(&self.written),
             number: self.number,
-            record,
+            record: self.last.clone()?,
         })
     }
 }

@@ -83,6 +83,7 @@ fn started_as(
         spec: spec(dir.path(), &image),
         image: Arc::new(image),
         dir: path,
+        content: ContentStore::new(dir.path()),
         rule,
         limits: LIMITS,
         group: None,
