@@ -10,6 +10,7 @@ mod disk;
 mod disk_full;
 mod exits;
 mod heartbeat;
+mod instances;
 mod killed;
 mod limits;
 mod machine;
