@@ -130,10 +130,7 @@ fn each_change_of_an_instance_keeps_the_disks_of_the_role_model() -> Result<()> 
     daemon.ready()?;
     ensure!(left(&daemon)? == ("local".into(), 2));
 
-    answer(
-        &sandbox,
-        &["service", "delete", "shop", "--yes", "--wait"],
-    )?;
+    answer(&sandbox, &["service", "delete", "shop", "--yes", "--wait"])?;
     daemon.stop()?;
     sandbox.assert_nothing_left()
 }

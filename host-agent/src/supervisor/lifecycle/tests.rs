@@ -631,11 +631,7 @@ fn the_next_supervisor_goes_on_with_what_an_operator_wants() {
     assert_eq!(effects.last(), Some(&Effect::Renew(Renewal::ALL)));
     // The supervisor dies before the disks are made.
     let mut next = restored(&next);
-    next.on(
-        Input::Ended(ExitReason::Stopped),
-        Duration::ZERO,
-        0.5,
-    );
+    next.on(Input::Ended(ExitReason::Stopped), Duration::ZERO, 0.5);
     let effects = next.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
     assert_eq!(effects, [Effect::Renew(Renewal::ALL)]);
 }
