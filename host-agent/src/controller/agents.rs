@@ -1,7 +1,7 @@
 //! Guest agents: which one is offered to guests, and in which guests one has failed.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
@@ -9,7 +9,7 @@ use vmbus::agent_package::Version;
 use vmbus::message::{AgentOffer, UpdateStep};
 use vmbus::text::chain;
 
-use super::{Controller, ControllerError};
+use super::{Controller, ControllerError, State};
 use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::store::agents::{AgentError, AgentFailure, AgentPackages, OpenAgent, PublishedAgent};
@@ -128,7 +128,7 @@ impl Controller {
         let _ = blocking(move || files.sweep(&used)).await?;
         self.offer().await?;
         let events = self.0.host.timeline().subscribe();
-        tokio::spawn(record_failures(self.clone(), events));
+        tokio::spawn(record_failures(Arc::downgrade(&self.0), events));
         Ok(())
     }
 
@@ -221,7 +221,8 @@ fn offered(newest: PublishedAgent, opened: OpenAgent, failures: &[AgentFailure])
 
 /// Records each failure once, so that a guest whose disks are made anew is not offered again
 /// what failed in it. The lists of the guests are level state: an event only says when to look.
-async fn record_failures(controller: Controller, mut events: Events) {
+/// Ends with the controller, which it does not keep.
+async fn record_failures(controller: Weak<State>, mut events: Events) {
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut recorded = BTreeSet::new();
@@ -241,6 +242,9 @@ async fn record_failures(controller: Controller, mut events: Events) {
                 Some(Err(_)) => {}
             },
         }
+        let Some(controller) = controller.upgrade().map(Controller) else {
+            return;
+        };
         let new: Vec<_> = controller
             .failures()
             .difference(&recorded)

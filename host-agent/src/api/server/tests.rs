@@ -40,12 +40,18 @@ async fn only_its_user_can_reach_the_socket() {
     assert_eq!(mode & 0o777, 0o600);
     drop(server);
     // Others could replace the socket.
-    for mode in [0o710, 0o701, 0o770, 0o1777] {
+    for mode in [0o701, 0o770, 0o1777] {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
         let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
         let refused = serve(&host, None).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
     }
+    // A group may have passed through it to the socket of an earlier daemon.
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o710)).unwrap();
+    let host = crate::supervisor::host::tests::empty(dir.path(), dir.path());
+    let _server = serve(&host, None).unwrap();
+    let mode = fs::metadata(dir.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
 }
 
 /// Sends `bytes` and reads until the server closes.
