@@ -210,6 +210,8 @@ fn a_full_disk_refuses_mutations_but_neither_reads_nor_deletions() -> Result<()>
     ensure!(read.starts_with("HTTP/1.1 200 "), "{read}");
     let deleted = request(&daemon.socket, "DELETE", "/v1/services/no", "")?;
     ensure!(deleted.starts_with("HTTP/1.1 404 "), "{deleted}");
+    // An open file keeps its space.
+    drop(filler);
     fs::remove_file(outside.join("filler"))?;
     ensure!(put()?.starts_with("HTTP/1.1 400 "), "{}", put()?);
     let lines = audit_lines(&outside)?;

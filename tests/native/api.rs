@@ -111,6 +111,10 @@ fn pass(client: &TcpStream, server: &UnixStream) -> Result<()> {
 #[test]
 fn schemathesis_gets_no_undocumented_answer() -> Result<()> {
     let sandbox = Sandbox::new()?;
+    // It asks for the removal of unused images too, and these are those of all tests.
+    let images = sandbox.data().join("images");
+    std::fs::remove_file(&images)?;
+    std::fs::create_dir(&images)?;
     let (daemon, socket) = serve(&sandbox)?;
     let (_, document) = get(&socket, "/v1/openapi.json")?;
     let document: Value = serde_json::from_str(&document)?;

@@ -84,7 +84,7 @@ async fn show(
     params(
         ("deployment" = String, Path),
         ("instance" = String, Path),
-        ("change" = InstanceChange, Path, description = "What to do"),
+        ("change" = inline(InstanceChange), Path, description = "What to do"),
     ),
     responses(
         (status = 200, description = "The change was begun", body = Accepted),

@@ -15,6 +15,17 @@ impl Controller {
         self.asked(name, asked.await?)
     }
 
+    /// Refuses a change of service `name`, which exists, on a host that cannot run guests.
+    async fn check_able(&self, name: &str) -> Result<(), ControllerError> {
+        let of_store = name.to_owned();
+        let found = self.with_store(move |store| store.service(&of_store));
+        if found.await?.is_none() {
+            return Err(ControllerError::NoService(name.to_owned()));
+        }
+        let unable = self.0.unable.as_ref();
+        unable.map_or(Ok(()), |why| Err(ControllerError::Unable(why.clone())))
+    }
+
     /// Starts service `name` again, on the disks that it has. Nothing if it is started
     /// already. Durable when it returns.
     pub async fn start_again(
@@ -22,9 +33,7 @@ impl Controller {
         name: &str,
         user: u32,
     ) -> Result<Option<Operation>, ControllerError> {
-        if let Some(why) = &self.0.unable {
-            return Err(ControllerError::Unable(why.clone()));
-        }
+        self.check_able(name).await?;
         let of_store = name.to_owned();
         let asked = self.with_store(move |store| store.start(&of_store, user));
         self.asked(name, asked.await?)
@@ -39,9 +48,7 @@ impl Controller {
         policy: RolloutPolicy,
         user: u32,
     ) -> Result<Option<Operation>, ControllerError> {
-        if let Some(why) = &self.0.unable {
-            return Err(ControllerError::Unable(why.clone()));
-        }
+        self.check_able(name).await?;
         if let Target::New(wanted) = &target {
             self.plan_update(name, wanted).await?;
         }
