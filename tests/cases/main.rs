@@ -10,7 +10,6 @@ mod disk;
 mod disk_full;
 mod exits;
 mod heartbeat;
-mod instances;
 mod killed;
 mod limits;
 mod machine;

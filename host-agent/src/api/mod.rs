@@ -8,7 +8,6 @@ mod events;
 mod exec;
 pub mod gc;
 pub mod guard;
-pub mod instances;
 pub(crate) mod listener;
 mod logs;
 pub(crate) mod metrics;

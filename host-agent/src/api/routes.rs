@@ -24,7 +24,7 @@ use super::types::{
     DeploymentInfo, Deployments, EndpointInfo, Health, InstanceInfo, MAX_BODY, PROGRAM,
     PROGRAM_HEADER, PauseRequest, Problem, RefusalKind,
 };
-use super::{agents, changes, events, exec, gc, instances, logs, metrics, services};
+use super::{agents, changes, events, exec, gc, logs, metrics, services};
 use crate::controller::Controller;
 use crate::supervisor::host::{DeploymentHandle, Host};
 use crate::supervisor::instance::InstanceHandle;
@@ -85,8 +85,7 @@ fn documented() -> (Router<Api>, OpenApi) {
     let instance = OpenApiRouter::default()
         .routes(routes!(exec::exec))
         .routes(routes!(logs::logs))
-        .routes(routes!(pause))
-        .merge(instances::routes());
+        .routes(routes!(pause));
     OpenApiRouter::with_openapi(document)
         .routes(routes!(health))
         .routes(routes!(metrics::metrics))
@@ -194,34 +193,30 @@ impl Api {
 
 /// What clients get to know about a deployment.
 pub(super) fn deployment_info(api: &Api, deployment: &DeploymentHandle) -> DeploymentInfo {
-    let instances = deployment.instances().iter();
-    let instances = instances.map(|instance| instance_info(api, instance));
+    let uptime = api.0.started.elapsed();
+    let instances = deployment.instances().iter().map(|instance| {
+        let (spec, status) = (instance.spec(), instance.status());
+        let endpoints = spec.endpoints.iter().map(|endpoint| EndpointInfo {
+            name: endpoint.name.clone(),
+            address: endpoint.address,
+            local_port: endpoint.local_port,
+        });
+        InstanceInfo {
+            name: spec.name().to_owned(),
+            state: status.word().to_owned(),
+            generation: status.generation,
+            incarnation: spec.goal.incarnation,
+            uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
+            vmm_pid: status.vmm_pid,
+            endpoints: endpoints.collect(),
+            status,
+        }
+    });
     DeploymentInfo {
         deployment: deployment.id().to_owned(),
         service: deployment.service().to_owned(),
         pid: std::process::id(),
         instances: instances.collect(),
-    }
-}
-
-/// What clients get to know about an instance.
-pub(super) fn instance_info(api: &Api, instance: &InstanceHandle) -> InstanceInfo {
-    let uptime = api.0.started.elapsed();
-    let (spec, status) = (instance.wanted(), instance.status());
-    let endpoints = spec.endpoints.iter().map(|endpoint| EndpointInfo {
-        name: endpoint.name.clone(),
-        address: endpoint.address,
-        local_port: endpoint.local_port,
-    });
-    InstanceInfo {
-        name: spec.name().to_owned(),
-        state: status.word().to_owned(),
-        generation: status.generation,
-        incarnation: spec.goal.incarnation,
-        uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
-        vmm_pid: status.vmm_pid,
-        endpoints: endpoints.collect(),
-        status,
     }
 }
 

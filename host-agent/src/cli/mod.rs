@@ -18,7 +18,6 @@ mod explain;
 mod gc;
 mod image;
 mod init;
-mod instance;
 mod instances;
 mod interrupt;
 mod log;
@@ -98,7 +97,6 @@ pub fn main() -> ExitCode {
         Verb::Agent(args) => agent::run(&args.verb, &output),
         Verb::Serve(args) => serve::run(&args, &log, &output),
         Verb::Service(args) => service::run(&args.verb, no_input, &output),
-        Verb::Instance(args) => instance::run(&args.verb, no_input, &output),
         Verb::Run(args) => run::run(&args, &output),
         Verb::Test(args) => Ok(test::run(&args, &output)),
     };

@@ -256,12 +256,7 @@ pub(super) async fn confirm(
     begin: &BeginArgs,
     no_input: bool,
 ) -> Result<(), CliError> {
-    ask(question, begin.yes, no_input).await
-}
-
-/// Asks on a terminal, unless the answer is `yes` already.
-pub(super) async fn ask(question: &str, yes: bool, no_input: bool) -> Result<(), CliError> {
-    if yes || no_input || !io::stdin().is_terminal() {
+    if begin.yes || no_input || !io::stdin().is_terminal() {
         return Ok(());
     }
     let question = format!("{question} [y/N] ");

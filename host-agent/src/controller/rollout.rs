@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::store::rollouts::{INCARNATION_STEP, OnFailure, Rollout, RolloutPolicy, Stage};
+use crate::store::rollouts::{OnFailure, Rollout, RolloutPolicy, Stage};
 
 /// An instance, as seen from the revision to which the rollout leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,7 +148,7 @@ impl Rollout {
         if back && self.rolling_back.is_none() {
             let back = Self {
                 to: self.from,
-                incarnation: self.incarnation + INCARNATION_STEP,
+                incarnation: self.incarnation + 1,
                 stage: Stage::First,
                 done: 0,
                 rolling_back: Some(why.clone()),

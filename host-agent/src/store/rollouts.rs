@@ -12,10 +12,6 @@ use super::services::{
     insert_revision, now_ms, revision_of, signed,
 };
 
-/// Difference of the incarnations of two revisions. An operator's recycle of an instance takes
-/// the next incarnation, so that this leaves room for a million recycles.
-pub const INCARNATION_STEP: u64 = 1 << 20;
-
 /// The table of rollouts, and the number of a service's newest goal state.
 pub(super) const MIGRATION: &str = "
 ALTER TABLE service ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
@@ -191,7 +187,7 @@ impl ServiceStore {
         let rollout = Rollout {
             from: earlier.map_or(found.generation, |it| it.from),
             to,
-            incarnation: incarnation.unsigned_abs() + INCARNATION_STEP,
+            incarnation: incarnation.unsigned_abs() + 1,
             policy: policy.clone(),
             stage: Stage::First,
             done: 0,
@@ -329,17 +325,11 @@ mod tests {
         drop(store);
         let mut store = ServiceStore::open(dir.path()).unwrap();
         let first = store.rollout("shop").unwrap().unwrap();
-        assert_eq!(
-            (first.from, first.to, first.incarnation),
-            (1, 2, 1 + INCARNATION_STEP)
-        );
+        assert_eq!((first.from, first.to, first.incarnation), (1, 2, 2));
         assert_eq!(store.service("shop").unwrap().unwrap().generation, 2);
         update(&mut store, "3");
         let second = store.rollout("shop").unwrap().unwrap();
-        assert_eq!(
-            (second.from, second.to, second.incarnation),
-            (1, 3, 1 + 2 * INCARNATION_STEP)
-        );
+        assert_eq!((second.from, second.to, second.incarnation), (1, 3, 3));
         // The one that was replaced does not write over its successor.
         assert!(!store.advance("shop", &first, &first, None).unwrap());
         let halted = Rollout {
@@ -365,14 +355,14 @@ mod tests {
         assert_eq!(store.rollout("shop").unwrap(), Some(second.clone()));
         let back = Rollout {
             to: 1,
-            incarnation: 1 + 3 * INCARNATION_STEP,
+            incarnation: 4,
             ..second.clone()
         };
         let result = Some((OperationState::RolledBack, Some("no")));
         assert!(store.advance("shop", &back, &second, result).unwrap());
         assert_eq!(store.rollout("shop").unwrap(), None);
         assert_eq!(store.service("shop").unwrap().unwrap().generation, 1);
-        assert_eq!(store.incarnation("shop").unwrap(), 1 + 3 * INCARNATION_STEP);
+        assert_eq!(store.incarnation("shop").unwrap(), 4);
         assert_eq!(store.resume("shop", 7).unwrap(), Updated::NotWaiting);
     }
 

@@ -222,11 +222,6 @@ pub enum EventKind {
         /// Milliseconds until the next try.
         retry_in_ms: u64,
     },
-    /// An operator asked for a change of the instance.
-    Requested {
-        /// `restart`, `recycle`, `reimage` or `rebuild`.
-        change: String,
-    },
     /// The instance is stopping.
     Stopping,
     /// The instance has stopped and its resources are released.
@@ -450,7 +445,6 @@ impl fmt::Display for EventKind {
                 because,
                 retry_in_ms,
             } => write!(f, "faulted: {because}; next try in {}", ms(*retry_in_ms)),
-            Self::Requested { change } => write!(f, "{change} requested"),
             Self::Stopping => write!(f, "stopping"),
             Self::Stopped { clean: true } => write!(f, "stopped"),
             Self::Stopped { clean: false } => write!(f, "stopped by force"),

@@ -1,23 +1,23 @@
 //! The files of an instance's guest, and the specification for its VMM process.
 
-mod disks;
-
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::unistd::{Whence, lseek};
 
 use super::plan::{APPLICATION_DISK, OS_DISK, RESOURCE_DISK};
 use super::spec::InstanceSpec;
 use crate::queued_writer::previous;
 use crate::store::content::{ContentHold, ContentStore};
 use crate::store::image::Image;
+use crate::vmm::disk;
 use crate::vmm::spec::{DiskBacking, DiskSpec, FileIndex, GuestSpec, SerialSpec};
-pub use disks::{create_disks, renew_disks};
 
 /// Kernel command line. ACPI describes the devices; `quiet`, because each byte on the
 /// serial port is a VM exit; a panic resets at once, so that it is reported; the kernel's
@@ -25,10 +25,17 @@ pub use disks::{create_disks, renew_disks};
 pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=acpi pci=off tsc=reliable \
     no_timer_check 8250.nr_uarts=1 random.trust_cpu=on cryptomgr.notests";
 
+/// Space on the resource disk beyond the local storage of the role, for logs
+/// and temporary files.
+const RESOURCE_RESERVE_MIB: u64 = 512;
+
 /// Size at which the serial log is rotated, in bytes.
 const SERIAL_BYTES: u64 = 10 << 20;
 /// Size at which the log of the VMM processes is rotated, in bytes.
 const VMM_LOG_BYTES: u64 = 1 << 20;
+
+/// Buffer size of a copy, in bytes.
+const COPY_BUFFER: usize = 64 << 10;
 
 /// File name of the OS disk, a diff over the image's base.
 const DIFF: &str = "diff.qcow2";
@@ -97,6 +104,45 @@ impl GuestError {
             source: source.into(),
         }
     }
+}
+
+/// Creates the disks of an instance in `dir`. The application disk is a link to the content
+/// that the spec names, since guests only read it. Blocking.
+pub fn create_disks(
+    dir: &Path,
+    spec: &InstanceSpec,
+    image: &Image,
+    content: &ContentStore,
+    hold: &ContentHold,
+) -> Result<(), GuestError> {
+    let path = dir.join(DIFF);
+    let diff = create(&path)?;
+    disk::create_diff(diff, image.base_size, &image.base_path.to_string_lossy()).map_err(
+        |source| GuestError::Diff {
+            path: path.clone(),
+            source: source.into(),
+        },
+    )?;
+    let path = dir.join(RESOURCE);
+    let storage = spec.goal.role.local_storage.iter();
+    let storage: u64 = storage.map(|storage| storage.size_mib).sum();
+    let size = (storage + RESOURCE_RESERVE_MIB).min(spec.size.resource_mib.max(1)) << 20;
+    let disk = create(&path)?;
+    copy_sparse(&image.resource, &disk)
+        .and_then(|()| disk.set_len(size))
+        .map_err(|source| GuestError::File {
+            what: "fill",
+            path,
+            source,
+        })?;
+    let path = dir.join(APPLICATION);
+    content
+        .link(hold, &spec.application, &path)
+        .map_err(|source| GuestError::File {
+            what: "link the content to",
+            path,
+            source,
+        })
 }
 
 /// Replaces the application disk of an instance whose guest does not run by the content that
@@ -270,6 +316,33 @@ pub fn disks_in_memory(dir: &Path, image: &Image) -> u64 {
     image.base_size.saturating_add(resource)
 }
 
+/// Copies `from` to the empty file `to`, without its holes.
+fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
+    let end = from.metadata()?.len();
+    let mut buffer = vec![0; COPY_BUFFER];
+    let mut at = 0;
+    loop {
+        let start = match lseek(from, offset(at)?, Whence::SeekData) {
+            Ok(start) => start.cast_unsigned(),
+            // The rest is a hole.
+            Err(Errno::ENXIO) => return to.set_len(end),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = lseek(from, offset(start)?, Whence::SeekHole)?.cast_unsigned();
+        at = start;
+        while at < hole {
+            let part = &mut buffer[..COPY_BUFFER.min((hole - at) as usize)];
+            from.read_exact_at(part, at)?;
+            to.write_all_at(part, at)?;
+            at += part.len() as u64;
+        }
+    }
+}
+
+fn offset(at: u64) -> io::Result<i64> {
+    i64::try_from(at).map_err(io::Error::other)
+}
+
 fn open_with(
     options: &mut OpenOptions,
     what: &'static str,
@@ -288,7 +361,6 @@ fn open_with(
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::disks::copy_sparse;
     use super::*;
     use crate::digest::Digest;
     use crate::progress::Progress;

@@ -3,13 +3,11 @@
 
 mod agents;
 mod boot;
-mod changes;
 mod drain;
 mod handle;
 mod headroom;
 mod prepare;
 pub mod record;
-mod renewal;
 mod requests;
 mod space;
 mod space_claim;
@@ -43,18 +41,15 @@ use crate::cgroup::{GuestGroup, HostGroup};
 use crate::channels::{ChannelEvent, ShutdownRequest};
 use crate::endpoints::{HeldListeners, Incoming, ListenerChanges, Rotation};
 use crate::queued_writer::QueuedWriter;
-use crate::store::content::ContentStore;
 use crate::store::image::Image;
 use crate::token_bucket::{LogLimit, MISBEHAVIOUR, TokenBucket};
 use crate::until::until;
 use crate::vmm::control::Command;
 use boot::{GuestBoot, next_vmm_event};
-pub use changes::{Accepted, Change, ChangeError};
 pub use handle::{InstanceHandle, Request};
 use headroom::Headroom;
 use prepare::{Preparation, next_prepared};
 use record::{InstanceRecord, PendingRecord, Records};
-use renewal::{Renewing, next_renewed};
 use space::{DiskSpace, HeldReports};
 use space_claim::SpaceClaim;
 use start::Origin;
@@ -84,8 +79,6 @@ pub struct InstanceParts {
     pub image: Arc<Image>,
     /// Directory with its disks and logs.
     pub dir: PathBuf,
-    /// Where application disks come from.
-    pub content: ContentStore,
     /// Heartbeat rule.
     pub rule: HeartbeatRule,
     /// Limits of its shutdown.
@@ -121,8 +114,6 @@ struct Instance {
     life: Lifecycle,
     liveness: Liveness,
     records: Option<Records>,
-    /// Disks that are being made anew for the next boot.
-    renewing: Option<Renewing>,
     /// The next boot, until its VMM process can be started.
     preparation: Option<Preparation>,
     boot: Option<GuestBoot>,
@@ -144,8 +135,6 @@ struct Instance {
     incoming_sender: mpsc::Sender<Incoming>,
     listener_changes: ListenerChanges,
     goal: watch::Sender<Goal>,
-    /// The spec that is wanted now.
-    wanted: watch::Sender<Arc<InstanceSpec>>,
     status: watch::Sender<InstanceStatus>,
 }
 
@@ -168,7 +157,6 @@ impl Instance {
                 event = next_vmm_event(&mut self.boot) => {
                     self.vmm_event(event, &mut channels).await
                 }
-                renewed = next_renewed(&mut self.renewing) => self.renewed(renewed),
                 prepared = next_prepared(&mut self.preparation) => self.prepared(prepared),
                 is_false = self.space_claim.checked() => {
                     self.space_checked(is_false);
@@ -263,8 +251,10 @@ impl Instance {
     /// What is to be recorded of this instance, if that has changed.
     fn changed_record(&mut self) -> Option<PendingRecord> {
         let records = self.records.as_mut()?;
+        let mut spec = self.parts.spec.clone();
+        spec.goal = self.goal.borrow().clone();
         records.update(InstanceRecord {
-            spec: self.parts.spec.clone(),
+            spec,
             history: self.life.history(),
             process: self.boot.as_ref().map(|boot| boot.process.id()),
         })
@@ -282,7 +272,6 @@ impl Instance {
                     self.earlier_group.take().map(DropBlocking::into_inner),
                 ));
             }
-            Effect::Renew(renewal) => self.renew(renewal),
             Effect::AskShutdown { then, deadline } => {
                 self.liveness.taken_down();
                 // A guest that is paused for space cannot shut down: its writes
@@ -297,8 +286,6 @@ impl Instance {
                         .send_replace(Some(ShutdownRequest { then, deadline }));
                 }
             }
-            // It ends by itself.
-            Effect::StopVmm | Effect::KillVmm if self.renewing.is_some() => {}
             Effect::StopVmm | Effect::KillVmm if self.preparation.take().is_some() => {
                 return Performed::Then(Input::SpawnCancelled);
             }

@@ -6,13 +6,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vmbus::message::{PowerAction, RoleState, Status};
 
-mod planned;
-
 use super::event::{EventKind, Verdict, exit_text};
 use super::restart::{Decision, RestartBudget};
 use crate::token_bucket::{TIMELINE, TokenBucket};
 use crate::vmm::control::ExitReason;
-pub use planned::Renewal;
 
 /// Time between two reminders that a killed process does not end.
 const REMIND: Duration = Duration::from_mins(1);
@@ -22,8 +19,6 @@ const REMIND: Duration = Duration::from_mins(1);
 pub enum Input {
     /// The instance shall run.
     Start,
-    /// The disks of [`Effect::Renew`] are new.
-    Renewed,
     /// A VMM process was started.
     Spawned {
         /// Its process id.
@@ -71,12 +66,6 @@ pub enum Input {
     Waited(Wait),
     /// Leave the rotation until the next status that is Ready.
     Drain,
-    /// An operator wants the guest to end cleanly, these disks to be made anew, and the
-    /// next boot.
-    Reboot(Renewal),
-    /// An operator wants the role to stop and to start again in its guest: no connections
-    /// until the status of the new goal.
-    NewRole,
     /// Stop cleanly.
     Stop,
     /// Stop now.
@@ -104,9 +93,6 @@ pub enum Effect {
         /// Number of the boot.
         generation: u64,
     },
-    /// Make these disks anew, then give [`Input::Renewed`], or [`Input::SpawnFailed`]. It
-    /// cannot be cancelled.
-    Renew(Renewal),
     /// Ask the app agent to shut the guest down.
     AskShutdown {
         /// What the guest does at the end.
@@ -167,10 +153,6 @@ pub struct Lifecycle {
     in_rotation: bool,
     /// The guest is paused because a disk has no space.
     no_space: bool,
-    /// Disks to make anew before the next boot.
-    renew: Renewal,
-    /// An operator wants the guest of this boot to end: not a failure.
-    planned: bool,
 }
 
 /// The part of a [`Lifecycle`] that a store keeps for the next supervisor. It
@@ -190,21 +172,15 @@ pub struct RestartHistory {
     pub first_beat: Option<Duration>,
     /// When the next boot is due (`CLOCK_MONOTONIC`).
     pub restart_at: Option<Duration>,
-    /// Disks to make anew before the next boot.
-    pub renew: Renewal,
-    /// An operator wants the guest of that boot to end.
-    pub planned: bool,
 }
 
 impl RestartHistory {
-    /// Forgets what a boot of the host ends: the VMM process, the times, and the OS disk,
-    /// which is new after a power cycle of the node (role model, section 3.4).
+    /// Forgets what a boot of the host ends: the VMM process, and the times.
     #[must_use]
     pub fn after_host_boot(self) -> Self {
         Self {
             generation: self.generation,
             budget: self.budget,
-            renew: self.renew.and(Renewal::OS),
             ..Self::default()
         }
     }
@@ -253,8 +229,6 @@ impl Lifecycle {
             quota: TokenBucket::new(TIMELINE),
             in_rotation: false,
             no_space: false,
-            renew: history.renew,
-            planned: history.planned,
         }
     }
 
@@ -271,8 +245,6 @@ impl Lifecycle {
             connected: self.connected,
             first_beat: self.beats.map(|(first, _)| first),
             restart_at: self.restart_at,
-            renew: self.renew,
-            planned: self.planned,
         }
     }
 
@@ -311,15 +283,8 @@ impl Lifecycle {
                 generation: self.generation,
                 pid,
             })),
-            (Input::Renewed, State::Running) => {
-                self.renew = Renewal::NONE;
-                self.spawn(&mut effects);
-            }
             (Input::SpawnFailed(error), State::Stopping) => {
                 self.finish(false, Some(error), &mut effects);
-            }
-            (Input::SpawnFailed(_), State::Ending { .. }) if self.planned => {
-                self.boot_planned(&mut effects);
             }
             (Input::SpawnFailed(error), _) => {
                 effects.push(Effect::Report(EventKind::Failed {
@@ -327,8 +292,9 @@ impl Lifecycle {
                 }));
                 self.plan_restart(error, now, jitter, &mut effects);
             }
-            (Input::SpawnCancelled | Input::Renewed, state) => {
-                self.cancelled(state, now, jitter, &mut effects);
+            (Input::SpawnCancelled, State::Stopping) => self.finish(true, None, &mut effects),
+            (Input::SpawnCancelled, State::Ending { because, .. }) => {
+                self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Connected, _) => self.connected = true,
             (Input::Drain, _) => self.rotate(false, &mut effects),
@@ -380,11 +346,6 @@ impl Lifecycle {
                 self.state = State::Ending { because, asked };
                 effects.push(Effect::Wait(Wait::Shutdown, self.limits.condemned));
             }
-            (Input::Ended(reason), State::Ending { .. } | State::Idle) if self.planned => {
-                self.rotate(false, &mut effects);
-                effects.push(exited(reason, None));
-                self.boot_planned(&mut effects);
-            }
             (Input::Ended(reason), State::Running | State::Idle) => {
                 self.rotate(false, &mut effects);
                 let because = exit_text(&reason);
@@ -396,18 +357,29 @@ impl Lifecycle {
                 self.plan_restart(because, now, jitter, &mut effects);
             }
             (Input::Ended(reason), State::Stopping) => {
-                let clean = self.is_clean(&reason);
+                // Before the app agent connects there is no role to stop.
+                let clean = match reason {
+                    ExitReason::PowerOff => !self.status.as_ref().is_some_and(|it| it.killed),
+                    ExitReason::Stopped => !self.connected,
+                    _ => false,
+                };
                 effects.push(exited(reason, None));
                 self.finish(clean, None, &mut effects);
             }
-            (Input::Reboot(renew), state) => self.reboot(renew, &state, &mut effects),
-            (Input::NewRole, _) => {
-                self.status = None;
-                self.rotate(false, &mut effects);
-            }
             (Input::Stop, State::Running | State::Ending { .. }) => {
+                self.rotate(false, &mut effects);
+                effects.push(Effect::Report(EventKind::Stopping));
                 self.state = State::Stopping;
-                self.end_cleanly(&mut effects);
+                if self.connected {
+                    effects.push(Effect::AskShutdown {
+                        then: PowerAction::PowerOff,
+                        deadline: self.limits.role_stop,
+                    });
+                    let limit = self.limits.role_stop + self.limits.power_off;
+                    effects.push(Effect::Wait(Wait::Shutdown, limit));
+                } else {
+                    self.stop_vmm(&mut effects);
+                }
             }
             (Input::Stop | Input::Kill, State::Idle | State::Waiting) => {
                 self.finish(true, None, &mut effects);
@@ -450,17 +422,9 @@ impl Lifecycle {
         self.no_space = false;
         self.status = None;
         self.unreported = false;
-        self.planned = false;
-        if self.renew == Renewal::NONE {
-            self.spawn(effects);
-        } else {
-            effects.push(Effect::Renew(self.renew));
-        }
-    }
-
-    fn spawn(&self, effects: &mut Vec<Effect>) {
-        let generation = self.generation;
-        effects.push(Effect::Spawn { generation });
+        effects.push(Effect::Spawn {
+            generation: self.generation,
+        });
     }
 
     /// Goes on with a guest that runs. It gets connections once its status arrives.
@@ -475,9 +439,6 @@ impl Lifecycle {
         self.restart_at = None;
         self.no_space = no_space;
         effects.push(Effect::Report(EventKind::GuestAdopted { generation, pid }));
-        if self.planned {
-            self.end_planned(effects);
-        }
     }
 
     fn status(&mut self, status: Status, state: &State, now: Duration, effects: &mut Vec<Effect>) {

@@ -32,7 +32,7 @@ const OVERVIEW: &str = "\
 Start:   doctor  init  validate  pack  run  test
 Look:    ps  top  logs  wait  explain
 Inside:  exec  cp  console
-Keep:    serve  service  instance  events  agent  image  gc
+Keep:    serve  service  events  agent  image  gc
 More:    config  man  completion  version  help
 
 Examples:
@@ -233,12 +233,6 @@ Examples:
   host-agent agent publish guest-agent-0.2.0.agent
   host-agent agent list")]
     Agent(AgentCommand),
-    /// Restart, reimage or rebuild one instance
-    #[command(after_help = "\
-Examples:
-  host-agent instance restart Web_IN_0 --wait
-  host-agent instance list --json")]
-    Instance(InstanceCommand),
     /// Print what happened to services and instances
     #[command(after_help = "\
 Examples:

@@ -109,7 +109,7 @@ fn an_instance_that_fails_halts_or_goes_back() {
     assert_eq!(why, "a is Booting after 5 s");
     assert_eq!(
         (back.to, back.incarnation, back.stage),
-        (1, 2 + INCARNATION_STEP, Stage::First)
+        (1, 3, Stage::First)
     );
     // The one instance is down, so it is taken back at once.
     assert_eq!(

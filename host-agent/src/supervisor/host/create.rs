@@ -189,7 +189,6 @@ impl Host {
             spec,
             image,
             dir,
-            content: self.0.content.clone(),
             rule: options.rule,
             limits: options.limits(),
             group: self.0.group.clone(),

@@ -9,7 +9,6 @@ use vmbus::message::Goal;
 
 use super::super::spec::InstanceSpec;
 use super::super::status::InstanceStatus;
-use super::changes::{Accepted, Change, ChangeAnswer, ChangeError};
 use crate::guest_stream::GuestStream;
 
 /// Most time for an answer. A VMM process that takes longer is hung: its pings end
@@ -27,8 +26,6 @@ pub enum Request {
     Drain,
     /// Be at this goal.
     Apply(Box<Goal>),
-    /// A change by an operator.
-    Change(Change, ChangeAnswer),
     /// Stop or resume the vCPUs.
     Pause(bool, oneshot::Sender<Result<(), String>>),
     /// A connection to the guest agent's exec service.
@@ -41,7 +38,6 @@ pub struct InstanceHandle {
     spec: Arc<InstanceSpec>,
     directory: Arc<Path>,
     requests: mpsc::Sender<Request>,
-    wanted: watch::Receiver<Arc<InstanceSpec>>,
     status: watch::Receiver<InstanceStatus>,
 }
 
@@ -50,14 +46,12 @@ impl InstanceHandle {
         spec: &InstanceSpec,
         directory: &Path,
         requests: mpsc::Sender<Request>,
-        wanted: watch::Receiver<Arc<InstanceSpec>>,
         status: watch::Receiver<InstanceStatus>,
     ) -> Self {
         Self {
             spec: Arc::new(spec.clone()),
             directory: directory.into(),
             requests,
-            wanted,
             status,
         }
     }
@@ -75,30 +69,6 @@ impl InstanceHandle {
     /// What it is, with the newest goal that this host agent gave it.
     pub fn spec(&self) -> &InstanceSpec {
         &self.spec
-    }
-
-    /// What is wanted of it now, with the newest goal and application.
-    pub fn wanted(&self) -> Arc<InstanceSpec> {
-        Arc::clone(&self.wanted.borrow())
-    }
-
-    /// Begins a change. Returns when it is recorded, not when it is done.
-    ///
-    /// # Errors
-    /// The instance is being removed, or the change cannot be recorded.
-    pub async fn change(&self, change: Change) -> Result<Accepted, ChangeError> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Request::Change(change, answer)).await;
-        answered.await.unwrap_or(Err(ChangeError::Removed))
-    }
-
-    /// Waits until what was accepted is done and the instance Ready; returns the state. Ends
-    /// too if the instance is stopped or removed, or its role or guest has failed.
-    pub async fn done(&self, accepted: Accepted) -> InstanceStatus {
-        let mut status = self.status.clone();
-        let reached = status.wait_for(|status| accepted.is_settled(status)).await;
-        let found = reached.map(|status| status.clone()).ok();
-        found.unwrap_or_else(|| self.status())
     }
 
     /// Directory with its disks and logs.

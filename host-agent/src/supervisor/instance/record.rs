@@ -98,17 +98,12 @@ impl Records {
             return None;
         }
         self.number += 1;
-        self.last = Some(record);
-        self.last()
-    }
-
-    /// The newest record, whether or not it is written.
-    pub(super) fn last(&self) -> Option<PendingRecord> {
+        self.last = Some(record.clone());
         Some(PendingRecord {
             dir: self.dir.clone(),
             written: Arc::clone(&self.written),
             number: self.number,
-            record: self.last.clone()?,
+            record,
         })
     }
 }

@@ -33,14 +33,15 @@ impl Instance {
             Request::Kill => return self.feed(Input::Kill),
             Request::Drain => return self.feed(Input::Drain),
             Request::Apply(goal) => {
-                if goal.incarnation > self.parts.spec.goal.incarnation {
-                    let mut spec = self.parts.spec.clone();
-                    spec.goal = *goal;
-                    self.want(spec);
-                }
+                self.goal.send_if_modified(|known| {
+                    let newer = goal.incarnation > known.incarnation;
+                    if newer {
+                        *known = *goal;
+                    }
+                    newer
+                });
                 self.record();
             }
-            Request::Change(change, answer) => return self.change(change, answer),
             Request::Pause(_, answer) if self.is_behind() => {
                 let _ = answer.send(Err(BUSY.into()));
             }

@@ -107,19 +107,11 @@ impl PreparedInstance {
         let (channel_sender, channel_receiver) = mpsc::channel(CHANNEL_BACKLOG);
         let (incoming_sender, incoming_receiver) = mpsc::channel(INCOMING_BACKLOG);
         let (status, status_receiver) = watch::channel(InstanceStatus::default());
-        let (wanted, wanted_receiver) = watch::channel(Arc::new(parts.spec.clone()));
-        let handle = InstanceHandle::new(
-            &parts.spec,
-            &parts.dir,
-            requests,
-            wanted_receiver,
-            status_receiver,
-        );
+        let handle = InstanceHandle::new(&parts.spec, &parts.dir, requests, status_receiver);
         let instance = Instance {
             life: Lifecycle::restore(parts.limits, history),
             liveness: Liveness::new(parts.rule, parts.probe_limit),
             records: parts.durable.then(|| Records::new(parts.dir.clone())),
-            renewing: None,
             preparation: None,
             boot: None,
             earlier_group: None,
@@ -139,7 +131,6 @@ impl PreparedInstance {
             incoming_sender,
             listener_changes: parts.listeners.changes(),
             goal: watch::channel(parts.spec.goal.clone()).0,
-            wanted,
             status,
             parts,
         };

@@ -83,7 +83,6 @@ fn started_as(
         spec: spec(dir.path(), &image),
         image: Arc::new(image),
         dir: path,
-        content: ContentStore::new(dir.path()),
         rule,
         limits: LIMITS,
         group: None,

@@ -451,16 +451,8 @@ fn a_restart_delay_goes_on_across_supervisors() {
         (history.after_host_boot(), minute),
     ] {
         let mut life = Lifecycle::restore(LIMITS, history);
-        let effects = life.on(Input::Start, now, 0.5);
         let boot = [Effect::Spawn { generation: 7 }];
-        // A power cycle of the node renews the OS disk.
-        if life.history().renew == Renewal::OS {
-            assert_eq!(effects, [Effect::Renew(Renewal::OS)]);
-            assert_eq!(life.on(Input::Renewed, now, 0.5), boot);
-            assert_eq!(life.history().renew, Renewal::NONE);
-        } else {
-            assert_eq!(effects, boot);
-        }
+        assert_eq!(life.on(Input::Start, now, 0.5), boot);
     }
 }
 
@@ -486,10 +478,6 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(Input::Waited(Wait::Shutdown)),
         Just(Input::Waited(Wait::VmmStop)),
         Just(Input::Waited(Wait::Death)),
-        Just(Input::Reboot(Renewal::APPLICATION)),
-        Just(Input::Reboot(Renewal::ALL)),
-        Just(Input::Renewed),
-        Just(Input::NewRole),
         Just(Input::Stop),
         Just(Input::Kill),
     ]
@@ -510,25 +498,10 @@ proptest! {
         let mut rotation = false;
         let mut finished = false;
         let mut stopping = false;
-        let mut renewing = false;
         let mut wait = None;
         let mut feed = vec![if adopted { adoption(7) } else { Input::Start }];
         feed.extend(inputs);
         for input in feed {
-            if input == Input::Renewed {
-                if !renewing { continue; }
-                renewing = false;
-                running = false;
-                if ending { wait = None; }
-            }
-            // Disks that are made anew cannot be cancelled, and no process runs.
-            if renewing {
-                match input {
-                    Input::Ended(_) | Input::SpawnCancelled => continue,
-                    Input::SpawnFailed(_) => renewing = false,
-                    _ => {}
-                }
-            }
             // Only a running process can end or fail to start; only the start of
             // one that is to end is cancelled.
             if matches!(input, Input::Ended(_) | Input::SpawnFailed(_) | Input::SpawnCancelled) {
@@ -550,14 +523,6 @@ proptest! {
                         prop_assert!(!running);
                         prop_assert_eq!(generation, life.generation());
                         running = true;
-                        ending = false;
-                        wait = None;
-                    }
-                    Effect::Renew(renewal) => {
-                        prop_assert!(!running);
-                        prop_assert_ne!(renewal, Renewal::NONE);
-                        running = true;
-                        renewing = true;
                         ending = false;
                         wait = None;
                     }
@@ -583,55 +548,4 @@ proptest! {
             }
         }
     }
-}
-
-#[test]
-fn a_change_by_an_operator_is_no_failure_and_renews_its_disks_once() {
-    let mut life = ready();
-    let mut on = |input| life.on(input, Duration::ZERO, 0.5);
-    let effects = on(Input::Reboot(Renewal::ALL_BUT_RESOURCE));
-    assert_eq!(effects[0], Effect::Rotation(false));
-    let asked = Effect::AskShutdown {
-        then: PowerAction::PowerOff,
-        deadline: LIMITS.role_stop,
-    };
-    assert!(effects.contains(&asked), "{effects:?}");
-    // Asked again, nothing begins anew.
-    assert_eq!(on(Input::Reboot(Renewal::APPLICATION)), []);
-    let effects = on(Input::Ended(ExitReason::PowerOff));
-    assert_eq!(
-        effects.last(),
-        Some(&Effect::Renew(Renewal::ALL_BUT_RESOURCE))
-    );
-    assert_eq!(on(Input::Renewed), [Effect::Spawn { generation: 2 }]);
-    on(Input::Spawned { pid: 8 });
-    on(Input::Connected);
-    on(Input::Beat);
-    let history = life.history();
-    assert_eq!((history.renew, history.planned), (Renewal::NONE, false));
-    assert_eq!(history.budget, RestartBudget::default());
-    // The free restart of a failure is still there.
-    let mut on = |input| life.on(input, Duration::ZERO, 0.5);
-    let effects = on(Input::Ended(ExitReason::Panic));
-    assert!(effects.contains(&Effect::Wait(Wait::Restart, Duration::ZERO)));
-}
-
-#[test]
-fn the_next_supervisor_goes_on_with_what_an_operator_wants() {
-    let mut life = ready();
-    life.on(Input::Reboot(Renewal::ALL), Duration::ZERO, 0.5);
-    // The guest still runs.
-    let mut next = restored(&life);
-    let effects = next.on(adoption(1), Duration::ZERO, 0.5);
-    let asks = |effect: &Effect| matches!(effect, Effect::AskShutdown { .. });
-    assert!(effects.iter().any(asks), "{effects:?}");
-    // It ended meanwhile.
-    let mut next = restored(&life);
-    let effects = next.on(Input::Ended(ExitReason::PowerOff), Duration::ZERO, 0.5);
-    assert_eq!(effects.last(), Some(&Effect::Renew(Renewal::ALL)));
-    // The supervisor dies before the disks are made.
-    let mut next = restored(&next);
-    next.on(Input::Ended(ExitReason::Stopped), Duration::ZERO, 0.5);
-    let effects = next.on(Input::Waited(Wait::Restart), Duration::ZERO, 0.5);
-    assert_eq!(effects, [Effect::Renew(Renewal::ALL)]);
 }
