@@ -89,6 +89,10 @@ pub(super) async fn accept(
             if allowed.contains(&client).await {
                 serve_connection(stream, client, router, limit).await;
             } else {
+                // A client whose request is not read may miss the answer.
+                if tokio::time::timeout(limit, stream.readable()).await.is_ok() {
+                    let _ = stream.try_read(&mut [0; 4096]);
+                }
                 refuse(
                     &stream,
                     &Problem::new(RefusalKind::Forbidden, "this user may not use it"),
